@@ -1,0 +1,1 @@
+"""Arrays on disk: activation stores, shuffled batches, the feature index (numpy and zarr)."""
