@@ -1,0 +1,122 @@
+"""Counting sort on disk, and what a feature's firings say about it: the index's inner work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def _group_ranks(keys: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Counts per group and, for sorted `keys` [n], each element's rank inside its group."""
+    counts = np.bincount(keys, minlength=n_groups)
+    firsts = np.repeat(np.cumsum(counts) - counts, counts)
+    return counts, np.arange(len(keys)) - firsts
+
+
+class Spill:
+    """Columns of one COO chunk after another in raw files, then scattered into sorted columns."""
+
+    def __init__(self, folder: Path, columns: dict[str, str]) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.columns = folder, columns
+        self.files = {name: (folder / f"{name}.coo").open("wb") for name in columns}
+        self.order: list[tuple[int, int, int]] = []  # (sort key of the chunk, offset, length)
+        self.length = 0
+
+    def append(self, chunk_key: int, **arrays: np.ndarray) -> None:
+        n = len(next(iter(arrays.values())))
+        for name, dtype in self.columns.items():
+            self.files[name].write(np.ascontiguousarray(arrays[name], dtype=dtype).tobytes())
+        self.order.append((chunk_key, self.length, n))
+        self.length += n
+
+    def scatter(self, by: str, n_groups: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Counting sort by the column `by`, stable in chunk order: (ptr, the other columns)."""
+        for file in self.files.values():
+            file.close()
+        ptr = np.zeros(n_groups + 1, np.int64)
+        source = {name: self._map(f"{name}.coo", dtype) for name, dtype in self.columns.items()}
+        for _, offset, n in self.order:
+            ptr[1:] += np.bincount(source[by][offset : offset + n], minlength=n_groups)
+        np.cumsum(ptr, out=ptr)
+        others = {name: dtype for name, dtype in self.columns.items() if name != by}
+        out = {name: self._map(f"{name}.sorted", dtype, "w+") for name, dtype in others.items()}
+        free = ptr[:-1].copy()
+        for _, offset, n in sorted(self.order):
+            keys = source[by][offset : offset + n]
+            order = np.argsort(keys, kind="stable")
+            counts, ranks = _group_ranks(keys[order], n_groups)
+            where = free[keys[order]] + ranks
+            for name in others:
+                out[name][where] = source[name][offset : offset + n][order]
+            free += counts
+        return ptr, out
+
+    def _map(self, name: str, dtype: str, mode: Any = "r") -> np.ndarray:
+        if self.length == 0:  # an empty file cannot be mapped
+            return np.zeros(0, dtype)
+        return np.memmap(self.folder / name, dtype=dtype, mode=mode, shape=(self.length,))
+
+
+def empty_stats(d_sae: int) -> dict[str, np.ndarray]:
+    names = ("max", "mean", "mean_sq", "p99", "domain_purity", "top_token_share")
+    stats = {name: np.zeros(d_sae, np.float32) for name in names}
+    return stats | {name: np.full(d_sae, -1, np.int32) for name in ("domain_top", "top_token")}
+
+
+def moments(stats: dict[str, np.ndarray], feature: np.ndarray, value: np.ndarray) -> None:
+    """max, and mean, mean square, 99th percentile (linear) over the firings of each feature."""
+    order = np.lexsort((value, feature))
+    value = value[order]
+    ids, first, count = np.unique(feature, return_index=True, return_counts=True)
+    stats["max"][ids] = value[first + count - 1]
+    stats["mean"][ids] = np.add.reduceat(value, first) / count
+    stats["mean_sq"][ids] = np.add.reduceat(value**2, first) / count
+    rank = 0.99 * (count - 1)
+    below = first + np.floor(rank).astype(np.int64)
+    above = np.minimum(below + 1, first + count - 1)
+    stats["p99"][ids] = value[below] + (rank % 1) * (value[above] - value[below])
+
+
+def token_pairs(
+    stats: dict[str, np.ndarray],
+    pairs: Spill,
+    feature: np.ndarray,
+    token: np.ndarray,
+    value: np.ndarray,
+) -> None:
+    """Sums per (feature, token); the token a feature fires on most (lowest id on a tie)."""
+    order = np.lexsort((token, feature))
+    feature, token, value = feature[order], token[order], value[order]
+    change = (np.diff(feature) != 0) | (np.diff(token) != 0)
+    first = np.concatenate([[0], np.flatnonzero(change) + 1])
+    count = np.diff(np.append(first, len(feature)))
+    pair_feature, pair_token = feature[first], token[first]
+    pairs.append(
+        int(feature[0]),
+        token=pair_token,
+        feature=pair_feature,
+        count=count,
+        sum=np.add.reduceat(value, first),
+        max=np.maximum.reduceat(value, first),
+    )
+    best = np.lexsort((pair_token, -count, pair_feature))
+    ids, start = np.unique(pair_feature[best], return_index=True)
+    stats["top_token"][ids] = pair_token[best][start]
+    stats["top_token_share"][ids] = count[best][start] / stats["count"][ids]
+
+
+def domains(stats: dict[str, np.ndarray], feature: np.ndarray, domain: np.ndarray) -> None:
+    """The domain a feature fires in most (lowest number on a tie) and its share of firings."""
+    known = domain >= 0
+    if not known.any():
+        return
+    n_domains = int(domain.max()) + 1
+    ids, index = np.unique(feature, return_inverse=True)
+    key = index[known] * n_domains + domain[known]
+    table = np.bincount(key, minlength=len(ids) * n_domains).reshape(len(ids), n_domains)
+    seen = table.any(axis=1)
+    stats["domain_top"][ids[seen]] = table.argmax(axis=1)[seen]
+    stats["domain_purity"][ids] = table.max(axis=1) / stats["count"][ids]

@@ -1,0 +1,167 @@
+"""The feature index: every activation of every feature, feature-major, self-contained.
+
+A page draws from slices of one index and works with the activation store deleted. Row `r` is
+token `r % seq_len` of context `r // seq_len` of this index. Statistics are taken from the stored
+(float16) values, so that the largest stored value of a feature *is* its `stats/max`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from store.feature_writer import KIND, Document, FeatureWriter
+from store.schema import FORMAT_VERSION, StoreError, read_json
+
+__all__ = ["FeatureIndex", "FeatureWriter", "Window"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens around one row: `token_ids[i]` stands at position `start + i` of `context`."""
+
+    context: int
+    position: int
+    token_ids: np.ndarray
+    start: int
+
+
+class FeatureIndex:
+    """Reads one finished index; every method reads slices only."""
+
+    def __init__(self, path: Path, root: zarr.Group) -> None:
+        self.path, self._root = path, root
+        self.attributes: dict[str, Any] = dict(root.attrs)
+        self.d_sae = int(self.attributes["d_sae"])
+        self.seq_len = int(self.attributes["seq_len"])
+        self.n_contexts = int(self.attributes["n_contexts"])
+        self.kept_tokens = int(self.attributes["kept_tokens"])
+        self.d_vocab = int(self.attributes["d_vocab"])
+        self.domains: list[str] = list(self.attributes["domains"])
+        self._array = lru_cache(maxsize=None)(self._open_array)
+        self._chunk = lru_cache(maxsize=128)(self._read_chunk)
+
+    @classmethod
+    def open(cls, path: str | Path) -> FeatureIndex:
+        """Opens a finished index. Raises StoreError for anything else."""
+        path = Path(path)
+        hint = "build it with `sae index`"
+        if path.name.endswith(".partial"):
+            raise StoreError(f"{path}: an index whose build did not finish; {hint} again")
+        if not path.is_dir():
+            raise StoreError(f"{path}: no feature index here; {hint}")
+        try:
+            root = zarr.open_group(path, mode="r", zarr_format=3)
+        except (FileNotFoundError, ValueError, KeyError) as error:
+            raise StoreError(f"{path}: not a feature index ({error}); {hint}") from error
+        if root.attrs.get("kind") != KIND:
+            raise StoreError(
+                f"{path}: a Zarr group, but no feature index (kind {root.attrs.get('kind')!r}, "
+                f"expected {KIND!r}); {hint}"
+            )
+        if int(root.attrs["format"]) > FORMAT_VERSION:  # type: ignore[arg-type]
+            raise StoreError(
+                f"{path}: format {root.attrs['format']}, this version reads up to "
+                f"{FORMAT_VERSION}; update monosem"
+            )
+        return cls(path, root)
+
+    def firings(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (int64, ascending) and values (float32) where `feature` fires."""
+        part = self._slice("firings/ptr", feature, self.d_sae, "feature")
+        rows, values = self._array("firings/row")[part], self._array("firings/value")[part]
+        return np.asarray(rows).astype(np.int64), np.asarray(values).astype(np.float32)
+
+    def features_of_token(
+        self, token_id: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Features that fire on a token, ascending: (feature, count, Σ activation, max)."""
+        part = self._slice("by_token/ptr", token_id, self.d_vocab, "token")
+        feature, count, total, largest = (
+            np.asarray(self._array(f"by_token/{name}")[part])
+            for name in ("feature", "count", "sum", "max")
+        )
+        return feature.astype(np.int64), count, total, largest
+
+    @cached_property
+    def stats(self) -> dict[str, np.ndarray]:
+        """Every `stats/<name>` [d_sae], read once."""
+        group = self._root["stats"]
+        assert isinstance(group, zarr.Group)
+        return {name: np.asarray(array[:]) for name, array in group.arrays()}
+
+    def has(self, name: str) -> bool:
+        """Whether the panel `name` ("logits/top_id", …) was written."""
+        return name in self._root
+
+    def panel(self, name: str, feature: int) -> np.ndarray:
+        """Row `feature` of a panel. Raises StoreError when the index holds no such panel."""
+        if not self.has(name):
+            raise StoreError(f"{self.path}: no panel {name}; build the index again to have it")
+        return np.asarray(self._array(name)[feature])
+
+    def column(self, name: str) -> np.ndarray:
+        """A whole panel [d_sae, …], for the table of all features."""
+        if not self.has(name):
+            raise StoreError(f"{self.path}: no panel {name}; build the index again to have it")
+        return np.asarray(self._array(name)[:])
+
+    def tokens_at(self, context: int) -> np.ndarray:
+        """Token ids [seq_len] of one context."""
+        return self._context("tokens", context)
+
+    def keep_at(self, context: int) -> np.ndarray:
+        """Which positions of a context count (BOS and padding do not) [seq_len]."""
+        return self._context("keep", context)
+
+    def window(self, row: int, before: int, after: int) -> Window:
+        """The tokens around `row`, clipped at its context."""
+        context, position = divmod(int(row), self.seq_len)
+        start, stop = max(0, position - before), min(self.seq_len, position + after + 1)
+        return Window(context, position, self.tokens_at(context)[start:stop], start)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for."""
+        return self._vocabulary[token_id]
+
+    def document_of(self, row: int) -> Document:
+        """(id, source, domain, sha256) of the document a row belongs to; blanks on padding."""
+        context, position = divmod(int(row), self.seq_len)
+        number = int(self._context("document", context)[position])
+        return self._documents[number] if number >= 0 else ("", "", "", "")
+
+    @cached_property
+    def _vocabulary(self) -> list[bytes]:
+        return [token.encode("latin-1") for token in read_json(self.path / "vocabulary.json")]
+
+    @cached_property
+    def _documents(self) -> list[Document]:
+        rows = read_json(self.path / "documents.json")
+        return [(row[0], row[1], row[2], row[3]) for row in rows]
+
+    def _slice(self, name: str, group: int, n_groups: int, what: str) -> slice:
+        if not 0 <= group < n_groups:
+            raise StoreError(f"{self.path}: {what} {group} is outside 0..{n_groups - 1}")
+        lo, hi = np.asarray(self._array(name)[group : group + 2]).tolist()
+        return slice(lo, hi)
+
+    def _context(self, name: str, context: int) -> np.ndarray:
+        if not 0 <= context < self.n_contexts:
+            raise StoreError(f"{self.path}: context {context} is outside 0..{self.n_contexts - 1}")
+        per_chunk = self._array(name).chunks[0]
+        return self._chunk(name, context // per_chunk)[context % per_chunk]
+
+    def _read_chunk(self, name: str, number: int) -> np.ndarray:
+        array = self._array(name)
+        per_chunk = array.chunks[0]
+        return np.asarray(array[number * per_chunk : (number + 1) * per_chunk])
+
+    def _open_array(self, name: str) -> zarr.Array:
+        array = self._root[name]
+        assert isinstance(array, zarr.Array), name
+        return array
