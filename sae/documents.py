@@ -1,0 +1,98 @@
+"""A document, and the rule that says which split it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+HELD_OUT, TRAIN = "heldout", "train"
+HELD_OUT_MODULUS = 20
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with where it comes from; `id` is stable between runs over the same source."""
+
+    id: str
+    text: str
+    domain: str
+    source: str
+
+    @property
+    def split(self) -> str:
+        return split_of(self.text)
+
+
+def digest_of(text: str) -> int:
+    """64-bit blake2b of the text's UTF-8 bytes (lone surrogates included)."""
+    return int.from_bytes(blake2b(_utf8(text), digest_size=8).digest(), "big")
+
+
+def split_of(text: str) -> str:
+    """`heldout` when `blake2b(text) mod 20 == 0`, else `train`: frozen by the text alone (DESIGN §3)."""
+    return HELD_OUT if digest_of(text) % HELD_OUT_MODULUS == 0 else TRAIN
+
+
+def sha256_of(text: str) -> str:
+    from hashlib import sha256
+
+    return sha256(_utf8(text)).hexdigest()
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", errors="surrogatepass")
+
+
+def shuffled(documents: Iterator[Document], *, window_bytes: int = 1 << 29) -> Iterator[Document]:
+    """The documents in an order that depends on their text alone, window by window.
+
+    Sources list documents by topic (a corpus sorted by domain, a directory by name), so a budget smaller than the
+    source would see only its beginning. Inside a window the order is that of a second hash, hence a fixed shuffle;
+    text up to `window_bytes` (UTF-8) is shuffled whole, longer text in bounded memory.
+    """
+    window: list[tuple[bytes, Document]] = []
+    held_bytes = 0
+    for document in documents:
+        raw = _utf8(document.text)
+        window.append((blake2b(raw, digest_size=8, person=b"order").digest(), document))
+        held_bytes += len(raw)
+        if held_bytes >= window_bytes:
+            yield from _in_order(window)
+            window, held_bytes = [], 0
+    yield from _in_order(window)
+
+
+def _in_order(window: list[tuple[bytes, Document]]) -> Iterator[Document]:
+    return (document for _, document in sorted(window, key=lambda pair: (pair[0], pair[1].id)))
+
+
+@dataclass
+class TextReport:
+    """What a reader met: nothing is skipped without being counted here."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    empty: int = 0
+    broken_lines: int = 0
+    replaced_documents: int = 0
+    ignored_files: int = 0
+    duplicates: int = 0
+    first_problems: list[str] = field(default_factory=list)
+
+    def note(self, problem: str) -> None:
+        if len(self.first_problems) < 5:
+            self.first_problems.append(problem)
+
+    def summary(self) -> str:
+        parts = [f"{self.documents:,} documents, {self.text_bytes / 1e6:.1f} MB"]
+        for count, what in (
+            (self.empty, "empty"),
+            (self.broken_lines, "broken jsonl lines"),
+            (self.replaced_documents, "with undecodable bytes (shown as U+FFFD)"),
+            (self.ignored_files, "files of other types ignored"),
+            (self.duplicates, "exact duplicates dropped"),
+        ):
+            if count:
+                parts.append(f"{count:,} {what}")
+        return "; ".join(parts)

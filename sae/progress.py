@@ -1,0 +1,54 @@
+"""What long work shows and how it stops: a bar with rate and ETA, and a flag set by Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from tqdm import tqdm
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str, *, initial: int = 0) -> Iterator[tqdm]:
+    """A progress bar with rate and ETA on standard error; one line every 30 s where that is no terminal."""
+    interval_s = 0.2 if sys.stderr.isatty() else 30.0
+    with tqdm(
+        total=total, initial=initial, desc=description, unit=unit, unit_scale=True,
+        mininterval=interval_s, dynamic_ncols=True, smoothing=0.05,
+    ) as bar:  # fmt: skip
+        yield bar
+
+
+class Interrupt:
+    """`requested` turns true on the first Ctrl-C or SIGTERM; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Inside, Ctrl-C and SIGTERM set a flag instead of killing (main thread only; elsewhere it is never set)."""
+    interrupt = Interrupt()
+    try:
+        previous = {s: signal.signal(s, interrupt._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals go to whoever owns it
+        yield interrupt
+        return
+    try:
+        yield interrupt
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Interrupted(Exception):
+    """Work stopped on request with everything saved; the message says how to go on."""

@@ -1,0 +1,71 @@
+"""Byte-level BPE: training, and the exact bytes of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+BOS = "<|endoftext|>"
+
+
+def train_tokenizer(texts: Iterable[str], d_vocab: int) -> Tokenizer:
+    """A byte-level BPE of exactly `d_vocab` tokens; token 0 is the BOS (`<|endoftext|>`).
+
+    Raises: ValueError when the text is too small to make `d_vocab` tokens.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=d_vocab,
+        special_tokens=[BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != d_vocab:
+        raise ValueError(
+            f"tokenizer: the text gives only {tokenizer.get_vocab_size():,} byte-pair tokens of the {d_vocab:,} "
+            "asked for. Give more text or a smaller vocabulary."
+        )
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a `tokenizer.json`. Raises: ValueError when it is missing or not a tokenizer."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such tokenizer file.")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception
+        raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+
+
+def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes each token id stands for, exact for byte-level tokenizers.
+
+    Byte-level vocabularies spell a byte as one printable character (GPT-2's table); other vocabularies (SentencePiece,
+    WordPiece) and special tokens give their text as UTF-8.
+    """
+    added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
+    pieces = {index: piece for piece, index in tokenizer.get_vocab(with_added_tokens=True).items()}
+    byte_of = _byte_of_character()
+    byte_level = "ByteLevel" in tokenizer.to_str()
+    table: list[bytes] = []
+    for index in range(max(pieces, default=-1) + 1):
+        piece = added.get(index, pieces.get(index, ""))
+        if index in added or not byte_level or any(c not in byte_of for c in piece):
+            table.append(piece.replace("\u2581", " ").encode("utf-8", "surrogatepass"))
+        else:
+            table.append(bytes(byte_of[c] for c in piece))
+    return table
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's reversible table: printable Latin-1 stands for itself, the other 68 bytes start at U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    shifted = (b for b in range(256) if b not in printable)
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(shifted)}

@@ -1,0 +1,136 @@
+"""The native one-layer transformer in plain torch, with scaled-dot-product attention.
+
+Its parameter names are those of TransformerLens' native bridge, so one safetensors file opens in both
+(`sae.lm.NativeModel` is the fast path, the bridge its slow twin). Shapes: batch, pos, d_model, d_mlp, d_vocab.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Shape of a native transformer; `n_ctx` is the context length in tokens."""
+
+    d_model: int = 128
+    d_mlp: int = 512
+    n_heads: int = 12
+    d_head: int = 16
+    n_layers: int = 1
+    n_ctx: int = 256
+    d_vocab: int = 8192
+    act_fn: str = "relu"
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "act_fn" and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"transformer config: {name} must be a positive integer, got {value!r}")
+        if self.act_fn not in ACTIVATIONS:
+            known = ", ".join(sorted(ACTIVATIONS))
+            raise ValueError(f"transformer config: act_fn must be one of {known}, got {self.act_fn!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with biases on q, k, v and o."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width = config.n_heads * config.d_head
+        self.n_heads, self.d_head = config.n_heads, config.d_head
+        self.q = nn.Linear(config.d_model, width)
+        self.k = nn.Linear(config.d_model, width)
+        self.v = nn.Linear(config.d_model, width)
+        self.o = nn.Linear(width, config.d_model)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        batch, pos, _ = x.shape
+
+        def heads(projected: Tensor) -> Tensor:  # [batch, n_heads, pos, d_head]
+            return projected.view(batch, pos, self.n_heads, self.d_head).transpose(1, 2)
+
+        z = F.scaled_dot_product_attention(
+            heads(self.q(x)), heads(self.k(x)), heads(self.v(x)), is_causal=True
+        )
+        return self.o(z.transpose(1, 2).reshape(batch, pos, -1))
+
+
+class Mlp(nn.Module):
+    """`out(act(in(x)))`; `post` is the hook point the dictionaries are trained on."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.add_module("in", nn.Linear(config.d_model, config.d_mlp))
+        self.out = nn.Linear(config.d_mlp, config.d_model)
+        self.act_fn = ACTIVATIONS[config.act_fn]
+
+    def post(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_mlp"]:
+        return self.act_fn(self.get_submodule("in")(x))
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm block: attention, then MLP, both added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.ln1 = nn.LayerNorm(config.d_model)
+        self.attn = Attention(config)
+        self.ln2 = nn.LayerNorm(config.d_model)
+        self.mlp = Mlp(config)
+
+    def resid_mid(self, resid_pre: Tensor) -> Tensor:
+        return resid_pre + self.attn(self.ln1(resid_pre))
+
+    def forward(self, resid_pre: Tensor) -> Tensor:
+        resid_mid = self.resid_mid(resid_pre)
+        return resid_mid + self.mlp.out(self.mlp.post(self.ln2(resid_mid)))
+
+
+class Transformer(nn.Module):
+    """Token and learned position embeddings, `n_layers` blocks, final LayerNorm, untied unembedding."""
+
+    def __init__(self, config: TransformerConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.d_vocab, config.d_model)
+        self.pos_embed = nn.Embedding(config.n_ctx, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln_final = nn.LayerNorm(config.d_model)
+        self.unembed = nn.Linear(config.d_model, config.d_vocab, bias=False)
+        self._initialise(seed)
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        """GPT-2's initialisation: N(0, 0.02), output projections divided by sqrt(2 n_layers), zero biases."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                std = 0.02
+                if name.endswith(("attn.o.weight", "mlp.out.weight")):
+                    std /= (2 * self.config.n_layers) ** 0.5
+                parameter.normal_(0.0, std, generator=generator)
+
+    def resid_pre(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.embed(tokens) + self.pos_embed(positions)
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        resid = self.resid_pre(tokens)
+        for block in self.blocks:
+            resid = block(resid)
+        return self.unembed(self.ln_final(resid))
