@@ -72,15 +72,21 @@ def _bfloat16_bits(array: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(single), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
-def decode(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """The float32 values of an array made by `encode` with the same `dtype`; always a new array."""
+def decode(stored: np.ndarray, dtype: str, out: np.ndarray | None = None) -> np.ndarray:
+    """The float32 values of an array made by `encode` with the same `dtype`.
+
+    Written to `out` (float32, C order, same shape) if given, else to a new array.
+    """
     if stored.dtype != stored_dtype(dtype):
         raise StoreError(f"expected {stored_dtype(dtype)} on disk for {dtype}, got {stored.dtype}")
+    values = np.empty(stored.shape, np.float32) if out is None else out
     if dtype == "bfloat16":
-        widened = stored.astype(np.uint32)
-        widened <<= 16
-        return widened.view(np.float32)
-    return stored.astype(np.float32)
+        bits = values.view(np.uint32)
+        bits[...] = stored
+        bits <<= 16
+    else:
+        values[...] = stored
+    return values
 
 
 def crc32c(data: bytes | np.ndarray) -> int:
