@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 BOS = "<|endoftext|>"
+SMALLEST_VOCAB = 257
+FALLBACK_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def train_tokenizer(texts: Iterable[str], d_vocab: int) -> Tokenizer:
     """A byte-level BPE of exactly `d_vocab` tokens; token 0 is the BOS (`<|endoftext|>`).
 
-    Raises: ValueError when the text is too small to make `d_vocab` tokens.
+    Raises: ValueError when the text is too small to make `d_vocab` tokens, or `d_vocab` for the 256 bytes and BOS.
     """
+    if d_vocab < SMALLEST_VOCAB:
+        raise ValueError(
+            f"tokenizer: a vocabulary of {d_vocab:,} is too small; bytes and BOS alone are {SMALLEST_VOCAB}."
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -30,6 +38,12 @@ def train_tokenizer(texts: Iterable[str], d_vocab: int) -> Tokenizer:
             f"tokenizer: the text gives only {tokenizer.get_vocab_size():,} byte-pair tokens of the {d_vocab:,} "
             "asked for. Give more text or a smaller vocabulary."
         )
+    return _literal(tokenizer)
+
+
+def _literal(tokenizer: Tokenizer) -> Tokenizer:
+    """Text that spells `<|endoftext|>` stays text: only the harvester and the trainer set BOS, by its id."""
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -39,7 +53,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"{path}: no such tokenizer file.")
     try:
-        return Tokenizer.from_file(str(path))
+        return _literal(Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises a bare Exception
         raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
 
@@ -47,17 +61,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     """The bytes each token id stands for, exact for byte-level tokenizers.
 
-    Byte-level vocabularies spell a byte as one printable character (GPT-2's table); other vocabularies (SentencePiece,
-    WordPiece) and special tokens give their text as UTF-8.
+    Byte-level vocabularies spell a byte as one printable character (GPT-2's table), SentencePiece's byte fallback
+    spells it `<0x0A>`; all else (SentencePiece, WordPiece, special tokens) gives its text as UTF-8.
     """
     added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
     pieces = {index: piece for piece, index in tokenizer.get_vocab(with_added_tokens=True).items()}
     byte_of = _byte_of_character()
-    byte_level = "ByteLevel" in tokenizer.to_str()
+    settings = json.loads(tokenizer.to_str())
+    byte_level = "ByteLevel" in json.dumps([settings["pre_tokenizer"], settings["decoder"]])
+    byte_fallback = bool(settings["model"].get("byte_fallback"))
     table: list[bytes] = []
     for index in range(max(pieces, default=-1) + 1):
         piece = added.get(index, pieces.get(index, ""))
-        if index in added or not byte_level or any(c not in byte_of for c in piece):
+        if byte_fallback and FALLBACK_BYTE.fullmatch(piece):
+            table.append(bytes([int(piece[3:5], 16)]))
+        elif index in added or not byte_level or any(c not in byte_of for c in piece):
             table.append(piece.replace("\u2581", " ").encode("utf-8", "surrogatepass"))
         else:
             table.append(bytes(byte_of[c] for c in piece))

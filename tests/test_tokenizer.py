@@ -1,0 +1,83 @@
+"""The byte-level BPE: exact bytes, exact vocabulary size, a BOS that text cannot forge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+
+from sae.tokenizer import BOS, load_tokenizer, token_bytes, train_tokenizer
+
+TEXTS = ["def forward(self, x): return self.out(x)\n" * 3, "Grüße, 世界! naïve café — 10% of 3.14\r\n\t" * 3]
+TOKENIZER = train_tokenizer(TEXTS, 300)
+TABLE = token_bytes(TOKENIZER)
+
+
+def encode(text: str) -> list[int]:
+    return TOKENIZER.encode(text, add_special_tokens=False).ids
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+def test_token_bytes_spell_the_text(text: str) -> None:
+    assert b"".join(TABLE[i] for i in encode(text)) == text.encode()
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "\0\x01\x7f", "e\u0301\u200d👩‍👩‍👧", BOS, f"a{BOS}b", "Ġ", "\ufeffx", "def forward"]
+)
+def test_token_bytes_spell_odd_texts(text: str) -> None:
+    assert b"".join(TABLE[i] for i in encode(text)) == text.encode()
+
+
+def test_every_byte_is_a_token_and_bos_is_token_zero() -> None:
+    assert TOKENIZER.get_vocab_size() == len(TABLE) == 300
+    assert TOKENIZER.token_to_id(BOS) == 0
+    assert TABLE[0] == BOS.encode()
+    assert {bytes([b]) for b in range(256)} <= set(TABLE)
+    assert len(set(TABLE)) == 300
+
+
+def test_text_cannot_forge_the_bos(tmp_path: Path) -> None:
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    reloaded = load_tokenizer(tmp_path / "tokenizer.json")
+    for tokenizer in (TOKENIZER, reloaded):
+        assert 0 not in tokenizer.encode(f"x{BOS}y", add_special_tokens=False).ids
+        assert 0 not in tokenizer.encode_batch_fast([BOS], add_special_tokens=False)[0].ids
+    assert token_bytes(reloaded) == TABLE
+
+
+def test_frequent_words_become_one_token() -> None:
+    assert b"self" in TABLE
+    assert len(encode("self")) == 1
+
+
+def test_too_little_text_is_an_error_that_says_how_far_it_went() -> None:
+    with pytest.raises(ValueError, match=r"only \d+ byte-pair tokens of the 5,000"):
+        train_tokenizer(["abc abc"], 5_000)
+    with pytest.raises(ValueError, match="only 257 byte-pair tokens"):
+        train_tokenizer([], 300)
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_an_error() -> None:
+    assert train_tokenizer(TEXTS, 257).get_vocab_size() == 257
+    with pytest.raises(ValueError, match="256 is too small"):
+        train_tokenizer(TEXTS, 256)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff\xfe\0", b'{"version": "1.0"}'])
+def test_what_is_no_tokenizer_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=str(path)):
+        load_tokenizer(path)
+
+
+def test_byte_fallback_vocabularies_give_bytes_and_spaces() -> None:
+    vocab = {"<unk>": 0, "<0x0A>": 1, "▁the": 2, "ByteLevel": 3, "é": 4}
+    sentencepiece = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    assert token_bytes(sentencepiece) == [b"<unk>", b"\n", b" the", b"ByteLevel", "é".encode()]
