@@ -6,18 +6,19 @@ import gzip
 import io
 import json
 import lzma
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from sae.documents import Document, TextReport, shuffled
 
-COMPRESSION = {".xz": lzma.open, ".gz": gzip.open, ".zst": None}
 DOMAIN_OF_SUFFIX = {".txt": "text", ".md": "markdown", ".py": "python"}
 SUFFIXES = (*DOMAIN_OF_SUFFIX, ".jsonl")
+SAVED_DATASET = ("state.json", "dataset_dict.json")  # what datasets' save_to_disk leaves
 
 
 class TextError(ValueError):
@@ -47,8 +48,15 @@ class TextSource:
                 self.report.empty += 1
                 self.report.note(f"{document.id} is empty")
                 continue
+            try:
+                text_bytes = len(document.text.encode())
+            except UnicodeEncodeError:  # lone surrogates, which JSON can spell: no tokenizer takes them
+                self.report.replaced_documents += 1
+                self.report.note(f"{document.id} holds lone surrogates")
+                paired = document.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+                document, text_bytes = replace(document, text=paired), len(paired.encode())
             self.report.documents += 1
-            self.report.text_bytes += len(document.text.encode("utf-8", "surrogatepass"))
+            self.report.text_bytes += text_bytes
             yield document
         if not self.report.documents:
             problems = "".join(f"\n  {problem}" for problem in self.report.first_problems)
@@ -68,7 +76,7 @@ def open_text(spec: str | Path) -> TextSource:
     if path.is_file():
         return _files([path], path.parent, str(spec))
     if path.is_dir():
-        if (path / "state.json").is_file() or _has_parquet(path):
+        if any((path / name).is_file() for name in SAVED_DATASET) or _has_parquet(path):
             return _local_dataset(path)
         return _files(sorted(p for p in path.rglob("*") if p.is_file()), path, str(spec))
     if str(spec).count("/") == 1 and not str(spec).startswith((".", "/", "~")):
@@ -112,33 +120,71 @@ def _files(paths: list[Path], root: Path, name: str) -> TextSource:
         )
 
     def read(report: TextReport) -> Iterator[Document]:
-        report.ignored_files = len(paths) - len(known)
+        report.ignored_files += len(paths) - len(known)
         for path in known:
             yield from _read_file(path, path.relative_to(root).as_posix(), report)
 
+    return TextSource(name, read, _hash_of(known, root))
+
+
+def _hash_of(paths: list[Path], root: Path) -> str:
+    """SHA-256 over each file's name below `root` and its bytes."""
     hashes = sha256()
-    for path in known:
-        hashes.update(path.relative_to(root).as_posix().encode() + b"\0")
+    for path in paths:
+        hashes.update(path.relative_to(root).as_posix().encode("utf-8", "surrogateescape") + b"\0")
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 hashes.update(block)
-    return TextSource(name, read, hashes.hexdigest())
+    return hashes.hexdigest()
+
+
+class _ZstdFrames(io.RawIOBase):
+    """The content of all frames of a .zst file; unlike the library's reader it notices a truncated last frame."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        import zstandard
+
+        self._file, self._library = file, zstandard
+        self._frame: Any = None
+        self._packed, self._unpacked = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked:
+            packed = self._packed or self._file.read(1 << 16)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            try:
+                self._unpacked = memoryview(self._frame.decompress(packed))
+            except self._library.ZstdError as error:
+                raise OSError(str(error)) from error
+            self._packed = b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        taken = self._unpacked[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._unpacked = self._unpacked[len(taken) :]
+        return len(taken)
+
+
+@contextmanager
+def _opened_zstd(path: Path, _mode: str) -> Iterator[BinaryIO]:
+    with path.open("rb") as file:
+        yield io.BufferedReader(_ZstdFrames(file))
+
+
+COMPRESSION: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".zst": _opened_zstd}
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    suffix = path.suffix.lower()
-    if suffix == ".zst":
-        import zstandard
-
-        with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            yield io.BufferedReader(stream)  # type: ignore[type-var]
-    elif opener := COMPRESSION.get(suffix):
-        with opener(path, "rb") as stream:
-            yield stream
-    else:
-        with path.open("rb") as stream:
-            yield stream
+    with COMPRESSION.get(path.suffix.lower(), open)(path, "rb") as stream:
+        yield stream
 
 
 def _read_file(path: Path, name: str, report: TextReport) -> Iterator[Document]:
@@ -150,7 +196,7 @@ def _read_file(path: Path, name: str, report: TextReport) -> Iterator[Document]:
             else:
                 assert kind is not None
                 yield Document(name, _decoded(stream.read(), name, report), DOMAIN_OF_SUFFIX[kind], name)
-    except (lzma.LZMAError, gzip.BadGzipFile, EOFError, OSError) as error:
+    except (lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise TextError(f"{path} cannot be read: {error}. Is the file complete?") from error
 
 
@@ -170,7 +216,7 @@ def _read_jsonl(stream: BinaryIO, name: str, report: TextReport) -> Iterator[Doc
             continue
         try:
             record = json.loads(_decoded(line, where, report))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             report.broken_lines += 1
             report.note(f"{where}: {error}")
             continue
@@ -200,15 +246,20 @@ def _has_parquet(path: Path) -> bool:
 def _local_dataset(path: Path) -> TextSource:
     import datasets
 
-    if (path / "state.json").is_file():
-        data: Any = datasets.load_from_disk(str(path))
-    else:
-        files = [str(p) for p in sorted(path.rglob("*.parquet"))]
-        data = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-    hashes = sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        hashes.update(file.relative_to(path).as_posix().encode() + file.read_bytes())
-    return TextSource(str(path), _records(data, path.name), hashes.hexdigest())
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    try:
+        if any((path / name).is_file() for name in SAVED_DATASET):
+            data: Any = datasets.load_from_disk(str(path))
+        else:
+            parquet = [str(p) for p in files if p.suffix == ".parquet"]
+            data = datasets.load_dataset("parquet", data_files=parquet, split="train", streaming=True)
+    except Exception as error:  # the library raises many kinds
+        raise TextError(f"{path} looks like a saved dataset but cannot be opened: {error}") from error
+    if isinstance(data, dict):
+        if "train" not in data:
+            raise TextError(f"{path} holds the splits {sorted(data)} and no 'train'. Give the directory of one split.")
+        data = data["train"]
+    return TextSource(str(path), _records(data, path.name), _hash_of(files, path))
 
 
 def _hub_dataset(name: str) -> TextSource:
@@ -224,10 +275,29 @@ def _hub_dataset(name: str) -> TextSource:
 
 
 def _records(data: Any, name: str) -> Callable[[TextReport], Iterator[Document]]:
+    """A reader of the column "text". Raises: TextError when there is none, as soon as that is known."""
+
+    def require_text(columns: Iterable[str]) -> None:
+        if "text" not in columns:
+            raise TextError(f'dataset {name} has no column "text"; its columns are {sorted(columns)}.')
+
+    if getattr(data, "column_names", None) is not None:
+        require_text(data.column_names)
+
     def read(report: TextReport) -> Iterator[Document]:
-        for number, record in enumerate(data):
-            if not isinstance(record.get("text"), str):
-                raise TextError(f'dataset {name} has no string column "text"; its columns are {sorted(record)}.')
-            yield _from_record(record, f"{name}#{number}", name)
+        where = f"{name}#0"
+        try:
+            for number, record in enumerate(data):
+                where = f"{name}#{number}"
+                require_text(record)
+                if isinstance(record["text"], str):
+                    yield _from_record(record, where, name)
+                else:
+                    report.broken_lines += 1
+                    report.note(f'{where}: no string under "text"')
+        except TextError:
+            raise
+        except Exception as error:  # a damaged file or a lost connection, each library in its own words
+            raise TextError(f"dataset {name} cannot be read after {where}: {error}") from error
 
     return read
