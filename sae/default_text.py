@@ -13,6 +13,7 @@ import re
 import sys
 import sysconfig
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -88,10 +89,11 @@ def _all_documents() -> tuple[tuple[Document, ...], TextReport]:
 
 def _cut_all(report: TextReport) -> Iterator[Document]:
     for file in _installed_files(report):
+        count: Counter[str] = Counter()  # pieces so far, by domain
         for domain, text in _texts(file, report):
-            for number, piece in enumerate(_pieces(text)):
-                identity = f"{file.source}/{file.name}:{domain}:{number}"
-                yield Document(identity, piece, domain, file.source)
+            for piece in _pieces(text):
+                yield Document(f"{file.source}/{file.name}:{domain}:{count[domain]}", piece, domain, file.source)
+                count[domain] += 1
     yield from synthetic_text.generate()
 
 
@@ -196,7 +198,7 @@ def split_docstrings(source: str) -> tuple[list[str], str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's files
             tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return [], source
     lines = source.split("\n")
     docstrings: list[str] = []

@@ -258,7 +258,11 @@ def test_combine(tmp_path: Path) -> None:
 
 # --- Hugging Face datasets -------------------------------------------------------------------------------------------
 
-RECORDS = [{"text": "one", "domain": "poem"}, {"text": None, "domain": "x"}, {"text": "two", "domain": "prose"}]
+RECORDS: list[dict[str, Any]] = [
+    {"text": "one", "domain": "poem"},
+    {"text": None, "domain": "x"},
+    {"text": "two", "domain": "prose"},
+]
 
 
 @pytest.fixture(params=["arrow", "arrow splits", "parquet"])
