@@ -154,7 +154,7 @@ class ShardedArray:
         return f"{self.name}/c/{shard}/0"
 
     def remove(self, shard: int) -> None:
-        """Delete a shard's file, if any: Zarr reads before it overwrites, and fails on damage."""
+        """Delete a shard's file, if any: Zarr may read what it overwrites, and fails on damage."""
         (self.root / self.file_name(shard)).unlink(missing_ok=True)
 
     def write(self, shard: int, block: np.ndarray) -> dict[str, int]:
@@ -195,8 +195,7 @@ class ShardedArray:
         found_crc = crc32c(block)
         if found_crc != entry["crc32c"]:
             raise StoreError(
-                f"{file}: damaged: checksum {found_crc:08x}, expected {entry['crc32c']:08x}; "
-                f"{repair}"
+                f"{file}: damaged: checksum {found_crc:08x}, expected {entry['crc32c']:08x}; {repair}"
             )
         return block
 

@@ -1,6 +1,7 @@
 """Shuffled batches: every kept row once an epoch, the same batch whoever asks and whenever."""
 
 import functools
+import os
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,14 @@ from store.schema import StoreError
 
 HOOK = "h"
 ROW_BYTES = 2 * 4 + 8  # float32 [2] and its place in the permutation
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_waiting_for_the_disk():
+    """A kill does not lose what the kernel holds; only a power cut does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 def build(
