@@ -125,6 +125,18 @@ class FeatureIndex:
         start, stop = max(0, position - before), min(self.seq_len, position + after + 1)
         return Window(context, position, self.tokens_at(context)[start:stop], start)
 
+    def tokens_of(self, rows: np.ndarray) -> np.ndarray:
+        """Token ids [n] standing at `rows` [n] (any order)."""
+        rows = np.asarray(rows, np.int64)
+        per_chunk = self._array("tokens").chunks[0] * self.seq_len
+        out = np.zeros(len(rows), np.uint32)
+        chunk_of = rows // per_chunk
+        for number in np.unique(chunk_of).tolist():
+            here = chunk_of == number
+            flat = self._chunk("tokens", number).reshape(-1)
+            out[here] = flat[rows[here] - number * per_chunk]
+        return out
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for."""
         return self._vocabulary[token_id]

@@ -152,6 +152,8 @@ def test_windows_documents_and_token_bytes(tmp_path: Path) -> None:
     assert last.start == 3
     np.testing.assert_array_equal(last.token_ids, truth.tokens[3, 3:])
     np.testing.assert_array_equal(index.keep_at(1), truth.keep[1])
+    rows = np.array([23, 0, 7, 7])
+    np.testing.assert_array_equal(index.tokens_of(rows), truth.tokens.reshape(-1)[rows])
     assert index.document_of(9) == DOCUMENTS[truth.document[1, 3]]
     assert index.token_bytes(0xE2) == b"\xe2"
     with pytest.raises(StoreError, match="context 4"):

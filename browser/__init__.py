@@ -1,0 +1,1 @@
+"""The feature browser: a Streamlit app over a directory of runs."""

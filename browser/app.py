@@ -1,0 +1,107 @@
+"""The page Streamlit runs: picks an SAE, a view and a feature, all of them in the URL.
+
+One script and no `st.navigation`: with it, widgets bound to the URL lose their values.
+"""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from browser import state, style
+from browser.data import SaeEntry
+from browser.state import VIEWS, Page
+from browser.views import feature, features, steering
+from store.schema import StoreError
+
+SHOW = {"features": features.show, "feature": feature.show, "steering": steering.show}
+
+
+def main() -> None:
+    """One run of the page."""
+    st.set_page_config(page_title="monosem", page_icon=style.icon(), layout="wide")
+    st.html(style.CSS)
+    root = state.root()
+    entries = {entry.id: entry for entry in state.saes(root)}
+    if not entries:
+        st.html(BRAND)
+        state.explain(
+            "No dictionaries here",
+            f"{root} holds no trained dictionary (a directory whose config.json says "
+            '"kind": "sae") in its first four levels. Train one, or start the browser on '
+            "another directory.",
+            "sae train --acts runs/a/acts.zarr --recipe towards-monosemanticity --out runs/a/tm",
+        )
+        return
+    entry, view, number = _top_bar(entries)
+    try:
+        index = state.open_index(entry)
+    except StoreError as error:
+        _explain_index(entry, str(error))
+        return
+    SHOW[view](Page(entry, index, min(number, index.d_sae - 1)))
+
+
+BRAND = '<div class="mono-brand">mono<i>sem</i></div>'
+
+
+def _top_bar(entries: dict[str, SaeEntry]) -> tuple[SaeEntry, str, int]:
+    brand, picker, views, number, back, forth = st.columns(
+        [0.09, 0.36, 0.29, 0.14, 0.06, 0.06], vertical_alignment="center"
+    )
+    brand.html(BRAND)
+    ids = sorted(entries, key=lambda name: (not entries[name].has_index, name))
+    chosen = picker.selectbox(
+        "Dictionary", ids, key="sae", bind="query-params", label_visibility="collapsed"
+    )
+    entry = entries[str(chosen)]
+    view = views.segmented_control(
+        "View",
+        list(VIEWS),
+        format_func=VIEWS.__getitem__,
+        default="features",
+        required=True,
+        key="view",
+        bind="query-params",
+        label_visibility="collapsed",
+    )
+    last = entry.d_sae - 1
+    if st.session_state.get("feature", 0) > last:  # the dictionary before was larger
+        st.session_state["feature"] = last
+    feature_number = number.number_input(
+        "Feature",
+        0,
+        max(1, last),
+        0,
+        key="feature",
+        bind="query-params",
+        label_visibility="collapsed",
+        on_change=state.leave_table,
+        icon=":material/tag:",
+    )
+    for column, text, by in ((back, "Left", -1), (forth, "Right", 1)):
+        column.button(
+            "",
+            icon=f":material/chevron_{text.lower()}:",
+            key=f"go{text}",
+            shortcut=text,
+            help="Previous feature" if by < 0 else "Next feature",
+            on_click=state.step_feature,
+            args=(by, entry.d_sae),
+            width="stretch",
+        )
+    return entry, str(view), int(feature_number)
+
+
+def _explain_index(entry: SaeEntry, error: str) -> None:
+    if entry.has_index:
+        state.explain("This dictionary's index cannot be read", error, f"sae index {entry.path}")
+        return
+    state.explain(
+        f"{entry.id} has no feature index yet",
+        "The pages draw from an index of every activation of every feature. One command builds "
+        "it, from the activation store the dictionary was trained on:",
+        f"sae index {entry.path}",
+    )
+
+
+main()

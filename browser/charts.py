@@ -1,0 +1,66 @@
+"""Histograms as Altair charts; the app's theme colours their text and grid."""
+
+from __future__ import annotations
+
+import altair as alt
+import pandas as pd
+
+from browser.style import BLUE, ORANGE, VIOLET
+
+HEIGHT = 118
+
+
+def _bars(histogram: pd.DataFrame, counted: str, log_counts: bool) -> alt.Chart:
+    axis = alt.Axis(title=None, labelFontSize=10, format="~s")
+    if log_counts:
+        ticks = [0, *(10**i for i in range(12) if 10**i <= histogram["count"].max())]
+        axis.values = ticks
+        y = alt.Y("count:Q", scale=alt.Scale(type="symlog"), axis=axis)
+    else:
+        axis.tickCount = 3
+        y = alt.Y("count:Q", axis=axis)
+    return (
+        alt.Chart(histogram)
+        .mark_bar(binSpacing=0.5)
+        .encode(
+            x=alt.X(
+                "low:Q",
+                bin="binned",
+                axis=alt.Axis(tickCount=6, grid=False, title=None, labelFontSize=10),
+            ),
+            x2="high:Q",
+            y=y,
+            tooltip=[
+                alt.Tooltip("low:Q", format=".3g", title="above"),
+                alt.Tooltip("high:Q", format=".3g", title="up to"),
+                alt.Tooltip("count:Q", format=",", title=counted),
+            ],
+        )
+        .properties(height=HEIGHT)
+    )
+
+
+def activation_chart(histogram: pd.DataFrame) -> alt.Chart:
+    """Firings by activation; counts on a logarithmic scale, since most firings are weak."""
+    return _bars(histogram, "firings", True).configure_mark(color=ORANGE)
+
+
+def logit_chart(histogram: pd.DataFrame) -> alt.Chart:
+    """Vocabulary by logit weight, coloured by sign."""
+    sign = alt.condition("datum.low + datum.high > 0", alt.value(BLUE), alt.value(VIOLET))
+    return _bars(histogram, "tokens", False).encode(color=sign)
+
+
+def divergence_chart(kl: list[float]) -> alt.Chart:
+    """KL divergence between the two next-token distributions at each new token."""
+    frame = pd.DataFrame({"token": range(len(kl)), "kl": kl})
+    return (
+        alt.Chart(frame)
+        .mark_bar(color=BLUE)
+        .encode(
+            x=alt.X("token:O", axis=alt.Axis(title="new token", labelOverlap=True, labelAngle=0)),
+            y=alt.Y("kl:Q", axis=alt.Axis(title=None, tickCount=4)),
+            tooltip=["token", alt.Tooltip("kl:Q", format=".3f")],
+        )
+        .properties(height=HEIGHT)
+    )

@@ -1,0 +1,58 @@
+// Draws short lists of label, bar and number; a row that opens a feature triggers "open".
+// data: {two, lists: [{title, help, colour, empty,
+//                      rows: [{prefix, label, value, extra, share, negative, open}]}]}
+function element(tag, name, text) {
+  const node = document.createElement(tag);
+  if (name) node.className = name;
+  if (text !== undefined && text !== null) node.textContent = text;
+  return node;
+}
+
+function drawRow(row, colour, setTriggerValue) {
+  const line = element("div", row.open === null ? "row" : "row open");
+  const bar = element("div", "bar " + (row.negative ? "negative" : colour || ""));
+  bar.style.width = 100 * Math.max(0, Math.min(1, row.share)) + "%";
+  const value = element("span", "value", row.value);
+  if (row.extra) value.append(element("span", "extra", row.extra));
+  line.append(bar);
+  if (row.prefix) line.append(element("span", "prefix", row.prefix));
+  line.append(element("span", "label", row.label), value);
+  if (row.open !== null) line.onclick = () => setTriggerValue("open", row.open);
+  return line;
+}
+
+export default function (component) {
+  const { data, parentElement, setTriggerValue } = component;
+  let root = parentElement.querySelector(".lists");
+  if (!root) {
+    root = element("div", "lists");
+    parentElement.append(root);
+  }
+  root.classList.toggle("two", data.two);
+  const tip = element("div", "tip");
+  const drawn = document.createDocumentFragment();
+  for (const list of data.lists) {
+    const section = element("section", "list");
+    const head = element("div", "head");
+    head.append(element("span", "", list.title));
+    if (list.help) {
+      const help = element("span", "help", "?");
+      help.onmouseenter = () => {
+        tip.textContent = list.help;
+        tip.style.display = "block";
+        const box = help.getBoundingClientRect();
+        tip.style.top = box.bottom + 6 + "px";
+        tip.style.left =
+          Math.max(4, Math.min(box.left, window.innerWidth - tip.offsetWidth - 8)) + "px";
+      };
+      help.onmouseleave = () => { tip.style.display = "none"; };
+      head.append(help);
+    }
+    section.append(head);
+    if (!list.rows.length) section.append(element("div", "row", list.empty));
+    for (const row of list.rows) section.append(drawRow(row, list.colour, setTriggerValue));
+    drawn.append(section);
+  }
+  drawn.append(tip);
+  root.replaceChildren(drawn);
+}

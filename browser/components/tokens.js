@@ -1,0 +1,129 @@
+// Draws groups of examples, each a line of tokens coloured by activation, and one shared tooltip.
+// Token text goes through textContent only; an element's textContent equals its token exactly.
+// data: {max, bos, vocab: [[id, [[kind, text], …]], …],
+//        groups: [{title, note, empty, examples: [{v: [vocab index], a: [activation], start, hit,
+//                  value, where, doc, context, plain, dim, first}]}]}
+const GLYPHS = { "\n": "↵", "\t": "⇥", "\r": "␍" };
+const INVISIBLE = /[\p{Cc}\p{Cf}\u2028\u2029]/u;
+
+function element(tag, name, text) {
+  const node = document.createElement(tag);
+  if (name) node.className = name;
+  if (text !== undefined && text !== null) node.textContent = text;
+  return node;
+}
+
+function glyph(shown, original) {
+  const outer = element("span", "glyph");
+  outer.dataset.g = shown;
+  outer.append(element("span", "hidden", original));
+  return outer;
+}
+
+function appendPieces(target, pieces) {
+  for (const [kind, text] of pieces) {
+    if (kind === "hex") {
+      target.append(glyph("‹" + text + "›", ""));
+      continue;
+    }
+    let plain = "";
+    for (const character of text) {
+      if (!INVISIBLE.test(character)) { plain += character; continue; }
+      if (plain) target.append(plain);
+      plain = "";
+      const code = character.codePointAt(0).toString(16).padStart(2, "0");
+      target.append(glyph(GLYPHS[character] || "‹" + code + "›", character));
+    }
+    if (plain) target.append(plain);
+  }
+}
+
+function number(value) {
+  if (value === 0) return "0";
+  return Math.abs(value) >= 0.001 ? value.toPrecision(3) : value.toExponential(1);
+}
+
+function drawExample(data, example, e, g) {
+  const line = element("div", example.plain ? "example plain" : "example");
+  if (!example.plain) line.append(element("span", "value", number(example.value)));
+  const text = element("span", "text");
+  text.dir = "auto";
+  example.v.forEach((entry, i) => {
+    const token = element("span", "tok");
+    token.dataset.at = g + "," + e + "," + i;
+    const act = example.a ? example.a[i] : 0;
+    if (act > 0) {
+      token.classList.add("on");
+      // a firing stays visible even when it is faint
+      token.style.setProperty("--p", (0.1 + 0.9 * Math.min(1, act / data.max)).toFixed(3));
+    }
+    if (i === example.hit) token.classList.add("hit");
+    if (data.vocab[entry][0] === data.bos) token.classList.add("bos");
+    if (i < example.dim) token.classList.add("dim");
+    if (example.first !== null && example.first !== undefined && i >= example.first) {
+      token.classList.add(i === example.first ? "first" : "changed");
+    }
+    appendPieces(token, data.vocab[entry][1]);
+    text.append(token);
+  });
+  line.append(text);
+  if (!example.plain) line.append(element("span", "where", example.where));
+  return line;
+}
+
+function fillTip(tip, data, at) {
+  const [g, e, i] = at.split(",").map(Number);
+  const example = data.groups[g].examples[e];
+  const [id, pieces] = data.vocab[example.v[i]];
+  const token = element("div", "tiptoken");
+  appendPieces(token, pieces);
+  const list = element("dl");
+  const add = (name, value) => {
+    if (value === undefined || value === null || value === "") return;
+    list.append(element("dt", "", name), element("dd", "", String(value)));
+  };
+  add("token id", id);
+  add("position", example.start + i);
+  if (example.a) add("activation", number(example.a[i]) +
+    (example.a[i] > 0 ? "  (" + Math.round((100 * example.a[i]) / data.max) + " % of max)" : ""));
+  add("context", example.context);
+  add("document", example.doc);
+  add("domain", example.where);
+  tip.replaceChildren(token, list);
+}
+
+function place(tip, box) {
+  tip.style.display = "block";
+  const below = box.bottom + 6 + tip.offsetHeight < window.innerHeight;
+  tip.style.top = (below ? box.bottom + 6 : box.top - tip.offsetHeight - 6) + "px";
+  tip.style.left = Math.max(4, Math.min(box.left, window.innerWidth - tip.offsetWidth - 8)) + "px";
+}
+
+export default function (component) {
+  const { data, parentElement } = component;
+  let root = parentElement.querySelector(".groups");
+  if (!root) {
+    root = element("div", "groups");
+    parentElement.append(root);
+  }
+  const tip = element("div", "tip");
+  const drawn = document.createDocumentFragment();
+  data.groups.forEach((group, g) => {
+    const section = element("section", "group");
+    const head = element("div", "head");
+    head.append(element("span", "title", group.title), element("span", "note", group.note));
+    section.append(head);
+    if (!group.examples.length) section.append(element("div", "none", group.empty));
+    group.examples.forEach((example, e) => section.append(drawExample(data, example, e, g)));
+    drawn.append(section);
+  });
+  drawn.append(tip);
+  root.replaceChildren(drawn);
+  root.onmouseover = (event) => {
+    const token = event.target.closest(".tok");
+    if (!token) { tip.style.display = "none"; return; }
+    fillTip(tip, data, token.dataset.at);
+    place(tip, token.getClientRects()[0] || token.getBoundingClientRect());
+  };
+  root.onmouseleave = () => { tip.style.display = "none"; };
+}

@@ -1,0 +1,295 @@
+"""What the pages show, from the runs directory and one feature index; no Streamlit here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from browser.tokens import Piece, label, pieces
+from store.features import FeatureIndex
+
+LEVELS = 4  # how deep below the root an SAE may lie
+ULTRA_LOW = 1e-6  # firings per kept token
+DENSE = 0.1
+N_INTERVALS = 11
+
+
+@dataclass(frozen=True)
+class SaeEntry:
+    """An SAE directory found below the root; `id` is its path under the root."""
+
+    id: str
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def index_path(self) -> Path:
+        return self.path / "features.zarr"
+
+    @property
+    def has_index(self) -> bool:
+        return self.index_path.is_dir()
+
+    @property
+    def d_sae(self) -> int:
+        return int(self.config.get("d_sae", 1))
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens around one firing: `acts[i]` is the feature's activation on `token_ids[i]`."""
+
+    row: int
+    value: float
+    context: int
+    start: int
+    hit: int
+    token_ids: np.ndarray
+    shown: list[list[Piece]]
+    acts: np.ndarray
+    document: tuple[str, str, str, str]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Firings in (low, high]: how many, their share of all firings, and a sample of rows."""
+
+    low: float
+    high: float
+    count: int
+    share: float
+    rows: np.ndarray
+
+
+def scan(root: Path) -> list[SaeEntry]:
+    """SAE directories at most four levels below `root`, links not followed, sorted by id."""
+    return sorted(_scan(root, root, LEVELS), key=lambda entry: entry.id)
+
+
+def _scan(root: Path, folder: Path, levels: int) -> Iterator[SaeEntry]:
+    config = read_config(folder / "config.json")
+    if config.get("kind") == "sae":
+        yield SaeEntry(folder.relative_to(root).as_posix(), folder, config)
+    if not levels:
+        return
+    try:
+        with os.scandir(folder) as found:
+            children = [entry for entry in found if _worth_entering(entry)]
+    except OSError:  # no right to look inside
+        return
+    for entry in children:
+        yield from _scan(root, Path(entry.path), levels - 1)
+
+
+def _worth_entering(entry: os.DirEntry[str]) -> bool:
+    hidden = entry.name.startswith(".") or ".zarr" in entry.name
+    return not hidden and entry.is_dir(follow_symlinks=False)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`; {} for anything else (a browser shows what it can)."""
+    if path.is_symlink():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def top_rows(rows: np.ndarray, values: np.ndarray, n: int, seq_len: int) -> np.ndarray:
+    """Rows of the `n` largest values, largest first, one for each context (ties: lower row)."""
+    order = np.lexsort((rows, -values))
+    _, first = np.unique(rows[order] // seq_len, return_index=True)
+    return rows[order[np.sort(first)[:n]]]
+
+
+def intervals(
+    rows: np.ndarray, values: np.ndarray, *, per_interval: int, seed: int, n: int = N_INTERVALS
+) -> list[Interval]:
+    """The firings in `n` intervals (lo, hi] with edges linspace(0, max, n + 1), highest first.
+
+    Of each, up to `per_interval` rows drawn uniformly without replacement, largest first.
+    """
+    if not len(values):
+        return []
+    edges = np.linspace(0.0, float(values.max()), n + 1)
+    place = np.searchsorted(edges, values, side="left") - 1
+    found = []
+    for i in reversed(range(n)):
+        inside = np.flatnonzero(place == i)
+        rng = np.random.default_rng([seed, i])
+        drawn = rng.choice(inside, min(per_interval, len(inside)), replace=False)
+        drawn = drawn[np.argsort(-values[drawn], kind="stable")]
+        found.append(
+            Interval(edges[i], edges[i + 1], len(inside), len(inside) / len(values), rows[drawn])
+        )
+    return found
+
+
+def examples(
+    index: FeatureIndex,
+    feature_rows: np.ndarray,
+    feature_values: np.ndarray,
+    wanted: np.ndarray,
+    *,
+    before: int,
+    after: int,
+) -> list[Example]:
+    """The text around the rows `wanted`, with the feature's activation on every token shown."""
+    found = []
+    for row in wanted.tolist():
+        window = index.window(row, before, after)
+        first_row = window.context * index.seq_len + window.start
+        acts = np.zeros(len(window.token_ids), np.float32)
+        lo, hi = np.searchsorted(feature_rows, [first_row, first_row + len(acts)])
+        acts[feature_rows[lo:hi] - first_row] = feature_values[lo:hi]
+        # three tokens more on the left: a character is at most four bytes
+        lead = index.tokens_at(window.context)[max(0, window.start - 3) : window.start]
+        raw = [index.token_bytes(int(t)) for t in (*lead, *window.token_ids)]
+        found.append(
+            Example(
+                row=row,
+                value=float(acts[row - first_row]),
+                context=window.context,
+                start=window.start,
+                hit=row - first_row,
+                token_ids=window.token_ids,
+                shown=pieces(raw)[len(lead) :],
+                acts=acts,
+                document=index.document_of(row),
+            )
+        )
+    return found
+
+
+def activation_histogram(values: np.ndarray, bins: int = 44) -> pd.DataFrame:
+    """Counts of the firings (zeros excluded) in equal bins over (0, max]: low, high, count."""
+    if not len(values):
+        return pd.DataFrame({"low": [], "high": [], "count": []})
+    edges = np.linspace(0.0, float(values.max()), bins + 1)
+    place = np.clip(np.searchsorted(edges, values, side="left") - 1, 0, bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "count": counts})
+
+
+def logit_histogram(index: FeatureIndex, feature: int) -> pd.DataFrame:
+    """Counts of the vocabulary by logit weight: low, high, count."""
+    counts = index.panel("logits/histogram", feature)
+    low, high = index.panel("logits/range", feature).astype(float)
+    edges = np.linspace(low, high, len(counts) + 1)
+    return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "count": counts})
+
+
+@dataclass(frozen=True)
+class TokenShare:
+    """How often a feature fires on one token: `share` of its firings, `of_token` of the token's."""
+
+    token_id: int
+    count: int
+    share: float
+    mean: float
+
+
+def token_shares(
+    index: FeatureIndex, rows: np.ndarray, values: np.ndarray, n: int
+) -> list[TokenShare]:
+    """The `n` tokens a feature fires on most often (ties: lower id)."""
+    if not len(rows):
+        return []
+    ids, inverse, counts = np.unique(index.tokens_of(rows), return_inverse=True, return_counts=True)
+    means = np.bincount(inverse, weights=values) / counts
+    best = np.lexsort((ids, -counts))[:n]
+    return [
+        TokenShare(int(ids[i]), int(counts[i]), counts[i] / len(rows), float(means[i]))
+        for i in best
+    ]
+
+
+def density(index: FeatureIndex) -> np.ndarray:
+    """Firings per kept token [d_sae]."""
+    return index.stats["count"] / max(1, index.kept_tokens)
+
+
+def flags(index: FeatureIndex) -> np.ndarray:
+    """ "dead", "ultra-low", "dense" or "" for each feature [d_sae]."""
+    share = density(index)
+    conditions = [index.stats["count"] == 0, share < ULTRA_LOW, share > DENSE]
+    return np.select(conditions, ["dead", "ultra-low", "dense"], "")
+
+
+def feature_table(index: FeatureIndex) -> pd.DataFrame:
+    """One row a feature: every statistic of the index, with tokens as visible labels."""
+    stats = index.stats
+
+    def token(number: int) -> str:
+        return label(index.token_bytes(number)) if number >= 0 else ""
+
+    columns: dict[str, Any] = {
+        "feature": np.arange(index.d_sae),
+        "flag": flags(index),
+        "density": density(index),
+        "max": stats["max"],
+        "mean": stats["mean"],
+        "top_token": [token(t) for t in stats["top_token"].tolist()],
+        "top_token_share": stats["top_token_share"],
+    }
+    if index.has("logits/top_id"):
+        ids = index.column("logits/top_id")[:, :5].tolist()
+        columns["top_logits"] = ["  ".join(token(t) for t in row) for row in ids]
+    columns["domain"] = [index.domains[d] if d >= 0 else "" for d in stats["domain_top"].tolist()]
+    columns["domain_purity"] = stats["domain_purity"]
+    for name in ("cos_enc_dec", "nearest_cosine", "logit_kurtosis"):
+        if name in stats:
+            columns[name] = stats[name]
+    return pd.DataFrame(columns)
+
+
+def select_features(
+    table: pd.DataFrame,
+    *,
+    flag: str = "",
+    domain: str = "",
+    log_density: tuple[float, float] | None = None,
+    text: str = "",
+) -> pd.DataFrame:
+    """Rows of `feature_table` that pass every filter; `text` is looked for in tokens and domains.
+
+    `flag` is "", "alive" or one of the flags; `log_density` are bounds on log10 density, and
+    features that never fire fall outside them.
+    """
+    keep = np.ones(len(table), bool)
+    if flag == "alive":
+        keep &= (table["flag"] != "dead").to_numpy()
+    elif flag:
+        keep &= (table["flag"] == flag).to_numpy()
+    if domain:
+        keep &= (table["domain"] == domain).to_numpy()
+    if log_density is not None:
+        share = table["density"].to_numpy()
+        low, high = 10.0 ** log_density[0], 10.0 ** log_density[1]
+        keep &= (share >= low) & (share <= high)
+    if text:
+        needle = label(text.encode()).casefold()
+        hit = np.zeros(len(table), bool)
+        for name in ("top_token", "top_logits", "domain"):
+            if name in table:
+                hit |= table[name].str.casefold().str.contains(needle, regex=False).to_numpy()
+        keep &= hit
+    return table[keep]
+
+
+def to_csv(table: pd.DataFrame) -> bytes:
+    """The table as UTF-8 CSV; text cells are JSON strings, so none is taken for a formula."""
+    safe = table.copy()
+    for name in ("top_token", "top_logits", "domain"):
+        if name in safe:
+            safe[name] = [json.dumps(text, ensure_ascii=False) for text in safe[name]]
+    return safe.to_csv(index=False).encode()

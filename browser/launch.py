@@ -1,0 +1,67 @@
+"""Starts the app: Streamlit in a process of its own, on this machine only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from browser.style import THEME
+
+ROOT_VARIABLE = "MONOSEM_ROOT"
+HOST = "127.0.0.1"
+# any other Host header is refused, so that no web page reaches the app by DNS rebinding
+HOSTS = ["localhost", HOST]
+OPTIONS = {
+    "server.address": HOST,
+    "server.enableStaticServing": "false",
+    "server.fileWatcherType": "none",
+    "browser.gatherUsageStats": "false",
+    "client.toolbarMode": "minimal",
+}
+
+
+def command(*, port: int, open_browser: bool) -> list[str]:
+    """The command line that serves the app on `port`."""
+    app = Path(__file__).with_name("app.py")
+    options = OPTIONS | {
+        "server.port": str(port),
+        "server.headless": "false" if open_browser else "true",
+    }
+    flags = [f"--{name}={value}" for name, value in (options | THEME).items()]
+    flags += [f"--server.allowedHosts={host}" for host in HOSTS]
+    # -P: a file of the user's working directory must not stand in for a module
+    return [sys.executable, "-P", "-m", "streamlit", "run", str(app), *flags]
+
+
+def environment(root: Path) -> dict[str, str]:
+    """This process's environment, the root to browse, and the way to the packages."""
+    found = os.environ | {ROOT_VARIABLE: str(root)}
+    packages = Path(__file__).resolve().parent.parent
+    if packages.name not in ("site-packages", "dist-packages"):  # a checkout
+        found["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(packages), found.get("PYTHONPATH")])
+        )
+    return found
+
+
+def launch(root: Path, *, port: int, open_browser: bool) -> int:
+    """Serves the runs under `root` until interrupted; returns the exit code of Streamlit.
+
+    Raises ValueError when `root` is not a directory.
+    """
+    root = Path(root).resolve()
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a directory; give the directory that holds your runs")
+    print(f"monosem: http://localhost:{port}  ({root}; Ctrl-C stops it)", flush=True)
+    started = command(port=port, open_browser=open_browser)
+    with subprocess.Popen(started, env=environment(root)) as child:
+        # whoever ends this process ends the server with it
+        signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        while True:
+            try:
+                return child.wait()
+            except KeyboardInterrupt:  # the child got it too and is closing
+                continue

@@ -1,0 +1,94 @@
+"""What the views share: the root, cached handles, and moving between views.
+
+State lives in widgets bound to the URL; a move sets their session keys inside a callback.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import streamlit as st
+
+from browser import data
+from browser.data import SaeEntry
+from store.features import FeatureIndex
+from store.schema import StoreError
+
+ROOT_VARIABLE = "MONOSEM_ROOT"
+VIEWS = {"features": "Features", "feature": "Feature", "steering": "Steering"}
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a view draws: an SAE with its index, and the chosen feature."""
+
+    entry: SaeEntry
+    index: FeatureIndex
+    feature: int
+
+
+def root() -> Path:
+    """The runs directory the app was started on."""
+    return Path(os.environ.get(ROOT_VARIABLE, "runs")).resolve()
+
+
+@st.cache_resource(ttl=5, show_spinner=False)
+def saes(folder: Path) -> list[SaeEntry]:
+    """SAEs below `folder`, looked for again after five seconds."""
+    return data.scan(folder)
+
+
+def open_index(entry: SaeEntry) -> FeatureIndex:
+    """The entry's index, opened once and again when it was rebuilt. Raises StoreError."""
+    try:
+        stamp = (entry.index_path / "zarr.json").stat().st_mtime_ns
+    except OSError as error:
+        raise StoreError(f"{entry.index_path}: no feature index here") from error
+    return _open_index(entry.index_path, stamp)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _open_index(path: Path, stamp: int) -> FeatureIndex:
+    return FeatureIndex.open(path)
+
+
+@st.cache_resource(max_entries=4, show_spinner="Reading the dictionary …")
+def feature_table(_index: FeatureIndex, identity: int) -> pd.DataFrame:
+    """`data.feature_table`, kept for as long as its index; callers must not change it."""
+    return data.feature_table(_index)
+
+
+def table_of(index: FeatureIndex) -> pd.DataFrame:
+    """The cached table of all features of an open index."""
+    return feature_table(index, id(index))
+
+
+def open_feature(feature: int) -> None:
+    """Shows a feature: for callbacks only, before the widgets of the next run exist."""
+    st.session_state["feature"] = feature
+    st.session_state["view"] = "feature"
+
+
+def step_feature(by: int, d_sae: int) -> None:
+    """Moves to a neighbouring feature, round the ends."""
+    st.session_state["feature"] = (int(st.session_state["feature"]) + by) % d_sae
+    leave_table()
+
+
+def leave_table() -> None:
+    """A feature chosen on the table page is shown."""
+    if st.session_state.get("view") == "features":
+        st.session_state["view"] = "feature"
+
+
+def explain(title: str, text: str, command: str = "") -> None:
+    """A notice in plain text: what is the matter, and the command that mends it."""
+    code = f"<code>{html.escape(command)}</code>" if command else ""
+    st.html(
+        f'<div class="mono-notice"><b>{html.escape(title)}</b>'
+        f"<div>{html.escape(text)}</div>{code}</div>"
+    )

@@ -1,0 +1,95 @@
+"""Token bytes → what a person sees. Token text is hostile: it is never markup here or later.
+
+A byte-level token may hold part of a character. The token that completes a character shows it;
+the tokens before it show their bytes as hex.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+Piece = tuple[str, str]  # ("text", "é") or ("hex", "c3")
+
+# first byte of a UTF-8 sequence → its length
+_LENGTH = {
+    **dict.fromkeys(range(0xC2, 0xE0), 2),
+    **dict.fromkeys(range(0xE0, 0xF0), 3),
+    **dict.fromkeys(range(0xF0, 0xF5), 4),
+}
+_VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
+
+
+def pieces(tokens: Sequence[bytes]) -> list[list[Piece]]:
+    """One list of pieces for each of the neighbouring `tokens`."""
+    shown: list[list[Piece]] = [[] for _ in tokens]
+    pending: list[tuple[int, int]] = []  # (token, byte) of an unfinished character
+    missing = 0
+
+    def add(token: int, kind: str, text: str) -> None:
+        last = shown[token][-1] if shown[token] else None
+        if kind == "text" and last is not None and last[0] == "text":
+            shown[token][-1] = ("text", last[1] + text)
+        else:
+            shown[token].append((kind, text))
+
+    def give_up() -> None:
+        for token, byte in pending:
+            add(token, "hex", f"{byte:02x}")
+        pending.clear()
+
+    for i, raw in enumerate(tokens):
+        for byte in raw:
+            if pending and 0x80 <= byte < 0xC0:
+                pending.append((i, byte))
+                missing -= 1
+                if missing:
+                    continue
+                character = _decode(bytes(b for _, b in pending))
+                if character is None:  # a surrogate or an overlong form
+                    give_up()
+                    continue
+                for token, earlier in pending:
+                    if token != i:
+                        add(token, "hex", f"{earlier:02x}")
+                add(i, "text", character)
+                pending.clear()
+                continue
+            give_up()
+            if byte < 0x80:
+                add(i, "text", chr(byte))
+            elif byte in _LENGTH:
+                pending, missing = [(i, byte)], _LENGTH[byte] - 1
+            else:
+                add(i, "hex", f"{byte:02x}")
+    give_up()
+    return shown
+
+
+def label(token: bytes) -> str:
+    """One token on its own for tables: spaces, line ends and bytes made visible."""
+    (shown,) = pieces([token])
+    return "".join(
+        f"‹{text}›" if kind == "hex" else "".join(map(_visible, text)) for kind, text in shown
+    )
+
+
+def visible(text: str) -> str:
+    """`text` with spaces, line ends and control characters made visible."""
+    return "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    if character in _VISIBLE:
+        return _VISIBLE[character]
+    # Cc, Cf: control characters and those that reorder or hide text; Zl, Zp: line separators
+    if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp"):
+        return f"‹{ord(character):02x}›"
+    return character
+
+
+def _decode(raw: bytes) -> str | None:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return None
