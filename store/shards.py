@@ -195,7 +195,8 @@ class ShardedArray:
         found_crc = crc32c(block)
         if found_crc != entry["crc32c"]:
             raise StoreError(
-                f"{file}: damaged: checksum {found_crc:08x}, expected {entry['crc32c']:08x}; {repair}"
+                f"{file}: damaged: checksum {found_crc:08x}, expected {entry['crc32c']:08x}; "
+                f"{repair}"
             )
         return block
 
