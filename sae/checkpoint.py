@@ -75,17 +75,14 @@ def adam_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str
     return found
 
 
-def restore_adam(
-    optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]
-) -> None:
+def restore_adam(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
     """Puts back what `adam_tensors` took."""
     for name, parameter in zip(names, _parameters(optimizer), strict=True):
         prefix = f"adam.{name}."
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if state:
             optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device)
-                for key, value in state.items()
+                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
             }
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from sae.checkpoint import adam_tensors, read_tensors, restore_adam, write_json, write_tensors
 from sae.documents import HELD_OUT, TRAIN, Document
 from sae.progress import Interrupted, interruptible, progress
+from sae.rundir import claim, cut_log
 from sae.text import TextSource
 from sae.tokenizer import BOS, load_tokenizer, train_tokenizer
 from sae.transformer import Transformer, TransformerConfig
@@ -34,7 +35,7 @@ class PretrainConfig:
 
     train_tokens: int = 60_000_000
     batch_contexts: int = 32
-    lr: float = 3e-3
+    lr: float = 4e-3
     warmup_steps: int = 200
     final_lr_share: float = 0.05
     weight_decay: float = 0.1
@@ -42,7 +43,14 @@ class PretrainConfig:
     seed: int = 0
     save_minutes: float = 3.0
     eval_steps: int = 500
-    tokenizer_bytes: int = 40_000_000
+    tokenizer_characters: int = 40_000_000
+
+    def __post_init__(self) -> None:
+        for name in ("train_tokens", "batch_contexts", "eval_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pretrain: {name} must be at least 1, got {getattr(self, name)}.")
+        if not self.lr > 0:
+            raise ValueError(f"pretrain: lr must be positive, got {self.lr}.")
 
     @property
     def betas(self) -> tuple[float, float]:
@@ -64,19 +72,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         W: Float[Tensor, "d_vocab d_model"],
         target: Int[Tensor, " rows"],
     ) -> Float[Tensor, ""]:
-        rows = h.shape[0]
+        rows, size = h.shape[0], min(h.shape[0], ChunkedCrossEntropy.CHUNK_ROWS)
         h_half, W_half = h.bfloat16(), W.bfloat16()
         grad_h, grad_W = torch.empty_like(h_half), torch.zeros_like(W)
+        half, wide = h_half.new_empty(size, len(W)), W.new_empty(size, len(W))  # reused by every chunk
         loss = torch.zeros((), dtype=torch.float64)
-        for start in range(0, rows, ChunkedCrossEntropy.CHUNK_ROWS):
-            chunk = slice(start, min(start + ChunkedCrossEntropy.CHUNK_ROWS, rows))
+        for start in range(0, rows, size):
+            chunk = slice(start, min(start + size, rows))
             wanted = target[chunk, None]
-            log_p = torch.log_softmax((h_half[chunk] @ W_half.T).float(), -1)
-            loss -= log_p.gather(1, wanted).sum(dtype=torch.float64)
-            grad = log_p.exp_().scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=log_p.dtype))
-            grad = grad.bfloat16()
-            torch.mm(grad, W_half, out=grad_h[chunk])
-            grad_W += grad.T @ h_half[chunk]
+            logits, p = half[: len(wanted)], wide[: len(wanted)]
+            torch.mm(h_half[chunk], W_half.T, out=logits)
+            torch.log_softmax(p.copy_(logits), -1, out=p)
+            loss -= p.gather(1, wanted).sum(dtype=torch.float64)
+            p.exp_().scatter_add_(1, wanted, p.new_full(wanted.shape, -1.0))
+            logits.copy_(p)
+            torch.mm(logits, W_half, out=grad_h[chunk])
+            grad_W += logits.T @ h_half[chunk]
         ctx.save_for_backward(grad_h, grad_W)
         ctx.rows = rows
         return (loss / rows).float()
@@ -91,10 +102,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def batch_loss(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
     """Mean next-token loss in nats of `tokens`, in bfloat16 autocast."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        resid = model.resid_pre(tokens[:, :-1])
-        for block in model.blocks:
-            resid = block(resid)
-        h = model.ln_final(resid)
+        h = model.final(tokens[:, :-1])
     loss = ChunkedCrossEntropy.apply(h.flatten(0, 1), model.unembed.weight, tokens[:, 1:].flatten())
     assert isinstance(loss, Tensor)
     return loss
@@ -145,9 +153,10 @@ def pretrain(source: TextSource, out: Path, *, shape: TransformerConfig, config:
 
     Raises: ValueError for too little text or when `out` holds a run with other settings; Interrupted on Ctrl-C.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    settings = {"shape": shape.to_dict(), "train": asdict(config), "text": source.fingerprint}
-    _claim(out, settings)
+    settings = {"shape": shape.to_dict(), "train": asdict(config), "text_sha256": source.fingerprint}
+    if shape.d_vocab > 1 << 16:
+        raise ValueError(f"pretrain: d_vocab = {shape.d_vocab:,} is more than the 65,536 tokens 16 bits can number.")
+    claim(out, "pretrain.json", settings)
     tokens = {split: _token_file(source, out, split, shape, config) for split in (TRAIN, HELD_OUT)}
     model = Transformer(shape, seed=config.seed)
     stream = TokenStream(tokens[TRAIN], shape.n_ctx, config.batch_contexts, config.seed)
@@ -161,25 +170,6 @@ def pretrain(source: TextSource, out: Path, *, shape: TransformerConfig, config:
     return out
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings once; refuses a directory that holds a run with other ones."""
-    path = out / "pretrain.json"
-    if not path.exists():
-        write_json(path, settings)
-        return
-    held = json.loads(path.read_text())
-    differing = [
-        f"{group}.{key}: {held[group].get(key)!r} there, {value!r} asked for"
-        for group in ("shape", "train")
-        for key, value in settings[group].items()
-        if held[group].get(key) != value
-    ]
-    if held["text"] != settings["text"]:
-        differing.append("text: another source")
-    if differing:
-        raise ValueError(f"{out} holds a model trained with other settings ({'; '.join(differing)}). Choose another --out.")
-
-
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -191,15 +181,15 @@ def _token_file(
     if not path.exists():
         tokenizer_path = out / "tokenizer.json"
         if not tokenizer_path.exists():
-            texts = _texts_up_to(source.documents(), config.tokenizer_bytes)
+            texts = _texts_up_to(source.documents(), config.tokenizer_characters)
             train_tokenizer(texts, shape.d_vocab).save(str(tokenizer_path) + ".tmp")
             Path(str(tokenizer_path) + ".tmp").replace(tokenizer_path)
         tokenizer = load_tokenizer(tokenizer_path)
         bos = np.array([tokenizer.token_to_id(BOS)], dtype=np.uint16)
         parts: list[np.ndarray] = []
         documents = (d.text for d in source.documents() if d.split == split)
-        while texts := list(islice(documents, 256)):
-            for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        while batch := list(islice(documents, 256)):
+            for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
                 parts += [bos, np.array(encoding.ids, dtype=np.uint16)]
         temporary = path.with_suffix(".tmp.npy")
         np.save(temporary, np.concatenate(parts) if parts else np.empty(0, np.uint16))
@@ -207,22 +197,20 @@ def _token_file(
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _texts_up_to(documents: Iterator[Document], text_bytes: int) -> Iterator[str]:
+def _texts_up_to(documents: Iterator[Document], characters: int) -> Iterator[str]:
     for document in documents:
         if document.split != TRAIN:
             continue
         yield document.text
-        text_bytes -= len(document.text)
-        if text_bytes < 0:
+        characters -= len(document.text)
+        if characters < 0:
             return
 
 
 # --- loop ------------------------------------------------------------------------------------------------------------
 
 
-def _train(
-    model: Transformer, stream: TokenStream, held_out: np.ndarray, out: Path, config: PretrainConfig
-) -> None:
+def _train(model: Transformer, stream: TokenStream, held_out: np.ndarray, out: Path, config: PretrainConfig) -> None:
     batch_tokens = config.batch_contexts * model.config.n_ctx
     total_steps = max(1, config.train_tokens // batch_tokens)
     names, optimizer = _optimizer(model, config)
@@ -238,7 +226,9 @@ def _train(
             loss = _step(model, optimizer, stream.batch(step), lr, config.clip_norm)
             step += 1
             if not math.isfinite(loss):
-                raise ValueError(f"pretrain: the loss is {loss} at step {step}; lower lr (now {config.lr:g}) and restart.")
+                raise ValueError(
+                    f"pretrain: the loss is {loss} at step {step}; lower lr (now {config.lr:g}) and restart."
+                )
             bar.update(batch_tokens)
             if step % 50 == 0 or step == total_steps:
                 entry: dict[str, Any] = {"step": step, "tokens": step * batch_tokens, "loss": round(loss, 4), "lr": lr}
@@ -251,7 +241,9 @@ def _train(
                 _save(model, optimizer, names, out, step)
                 saved = time.monotonic()
             if interrupt.requested and step < total_steps:
-                raise Interrupted(f"stopped at step {step:,} of {total_steps:,}, saved in {out}. Repeat the command to go on.")
+                raise Interrupted(
+                    f"stopped at step {step:,} of {total_steps:,}, saved in {out}. Repeat the command to go on."
+                )
 
 
 def _optimizer(model: Transformer, config: PretrainConfig) -> tuple[list[str], torch.optim.AdamW]:
@@ -270,9 +262,7 @@ def _optimizer(model: Transformer, config: PretrainConfig) -> tuple[list[str], t
     return [n for n, _ in (*decayed, *plain)], optimizer
 
 
-def _step(
-    model: Transformer, optimizer: torch.optim.Optimizer, tokens: Tensor, lr: float, clip_norm: float
-) -> float:
+def _step(model: Transformer, optimizer: torch.optim.Optimizer, tokens: Tensor, lr: float, clip_norm: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = lr
     loss = batch_loss(model, tokens)
@@ -311,11 +301,5 @@ def _restore(model: Transformer, optimizer: torch.optim.Optimizer, names: list[s
     tensors, header = read_tensors(out / "state.safetensors")
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     restore_adam(optimizer, names, tensors)
-    log = out / "metrics.jsonl"
-    if log.exists():
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= header["step"]]
-        log.write_text("".join(line + "\n" for line in kept))
+    cut_log(out / "metrics.jsonl", header["step"])
     return int(header["step"])
-
-
-CONFIG_FIELDS = [field.name for field in fields(PretrainConfig)]

@@ -6,6 +6,7 @@ Its parameter names are those of TransformerLens' native bridge, so one safetens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,7 @@ class Attention(nn.Module):
         def heads(projected: Tensor) -> Tensor:  # [batch, n_heads, pos, d_head]
             return projected.view(batch, pos, self.n_heads, self.d_head).transpose(1, 2)
 
-        z = F.scaled_dot_product_attention(
-            heads(self.q(x)), heads(self.k(x)), heads(self.v(x)), is_causal=True
-        )
+        z = F.scaled_dot_product_attention(heads(self.q(x)), heads(self.k(x)), heads(self.v(x)), is_causal=True)
         return self.o(z.transpose(1, 2).reshape(batch, pos, -1))
 
 
@@ -76,25 +75,35 @@ class Mlp(nn.Module):
         self.act_fn = ACTIVATIONS[config.act_fn]
 
     def post(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_mlp"]:
-        return self.act_fn(self.get_submodule("in")(x))
+        pre: Tensor = self.get_submodule("in")(x)
+        return self.act_fn(pre)
+
+
+Hook = Callable[[str, Tensor], Tensor]
+
+
+def no_hook(name: str, value: Tensor) -> Tensor:
+    return value
 
 
 class Block(nn.Module):
     """Pre-LayerNorm block: attention, then MLP, both added to the residual stream."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
+        self.name = f"blocks.{layer}"
         self.ln1 = nn.LayerNorm(config.d_model)
         self.attn = Attention(config)
         self.ln2 = nn.LayerNorm(config.d_model)
         self.mlp = Mlp(config)
 
-    def resid_mid(self, resid_pre: Tensor) -> Tensor:
-        return resid_pre + self.attn(self.ln1(resid_pre))
-
-    def forward(self, resid_pre: Tensor) -> Tensor:
-        resid_mid = self.resid_mid(resid_pre)
-        return resid_mid + self.mlp.out(self.mlp.post(self.ln2(resid_mid)))
+    def forward(self, resid: Tensor, hook: Hook = no_hook) -> Tensor:
+        resid = hook(f"{self.name}.hook_resid_pre", resid)
+        resid = resid + hook(f"{self.name}.hook_attn_out", self.attn(self.ln1(resid)))
+        resid = hook(f"{self.name}.hook_resid_mid", resid)
+        post = hook(f"{self.name}.mlp.hook_post", self.mlp.post(self.ln2(resid)))
+        resid = resid + hook(f"{self.name}.hook_mlp_out", self.mlp.out(post))
+        return hook(f"{self.name}.hook_resid_post", resid)
 
 
 class Transformer(nn.Module):
@@ -105,7 +114,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.d_vocab, config.d_model)
         self.pos_embed = nn.Embedding(config.n_ctx, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.ln_final = nn.LayerNorm(config.d_model)
         self.unembed = nn.Linear(config.d_model, config.d_vocab, bias=False)
         self._initialise(seed)
@@ -129,8 +138,23 @@ class Transformer(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         return self.embed(tokens) + self.pos_embed(positions)
 
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+    def forward(self, tokens: Int[Tensor, "batch pos"], hook: Hook = no_hook) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits; `hook(name, value)` sees each hook point and returns the value to go on with."""
+        return self.unembed(self.final(tokens, hook))
+
+    def final(self, tokens: Int[Tensor, "batch pos"], hook: Hook = no_hook) -> Float[Tensor, "batch pos d_model"]:
+        """The normalised residual stream that the unembedding reads."""
         resid = self.resid_pre(tokens)
         for block in self.blocks:
-            resid = block(resid)
-        return self.unembed(self.ln_final(resid))
+            resid = block(resid, hook)
+        return self.ln_final(resid)
+
+    @property
+    def hook_widths(self) -> dict[str, int]:
+        """Width of the activations at each hook point."""
+        widths: dict[str, int] = {}
+        for layer in range(self.config.n_layers):
+            for name in ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post"):
+                widths[f"blocks.{layer}.{name}"] = self.config.d_model
+            widths[f"blocks.{layer}.mlp.hook_post"] = self.config.d_mlp
+        return widths

@@ -1,0 +1,94 @@
+"""How a dictionary is trained: one frozen dataclass, checked before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+PAPER_RESAMPLE_STEPS = (25_000, 50_000, 75_000, 100_000)
+PAPER_DEAD_STEPS = 12_500
+PAPER_RESAMPLE_ROWS = 819_200
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run. One row is one token's activation vector.
+
+    `l1` is λ in scaled units, where inputs have E‖x‖² = d_in: loss = ‖x − x̂‖² (sum over d_in, mean over the batch)
+    + λ Σ f. Divide by the input scale (in config.json) for raw units, and by d_in for the paper's mean-squared form.
+    """
+
+    recipe: str = "topk"
+    d_sae: int = 4096
+    tokens: int = 4_000_000
+    batch_tokens: int = 4096
+    lr: float = 1e-3
+    warmup_share: float = 0.02
+    decay_share: float = 0.2
+    l1: float = 0.0
+    k: int = 0
+    aux_coefficient: float = 0.0
+    dead_tokens: int = 0
+    seed: int = 0
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("d_sae", "tokens", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training: {name} must be at least 1, got {getattr(self, name)}.")
+        if self.tokens < self.batch_tokens:
+            raise ValueError(
+                f"training: tokens = {self.tokens:,} is less than one batch of {self.batch_tokens:,}. Give more tokens."
+            )
+        if not self.lr > 0:
+            raise ValueError(f"training: lr must be positive, got {self.lr}.")
+        for name in ("warmup_share", "decay_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"training: {name} is a share of the run between 0 and 1, got {getattr(self, name)}.")
+        for name in ("l1", "k", "aux_coefficient", "dead_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"training: {name} must not be negative, got {getattr(self, name)}.")
+        if self.k > self.d_sae:
+            raise ValueError(f"training: k = {self.k} is more than d_sae = {self.d_sae:,}.")
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // self.batch_tokens
+
+    @property
+    def dead_after_tokens(self) -> int:
+        """A feature silent for this many tokens counts as dead; by default a share of the run, at most 10M."""
+        return self.dead_tokens or max(self.batch_tokens, min(10_000_000, self.tokens // 20))
+
+    @property
+    def resample_steps(self) -> tuple[int, ...]:
+        """Steps after which dead features are resampled: the paper's, or the same four events spread over the run."""
+        if self.exact:
+            return PAPER_RESAMPLE_STEPS
+        return tuple(max(1, self.steps * tenth // 10) for tenth in (1, 2, 3, 4))
+
+    @property
+    def resample_window_steps(self) -> int:
+        """Dead for resampling: no firing in this many steps before the event (the paper: half an interval)."""
+        return PAPER_DEAD_STEPS if self.exact else max(1, self.steps // 20)
+
+    @property
+    def resample_rows(self) -> int:
+        """Rows on which losses are measured to choose new directions (the paper: 100 batches of 8,192)."""
+        return PAPER_RESAMPLE_ROWS if self.exact else min(PAPER_RESAMPLE_ROWS, 25 * self.batch_tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def with_overrides(config: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
+    """A copy with some fields replaced. Raises: ValueError for an unknown field, naming the nearest one."""
+    known = [field.name for field in fields(TrainConfig)]
+    for name in overrides:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Known are {', '.join(known)}."
+            raise ValueError(f"training has no setting {name!r}.{hint}")
+    return replace(config, **overrides)

@@ -1,0 +1,166 @@
+"""The feature index: every activation of every feature, and what its page shows, in one streaming pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.lm import LanguageModel
+from sae.model import SAE
+from sae.progress import progress
+
+TOP_LOGITS = 20
+LOGIT_BUCKETS = 40
+NEURONS = 10
+NEIGHBOURS = 10
+FEATURES_AT_ONCE = 512
+
+
+class IndexBlock(NamedTuple):
+    """Whole contexts as the index numbers them; `document` counts in the index's own table."""
+
+    first_context: int
+    acts: Float[Tensor, "rows d_in"]
+    tokens: np.ndarray
+    keep: np.ndarray
+    document: np.ndarray
+
+
+class IndexSink(Protocol):
+    """Takes the activations in any order and the finished panels; `store.features.FeatureWriter` is one."""
+
+    def append(
+        self,
+        first_context: int,
+        tokens: np.ndarray,
+        keep: np.ndarray,
+        document: np.ndarray,
+        rows: np.ndarray,
+        features: np.ndarray,
+        values: np.ndarray,
+    ) -> None: ...
+
+    def finish(self, panels: dict[str, np.ndarray]) -> Path: ...
+
+
+@torch.inference_mode()
+def index(
+    sae: SAE, model: LanguageModel, blocks: Iterable[IndexBlock], sink: IndexSink, *, hook_point: str, tokens: int
+) -> Path:
+    """Encodes every block once, then adds logit weights, neurons and neighbours; returns the index's path."""
+    correlation = Correlation(sae.d_sae, sae.d_in)
+    with progress("index", tokens, "tok") as bar:
+        for block in blocks:
+            kept = torch.from_numpy(block.keep.reshape(-1))
+            feature_acts = sae.encode(block.acts) * kept[:, None]
+            rows, features = feature_acts.nonzero(as_tuple=True)
+            values = feature_acts[rows, features]
+            first_row = block.first_context * block.tokens.shape[1]
+            sink.append(
+                block.first_context, block.tokens, block.keep, block.document,
+                rows.numpy() + first_row, features.numpy(), values.numpy(),
+            )  # fmt: skip
+            correlation.add(feature_acts[kept], block.acts[kept])
+            bar.update(block.tokens.size)
+    return sink.finish(panels(sae, model, hook_point) | correlation.panels())
+
+
+class Correlation:
+    """Pearson correlation of each feature with each neuron of x, from running float64 sums."""
+
+    def __init__(self, d_sae: int, d_in: int) -> None:
+        self.n = 0
+        self.products = torch.zeros(d_sae, d_in, dtype=torch.float64)
+        self.f, self.ff = (torch.zeros(d_sae, dtype=torch.float64) for _ in range(2))
+        self.x, self.xx = (torch.zeros(d_in, dtype=torch.float64) for _ in range(2))
+
+    def add(self, feature_acts: Float[Tensor, "rows d_sae"], x: Float[Tensor, "rows d_in"]) -> None:
+        self.n += len(x)
+        self.products += feature_acts.T @ x
+        self.f += feature_acts.sum(0, dtype=torch.float64)
+        self.ff += feature_acts.double().pow(2).sum(0)
+        self.x += x.sum(0, dtype=torch.float64)
+        self.xx += x.double().pow(2).sum(0)
+
+    def matrix(self) -> Float[Tensor, "d_sae d_in"]:
+        """`cov(f, x) / (σ_f σ_x)`; 0 where either never varies."""
+        n = max(1, self.n)
+        covariance = self.products / n - torch.outer(self.f / n, self.x / n)
+        f_std = (self.ff / n - (self.f / n) ** 2).clamp_min(0).sqrt()
+        x_std = (self.xx / n - (self.x / n) ** 2).clamp_min(0).sqrt()
+        scale = torch.outer(f_std, x_std)
+        return torch.where(scale > 1e-12, covariance / scale.clamp_min(1e-12), 0.0).float()
+
+    def panels(self) -> dict[str, np.ndarray]:
+        values, ids = self.matrix().topk(min(NEURONS, len(self.x)), dim=-1)
+        return {"neurons/corr_id": ids.int().numpy(), "neurons/corr_value": values.numpy()}
+
+
+def panels(sae: SAE, model: LanguageModel, hook_point: str) -> dict[str, np.ndarray]:
+    """What follows from the weights alone: logit weights, aligned neurons, nearest features, encoder alignment."""
+    parts: dict[str, list[np.ndarray]] = {}
+    unit = torch.nn.functional.normalize(sae.W_dec, dim=-1)
+    for chunk in _chunks(sae.d_sae):
+        found = _logit_panels(model.logit_weights(sae.W_dec[chunk].to(model.device), hook_point).cpu())
+        found |= _neuron_panels(sae.W_dec[chunk]) | _neighbour_panels(unit, chunk)
+        for name, array in found.items():
+            parts.setdefault(name, []).append(array)
+    joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    joined["stats/cos_enc_dec"] = torch.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=-1).numpy()
+    return joined
+
+
+def _chunks(d_sae: int) -> Iterator[slice]:
+    return (slice(start, min(start + FEATURES_AT_ONCE, d_sae)) for start in range(0, d_sae, FEATURES_AT_ONCE))
+
+
+def _logit_panels(weights: Float[Tensor, "n d_vocab"]) -> dict[str, np.ndarray]:
+    count = min(TOP_LOGITS, weights.shape[1])
+    top, top_id = weights.topk(count, dim=-1)
+    bottom, bottom_id = weights.topk(count, dim=-1, largest=False)
+    low, high = weights.amin(-1), weights.amax(-1)
+    width = (high - low).clamp_min(1e-12)[:, None]
+    bucket = ((weights - low[:, None]) / width * LOGIT_BUCKETS).long().clamp_max(LOGIT_BUCKETS - 1)
+    histogram = torch.zeros(len(weights), LOGIT_BUCKETS, dtype=torch.int64)
+    histogram.scatter_add_(1, bucket, torch.ones_like(bucket))
+    centred = (weights - weights.mean(-1, keepdim=True)).double()
+    kurtosis = centred.pow(4).mean(-1) / centred.pow(2).mean(-1).clamp_min(1e-24).pow(2)
+    return {
+        "logits/top_id": top_id.int().numpy(),
+        "logits/top_value": top.numpy(),
+        "logits/bottom_id": bottom_id.int().numpy(),
+        "logits/bottom_value": bottom.numpy(),
+        "logits/histogram": histogram.numpy().astype(np.uint32),
+        "logits/range": torch.stack([low, high], -1).numpy(),
+        "stats/logit_kurtosis": kurtosis.float().numpy(),
+    }
+
+
+def _neuron_panels(W_dec: Float[Tensor, "n d_in"]) -> dict[str, np.ndarray]:
+    _, ids = W_dec.abs().topk(min(NEURONS, W_dec.shape[1]), dim=-1)
+    values = W_dec.gather(1, ids)
+    share = values.abs() / W_dec.abs().sum(-1, keepdim=True).clamp_min(1e-12)
+    return {
+        "neurons/weight_id": ids.int().numpy(),
+        "neurons/weight_value": values.numpy(),
+        "neurons/weight_share": share.numpy(),
+    }
+
+
+def _neighbour_panels(unit: Float[Tensor, "d_sae d_in"], chunk: slice) -> dict[str, np.ndarray]:
+    cosines = unit[chunk] @ unit.T
+    own = torch.arange(chunk.start, chunk.stop)
+    cosines[torch.arange(len(own)), own] = -2.0  # a feature is no neighbour of itself
+    values, ids = cosines.topk(min(NEIGHBOURS, unit.shape[0] - 1), dim=-1)
+    nearest = values[:, 0] if values.shape[1] else torch.zeros(len(own))
+    return {
+        "neighbours/id": ids.int().numpy(),
+        "neighbours/cosine": values.numpy(),
+        "stats/nearest_cosine": nearest.numpy(),
+    }

@@ -1,0 +1,31 @@
+"""What a trainer reads: rows of activations, by step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One step's rows; `y` is the target where it is not x (transcoders), `resid` and `tokens` for recipes that ask."""
+
+    x: Float[Tensor, "batch d_in"]
+    y: Float[Tensor, "batch d_out"] | None = None
+    resid: Float[Tensor, "batch d_model"] | None = None
+    tokens: Int[Tensor, " batch"] | None = None
+
+
+class Rows(Protocol):
+    """A source of training rows: the store, a live model, or a test."""
+
+    d_in: int
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step: a pure function of (source, seed, step), so a run resumes anywhere."""
+        ...
+
+    def sample(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
+        """n rows drawn uniformly: a pure function of the seed."""
+        ...

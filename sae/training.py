@@ -1,0 +1,250 @@
+"""Training one dictionary: resumable bit for bit, interruptible at any step.
+
+Imports torch, numpy and safetensors alone, so it runs on a bare GPU box.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae import losses, optim
+from sae.checkpoint import adam_tensors, read_tensors, restore_adam, write_tensors
+from sae.config import TrainConfig
+from sae.kernels import reference as kernels
+from sae.model import SAE, fold_scale, save
+from sae.progress import Interrupted, interruptible, progress
+from sae.recipes import Recipe, recipe_named
+from sae.rows import Rows
+from sae.rundir import claim, cut_log
+
+SCALE_ROWS = 65_536
+MEDIAN_ROWS = 16_384
+LOG_STEPS = 25
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training; functions hold no state."""
+
+    sae: SAE  # on scaled inputs
+    optimizer: torch.optim.Optimizer
+    scale: float
+    tokens_since_fired: Int[Tensor, " d_sae"]
+    step: int = 0
+    resampled: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(
+    rows: Rows,
+    out: str | Path,
+    config: TrainConfig,
+    *,
+    provenance: dict[str, Any] | None = None,
+    save_minutes: float = 2.0,
+) -> SAE:
+    """Trains a dictionary on `rows` into the directory `out`; repeat the call to go on after an interruption.
+
+    Writes sae.safetensors (scale folded in), config.json, metrics.jsonl; state.safetensors while it runs and after.
+    Raises: ValueError when `out` holds a run with other settings or the loss is not finite; Interrupted on Ctrl-C.
+    """
+    out = Path(out)
+    recipe = recipe_named(config.recipe)
+    claim(out, "train.json", {"train": config.to_dict(), "rows": provenance or {}})
+    state = _restore(out, config, recipe, rows.d_in) or _start(rows, config, recipe)
+    saved = time.monotonic()
+    with (
+        interruptible() as interrupt,
+        progress("train", config.tokens, "tok", initial=state.step * config.batch_tokens) as bar,
+        (out / "metrics.jsonl").open("a") as log,
+    ):
+        while state.step < config.steps:
+            started = time.perf_counter()
+            metrics = train_step(state, rows.batch(state.step).x, config, recipe)
+            if recipe.resample and state.step in config.resample_steps:
+                _resample(state, rows, config)
+            bar.update(config.batch_tokens)
+            last = state.step == config.steps
+            if state.step % LOG_STEPS == 0 or last:
+                seconds = time.perf_counter() - started
+                entry = _measured(metrics, state, config)
+                log.write(json.dumps(entry | {"rows_per_s": round(config.batch_tokens / seconds)}) + "\n")
+                log.flush()
+                bar.set_postfix(fvu=f"{entry['fvu']:.4f}", l0=f"{entry['l0']:.1f}", dead=f"{entry['dead_share']:.1%}")
+            if interrupt.requested or last or time.monotonic() - saved > 60 * save_minutes:
+                save_state(out, state)
+                saved = time.monotonic()
+            if interrupt.requested and not last:
+                raise Interrupted(
+                    f"stopped at step {state.step:,} of {config.steps:,}, saved in {out}. Repeat the command to go on."
+                )
+    sae = fold_scale(state.sae, state.scale)
+    sae.config = _final_config(state, config, provenance or {})
+    save(sae, out, sae.config)
+    return sae.eval().requires_grad_(False)
+
+
+def train_step(
+    state: TrainState, raw: Float[Tensor, "batch d_in"], config: TrainConfig, recipe: Recipe
+) -> dict[str, Tensor]:
+    """One step: forward, losses, backward, projected Adam, renormalised decoder. Returns tensors to log."""
+    sae = state.sae
+    x = raw * state.scale
+    pre = sae.pre_acts(x)
+    if recipe.activation == "topk":
+        values, indices = kernels.topk(pre, config.k)
+        x_hat = kernels.sparse_decode(values, indices, sae.W_dec) + sae.b_dec
+        fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device)
+        fired[indices[values > 0]] = True
+        l0 = (values > 0).sum(-1, dtype=torch.float32).mean()
+    else:
+        values = pre.relu()
+        x_hat = sae.decode(values)
+        active = values.detach() > 0
+        fired = active.any(0)
+        l0 = active.sum(-1, dtype=torch.float32).mean()
+    error = losses.squared_error(x, x_hat)
+    loss = error
+    if config.l1:
+        loss = loss + config.l1 * losses.l1_norm(values)
+    if config.aux_coefficient:
+        dead = state.tokens_since_fired >= config.dead_after_tokens
+        loss = loss + config.aux_coefficient * _aux(state, pre, x, x_hat, dead, error)
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optim.project_decoder_gradient_(sae)
+    for group in state.optimizer.param_groups:
+        group["lr"] = optim.learning_rate(state.step, config)
+    state.optimizer.step()
+    optim.normalise_decoder_(sae)
+    state.tokens_since_fired += len(x)
+    state.tokens_since_fired[fired] = 0
+    state.step += 1
+    return {"loss": loss.detach(), "error": error.detach(), "l0": l0, "x": x.detach()}
+
+
+def _aux(state: TrainState, pre: Tensor, x: Tensor, x_hat: Tensor, dead: Tensor, error: Tensor) -> Tensor:
+    # Gao et al. weigh AuxK against a squared error normalised by the variance; ours is not: multiply it back.
+    variance = (x - x.mean(0)).pow(2).sum(-1).mean()
+    return losses.aux_k_loss(state.sae, pre, x - x_hat, dead) * variance.detach()
+
+
+def _measured(metrics: dict[str, Tensor], state: TrainState, config: TrainConfig) -> dict[str, Any]:
+    """The logged line; the one place where a non-finite loss stops the run."""
+    loss = metrics["loss"].item()
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"training: the loss is {loss} at step {state.step:,}. The last checkpoint is kept; "
+            f"likely cause: lr = {config.lr:g} is too high, or rows that are not finite (`sae verify` the store)."
+        )
+    x = metrics["x"]
+    variance = (x - x.mean(0)).pow(2).sum(-1).mean()
+    return {
+        "step": state.step,
+        "rows": state.step * config.batch_tokens,
+        "loss": loss,
+        "fvu": (metrics["error"] / variance).item(),
+        "l0": metrics["l0"].item(),
+        "dead_share": (state.tokens_since_fired >= config.dead_after_tokens).float().mean().item(),
+        "lr": optim.learning_rate(state.step - 1, config),
+    }
+
+
+# --- start, resampling -----------------------------------------------------------------------------------------------
+
+
+def _start(rows: Rows, config: TrainConfig, recipe: Recipe) -> TrainState:
+    sample = rows.sample(SCALE_ROWS, config.seed)
+    mean_square = sample.double().pow(2).sum(-1).mean().item()
+    if not mean_square > 0:
+        raise ValueError("training: every sampled activation is zero; is the hook point right?")
+    scale = math.sqrt(rows.d_in / mean_square)
+    sae = SAE(rows.d_in, config.d_sae, activation=recipe.activation, k=config.k or None)
+    median = optim.geometric_median(sample[:MEDIAN_ROWS] * scale)
+    optim.initialise_(sae, median, recipe.encoder_init, config.seed)
+    return TrainState(sae, _adam(sae, config), scale, torch.zeros(config.d_sae, dtype=torch.int64))
+
+
+def _adam(sae: SAE, config: TrainConfig) -> torch.optim.Adam:
+    return torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
+
+
+@torch.no_grad()
+def _resample(state: TrainState, rows: Rows, config: TrainConfig) -> None:
+    """The paper's resampling event; what was done is kept per feature for the log."""
+    window_tokens = config.resample_window_steps * config.batch_tokens
+    dead = (state.tokens_since_fired >= window_tokens).nonzero().squeeze(-1)
+    if not len(dead):
+        return
+    seed = config.seed * 1_000_003 + state.step
+    sample = rows.sample(config.resample_rows, seed) * state.scale
+    errors = torch.cat([_row_losses(state.sae, chunk, config) for chunk in sample.split(config.batch_tokens)])
+    generator = torch.Generator().manual_seed(seed)
+    parents = optim.resample_(state.sae, state.optimizer, dead, sample, errors, generator)
+    ages = state.tokens_since_fired[dead].tolist()
+    state.tokens_since_fired[dead] = 0
+    state.resampled.append(
+        {"step": state.step, "features": dead.tolist(), "sample_rows": parents.tolist(), "silent_tokens": ages}
+    )
+
+
+def _row_losses(sae: SAE, x: Tensor, config: TrainConfig) -> Tensor:
+    feature_acts = sae.encode(x)
+    return (x - sae.decode(feature_acts)).pow(2).sum(-1) + config.l1 * feature_acts.sum(-1)
+
+
+# --- state on disk ---------------------------------------------------------------------------------------------------
+
+
+def save_state(out: Path, state: TrainState) -> None:
+    """Everything needed to go on, in one file, by one atomic rename."""
+    names = [name for name, _ in state.sae.named_parameters()]
+    tensors = {f"sae.{name}": tensor for name, tensor in state.sae.tensors().items()}
+    tensors |= adam_tensors(state.optimizer, names)
+    tensors["tokens_since_fired"] = state.tokens_since_fired
+    header = {"step": state.step, "scale": state.scale, "resampled": state.resampled}
+    write_tensors(out / "state.safetensors", tensors, header)
+
+
+def _restore(out: Path, config: TrainConfig, recipe: Recipe, d_in: int) -> TrainState | None:
+    """The saved state, with metrics.jsonl cut to its step; None when there is none."""
+    log = out / "metrics.jsonl"
+    if not (out / "state.safetensors").exists():
+        log.unlink(missing_ok=True)
+        return None
+    tensors, header = read_tensors(out / "state.safetensors")
+    sae = SAE(d_in, config.d_sae, activation=recipe.activation, k=config.k or None)
+    sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
+    optimizer = _adam(sae, config)
+    restore_adam(optimizer, [name for name, _ in sae.named_parameters()], tensors)
+    cut_log(log, header["step"])
+    return TrainState(
+        sae, optimizer, header["scale"], tensors["tokens_since_fired"], header["step"], header["resampled"]
+    )
+
+
+def _final_config(state: TrainState, config: TrainConfig, provenance: dict[str, Any]) -> dict[str, Any]:
+    """config.json: the resolved settings, and λ in every convention in use."""
+    d_in = state.sae.d_in
+    return {
+        "recipe": config.recipe,
+        "train": config.to_dict(),
+        "input_scale": state.scale,
+        "lambda": {
+            "scaled": config.l1,
+            "raw": config.l1 / state.scale,
+            "raw_mean_squared": config.l1 / state.scale / d_in,
+            "meaning": "raw: ‖x−x̂‖² summed over d_in, mean over the batch, + λ Σ f in the model's units; "
+            "raw_mean_squared: the same with the squared error averaged over d_in (the paper's convention)",
+        },
+        "resample_events": [{"step": event["step"], "features": len(event["features"])} for event in state.resampled],
+        **provenance,
+    }
