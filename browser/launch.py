@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from browser.style import THEME
@@ -65,3 +67,21 @@ def launch(root: Path, *, port: int, open_browser: bool) -> int:
                 return child.wait()
             except KeyboardInterrupt:  # the child got it too and is closing
                 continue
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m browser.launch ROOT [--port N] [--no-open]`: what `sae browse` starts."""
+    parser = argparse.ArgumentParser(prog="sae browse")
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--port", type=int, default=8501)
+    parser.add_argument("--no-open", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        return launch(args.root, port=args.port, open_browser=not args.no_open)
+    except ValueError as error:
+        print(f"sae browse: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

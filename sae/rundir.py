@@ -1,4 +1,4 @@
-"""What every resumable run keeps in its directory: the settings it was started with, and a log cut to its checkpoint."""
+"""What a resumable run keeps in its directory: the settings it was started with, a log cut to its checkpoint."""
 
 from __future__ import annotations
 

@@ -1,0 +1,69 @@
+"""The demo: a dictionary of tiny-relu-1l on the embedded default text, checked against measured figures, then the app.
+
+Started by `bash scripts/demo.sh`, which makes the environment first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from dictionary import build
+
+# Per minute of budget on 2 cores; the work is counted in rows, so the same --minutes always does the same.
+HARVEST_TOKENS, TRAIN_TOKENS, INDEX_TOKENS = 150_000, 500_000, 60_000
+# Figures of --minutes 2 and 10 over seeds, written by `python scripts/demo_reference.py`.
+REFERENCE = Path(__file__).with_name("demo_reference.json")
+
+
+def settings(minutes: int) -> dict[str, int]:
+    return {
+        "tokens": HARVEST_TOKENS * minutes,
+        "train_tokens": TRAIN_TOKENS * minutes,
+        "index_tokens": INDEX_TOKENS * minutes,
+    }
+
+
+def check(result: dict[str, Any], minutes: int) -> list[str]:
+    """One line per figure, and those that fall on the wrong side of median ± 3 sd over seeds marked with FAIL."""
+    known = json.loads(REFERENCE.read_text()).get(str(minutes), {})
+    lines = []
+    for name in ("ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "fvu", "l0", "dead_share", "ultra_low_share"):
+        value = result["metrics"][name]["value"]
+        line = f"{name:20} {value:9.4f}"
+        if name in known:
+            median, sd, better = known[name]["median"], known[name]["sd"], known[name]["better"]
+            bound = median - 3 * sd if better == "higher" else median + 3 * sd
+            failed = value < bound if better == "higher" else value > bound
+            line += f"   measured median {median:.4f}, sd {sd:.4f}" + (f"   FAIL: beyond {bound:.4f}" if failed else "")
+        lines.append(line)
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory of the run")
+    parser.add_argument("--minutes", type=int, default=10, help="budget on 2 cores, beyond the installation")
+    parser.add_argument("--no-browse", action="store_true", help="stop after the table")
+    args = parser.parse_args()
+    if args.minutes < 1:
+        parser.error("--minutes must be at least 1")
+    result, seconds = build(["default"], args.out, **settings(args.minutes))
+    lines = check(result, args.minutes)
+    print(f"\ntiny-relu-1l, topk, 4,096 features, {result['tokens']:,} held-out tokens of the default text")
+    print("\n".join(lines))
+    print("\n".join(f"{stage:20} {took:8.1f} s" for stage, took in seconds.items()))
+    if any("FAIL" in line for line in lines):
+        print("the demo is worse than its measured figures: something is broken", file=sys.stderr)
+        return 1
+    if args.no_browse:
+        return 0
+    return subprocess.call([sys.executable, "-m", "sae.cli", "browse", str(args.out.parent)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# All checks on a fresh machine: linter, types, import contracts, tests. Arguments go to pytest.
+. "$(dirname "$0")/environment.sh" dev
+if [ ! -x /usr/bin/chromium ] && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    # Only the tests marked `browser` need it; without it they are skipped and say so.
+    (apt-get update && apt-get install --yes --no-install-recommends chromium) >/dev/null 2>&1 || true
+fi
+ruff check .
+ruff format --check .
+mypy
+lint-imports
+exec python -m pytest "$@"
