@@ -3,7 +3,7 @@
 // data: {max, bos, vocab: [[id, [[kind, text], …]], …],
 //        groups: [{title, note, empty, examples: [{v: [vocab index], a: [activation], start, hit,
 //                  value, where, doc, context, plain, dim, first}]}]}
-const GLYPHS = { "\n": "↵", "\t": "⇥", "\r": "␍" };
+const GLYPHS = { " ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍" };
 const INVISIBLE = /[\p{Cc}\p{Cf}\u2028\u2029]/u;
 
 function element(tag, name, text) {
@@ -20,7 +20,7 @@ function glyph(shown, original) {
   return outer;
 }
 
-function appendPieces(target, pieces) {
+function appendPieces(target, pieces, spaces) {
   for (const [kind, text] of pieces) {
     if (kind === "hex") {
       target.append(glyph("‹" + text + "›", ""));
@@ -28,7 +28,8 @@ function appendPieces(target, pieces) {
     }
     let plain = "";
     for (const character of text) {
-      if (!INVISIBLE.test(character)) { plain += character; continue; }
+      const seen = !INVISIBLE.test(character) && !(spaces && character === " ");
+      if (seen) { plain += character; continue; }
       if (plain) target.append(plain);
       plain = "";
       const code = character.codePointAt(0).toString(16).padStart(2, "0");
@@ -76,7 +77,7 @@ function fillTip(tip, data, at) {
   const example = data.groups[g].examples[e];
   const [id, pieces] = data.vocab[example.v[i]];
   const token = element("div", "tiptoken");
-  appendPieces(token, pieces);
+  appendPieces(token, pieces, true);
   const list = element("dl");
   const add = (name, value) => {
     if (value === undefined || value === null || value === "") return;

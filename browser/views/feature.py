@@ -229,7 +229,8 @@ def example_groups(
         groups.append(
             Group(
                 f"Interval {len(found) - i}",
-                f"({each.low:.2f}, {each.high:.2f}] · {each.count:,} firings · {each.share:.2%}",
+                f"({each.low:.2f}, {each.high:.2f}] · {each.count:,} firings, "
+                f"{each.share:.2%} of all",
                 around(each.rows),
                 "no firing lies in this interval",
             )

@@ -48,15 +48,19 @@ def _facts(page: Page) -> str:
     stats, feature = page.index.stats, page.feature
     top = int(stats["top_token"][feature])
     facts = {
-        "max": f"{stats['max'][feature]:.3f}",
-        "density": f"{data.density(page.index)[feature]:.3g}",
-        "fires most on": label(page.index.token_bytes(top)) if top >= 0 else "nothing: dead",
+        "max": [f"{stats['max'][feature]:.3f}"],
+        "density": [f"{data.density(page.index)[feature]:.3g}"],
+        "fires most on": [label(page.index.token_bytes(top)) if top >= 0 else "nothing: dead"],
     }
     if page.index.has("logits/top_id"):
         ids = page.index.panel("logits/top_id", feature)[:5].tolist()
-        facts["raises"] = "  ".join(label(page.index.token_bytes(i)) for i in ids)
+        facts["raises"] = [label(page.index.token_bytes(i)) for i in ids]
     cells = "".join(
-        f"<div><span>{name}</span>{html.escape(text)}</div>" for name, text in facts.items()
+        # bdi: a right-to-left token does not turn its neighbours round
+        f"<div><span>{name}</span>"
+        + " ".join(f"<bdi>{html.escape(t)}</bdi>" for t in texts)
+        + "</div>"
+        for name, texts in facts.items()
     )
     title = f'<div class="mono-title">Steer feature {feature:,}</div>'
     return f'<div class="mono-facts">{title}{cells}</div>'
@@ -137,14 +141,17 @@ def _generate(page: Page, loaded: Live, asked: dict[str, Any]) -> None:
 def _compare(page: Page, found: dict[str, Any]) -> None:
     result, asked = found["result"], found["asked"]
     first = result.first_divergence
-    dose = {"ablate": "", "scale": f" × {asked['value']:g}"}.get(
-        asked["mode"], f" {asked['value']:g} × max"
-    )
+    edit = {
+        "set": "set to {:g} × max",
+        "add": "raised by {:g} × max",
+        "scale": "scaled by {:g}",
+        "ablate": "ablated",
+    }[asked["mode"]].format(asked["value"])
     left, right = st.columns(2, gap="medium")
     with left:
         _column(page, "Base", f"seed {asked['seed']}", result, result.base_ids, "base")
     with right:
-        title = f"Steered: {asked['mode']} feature {found['feature']}{dose}"
+        title = f"Steered: feature {found['feature']} {edit}"
         note = "the same text" if first is None else f"differs from new token {first + 1} on"
         _column(page, title, note, result, result.steered_ids, "steered")
     if result.kl:

@@ -1,0 +1,310 @@
+"""The app's pages without a browser: what they say, and what they send to the components."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from browser_fixture import DEAD, HOSTILE, HOSTILE_TOKENS, build_root, write_sae_directory
+from streamlit.testing.v1 import AppTest
+
+import browser
+from browser import data, launch, live
+from browser.state import ROOT_VARIABLE
+from store.features import FeatureIndex
+
+APP = Path(browser.__file__).with_name("app.py")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    build_root(path, n_contexts=48)
+    return path
+
+
+@pytest.fixture
+def visit(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def go(where: Path = root, **params: str) -> AppTest:
+        monkeypatch.setenv(ROOT_VARIABLE, str(where))
+        page = AppTest.from_file(str(APP), default_timeout=60)
+        for name, value in params.items():
+            page.query_params[name] = value
+        page.run()
+        assert not page.exception, page.exception
+        return page
+
+    return go
+
+
+def html(page: AppTest) -> str:
+    return "\n".join(element.value for element in page.html)
+
+
+def payloads(block: Any) -> list[dict[str, Any]]:
+    """What every component below `block` was sent."""
+    found = []
+    for child in getattr(block, "children", {}).values():
+        if getattr(child, "type", "") == "bidi_component":
+            found.append(json.loads(child.proto.json))
+        found += payloads(child)
+    return found
+
+
+def tokens_of(page: AppTest) -> list[dict[str, Any]]:
+    return [p for p in payloads(page.main) if "groups" in p]
+
+
+def test_features_page_shows_the_whole_dictionary(visit: Any) -> None:
+    page = visit()
+    table = page.dataframe[0].value
+    assert len(table) == 64
+    assert table["flag"][DEAD] == "dead"
+    assert "features</span>64" in html(page)
+
+
+def test_features_filters_come_from_the_url(visit: Any) -> None:
+    page = visit(flag="dead", sort="number")
+    assert list(page.dataframe[0].value["flag"].unique()) == ["dead"]
+    page = visit(q=" the")
+    assert 5 in list(page.dataframe[0].value["feature"])
+    page = visit(q="nothing has this text")
+    assert not page.dataframe
+    assert "No feature passes these filters" in html(page)
+
+
+def test_feature_page_sends_groups_of_tokens(visit: Any, root: Path) -> None:
+    page = visit(view="Feature", feature=str(HOSTILE))
+    index = FeatureIndex.open(root / "demo" / "tm" / "features.zarr")
+    rows, values = index.firings(HOSTILE)
+    (sent,) = tokens_of(page)
+    assert sent["max"] == pytest.approx(values.max())
+    assert len(sent["groups"]) == 12
+    top = sent["groups"][0]["examples"]
+    assert [e["value"] for e in top] == sorted((e["value"] for e in top), reverse=True)
+    assert top[0]["value"] == pytest.approx(values.max())
+    shares = [g["note"].split()[-3].strip("%") for g in sent["groups"][1:]]
+    assert sum(map(float, shares)) == pytest.approx(100, abs=0.1)
+
+
+def test_hostile_tokens_travel_as_data_and_reach_no_markup(visit: Any) -> None:
+    page = visit(view="Feature", feature=str(HOSTILE))
+    (sent,) = tokens_of(page)
+    texts = {"".join(t for kind, t in shown if kind == "text") for _, shown in sent["vocab"]}
+    assert len(texts & set(HOSTILE_TOKENS)) > 10
+    written = html(page) + "".join(m.value for m in (*page.markdown, *page.caption))
+    assert not any(token in written for token in HOSTILE_TOKENS if len(token) > 4)
+
+
+def test_dead_feature_explains_itself(visit: Any) -> None:
+    page = visit(view="Feature", feature=str(DEAD))
+    assert f"Feature {DEAD} is dead" in html(page)
+    assert tokens_of(page) == []
+    assert len(payloads(page.main)) == 2  # what its weights say is still there
+
+
+def test_previous_and_next_go_round_the_ends(visit: Any) -> None:
+    page = visit(view="Feature", feature="63")
+    page.button(key="goRight").click().run()
+    assert page.session_state["feature"] == 0
+    page.button(key="goLeft").click().run()
+    assert page.session_state["feature"] == 63
+
+
+def test_bad_query_params_fall_back(visit: Any) -> None:
+    for params in (
+        {"feature": "99999", "view": "Feature"},
+        {"feature": "abc", "view": "nowhere"},
+        {"sae": "../../etc", "feature": "-1"},
+        {"density": "x", "q": "<script>", "around": "?", "draw": "1e9"},
+    ):
+        page = visit(**params)
+        assert page.session_state["feature"] == 0
+        assert page.session_state["sae"] == "demo/tm"
+
+
+def test_without_an_index_the_page_says_which_command_builds_it(visit: Any, root: Path) -> None:
+    for view in ("Features", "Feature", "Steering"):
+        page = visit(sae="demo/no-index", view=view)
+        assert "has no feature index yet" in html(page)
+        assert f"sae index {root / 'demo' / 'no-index'}" in html(page)
+
+
+def test_damaged_index_is_explained(visit: Any, tmp_path: Path) -> None:
+    write_sae_directory(tmp_path / "run" / "tm", d_sae=8)
+    (tmp_path / "run" / "tm" / "features.zarr").mkdir()
+    (tmp_path / "run" / "tm" / "features.zarr" / "zarr.json").write_text("{}")
+    assert "cannot be read" in html(visit(tmp_path))
+
+
+def test_empty_root_is_explained(visit: Any, tmp_path: Path) -> None:
+    page = visit(tmp_path)
+    assert "No dictionaries here" in html(page)
+    assert "sae train" in html(page)
+
+
+@dataclass
+class Result:
+    """The parts of sae.steering.Steered the page draws."""
+
+    prompt_ids: list[int]
+    base_ids: list[int] = field(default_factory=list)
+    steered_ids: list[int] = field(default_factory=list)
+    base_text: str = ""
+    steered_text: str = ""
+    kl: list[float] = field(default_factory=list)
+    first_divergence: int | None = None
+
+
+def test_steering_shows_both_texts_and_where_they_part(
+    visit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def steer(loaded: object, prompt: str, **settings: Any) -> Iterator[Result]:
+        asked.update(settings, prompt=prompt)
+        yield Result([0, 98], [99, 100], [99, 101], "bc", "bd", [0.0, 0.5], 1)
+
+    monkeypatch.setattr(live, "load", lambda entry: object())
+    monkeypatch.setattr(live, "steer", steer)
+    page = visit(view="Steering", feature="4", mode="add", value="2.5", seed="7", new="2")
+    next(b for b in page.button if b.label == "Generate").click().run()
+    assert not page.exception
+    assert asked["feature"] == 4
+    assert (asked["mode"], asked["value"], asked["seed"], asked["new_tokens"]) == ("add", 2.5, 7, 2)
+    base, steered = tokens_of(page)
+    assert base["groups"][0]["title"] == "Base"
+    assert steered["groups"][0]["note"] == "differs from new token 2 on"
+    (example,) = steered["groups"][0]["examples"]
+    assert (example["dim"], example["first"]) == (1, 2)  # the BOS is left out
+    shown = ["".join(t for _, t in steered["vocab"][v][1]) for v in example["v"]]
+    assert shown == ["a", "b", "d"]
+
+
+def test_steering_explains_what_is_missing(visit: Any) -> None:
+    page = visit(view="Steering", feature="4")
+    assert "has no sae.safetensors" in html(page)
+
+
+def test_missing_model_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_model(name: str, device: str) -> None:
+        raise ValueError(f"no model {name}")
+
+    monkeypatch.setitem(sys.modules, "sae.lm", SimpleNamespace(load_model=load_model))
+    write_sae_directory(tmp_path / "tm", d_sae=8)
+    (tmp_path / "tm" / "sae.safetensors").write_bytes(b"")
+    (entry,) = data.scan(tmp_path)
+    entry.config["model"] = {"id": "no-such-model"}
+    with pytest.raises(live.LiveError, match="'no-such-model' of tm could not be loaded: no model"):
+        live.load(entry)
+
+
+def test_steering_keeps_its_limits_whatever_the_page_sends() -> None:
+    call = {
+        "feature": 0,
+        "mode": "set",
+        "value": 1.0,
+        "seed": 0,
+        "new_tokens": 5,
+        "feature_max": np.array([1.0, 0.0]),
+    }
+    for prompt, change, message in (
+        ("x" * 2001, {}, "2,001 characters; at most 2,000"),
+        (" ", {}, "prompt is empty"),
+        ("x", {"new_tokens": 129}, "at most 128"),
+        ("x", {"feature": 1}, "Feature 1 never fired"),
+    ):
+        with pytest.raises(live.LiveError, match=message):
+            next(live.steer(live.Live(None, None), prompt, **(call | change)))
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(url: str, seconds: float = 60) -> None:
+    """Returns when the server answers."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            assert time.monotonic() < end, f"{url} does not answer"
+            time.sleep(0.2)
+
+
+def websocket_status(port: int, host: str) -> int:
+    """HTTP status of a WebSocket handshake that claims to be for `host`."""
+    lines = (
+        "GET /_stcore/stream HTTP/1.1",
+        f"Host: {host}:{port}",
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+        "\r\n",
+    )
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall("\r\n".join(lines).encode())
+        return int(connection.recv(64).split()[1])
+
+
+def test_command_line_keeps_to_this_machine() -> None:
+    line = launch.command(port=8123, open_browser=False)
+    assert line[:5] == [sys.executable, "-P", "-m", "streamlit", "run"]
+    assert Path(line[5]) == APP
+    for flag in (
+        "--server.address=127.0.0.1",
+        "--server.port=8123",
+        "--server.headless=true",
+        "--server.allowedHosts=localhost",
+        "--server.allowedHosts=127.0.0.1",
+        "--server.enableStaticServing=false",
+        "--browser.gatherUsageStats=false",
+        "--client.toolbarMode=minimal",
+    ):
+        assert flag in line
+    assert "--server.headless=false" in launch.command(port=1, open_browser=True)
+
+
+def test_launch_refuses_what_is_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a directory"):
+        launch.launch(tmp_path / "nothing", port=1, open_browser=False)
+
+
+def test_launch_serves_refuses_strange_hosts_and_ends_with_its_parent(
+    root: Path, free_port: int
+) -> None:
+    script = (
+        "from pathlib import Path; from browser.launch import launch; "
+        f"raise SystemExit(launch(Path({str(root)!r}), port={free_port}, open_browser=False))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{free_port}/_stcore/health"
+    try:
+        assert process.stdout is not None
+        assert f"http://localhost:{free_port}" in process.stdout.readline()
+        wait_for(url)
+        assert websocket_status(free_port, "evil.example") == 403
+        assert websocket_status(free_port, "localhost") == 101
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(url, timeout=5)
