@@ -1,0 +1,47 @@
+"""Fixtures shared by the tests: one thread, a tiny model, made-up text, one small finished store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import made_up_documents, write_jsonl, write_model
+
+from sae import pipeline
+from sae.lm import NativeModel
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """What fsync protects from is a loss of power, which no test here makes; a killed process loses nothing by it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_model_dir: Path) -> NativeModel:
+    return NativeModel(tiny_model_dir, str(tiny_model_dir))
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A jsonl file of documents with ids, domains and sources."""
+    return write_jsonl(tmp_path_factory.mktemp("text") / "made-up.jsonl", made_up_documents(4000))
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_model: NativeModel, tiny_text: Path) -> Path:
+    """A finished store of 8,192 training and 1,024 held-out rows of 32; read it, do not change it."""
+    out = tmp_path_factory.mktemp("run") / "acts.zarr"
+    return pipeline.harvest(tiny_model, tiny_text, out, tokens=8192, heldout_tokens=1024)

@@ -1,0 +1,82 @@
+"""A random native model with a real tokenizer, and made-up documents: everything the pipeline needs, in a second."""
+
+from __future__ import annotations
+
+import json
+import random
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from sae.checkpoint import write_json, write_tensors
+from sae.documents import Document
+from sae.text import TextSource
+from sae.tokenizer import BOS, train_tokenizer
+from sae.transformer import Transformer, TransformerConfig
+
+SHAPE = TransformerConfig(d_model=16, d_mlp=32, n_heads=2, d_head=8, n_ctx=32, d_vocab=300)
+HOOK_POINT = "blocks.0.mlp.hook_post"
+WORDS = "the quick brown fox jumps over lazy dogs while curious cats watch from sunny windows at night".split()  # noqa: SIM905
+DOMAINS = ("prose", "dna", "numbers")
+
+
+def made_up_documents(n: int, *, seed: int = 0) -> list[Document]:
+    """n documents of three domains, about 60 tokens each; no two are the same."""
+    rng = random.Random(seed)
+    made = []
+    for i in range(n):
+        domain = DOMAINS[i % 3]
+        if domain == "prose":
+            text = " ".join(rng.choices(WORDS, k=30)) + f" {i}."
+        elif domain == "dna":
+            text = "".join(rng.choices("ACGT", k=90)) + f" {i}"
+        else:
+            text = " ".join(str(rng.randrange(1000)) for _ in range(20)) + f" {i}"
+        made.append(Document(f"doc-{i}", text, domain, f"source-{i % 5}"))
+    return made
+
+
+def text_source(documents: list[Document], name: str = "made up") -> TextSource:
+    """The documents as a source, as `sae.text.open_text` would give them (in its fixed shuffled order)."""
+    return TextSource(
+        name, lambda _: iter(documents), sha256("\n".join(d.text for d in documents).encode()).hexdigest()
+    )
+
+
+def write_jsonl(path: Path, documents: list[Document]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for d in documents:
+            file.write(json.dumps({"id": d.id, "text": d.text, "domain": d.domain, "source": d.source}) + "\n")
+    return path
+
+
+def random_transformer(seed: int = 0, shape: TransformerConfig = SHAPE) -> Transformer:
+    """Weights in which nothing is special: biases and norm weights random too, the residual stream not centred.
+
+    Rounded to 16 bits, as a shipped model's are, so that it equals what is read back from disk.
+    """
+    model = Transformer(shape, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + (1.0 if name.endswith("weight") else 0.0))
+            else:
+                p.copy_(torch.randn(p.shape, generator=generator) * 1.5 / p.shape[-1] ** 0.5)
+            p.copy_(p.half())
+    return model.eval().requires_grad_(False)
+
+
+def write_model(directory: Path, *, seed: int = 0, shape: TransformerConfig = SHAPE) -> Path:
+    """A model directory in the shipped layout: model.safetensors, tokenizer.json, config.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.half() for name, tensor in random_transformer(seed, shape).state_dict().items()}
+    write_tensors(directory / "model.safetensors", state, {"kind": "native-transformer"})
+    tokenizer = train_tokenizer((d.text for d in made_up_documents(300, seed=9)), shape.d_vocab)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    write_json(
+        directory / "config.json", {"kind": "native-transformer", "format": 1, **shape.to_dict(), "bos_token": BOS}
+    )
+    return directory
