@@ -54,16 +54,6 @@ def _top_bar(entries: dict[str, SaeEntry]) -> tuple[SaeEntry, str, int]:
         "Dictionary", ids, key="sae", bind="query-params", label_visibility="collapsed"
     )
     entry = entries[str(chosen)]
-    view = views.segmented_control(
-        "View",
-        list(VIEWS),
-        format_func=VIEWS.__getitem__,
-        default="features",
-        required=True,
-        key="view",
-        bind="query-params",
-        label_visibility="collapsed",
-    )
     last = entry.d_sae - 1
     if st.session_state.get("feature", 0) > last:  # the dictionary before was larger
         st.session_state["feature"] = last
@@ -77,6 +67,18 @@ def _top_bar(entries: dict[str, SaeEntry]) -> tuple[SaeEntry, str, int]:
         label_visibility="collapsed",
         on_change=state.leave_table,
         icon=":material/tag:",
+    )
+    # after the number: each change of the URL is a step of its history, and the step between
+    # a row chosen in the table and its page must still be the table
+    view = views.segmented_control(
+        "View",
+        list(VIEWS),
+        format_func=VIEWS.__getitem__,
+        default="features",
+        required=True,
+        key="view",
+        bind="query-params",
+        label_visibility="collapsed",
     )
     for column, text, by in ((back, "Left", -1), (forth, "Right", 1)):
         column.button(

@@ -39,7 +39,8 @@ class SaeEntry:
 
     @property
     def d_sae(self) -> int:
-        return int(self.config.get("d_sae", 1))
+        found = self.config.get("d_sae")
+        return found if isinstance(found, int) and found > 0 else 1
 
 
 @dataclass(frozen=True)

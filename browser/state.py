@@ -44,11 +44,7 @@ def saes(folder: Path) -> list[SaeEntry]:
 
 def open_index(entry: SaeEntry) -> FeatureIndex:
     """The entry's index, opened once and again when it was rebuilt. Raises StoreError."""
-    try:
-        stamp = (entry.index_path / "zarr.json").stat().st_mtime_ns
-    except OSError as error:
-        raise StoreError(f"{entry.index_path}: no feature index here") from error
-    return _open_index(entry.index_path, stamp)
+    return _open_index(entry.index_path, _stamp(entry.index_path))
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
@@ -56,15 +52,22 @@ def _open_index(path: Path, stamp: int) -> FeatureIndex:
     return FeatureIndex.open(path)
 
 
+def table_of(page: Page) -> pd.DataFrame:
+    """`data.feature_table` of the page's index, made once; callers must not change it."""
+    return _feature_table(page.index, page.index.path, _stamp(page.index.path))
+
+
 @st.cache_resource(max_entries=4, show_spinner="Reading the dictionary …")
-def feature_table(_index: FeatureIndex, identity: int) -> pd.DataFrame:
-    """`data.feature_table`, kept for as long as its index; callers must not change it."""
+def _feature_table(_index: FeatureIndex, path: Path, stamp: int) -> pd.DataFrame:
     return data.feature_table(_index)
 
 
-def table_of(index: FeatureIndex) -> pd.DataFrame:
-    """The cached table of all features of an open index."""
-    return feature_table(index, id(index))
+def _stamp(path: Path) -> int:
+    """When the index at `path` was made; a rebuilt one has another."""
+    try:
+        return (path / "zarr.json").stat().st_mtime_ns
+    except OSError as error:
+        raise StoreError(f"{path}: no feature index here") from error
 
 
 def open_feature(feature: int) -> None:

@@ -276,7 +276,7 @@ def test_a_slice_touches_few_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     truth = Truth(5, 20, 8, 10, 0.5)
     path = truth.write(tmp_path / "features.zarr")
     rows, _ = FeatureIndex.open(path).firings(3)
-    ptr = zarr.open_array(path / "firings" / "ptr", mode="r")[:]
+    ptr = np.asarray(zarr.open_array(path / "firings" / "ptr", mode="r")[:])
     needed = {str(i) for i in range(ptr[3] // 16, -(-ptr[4] // 16))}
     for name in ("row", "value"):
         for chunk in (path / "firings" / name / "c").iterdir():

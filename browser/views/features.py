@@ -27,7 +27,7 @@ FLAGS = ["alive", "dead", "ultra-low", "dense"]
 
 def show(page: Page) -> None:
     """Draws the table and its filters."""
-    table = state.table_of(page.index)
+    table = state.table_of(page)
     _summary(page, table)
     shown = _filters(page, table)
     _table(shown)
