@@ -1,0 +1,244 @@
+"""Constraint, schedule, initialisation and resampling against closed forms and brute force."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sae import optim
+from sae.config import TrainConfig
+from sae.model import SAE
+
+D_IN, D_SAE = 5, 12
+
+
+def trained_sae(seed: int = 0) -> tuple[SAE, torch.optim.Adam]:
+    """Some Adam steps in, so that every moment is nonzero."""
+    sae = SAE(D_IN, D_SAE)
+    optim.initialise_(sae, torch.zeros(D_IN), "kaiming", seed)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(3):
+        for parameter in sae.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=g)
+        optimizer.step()
+    optim.normalise_decoder_(sae)
+    return sae, optimizer
+
+
+# --- decoder ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_projection_removes_the_parallel_part_and_nothing_else(seed: int) -> None:
+    sae, _ = trained_sae()
+    before = torch.randn(D_SAE, D_IN, generator=torch.Generator().manual_seed(seed))
+    sae.W_dec.grad = before.clone()
+    optim.project_decoder_gradient_(sae)
+    after, rows = sae.W_dec.grad.double(), sae.W_dec.detach().double()
+    for i in range(D_SAE):
+        removed = before[i].double() - after[i]
+        assert abs(float(after[i] @ rows[i])) < 1e-6  # what is left is orthogonal
+        length = float(removed @ rows[i])
+        torch.testing.assert_close(removed, length * rows[i], rtol=0, atol=1e-6)  # what went was parallel
+
+
+def test_decoder_rows_become_unit_and_keep_their_direction() -> None:
+    sae = SAE(D_IN, D_SAE)
+    rows = torch.randn(D_SAE, D_IN) * torch.logspace(-3, 3, D_SAE)[:, None]
+    with torch.no_grad():
+        sae.W_dec.copy_(rows)
+    optim.normalise_decoder_(sae)
+    torch.testing.assert_close(sae.W_dec.detach(), rows / rows.norm(dim=1, keepdim=True))
+
+
+# --- schedule --------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_at_its_borders() -> None:
+    config = TrainConfig(tokens=1000, batch_tokens=1, lr=2.0, warmup_share=0.1, decay_share=0.2)
+    rate = [optim.learning_rate(step, config) for step in range(1000)]
+    assert rate[0] == pytest.approx(2.0 / 100)
+    assert rate[98] == pytest.approx(2.0 * 99 / 100)
+    assert rate[99] == rate[100] == rate[799] == rate[800] == 2.0
+    assert rate[801] == pytest.approx(2.0 * 199 / 200)
+    assert rate[999] == pytest.approx(2.0 / 200)
+    np.testing.assert_allclose(np.diff(rate[:100]), 2.0 / 100)
+    np.testing.assert_allclose(np.diff(rate[800:]), -2.0 / 200)
+
+
+@given(st.integers(1, 300), st.floats(0, 1), st.floats(0, 1))
+def test_learning_rate_is_positive_and_never_above_lr(steps: int, warmup: float, decay: float) -> None:
+    config = TrainConfig(tokens=steps, batch_tokens=1, lr=0.5, warmup_share=warmup, decay_share=decay)
+    assert all(0 < optim.learning_rate(step, config) <= 0.5 for step in range(steps))
+
+
+def test_no_warmup_and_no_decay_is_constant() -> None:
+    config = TrainConfig(tokens=50, batch_tokens=1, lr=0.1, warmup_share=0, decay_share=0)
+    assert {optim.learning_rate(step, config) for step in range(50)} == {0.1}
+
+
+# --- start -----------------------------------------------------------------------------------------------------------
+
+
+def brute_median(rows: np.ndarray) -> np.ndarray:
+    """argmin Σ‖x − m‖ by a shrinking pattern search over 2-D (no derivative, no division by a distance)."""
+
+    def cost(m: np.ndarray) -> float:
+        return float(np.linalg.norm(rows - m, axis=1).sum())
+
+    best = min(rows, key=cost) if len(rows) else np.zeros(2)
+    step = float(np.ptp(rows)) + 1.0
+    while step > 1e-9:
+        around = [best + step * np.array([math.cos(a), math.sin(a)]) for a in np.linspace(0, 2 * np.pi, 17)[:-1]]
+        nearest = min(around, key=cost)
+        if cost(nearest) < cost(best):
+            best = nearest
+        else:
+            step /= 2
+    return best
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_geometric_median_against_a_brute_force_search(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_t(2, size=(31, 2)) + [3.0, -1.0]
+    found = optim.geometric_median(torch.from_numpy(rows), iterations=2000, tolerance=1e-12).numpy()
+    np.testing.assert_allclose(found, brute_median(rows), atol=1e-4)
+
+
+def test_geometric_median_leaves_a_data_point_that_is_not_the_median() -> None:
+    """The mean (where the search starts) is itself a row here; Weiszfeld's plain iteration would stay on it."""
+    rows = torch.tensor([[0.0, 0.0], [-3.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    torch.testing.assert_close(optim.geometric_median(rows), torch.tensor([1.0, 0.0]), rtol=0, atol=1e-4)
+
+
+def test_geometric_median_of_equal_rows_is_that_row() -> None:
+    rows = torch.tensor([[0.1, -2.0, 5.0]]).expand(7, 3)
+    torch.testing.assert_close(optim.geometric_median(rows), rows[0])
+    torch.testing.assert_close(optim.geometric_median(torch.zeros(4, 3)), torch.zeros(3))
+
+
+def test_geometric_median_is_not_dragged_by_outliers() -> None:
+    rows = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    rows[:20] = 1e6
+    assert optim.geometric_median(rows).abs().max() < 1
+
+
+@pytest.mark.parametrize("kind", ["kaiming", "transpose"])
+def test_initialisation(kind: str) -> None:
+    sae, median = SAE(64, 4000), torch.randn(64)
+    optim.initialise_(sae, median, kind, seed=3)
+    assert torch.equal(sae.b_dec, median)
+    assert not sae.b_enc.any()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(4000))
+    if kind == "transpose":
+        assert torch.equal(sae.W_enc, sae.W_dec.T)
+    else:
+        # nn.Linear's default: uniform in ±1/sqrt(fan_in)
+        assert sae.W_enc.abs().max() <= 64**-0.5
+        assert sae.W_enc.std().item() == pytest.approx(64**-0.5 / math.sqrt(3), rel=0.01)
+        alignment = torch.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=1)
+        assert alignment.mean().abs() < 0.02  # untied: independent of the decoder
+    again, other = SAE(64, 4000), SAE(64, 4000)
+    optim.initialise_(again, median, kind, seed=3)
+    optim.initialise_(other, median, kind, seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(sae.W_dec, other.W_dec)
+
+
+# --- resampling (Bricken et al. 2023) --------------------------------------------------------------------------------
+
+DEAD = torch.tensor([1, 4, 5, 11])
+ALIVE = torch.tensor([i for i in range(D_SAE) if i not in DEAD.tolist()])
+
+
+def resampled(seed: int = 0) -> tuple[SAE, SAE, dict, dict, Tensor, Tensor]:
+    """before, after, Adam's state before and after, the rows, the rows chosen."""
+    sae, optimizer = trained_sae()
+    with torch.no_grad():
+        sae.b_dec.copy_(torch.linspace(-1, 1, D_IN))
+    before = SAE(D_IN, D_SAE)
+    before.load_state_dict(sae.state_dict())
+
+    def moments() -> dict:
+        return {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in sae.named_parameters()}
+
+    held = moments()
+    rows = torch.randn(30, D_IN, generator=torch.Generator().manual_seed(seed)) * 3
+    losses = torch.rand(30, generator=torch.Generator().manual_seed(seed + 1))
+    chosen = optim.resample_(sae, optimizer, DEAD, rows, losses, torch.Generator().manual_seed(seed))
+    return before, sae, held, moments(), rows, chosen
+
+
+def test_resampled_features_point_at_their_rows() -> None:
+    before, after, _, _, rows, chosen = resampled()
+    alive_norm = before.W_enc[:, ALIVE].double().norm(dim=0).mean()
+    for feature, row in zip(DEAD.tolist(), chosen.tolist(), strict=True):
+        # as the network sees the input: the pre-bias off, then unit norm
+        direction = (rows[row] - before.b_dec).double()
+        direction /= direction.norm()
+        torch.testing.assert_close(after.W_dec[feature].double(), direction, rtol=0, atol=1e-6)
+        torch.testing.assert_close(after.W_enc[:, feature].double(), 0.2 * alive_norm * direction, rtol=1e-5, atol=1e-7)
+        assert after.b_enc[feature] == 0
+        assert after.W_dec[feature].norm().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_resampling_leaves_the_living_alone_bit_for_bit() -> None:
+    before, after, _, _, _, _ = resampled()
+    assert torch.equal(before.W_dec[ALIVE], after.W_dec[ALIVE])
+    assert torch.equal(before.W_enc[:, ALIVE], after.W_enc[:, ALIVE])
+    assert torch.equal(before.b_enc[ALIVE], after.b_enc[ALIVE])
+    assert torch.equal(before.b_dec, after.b_dec)
+
+
+def test_resampling_forgets_exactly_the_moments_of_what_it_set() -> None:
+    _, _, held, now, _, _ = resampled()
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert not now["W_dec"][moment][DEAD].any()
+        assert not now["W_enc"][moment][:, DEAD].any()
+        assert not now["b_enc"][moment][DEAD].any()
+        assert held["W_dec"][moment].all()  # so that the zeros above say something
+        assert torch.equal(now["W_dec"][moment][ALIVE], held["W_dec"][moment][ALIVE])
+        assert torch.equal(now["W_enc"][moment][:, ALIVE], held["W_enc"][moment][:, ALIVE])
+        assert torch.equal(now["b_enc"][moment][ALIVE], held["b_enc"][moment][ALIVE])
+        assert torch.equal(now["b_dec"][moment], held["b_dec"][moment])
+
+
+def test_rows_are_chosen_in_proportion_to_their_squared_loss() -> None:
+    sae, optimizer = trained_sae()
+    losses = torch.tensor([0.0, 1.0, 2.0, 3.0, 0.5, 4.0])
+    rows = torch.randn(6, D_IN)
+    dead = torch.arange(D_SAE - 2)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.cat([optim.resample_(sae, optimizer, dead, rows, losses, generator) for _ in range(1000)])
+    seen = np.bincount(draws.numpy(), minlength=6)
+    expected = (losses.numpy() ** 2) / (losses.numpy() ** 2).sum() * len(draws)
+    assert seen[0] == 0
+    chi_square = float(((seen - expected)[1:] ** 2 / expected[1:]).sum())
+    assert chi_square < 18.5  # 4 degrees of freedom, p = 0.001
+    by_loss = losses.numpy() / losses.numpy().sum() * len(draws)
+    assert float(((seen - by_loss)[1:] ** 2 / by_loss[1:]).sum()) > 100  # so it is not P ∝ loss
+
+
+def test_resampling_when_every_feature_is_dead() -> None:
+    sae, optimizer = trained_sae()
+    mean_norm = sae.W_enc.detach().norm(dim=0).mean()
+    everything = torch.arange(D_SAE)
+    optim.resample_(sae, optimizer, everything, torch.randn(9, D_IN), torch.ones(9), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sae.W_enc.norm(dim=0), (0.2 * mean_norm).expand(D_SAE))
+
+
+def test_resampling_before_any_step_of_adam() -> None:
+    sae = SAE(D_IN, D_SAE)
+    optim.initialise_(sae, torch.zeros(D_IN), "kaiming", 0)
+    optimizer = torch.optim.Adam(sae.parameters())
+    optim.resample_(sae, optimizer, DEAD, torch.randn(9, D_IN), torch.ones(9), torch.Generator().manual_seed(0))
+    assert not optimizer.state
