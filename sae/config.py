@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
+from math import isfinite
 from typing import Any
 
 PAPER_RESAMPLE_STEPS = (25_000, 50_000, 75_000, 100_000)
@@ -42,14 +43,14 @@ class TrainConfig:
             raise ValueError(
                 f"training: tokens = {self.tokens:,} is less than one batch of {self.batch_tokens:,}. Give more tokens."
             )
-        if not self.lr > 0:
-            raise ValueError(f"training: lr must be positive, got {self.lr}.")
+        if not (self.lr > 0 and isfinite(self.lr)):
+            raise ValueError(f"training: lr must be positive and finite, got {self.lr}.")
         for name in ("warmup_share", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"training: {name} is a share of the run between 0 and 1, got {getattr(self, name)}.")
-        for name in ("l1", "k", "aux_coefficient", "dead_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"training: {name} must not be negative, got {getattr(self, name)}.")
+        for name in ("l1", "k", "aux_coefficient", "dead_tokens", "seed"):
+            if not (getattr(self, name) >= 0 and isfinite(getattr(self, name))):
+                raise ValueError(f"training: {name} must not be negative, and finite; got {getattr(self, name)}.")
         if self.k > self.d_sae:
             raise ValueError(f"training: k = {self.k} is more than d_sae = {self.d_sae:,}.")
 

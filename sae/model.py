@@ -111,6 +111,9 @@ def load(path: str | Path) -> SAE:
     """
     directory = Path(path)
     config = read_config(directory)
+    missing = [key for key in ("d_in", "d_sae", "activation") if key not in config]
+    if missing:
+        raise CheckpointError(f"{directory}/config.json lacks {', '.join(missing)}; train or export it again.")
     sae = SAE(config["d_in"], config["d_sae"], activation=config["activation"], k=config.get("k"))
     tensors, _ = read_tensors(directory / "sae.safetensors")
     expected = {name: tuple(t.shape) for name, t in sae.tensors().items()}

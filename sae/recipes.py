@@ -63,6 +63,8 @@ def resolve(name: str, **overrides: Any) -> tuple[Recipe, TrainConfig]:
     """
     recipe = recipe_named(name)
     config = with_overrides(TrainConfig(recipe=name, **recipe.defaults), overrides)
+    if config.recipe != name:
+        raise ValueError(f"the recipe is {name}, but the settings say recipe = {config.recipe!r}. Name one of them.")
     if recipe.activation == "topk" and config.k < 1:
         raise ValueError(f"recipe {name}: k must be at least 1, got {config.k}.")
     if recipe.activation == "topk" and config.l1:

@@ -1,0 +1,103 @@
+"""Settings: refused before any work when wrong, with the nearest name; the paper's counts under `exact`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae.config import TrainConfig, with_overrides
+from sae.recipes import RECIPES, recipe_named, resolve
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("towards-monosemanticty", "Did you mean 'towards-monosemanticity'"),
+        ("top-k", "Did you mean 'topk'"),
+        ("zzz", "Recipes: towards-monosemanticity, topk"),
+    ],
+)
+def test_an_unknown_recipe_names_the_nearest(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe_named(name)
+    with pytest.raises(ValueError, match=f"no recipe '{name}'"):
+        resolve(name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"batch_token": 8}, "no setting 'batch_token'. Did you mean 'batch_tokens'"),
+        ({"learning": 8}, "no setting 'learning'"),
+        ({"qqqq": 8}, "Known are recipe, d_sae, tokens"),
+        ({"d_sae": 0}, "d_sae must be at least 1, got 0"),
+        ({"tokens": 0}, "tokens must be at least 1, got 0"),
+        ({"tokens": 10, "batch_tokens": 11}, "less than one batch of 11"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": float("nan")}, "lr must be positive"),
+        ({"lr": float("inf")}, "lr must be .*finite"),
+        ({"warmup_share": 1.5}, "warmup_share is a share"),
+        ({"decay_share": -0.1}, "decay_share is a share"),
+        ({"aux_coefficient": -1.0}, "aux_coefficient must not be negative"),
+        ({"aux_coefficient": float("nan")}, "aux_coefficient must .*finite"),
+        ({"dead_tokens": -1}, "dead_tokens must not be negative"),
+        ({"k": 0}, "k must be at least 1, got 0"),
+        ({"k": 5000, "d_sae": 4096}, "k = 5000 is more than d_sae = 4,096"),
+        ({"l1": 1.0}, "topk has no L1 penalty"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"recipe": "towards-monosemanticity"}, "recipe"),
+    ],
+)
+def test_wrong_settings_are_refused(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve("topk", **overrides)
+
+
+def test_l1_recipe_refuses_k_and_nan() -> None:
+    with pytest.raises(ValueError, match="has no k"):
+        resolve("towards-monosemanticity", k=3)
+    with pytest.raises(ValueError, match="l1 must .*finite"):
+        resolve("towards-monosemanticity", l1=float("nan"))
+
+
+def test_overrides_replace_and_defaults_stay() -> None:
+    recipe, config = resolve("topk", k=3, tokens=10_000, seed=4)
+    assert (recipe.name, config.recipe, config.k, config.tokens, config.seed) == ("topk", "topk", 3, 10_000, 4)
+    assert config.aux_coefficient == pytest.approx(1 / 32)
+    assert TrainConfig(**config.to_dict()) == config
+    assert with_overrides(config, {"k": 3}) == config
+
+
+def test_every_recipe_resolves_and_says_what_it_is() -> None:
+    for name, recipe in RECIPES.items():
+        assert resolve(name)[0] is recipe
+        assert recipe.summary
+        assert recipe.source
+
+
+def test_exact_resampling_counts_are_the_papers() -> None:
+    """Bricken et al. 2023: after steps 25k, 50k, 75k, 100k; dead over 12,500 steps; 819,200 inputs."""
+    _, config = resolve("towards-monosemanticity", exact=True, tokens=8192 * 1_000_000, batch_tokens=8192)
+    assert config.resample_steps == (25_000, 50_000, 75_000, 100_000)
+    assert config.resample_window_steps == 12_500
+    assert config.resample_window_steps * config.batch_tokens == 102_400_000
+    assert config.resample_rows == 819_200
+    assert config.steps == 1_000_000
+
+
+@given(st.integers(1, 10**6), st.integers(1, 5000))
+def test_resampling_fits_into_any_run(steps: int, batch: int) -> None:
+    config = TrainConfig(tokens=steps * batch, batch_tokens=batch)
+    assert config.steps == steps
+    assert min(config.resample_steps) >= 1
+    assert max(config.resample_steps) <= steps
+    assert 1 <= config.resample_window_steps <= max(1, config.resample_steps[0])
+    assert config.resample_rows <= 819_200
+    assert batch <= config.dead_after_tokens <= max(batch, 10_000_000)
+    scaled = replace(config, tokens=1000 * batch)
+    assert scaled.resample_steps == (100, 200, 300, 400)
+    assert scaled.resample_window_steps == 50
