@@ -16,7 +16,7 @@ import torch
 
 from sae.documents import HELD_OUT, TRAIN, Document, sha256_of
 from sae.lm import LanguageModel
-from sae.progress import Interrupted, interruptible, progress
+from sae.progress import Interrupt, Interrupted, interruptible, progress
 from sae.text import TextSource
 
 LANES = 64
@@ -68,11 +68,11 @@ def plan(tokens: int, heldout_tokens: int, seq_len: int) -> Plan:
     """Shards for about `tokens` training and `heldout_tokens` held-out tokens, each rounded up to whole shards.
 
     A shard is small enough that the smaller split still gives every lane one.
-    Raises: ValueError when a budget is not positive.
+    Raises: ValueError when one of the three is not positive.
     """
-    for name, budget in (("tokens", tokens), ("heldout_tokens", heldout_tokens)):
-        if budget < 1:
-            raise ValueError(f"harvest: {name} must be at least 1, got {budget}.")
+    for name, given in (("tokens", tokens), ("heldout_tokens", heldout_tokens), ("seq_len", seq_len)):
+        if given < 1:
+            raise ValueError(f"harvest: {name} must be at least 1, got {given}.")
     contexts = {HELD_OUT: -(-heldout_tokens // seq_len), TRAIN: -(-tokens // seq_len)}
     per_shard = max(1, min(MAX_CONTEXTS_PER_SHARD, min(contexts.values()) // LANES))
     return Plan(seq_len, per_shard, {split: -(-n // per_shard) for split, n in contexts.items()})
@@ -148,14 +148,17 @@ def harvest(model: LanguageModel, source: TextSource, sink: ShardSink) -> None:
         for lane in _fed_lanes(model, source, lanes):
             while lane.waiting >= shard_tokens and not lane.full:
                 bar.update(_emit(model, sink, lane, shard_tokens))
-                if interrupt.requested:
-                    raise Interrupted(
-                        f"stopped with every finished shard saved in {sink.path}. Repeat the command to go on."
-                    )
+                _stop_if(interrupt, sink)
         for lane in lanes.values():  # the text is over: what waits is a last, shorter shard, then empty ones
             while not lane.full:
                 bar.update(_emit(model, sink, lane, lane.waiting))
+                _stop_if(interrupt, sink)
     sink.finish()
+
+
+def _stop_if(interrupt: Interrupt, sink: ShardSink) -> None:
+    if interrupt.requested:
+        raise Interrupted(f"stopped with every finished shard saved in {sink.path}. Repeat the command to go on.")
 
 
 def _lanes(sink: ShardSink) -> dict[tuple[str, int], Lane]:
@@ -217,7 +220,9 @@ def _emit(model: LanguageModel, sink: ShardSink, lane: Lane, count: int) -> int:
     ids = torch.from_numpy(tokens.astype(np.int64))
     acts = {
         hook_point: model.capture(ids, hook_point).float().cpu().flatten(0, 1).numpy()
-        for hook_point in sink.hook_points
+        if count
+        else np.empty((0, width), np.float32)
+        for hook_point, width in sink.hook_points.items()
     }
     present = np.unique(numbers).tolist()
     cursor = lane.cursor_after(present[-1]) if present else {"document": lane.document, "token": 0}

@@ -233,6 +233,8 @@ def _eval_blocks(store: ActivationStore, hook_point: str, domains: list[str]) ->
     for shard in sorted(store.markers(HELD_OUT)):
         acts = store.read_acts(HELD_OUT, shard, hook_point)
         contexts = store.read_contexts(HELD_OUT, shard)
+        if not len(contexts.tokens):  # the text was over before this shard
+            continue
         yield evaluation.Block(
             torch.from_numpy(acts).view(*contexts.tokens.shape, -1),
             torch.from_numpy(contexts.tokens.astype(np.int64)),
@@ -272,6 +274,9 @@ def index(
             "model": lm.id,
             "sae": directory.name if directory else dictionary.config.get("recipe", "sae"),
             "bos": lm.bos_id,
+            "heldout_contexts": sum(
+                acts.markers(split)[shard].contexts for split, shard in shards if split == HELD_OUT
+            ),
             "provenance": {"store": acts.provenance, "recipe": dictionary.config.get("recipe")},
         },
         vocabulary=token_bytes(lm.tokenizer),
@@ -316,6 +321,8 @@ def _index_blocks(
     first_context = 0
     for split, shard in shards:
         contexts = store.read_contexts(split, shard)
+        if not len(contexts.tokens):
+            continue
         acts = torch.from_numpy(store.read_acts(split, shard, hook_point))
         yield indexing.IndexBlock(first_context, acts, contexts.tokens, contexts.keep, renumbered[contexts.document])
         first_context += len(contexts.tokens)
