@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return args.handler(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"sae {args.verb}: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
@@ -51,7 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _verb(verbs: Any, name: str, handler: Handler, summary: str) -> argparse.ArgumentParser:
     verb = verbs.add_parser(
-        name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        name,
+        help=summary,
+        description=summary,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # a misspelt key of --config must not pass for a flag it begins
     )
     verb.add_argument("--config", metavar="FILE.toml", help="settings by flag name, e.g. tokens = 1000000; flags win")
     verb.set_defaults(handler=handler)
@@ -328,15 +332,18 @@ def _run_verify(args: argparse.Namespace) -> int:
 def _resolved(device: str) -> str:
     import torch
 
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return "cuda" if available["cuda"] else "cpu"
+    if not available[device]:
+        raise ValueError(
+            f"--device {device}: there is none here; choose {', '.join(d for d in available if available[d])}."
+        )
+    return device
 
 
 def _with_config_file(parser: argparse.ArgumentParser, arguments: list[str]) -> list[str]:
-    """Puts the settings of `--config FILE.toml` before the flags, so that flags win."""
+    """Puts the settings of `--config FILE.toml` before the flags and leaves out those that flags give too."""
     peek = argparse.ArgumentParser(add_help=False)
     peek.add_argument("--config")
     path = peek.parse_known_args(arguments)[0].config
@@ -346,10 +353,15 @@ def _with_config_file(parser: argparse.ArgumentParser, arguments: list[str]) -> 
         settings = tomllib.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         parser.error(f"--config {path}: {error}")
+    given = {argument.split("=")[0] for argument in arguments}
     flags: list[str] = []
     for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if flag in given:
+            continue
         for item in value if isinstance(value, list) else [value]:
-            flag = "--" + name.replace("_", "-")
+            if isinstance(item, dict):
+                parser.error(f"--config {path}: [{name}] is a table; give settings by flag name, e.g. tokens = 1000000")
             flags += ([flag] if item else []) if isinstance(item, bool) else [flag, str(item)]
     return [arguments[0], *flags, *arguments[1:]]
 
