@@ -124,7 +124,9 @@ class NativeModel(LanguageModel):
     def __init__(self, directory: Path, model_id: str, device: str = "cpu") -> None:
         config = read_json_file(directory / "config.json")
         names = TransformerConfig.__dataclass_fields__
-        self.module = Transformer(TransformerConfig(**{k: v for k, v in config.items() if k in names}))
+        if missing := sorted({*names, "bos_token"} - config.keys()):
+            raise ModelError(f"{directory}/config.json lacks {', '.join(missing)}.")
+        self.module = Transformer(TransformerConfig(**{k: config[k] for k in names}))
         tensors, _ = read_tensors(directory / "model.safetensors")
         try:
             self.module.load_state_dict({name: t.float() for name, t in tensors.items()})
@@ -301,7 +303,11 @@ def _from_directory(path: Path, model_id: str, device: str) -> LanguageModel:
     weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
     if not weights:
         raise ModelError(f"{path} has a config.json but no weights (*.safetensors).")
-    return BridgeModel(_boot(str(path.resolve()), device), model_id, _sha256_of(weights))
+    try:
+        bridge = _boot(str(path.resolve()), device)
+    except Exception as error:  # transformers and TransformerLens raise many kinds for one they cannot open
+        raise ModelError(f"model {str(path)!r} could not be opened: {error}") from error
+    return BridgeModel(bridge, model_id, _sha256_of(weights))
 
 
 def _from_hub(name: str, device: str) -> LanguageModel:
