@@ -53,7 +53,7 @@ def logit_chart(histogram: pd.DataFrame) -> alt.Chart:
 
 def divergence_chart(kl: list[float]) -> alt.Chart:
     """KL divergence between the two next-token distributions at each new token."""
-    frame = pd.DataFrame({"token": range(len(kl)), "kl": kl})
+    frame = pd.DataFrame({"token": range(1, len(kl) + 1), "kl": kl})
     return (
         alt.Chart(frame)
         .mark_bar(color=BLUE)

@@ -212,7 +212,7 @@ def test_missing_model_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_steering_keeps_its_limits_whatever_the_page_sends() -> None:
-    call = {
+    call: dict[str, Any] = {
         "feature": 0,
         "mode": "set",
         "value": 1.0,

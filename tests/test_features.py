@@ -97,9 +97,9 @@ def check_against(truth: Truth, index: FeatureIndex) -> None:
         assert stats["domain_purity"][feature] == np.float32(max(counts) / len(names))
     for token in range(8):
         on_token = truth.acts[tokens == token]
-        feature, count, total, largest = index.features_of_token(token)
+        on_this, count, total, largest = index.features_of_token(token)
         expected = np.flatnonzero(on_token.any(axis=0)) if len(on_token) else np.zeros(0, int)
-        np.testing.assert_array_equal(feature, expected)
+        np.testing.assert_array_equal(on_this, expected)
         np.testing.assert_array_equal(count, (on_token[:, expected] > 0).sum(axis=0))
         np.testing.assert_allclose(total, on_token[:, expected].sum(axis=0), rtol=1e-5)
         if len(expected):
