@@ -44,9 +44,7 @@ def build(
     timed("harvest", lambda: sae.harvest(model, text, acts, tokens=tokens))
     timed(
         "train",
-        lambda: sae.train(
-            acts, dictionary, recipe=recipe, d_sae=d_sae, tokens=train_tokens, seed=seed, config=config
-        ),
+        lambda: sae.train(acts, dictionary, recipe=recipe, d_sae=d_sae, tokens=train_tokens, seed=seed, config=config),
     )
     result = timed("eval", lambda: sae.evaluate(dictionary))
     timed("index", lambda: sae.index(dictionary, tokens=index_tokens))

@@ -145,14 +145,15 @@ class FeatureIndex:
         """(id, source, domain, sha256) of the document a row belongs to; blanks on padding."""
         context, position = divmod(int(row), self.seq_len)
         number = int(self._context("document", context)[position])
-        return self._documents[number] if number >= 0 else ("", "", "", "")
+        return self.documents[number] if number >= 0 else ("", "", "", "")
 
     @cached_property
     def _vocabulary(self) -> list[bytes]:
         return [token.encode("latin-1") for token in read_json(self.path / "vocabulary.json")]
 
     @cached_property
-    def _documents(self) -> list[Document]:
+    def documents(self) -> list[Document]:
+        """The document table: number in `document` → (id, source, domain, sha256)."""
         rows = read_json(self.path / "documents.json")
         return [(row[0], row[1], row[2], row[3]) for row in rows]
 

@@ -1,0 +1,155 @@
+"""Which features stand for a domain: for each domain, the best feature, how pure and how complete it is, and its
+correlation with the paper's proxy.
+
+    python scripts/domains.py runs/mine/topk-4096-s0
+
+The feature is chosen on training contexts and every figure is taken on held-out contexts. Kept tokens only.
+Source of the proxies: Bricken et al. 2023, "Detailed investigations": log P(s | context) / P(s), the largest over the
+strings s of whole tokens that end at a token; P(s) is the product of unigram probabilities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import string
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from store.features import FeatureIndex
+
+SCRIPT_BLOCKS = {
+    "arabic": ((0x0600, 0x06FF), (0x0750, 0x077F)),
+    "hebrew": ((0x0590, 0x05FF),),
+}
+ALPHABETS = {
+    "base64": string.ascii_letters + string.digits + "+/",
+    "hex": string.hexdigits,
+    "dna": "ATCG",
+}
+OUTSIDE = 1e-10
+
+
+def log_ratio_of_alphabet(vocabulary: list[bytes], unigram: np.ndarray, alphabet: str) -> np.ndarray:
+    """log P(token | alphabet) − log P(token) per token: uniform characters inside the alphabet, 1e-10 outside."""
+    inside = set(alphabet.encode())
+    log_p = np.array(
+        [sum(np.log(1 / len(alphabet) if byte in inside else OUTSIDE) for byte in token) for token in vocabulary]
+    )
+    return log_p - np.log(np.maximum(unigram, 1e-12))
+
+
+def best_ending_here(ratio: np.ndarray) -> np.ndarray:
+    """The largest sum over runs of tokens that end at each position of a context ([contexts, pos])."""
+    best = np.empty_like(ratio)
+    best[:, 0] = ratio[:, 0]
+    for position in range(1, ratio.shape[1]):
+        best[:, position] = ratio[:, position] + np.maximum(0, best[:, position - 1])
+    return best
+
+
+def in_script(tokens: np.ndarray, vocabulary: list[bytes], blocks: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Which positions have all their characters (parts of characters, too) inside the blocks."""
+    result = np.zeros(tokens.shape, bool)
+    for row, ids in enumerate(tokens):
+        pieces = [vocabulary[i] for i in ids]
+        text = b"".join(pieces).decode("utf-8", errors="surrogateescape")
+        belongs: list[bool] = []  # per byte
+        for character in text:
+            code = ord(character)
+            width = 1 if 0xDC80 <= code <= 0xDCFF else len(character.encode())
+            belongs += [any(low <= code <= high for low, high in blocks)] * width
+        start = 0
+        for position, piece in enumerate(pieces):
+            here = belongs[start : start + len(piece)]
+            result[row, position] = bool(here) and all(here)
+            start += len(piece)
+    return result
+
+
+def script_proxy(tokens: np.ndarray, keep: np.ndarray, belongs: np.ndarray, d_vocab: int) -> np.ndarray:
+    """log P(script | token) − log P(script); P(script | token) is how often a token's characters are in the script."""
+    seen = np.bincount(tokens[keep], minlength=d_vocab)
+    inside = np.bincount(tokens[keep & belongs], minlength=d_vocab)
+    share = np.maximum(inside / np.maximum(seen, 1), OUTSIDE)
+    return np.maximum(0, np.log(share) - np.log(max(belongs[keep].mean(), OUTSIDE)))[tokens]
+
+
+def proxy(domain: str, tokens: np.ndarray, keep: np.ndarray, vocabulary: list[bytes]) -> np.ndarray | None:
+    if domain in SCRIPT_BLOCKS:
+        belongs = in_script(tokens, vocabulary, SCRIPT_BLOCKS[domain])
+        return script_proxy(tokens, keep, belongs, len(vocabulary))
+    if domain in ALPHABETS:
+        unigram = np.bincount(tokens[keep], minlength=len(vocabulary)) / keep.sum()
+        ratio = log_ratio_of_alphabet(vocabulary, unigram, ALPHABETS[domain])[tokens]
+        if domain == "dna":  # the paper: at least two tokens, binarised by sign
+            pair = ratio[:, 1:] + best_ending_here(ratio)[:, :-1]
+            return np.pad((pair > 0).astype(float), ((0, 0), (1, 0)))
+        return best_ending_here(ratio)
+    return None
+
+
+class DomainTable:
+    """Firings of every feature counted by domain, for choosing on one part of the index and reporting on the other."""
+
+    def __init__(self, index: FeatureIndex) -> None:
+        self.index = index
+        self.tokens = index.column("tokens").astype(np.int64)
+        self.keep = index.column("keep")
+        self.vocabulary = [index.token_bytes(t) for t in range(index.d_vocab)]
+        domain_of = [index.domains.index(entry[2]) for entry in index.documents]
+        self.domain = np.append(domain_of, -1)[index.column("document")]
+        self.heldout = np.zeros(self.keep.shape, bool)
+        self.heldout[: index.attributes["heldout_contexts"]] = True
+
+    def counts(self, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Firings [d_sae, n_domains] and kept tokens [n_domains] of a part of the positions."""
+        flat_domain, flat_part = self.domain.reshape(-1), part.reshape(-1)
+        table = np.zeros((self.index.d_sae, len(self.index.domains)))
+        for feature in range(self.index.d_sae):
+            rows, _ = self.index.firings(feature)
+            rows = rows[flat_part[rows]]
+            table[feature] = np.bincount(flat_domain[rows], minlength=table.shape[1])
+        counted = flat_domain[(part & self.keep).reshape(-1)]
+        return table, np.bincount(counted, minlength=table.shape[1])
+
+    def pearson(self, feature: int, values: np.ndarray, part: np.ndarray) -> float:
+        acts = np.zeros(self.keep.size)
+        rows, fired = self.index.firings(feature)
+        acts[rows] = fired
+        chosen = (part & self.keep).reshape(-1)
+        return float(np.corrcoef(acts[chosen], values.reshape(-1)[chosen])[0, 1])
+
+
+def f1(precision: np.ndarray | float, recall: np.ndarray | float) -> np.ndarray:
+    return 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sae", type=Path, help="directory of an indexed dictionary")
+    args = parser.parse_args()
+    table = DomainTable(FeatureIndex.open(args.sae / "features.zarr"))
+    fired, present = table.counts(~table.heldout)
+    precisions = fired / np.maximum(fired.sum(1, keepdims=True), 1)
+    best = f1(precisions, fired / np.maximum(present, 1)).argmax(0)
+    held, totals = table.counts(table.heldout)
+    print(f"{'domain':16} {'tokens':>8} {'feature':>8} {'precision':>9} {'recall':>7} {'F1':>6} {'proxy r':>8}")
+    for number, domain in enumerate(table.index.domains):
+        if totals[number] < 200:
+            continue
+        feature = int(best[number])
+        precision = held[feature, number] / max(1, held[feature].sum())
+        recall = held[feature, number] / totals[number]
+        values = proxy(domain, table.tokens, table.keep, table.vocabulary)
+        pearson = "" if values is None else f"{table.pearson(feature, values, table.heldout):8.2f}"
+        print(
+            f"{domain:16} {totals[number]:8,} {feature:8} {precision:9.2f} {recall:7.2f} "
+            f"{f1(precision, recall):6.2f} {pearson}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
