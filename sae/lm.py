@@ -10,6 +10,7 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from difflib import get_close_matches
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +26,7 @@ from sae.tokenizer import load_tokenizer
 from sae.transformer import Transformer, TransformerConfig
 
 Splice = Callable[[Tensor], Tensor]
+Hooks = list[tuple[str, Callable[..., Tensor]]]
 
 LEGACY_HUB_IDS = {
     "gelu-1l": "NeelNanda/GELU_1L512W_C4_Code",
@@ -234,7 +236,7 @@ class BridgeModel(LanguageModel):
             raise _Captured(value)
 
         try:
-            self._run(tokens, hook_point, stop)
+            self._run(tokens, [(hook_point, stop)])
         except _Captured as captured:
             return captured.value.float()
         raise ModelError(f"{self.id}: the hook point {hook_point!r} exists but was never reached.")
@@ -246,19 +248,34 @@ class BridgeModel(LanguageModel):
         if hook_point is None or splice is None:
             return self.module(tokens.to(self.device), return_type="logits").float()
 
+        bypassed: list[Tensor] = []
+
         def replace(value: Tensor, hook: Any) -> Tensor:
-            return splice(value.float()).to(value.dtype)
+            replaced = splice(value.float()).to(value.dtype)
+            bypassed.append(replaced - value)
+            return replaced
 
-        return self._run(tokens, hook_point, replace).float()
+        def catch_up(value: Tensor, hook: Any) -> Tensor:
+            return value + bypassed.pop()
 
-    def _run(self, tokens: Tensor, hook_point: str, function: Callable[..., Tensor]) -> Tensor:
+        hooks: Hooks = [(hook_point, replace)]
+        if hook_point.endswith(".hook_resid_mid"):
+            # The bridge's hook_resid_mid is the input of the MLP's norm: what is replaced there still flows on
+            # unchanged in the residual stream, so the difference is added where the stream leaves the block.
+            block = hook_point.removesuffix("hook_resid_mid")
+            held = self.module.hook_dict
+            if held.get(hook_point) is not held.get(f"{block}ln2.hook_in", ""):
+                raise ModelError(f"{self.id}: splicing at {hook_point} is not supported; use {block}hook_resid_post.")
+            hooks.append((f"{block}hook_resid_post", catch_up))
+        return self._run(tokens, hooks).float()
+
+    def _run(self, tokens: Tensor, hooks: Hooks) -> Tensor:
         try:
-            return self.module.run_with_hooks(
-                tokens.to(self.device), return_type="logits", fwd_hooks=[(hook_point, function)]
-            )
+            return self.module.run_with_hooks(tokens.to(self.device), return_type="logits", fwd_hooks=hooks)
         except KeyError as error:
-            close = [name for name in self.module.hook_dict if name.endswith(hook_point.rsplit(".", 1)[-1])]
-            hint = f" Did you mean {', '.join(close[:4])}?" if close else ""
+            hook_point = hooks[0][0]
+            close = get_close_matches(hook_point, self.module.hook_dict, n=4)
+            hint = f" Did you mean {', '.join(close)}?" if close else ""
             raise ModelError(f"{self.id} has no hook point {hook_point!r}.{hint}") from error
 
     def to_residual(self, hook_point: str) -> Float[Tensor, "d_in d_model"] | None:
