@@ -16,7 +16,7 @@ from browser.tokens import Piece, label, pieces
 from store.features import FeatureIndex
 
 LEVELS = 4  # how deep below the root an SAE may lie
-ULTRA_LOW = 1e-6  # firings per kept token
+ULTRA_LOW = 1e-5  # firings per kept token; the bound of eval.json's ultra_low_share
 DENSE = 0.1
 N_INTERVALS = 11
 
