@@ -69,20 +69,25 @@ def train(
         while state.step < config.steps:
             started = time.perf_counter()
             metrics = train_step(state, rows.batch(state.step).x, config, recipe)
-            if recipe.resample and state.step in config.resample_steps:
+            last = state.step == config.steps
+            resampling = recipe.resample and state.step in config.resample_steps
+            logging = state.step % LOG_STEPS == 0 or last
+            saving = interrupt.requested or last or time.monotonic() - saved > 60 * save_minutes
+            if resampling or logging or saving:
+                _check_finite(metrics["loss"], state, config)
+            if resampling:
                 _resample(state, rows, config)
             bar.update(config.batch_tokens)
-            last = state.step == config.steps
-            if state.step % LOG_STEPS == 0 or last:
+            if logging:
                 seconds = time.perf_counter() - started
                 entry = _measured(metrics, state, config)
                 log.write(json.dumps(entry | {"rows_per_s": round(config.batch_tokens / seconds)}) + "\n")
                 log.flush()
                 bar.set_postfix(fvu=f"{entry['fvu']:.4f}", l0=f"{entry['l0']:.1f}", dead=f"{entry['dead_share']:.1%}")
-            if interrupt.requested or last or time.monotonic() - saved > 60 * save_minutes:
+            if saving:
                 save_state(out, state)
                 saved = time.monotonic()
-            if interrupt.requested and not last:
+            if saving and interrupt.requested and not last:
                 raise Interrupted(
                     f"stopped at step {state.step:,} of {config.steps:,}, saved in {out}. Repeat the command to go on."
                 )
@@ -137,21 +142,24 @@ def _aux(state: TrainState, pre: Tensor, x: Tensor, x_hat: Tensor, dead: Tensor,
     return losses.aux_k_loss(state.sae, pre, x - x_hat, dead) * variance.detach()
 
 
-def _measured(metrics: dict[str, Tensor], state: TrainState, config: TrainConfig) -> dict[str, Any]:
-    """The logged line; the one place where a non-finite loss stops the run."""
-    loss = metrics["loss"].item()
-    if not math.isfinite(loss):
+def _check_finite(loss: Tensor, state: TrainState, config: TrainConfig) -> None:
+    """Stops a run that has gone wrong before anything of it is saved or resampled from."""
+    if not (loss.isfinite() and all(tensor.isfinite().all() for tensor in state.sae.tensors().values())):
         raise ValueError(
-            f"training: the loss is {loss} at step {state.step:,}. The last checkpoint is kept; "
+            f"training: the loss is {loss.item()} at step {state.step:,}. The last checkpoint is kept; "
             f"likely cause: lr = {config.lr:g} is too high, or rows that are not finite (`sae verify` the store)."
         )
+
+
+def _measured(metrics: dict[str, Tensor], state: TrainState, config: TrainConfig) -> dict[str, Any]:
+    """The logged line; fvu is relative to the batch's own variance (0 where all its rows are equal)."""
     x = metrics["x"]
     variance = (x - x.mean(0)).pow(2).sum(-1).mean()
     return {
         "step": state.step,
         "rows": state.step * config.batch_tokens,
-        "loss": loss,
-        "fvu": (metrics["error"] / variance).item(),
+        "loss": metrics["loss"].item(),
+        "fvu": (metrics["error"] / variance).item() if variance > 0 else 0.0,
         "l0": metrics["l0"].item(),
         "dead_share": (state.tokens_since_fired >= config.dead_after_tokens).float().mean().item(),
         "lr": optim.learning_rate(state.step - 1, config),

@@ -1,0 +1,428 @@
+"""Training: planted dictionaries are found, the dead revived, a broken run ends as an unbroken one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sae import training
+from sae.checkpoint import read_tensors
+from sae.config import TrainConfig
+from sae.model import SAE, load
+from sae.progress import Interrupted
+from sae.recipes import resolve
+from sae.rows import Batch
+from sae.training import train
+
+N_TRUE, D_IN, BATCH = 24, 16, 256
+
+
+class Planted:
+    """Rows that are sparse sums of known directions; `batch` and `sample` are functions of their seeds alone."""
+
+    def __init__(self, *, batch_tokens: int = BATCH, seed: int = 0, size: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.randn(N_TRUE, D_IN, generator=generator)
+        self.directions = directions / directions.norm(dim=1, keepdim=True)
+        self.d_in, self.batch_tokens, self.size = D_IN, batch_tokens, size
+        self.bad_step: int | None = None
+        self.before_batch: Callable[[int], None] = lambda step: None
+        self.samples: list[tuple[int, int]] = []
+
+    def draw(self, n: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        on = torch.rand(n, N_TRUE, generator=generator) < 0.08
+        return self.size * (on * (0.5 + torch.rand(n, N_TRUE, generator=generator))) @ self.directions
+
+    def batch(self, step: int) -> Batch:
+        self.before_batch(step)
+        x = self.draw(self.batch_tokens, 1_000_000 + step)
+        if step == self.bad_step:
+            x[0, 0] = torch.nan
+        return Batch(x)
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        self.samples.append((n, seed))
+        return self.draw(min(n, 4096), seed)
+
+
+def small(recipe: str = "topk", steps: int = 60, **overrides: object) -> TrainConfig:
+    """A quick run; with L1, so steep that features die and are resampled at steps 12, 18 and 24."""
+    numbers = {"d_sae": 40, "tokens": 32 * steps, "batch_tokens": 32}
+    numbers |= {"k": 3, "lr": 3e-3} if recipe == "topk" else {"l1": 3.0, "lr": 3e-2}
+    return resolve(recipe, **numbers | overrides)[1]
+
+
+def rows() -> Planted:
+    return Planted(batch_tokens=32)
+
+
+def log_of(out: Path) -> list[dict]:
+    """metrics.jsonl without what a clock decides."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "rows_per_s"} for line in lines]
+
+
+def mean_max_cosine(truth: Tensor, learned: Tensor) -> float:
+    return float((truth @ torch.nn.functional.normalize(learned, dim=1).T).max(1).values.mean())
+
+
+# --- what is learned -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"), [("topk", {"k": 3}), ("towards-monosemanticity", {"l1": 1.0})], ids=["topk", "tm"]
+)
+def test_a_planted_dictionary_is_recovered(tmp_path: Path, recipe: str, overrides: dict) -> None:
+    """24 directions in 16 dimensions, 2 on at a time. A random dictionary of this size has an MMCS of about 0.5."""
+    planted = Planted(size=7.0)
+    _, config = resolve(recipe, d_sae=32, tokens=BATCH * 900, batch_tokens=BATCH, lr=3e-3, **overrides)
+    sae = train(planted, tmp_path, config)
+    assert mean_max_cosine(planted.directions, torch.randn(32, D_IN)) < 0.65
+    assert mean_max_cosine(planted.directions, sae.W_dec) > 0.95
+    x = planted.draw(2000, 5)
+    fvu = ((x - sae(x)) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    assert fvu < 0.15
+    # and in the units of the rows: an active direction comes back with about its own size
+    alone = planted.size * planted.directions
+    assert 0.5 < (sae.encode(alone).amax(1) / planted.size).median() < 1.3
+
+
+def with_dead(state: training.TrainState, n: int) -> None:
+    """Encoder biases so low that the first n features cannot fire."""
+    with torch.no_grad():
+        state.sae.b_enc[:n] = -50.0
+
+
+def dead_at_the_end(sae: SAE, planted: Planted) -> int:
+    return int((sae.encode(planted.draw(5000, 77)) > 0).any(0).logical_not().sum())
+
+
+def test_resampling_revives_the_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted, start = rows(), training._start
+
+    def start_half_dead(*args: object) -> training.TrainState:
+        state = start(*args)  # type: ignore[arg-type]
+        with_dead(state, 20)
+        return state
+
+    monkeypatch.setattr(training, "_start", start_half_dead)
+    config = small("towards-monosemanticity", steps=300, l1=0.5, lr=3e-3)
+    revived = train(planted, tmp_path / "on", config)
+    recipe = replace(training.recipe_named(config.recipe), resample=False)
+    monkeypatch.setattr(training, "recipe_named", lambda _: recipe)
+    left = train(planted, tmp_path / "off", config)
+    assert dead_at_the_end(left, planted) >= 20
+    assert dead_at_the_end(revived, planted) <= 3
+
+
+def test_aux_k_revives_the_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted, start = rows(), training._start
+
+    def start_half_dead(*args: object) -> training.TrainState:
+        state = start(*args)  # type: ignore[arg-type]
+        with torch.no_grad():
+            state.sae.b_enc[:20] = -2.5  # seldom positive: AuxK has something to pull on
+        return state
+
+    monkeypatch.setattr(training, "_start", start_half_dead)
+    config = small("topk", steps=300, dead_tokens=640, lr=1e-3)
+    on = dead_at_the_end(train(planted, tmp_path / "on", config), planted)
+    off = dead_at_the_end(train(planted, tmp_path / "off", replace(config, aux_coefficient=0.0)), planted)
+    assert off >= 13
+    assert on <= 9
+
+
+# --- resampling in the loop ------------------------------------------------------------------------------------------
+
+
+def test_resampling_happens_at_its_steps_to_the_silent_and_is_logged(tmp_path: Path, monkeypatch) -> None:
+    """The last firing of each feature is recorded from the outside and the events checked against it."""
+    config = small("towards-monosemanticity", steps=100)
+    planted, last_fired, events = rows(), np.zeros(config.d_sae, int), []
+    step_of, resample = training.train_step, training.optim.resample_
+
+    def watched_step(state, raw, *args):
+        acts = state.sae.encode(raw * state.scale)
+        last_fired[(acts > 0).any(0).numpy()] = state.step + 1
+        found = step_of(state, raw, *args)
+        watched_step.now = state.step
+        return found
+
+    def watched_resample(sae, optimizer, dead, sample, losses, generator):
+        x_hat = (((sample - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()) @ sae.W_dec + sae.b_dec
+        f = ((sample - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
+        exact = ((sample - x_hat) ** 2).sum(1) + config.l1 * f.sum(1)
+        torch.testing.assert_close(losses, exact, rtol=1e-4, atol=1e-4)
+        window = config.resample_window_steps
+        silent = [i for i, last in enumerate(last_fired) if watched_step.now - last >= window]
+        assert dead.tolist() == silent
+        chosen = resample(sae, optimizer, dead, sample, losses, generator)
+        events.append({"step": watched_step.now, "features": silent, "sample_rows": chosen.tolist()})
+        last_fired[silent] = watched_step.now  # a revived feature gets a whole window to fire in
+        return chosen
+
+    monkeypatch.setattr(training, "train_step", watched_step)
+    monkeypatch.setattr(training.optim, "resample_", watched_resample)
+    planted.samples.clear()
+    sae = train(planted, tmp_path, config)
+    assert {e["step"] for e in events} <= set(config.resample_steps) == {10, 20, 30, 40}
+    assert len(events) >= 2
+    assert all(n == config.resample_rows for n, _ in planted.samples[1:])
+    assert len({seed for _, seed in planted.samples}) == len(planted.samples)  # another subset each time
+    _, header = read_tensors(tmp_path / "state.safetensors")
+    logged = [{k: e[k] for k in ("step", "features", "sample_rows")} for e in header["resampled"]]
+    assert logged == events
+    assert all(age >= config.resample_window_steps * 32 for e in header["resampled"] for age in e["silent_tokens"])
+    assert sae.config["resample_events"] == [{"step": e["step"], "features": len(e["features"])} for e in events]
+
+
+def test_a_feature_silent_one_step_less_than_the_window_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small("towards-monosemanticity", steps=100)
+    state = training._start(rows(), config, training.recipe_named(config.recipe))
+    window = config.resample_window_steps * config.batch_tokens
+    state.tokens_since_fired[:3] = torch.tensor([window - 32, window, window + 32])
+    before = state.sae.W_dec.detach().clone()
+    training._resample(state, rows(), config)
+    changed = (state.sae.W_dec.detach() != before).any(1).nonzero().squeeze(1).tolist()
+    assert changed == [1, 2]
+    assert state.tokens_since_fired[:3].tolist() == [window - 32, 0, 0]
+
+
+def test_exact_uses_the_papers_subset(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small("towards-monosemanticity", steps=100, exact=True)
+    planted = rows()
+    state = training._start(planted, config, training.recipe_named(config.recipe))
+    state.tokens_since_fired[5] = 12_500 * 32
+    state.tokens_since_fired[6] = 12_500 * 32 - 32
+    training._resample(state, planted, config)
+    assert planted.samples[-1][0] == 819_200
+    assert [e["features"] for e in state.resampled] == [[5]]
+
+
+# --- units -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e-2, 1.0, 300.0])
+def test_the_input_scale_is_folded_into_what_is_saved(tmp_path: Path, size: float) -> None:
+    planted = Planted(batch_tokens=32, size=size)
+    sae = train(planted, tmp_path, small("towards-monosemanticity", steps=20))
+    tensors, header = read_tensors(tmp_path / "state.safetensors")
+    sample = planted.draw(4096, 0).double()
+    assert header["scale"] ** 2 * float((sample**2).sum(1).mean()) == pytest.approx(D_IN, rel=1e-6)
+    unfolded = SAE(D_IN, 40)
+    unfolded.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
+    x, s = planted.draw(50, 3), header["scale"]
+    torch.testing.assert_close(sae.encode(x), unfolded.encode(s * x) / s, rtol=1e-4, atol=1e-5 * size)
+    torch.testing.assert_close(sae(x), unfolded(s * x) / s, rtol=1e-4, atol=1e-5 * size)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40), rtol=0, atol=1e-6)
+    again = load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), again.parameters(), strict=True))
+
+
+def test_training_does_not_depend_on_the_units_of_the_rows(tmp_path: Path) -> None:
+    """A power of two changes no bit of a float's mantissa: the same dictionary, biases in the other unit."""
+    config = small("towards-monosemanticity", steps=30)
+    one = train(Planted(batch_tokens=32), tmp_path / "1", config)
+    four = train(Planted(batch_tokens=32, size=4.0), tmp_path / "4", config)
+    assert torch.equal(one.W_dec, four.W_dec)
+    assert torch.equal(one.b_enc * 4, four.b_enc)
+    assert torch.equal(one.b_dec * 4, four.b_dec)
+
+
+def test_lambda_is_recorded_in_every_convention(tmp_path: Path) -> None:
+    """The gradients of the raw losses, with the recorded λ, are those of the scaled loss up to one factor."""
+    planted = Planted(batch_tokens=32, size=7.0)
+    sae = train(planted, tmp_path, small("towards-monosemanticity", steps=20))
+    recorded, s = sae.config["lambda"], sae.config["input_scale"]
+    assert recorded["scaled"] == 3.0
+    x = planted.draw(64, 9).double()
+    directions = {}
+    for convention in ("scaled", "raw", "raw_mean_squared"):
+        twin = SAE(D_IN, 40).double()
+        twin.load_state_dict(sae.state_dict())
+        W_enc, b_enc, W_dec, b_dec = (twin.get_parameter(n) for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
+        f = ((x - b_dec) @ W_enc + b_enc).relu()
+        error = (x - f @ W_dec - b_dec) ** 2
+        if convention == "scaled":  # the loss training minimised, written in the folded parameters
+            loss = (s**2 * error).sum(1).mean() + recorded["scaled"] * (s * f).sum(1).mean()
+        elif convention == "raw":
+            loss = error.sum(1).mean() + recorded["raw"] * f.sum(1).mean()
+        else:
+            loss = error.mean() + recorded["raw_mean_squared"] * f.sum(1).mean()
+        grads = torch.autograd.grad(loss, (W_enc, b_enc, W_dec, b_dec))
+        directions[convention] = torch.cat([g.flatten() for g in grads])
+    for convention, factor in (("raw", s**2), ("raw_mean_squared", s**2 * D_IN)):
+        torch.testing.assert_close(directions["scaled"], factor * directions[convention], rtol=1e-9, atol=1e-12)
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+RECIPES = ("topk", "towards-monosemanticity")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for recipe in RECIPES:
+        found[recipe] = tmp_path_factory.mktemp("unbroken") / recipe
+        sae = train(rows(), found[recipe], small(recipe))
+        assert len(sae.config["resample_events"]) == (0 if recipe == "topk" else 3)
+    return found
+
+
+def assert_same_run(out: Path, reference: Path) -> None:
+    for name in ("sae.safetensors", "state.safetensors", "config.json", "train.json"):
+        assert (out / name).read_bytes() == (reference / name).read_bytes(), name
+    assert log_of(out) == log_of(reference)
+
+
+@given(recipe=st.sampled_from(RECIPES), stops=st.lists(st.integers(0, 58), min_size=1, max_size=3, unique=True))
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_interrupted_anywhere_it_ends_with_the_same_bytes(unbroken: dict, recipe: str, stops: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        out, source, seen = Path(folder) / "run", rows(), []
+        for stop in sorted(stops):
+
+            def signal_at(step: int, stop: int = stop) -> None:
+                seen.append(step)
+                if step == stop:
+                    signal.raise_signal(signal.SIGTERM)
+
+            source.before_batch = signal_at
+            with pytest.raises(Interrupted, match=f"stopped at step {stop + 1} of 60"):
+                train(source, out, small(recipe))
+            assert not (out / "sae.safetensors").exists()
+        train(source, out, small(recipe))
+        assert seen == list(range(60))  # nothing was done twice, nothing left out
+        assert_same_run(out, unbroken[recipe])
+
+
+class PowerCut(BaseException):
+    pass
+
+
+@given(recipe=st.sampled_from(RECIPES), cut=st.integers(0, 59), every_step=st.booleans())
+@settings(max_examples=8, deadline=None)
+def test_cut_off_anywhere_it_ends_with_the_same_bytes(unbroken: dict, recipe: str, cut: int, every_step: bool) -> None:
+    """No warning: what was not saved is done again, and its log lines are dropped first."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, source = Path(folder) / "run", rows()
+
+        def fail(step: int) -> None:
+            if step == cut:
+                raise PowerCut
+
+        source.before_batch = fail
+        save_minutes = 0.0 if every_step else 60.0
+        with pytest.raises(PowerCut):
+            train(source, out, small(recipe), save_minutes=save_minutes)
+        assert (out / "state.safetensors").exists() == (every_step and cut > 0)
+        with (out / "metrics.jsonl").open("a") as log:
+            log.write('{"step": 59, "loss"')  # torn
+        train(rows(), out, small(recipe), save_minutes=save_minutes)
+        assert_same_run(out, unbroken[recipe])
+
+
+def test_a_finished_run_stays_as_it_is(unbroken: dict[str, Path]) -> None:
+    out = unbroken["topk"]
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    source = rows()
+    source.before_batch = lambda step: pytest.fail("nothing is left to do")
+    train(source, out, small("topk"))
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_other_settings_are_refused_and_nothing_is_touched(unbroken: dict[str, Path]) -> None:
+    out = unbroken["topk"]
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    for other, message in (
+        (small("topk", seed=1), r"train\.seed is 0 there, 1 asked for"),
+        (small("topk", steps=61), r"train\.tokens is 1920 there, 1952 asked for"),
+        (small("towards-monosemanticity"), r"train\.recipe is 'topk' there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(rows(), out, other)
+    with pytest.raises(ValueError, match="rows.*other"):
+        train(rows(), out, small("topk"), provenance={"store": "other"})
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_seed_decides_the_run(tmp_path: Path, unbroken: dict[str, Path], recipe: str) -> None:
+    again = train(rows(), tmp_path / "again", small(recipe))
+    assert_same_run(tmp_path / "again", unbroken[recipe])
+    other = train(rows(), tmp_path / "other", small(recipe, seed=1))
+    assert not torch.equal(again.W_dec, other.W_dec)
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("bad_step", [0, 4, 5, 30, 59])
+def test_rows_that_are_not_finite_stop_the_run_and_spare_the_checkpoint(
+    tmp_path: Path, unbroken: dict[str, Path], recipe: str, bad_step: int
+) -> None:
+    source = rows()
+    source.bad_step = bad_step
+    with pytest.raises(ValueError, match=f"the loss is nan at step {bad_step + 1}.*lr = 0[.]0+3 is too high"):
+        train(source, tmp_path, small(recipe), save_minutes=0)
+    assert not (tmp_path / "sae.safetensors").exists()
+    if bad_step:
+        tensors, header = read_tensors(tmp_path / "state.safetensors")
+        assert header["step"] == bad_step
+        assert all(t.isfinite().all() for t in tensors.values())
+    # with the rows repaired, the same call goes on to where an unbroken run ends
+    train(rows(), tmp_path, small(recipe), save_minutes=0)
+    assert_same_run(tmp_path, unbroken[recipe])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_bad_row_between_two_log_lines_is_noticed_at_the_next(tmp_path: Path, recipe: str) -> None:
+    source = rows()
+    source.bad_step = 13
+    with pytest.raises(ValueError, match="the loss is nan at step (18|24|25)"):  # 18, 24: resampling comes first
+        train(source, tmp_path, small(recipe))
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+def test_rows_that_are_all_zero(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="every sampled activation is zero; is the hook point right"):
+        train(Planted(size=0.0), tmp_path, small())
+
+
+def test_one_row_per_batch_and_its_log_is_json(tmp_path: Path) -> None:
+    """A batch of one has no variance; the log must stay JSON (no NaN, no Infinity)."""
+    train(Planted(batch_tokens=1), tmp_path, small(steps=960, tokens=40, batch_tokens=1))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_metrics_name_what_they_say(tmp_path: Path) -> None:
+    config = small("topk")
+    train(rows(), tmp_path, config)
+    log = log_of(tmp_path)
+    assert [line["step"] for line in log] == [25, 50, 60]
+    assert [line["rows"] for line in log] == [25 * 32, 50 * 32, 60 * 32]
+    for line in log:
+        assert 0 < line["l0"] <= 3
+        assert 0 < line["fvu"] < 2
+        assert 0 <= line["dead_share"] <= 1
+        assert 0 < line["lr"] <= config.lr
+    assert log[-1]["lr"] == pytest.approx(config.lr * 1 / 12)
