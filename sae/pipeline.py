@@ -261,7 +261,8 @@ def index(
     hook = dictionary.config["hook_point"]
     path = Path(out) if out else (directory or Path(".")) / "features.zarr"
     shards = _first_shards(acts, tokens)
-    contexts = sum(acts.markers(split)[shard].contexts for split, shard in shards)
+    markers = {split: acts.markers(split) for split in (HELD_OUT, TRAIN)}
+    contexts = sum(markers[split][shard].contexts for split, shard in shards)
     documents, renumbered = _documents_of(acts, shards)
     writer = FeatureWriter(
         path,
@@ -375,8 +376,8 @@ def export(sae: SAE | str | Path, format: str, out: str | Path) -> Path:
     out = Path(out)
     if format not in EXPORT_FORMATS:
         raise PipelineError(f"export: format must be one of {', '.join(EXPORT_FORMATS)}; got {format!r}.")
-    if out.exists() and any(out.iterdir()):
-        raise PipelineError(f"export: {out} is not empty; choose another --out.")
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise PipelineError(f"export: {out} is {'a file' if out.is_file() else 'not empty'}; choose another --out.")
     if format == "sae-lens":
         return saelens.write(dictionary, out)
     return save(dictionary, out, dictionary.config)
