@@ -61,7 +61,7 @@ class Firings:
         # The smallest value with at least 99% of the firings at or below it.
         place = (ends - self.count + np.ceil(0.99 * self.count).astype(np.int64) - 1)[fired]
         p99[fired] = values[place]
-        sums = np.bincount(features, values, minlength=len(self.count))
+        sums = np.bincount(features, values, minlength=len(self.count)).astype(np.float64)  # int64 of nothing
         mean = np.divide(sums, self.count, out=np.zeros_like(sums), where=fired)
         return {
             "count": torch.from_numpy(self.count.copy()),
@@ -118,7 +118,7 @@ def evaluate(
             bar.update(int(block.keep.sum()))
     sums = {name: np.concatenate(parts) for name, parts in per_context.items()}
     found = metrics.summarise(sums) | metrics.firing_summary(firings.count, kept_tokens)
-    gap = float(sums["ce_zero"].sum() - sums["ce_clean"].sum()) / float(sums["predictions"].sum())
+    gap = _ablation_gap(found)
     norms = sae.W_dec.norm(dim=-1)
     grouped = metrics.by_group(per_domain)
     result = {
@@ -130,14 +130,20 @@ def evaluate(
         },
         "density": metrics.density_histogram(firings.count, kept_tokens),
         "checks": {
-            "splice_identity_error": identity_error,
+            "splice_identity_error": metrics.number(identity_error),
             "decoder_norm_min": norms.min().item(),
             "decoder_norm_max": norms.max().item(),
             "ablation_gap_nats": gap,
-            "scores_are_noise": gap < metrics.MIN_ABLATION_GAP_NATS,
+            "scores_are_noise": gap is None or gap < metrics.MIN_ABLATION_GAP_NATS,
         },
     }
     return result, firings.statistics()
+
+
+def _ablation_gap(found: dict[str, dict[str, Any]]) -> float | None:
+    """ce_zero − ce_clean, nats; None when nothing could be predicted."""
+    zero, clean = found["ce_zero"]["value"], found["ce_clean"]["value"]
+    return None if zero is None or clean is None else zero - clean
 
 
 def _losses(

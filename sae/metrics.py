@@ -78,7 +78,9 @@ def summarise(sums: dict[str, np.ndarray], *, resamples: int = 1000, seed: int =
     whole = {name: per_context.sum() for name, per_context in sums.items()}
     result: dict[str, dict[str, object]] = {}
     for name, metric in METRICS.items():
-        low, high = np.nanpercentile(metric.of(drawn), [2.5, 97.5])
+        values = metric.of(drawn)
+        defined = values[np.isfinite(values)]
+        low, high = np.percentile(defined, [2.5, 97.5]) if len(defined) else (np.nan, np.nan)
         result[name] = {
             "value": number(metric.of(whole)),
             "ci95": [number(low), number(high)],

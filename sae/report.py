@@ -18,8 +18,8 @@ def eval_table(result: dict[str, Any]) -> str:
         interval = "" if not entry["ci95"] else f"[{_number(entry['ci95'][0])}, {_number(entry['ci95'][1])}]"
         lines.append(f"{name:20} {_number(entry['value']):>9}  {interval:20} {entry['formula']}")
     if result["checks"]["scores_are_noise"]:
-        gap = result["checks"]["ablation_gap_nats"]
-        lines.append(f"note: zero-ablation costs only {gap:.3f} nats here, so the loss scores are noise")
+        gap = _number(result["checks"]["ablation_gap_nats"])
+        lines.append(f"note: zero-ablation costs only {gap} nats here, so the loss scores are noise")
     lines += ["", f"{'domain':20} {'tokens':>9} {'l0':>7} {'fvu':>8} {'delta_ce':>9} {'score':>7}"]
     domains = sorted(result["by_domain"].items(), key=lambda item: -item[1]["tokens"])
     for domain, entry in domains:

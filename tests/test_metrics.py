@@ -1,0 +1,155 @@
+"""Each metric from its sums, against plain numpy on the rows themselves; the bootstrap against theory."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from sae import metrics
+from sae.report import description, eval_table
+
+
+def sums_of(n_contexts: int = 40, rows_each: int = 25, seed: int = 0) -> tuple[dict[str, np.ndarray], dict]:
+    """Per-context sums, and the rows they are sums of."""
+    rng = np.random.default_rng(seed)
+    raw = {
+        "x": rng.normal(1, 2, (n_contexts, rows_each, 3)), "l0": rng.integers(0, 9, (n_contexts, rows_each)),
+        **{f"ce_{name}": rng.gamma(2, size, (n_contexts, rows_each))
+           for name, size in {"clean": 1.0, "sae": 1.2, "zero": 2.0, "mean": 1.9}.items()},
+    }  # fmt: skip
+    raw["x_hat"] = raw["x"] * 0.9 + rng.normal(0, 0.3, raw["x"].shape)
+    x, x_hat = raw["x"], raw["x_hat"]
+    dot = (x * x_hat).sum(-1)
+    sums = {
+        "rows": np.full(n_contexts, rows_each, float), "predictions": np.full(n_contexts, rows_each, float),
+        "l0": raw["l0"].sum(1).astype(float), "error": ((x - x_hat) ** 2).sum((1, 2)),
+        "variance": ((x - x.mean((0, 1))) ** 2).sum((1, 2)),
+        "cosine": (dot / np.linalg.norm(x, axis=-1) / np.linalg.norm(x_hat, axis=-1)).sum(1),
+        "hat_hat": (x_hat**2).sum((1, 2)), "x_hat": dot.sum(1),
+        **{name: raw[name].sum(1) for name in raw if name.startswith("ce_")},
+    }  # fmt: skip
+    assert sums.keys() == set(metrics.SUMS)
+    return sums, raw
+
+
+def test_values_are_ratios_over_the_whole_data_set() -> None:
+    sums, raw = sums_of()
+    found = {name: entry["value"] for name, entry in metrics.summarise(sums, resamples=10).items()}
+    x, x_hat = raw["x"].reshape(-1, 3), raw["x_hat"].reshape(-1, 3)
+    ce = {name: raw[f"ce_{name}"].mean() for name in ("clean", "sae", "zero", "mean")}
+    wanted = {
+        "l0": raw["l0"].mean(),
+        "fvu": ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
+        "cosine": np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(x, x_hat, strict=True)]),
+        "shrinkage": (x_hat**2).sum() / (x * x_hat).sum(),
+        **{f"ce_{name}": value for name, value in ce.items()},
+        "delta_ce": ce["sae"] - ce["clean"],
+        "ce_loss_score_zero": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
+        "ce_loss_score_mean": (ce["mean"] - ce["sae"]) / (ce["mean"] - ce["clean"]),
+    }
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, rel=1e-10), name
+
+
+def test_every_metric_says_its_formula() -> None:
+    for name, entry in metrics.summarise(sums_of()[0], resamples=5).items():
+        assert entry["formula"], name
+        assert entry["version"] >= 1
+
+
+def test_intervals_hold_the_value_and_have_the_textbook_width() -> None:
+    sums, raw = sums_of(n_contexts=400)
+    found = metrics.summarise(sums)
+    for name, entry in found.items():
+        low, high = entry["ci95"]
+        assert low < entry["value"] < high, name
+    per_context = raw["ce_clean"].mean(1)
+    half = 1.96 * per_context.std(ddof=1) / np.sqrt(400)
+    low, high = found["ce_clean"]["ci95"]
+    assert (high - low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_intervals_shrink_with_the_root_of_the_contexts() -> None:
+    def width(n: int, name: str) -> float:
+        low, high = metrics.summarise(sums_of(n_contexts=n)[0])[name]["ci95"]
+        return high - low
+
+    for name in ("fvu", "ce_sae", "l0", "ce_loss_score_zero"):
+        assert width(100, name) / width(1600, name) == pytest.approx(4, rel=0.35), name
+
+
+def test_the_bootstrap_is_over_contexts_not_tokens() -> None:
+    """Rows equal inside a context: the interval must be as wide as if each context were one token."""
+    sums, _ = sums_of(n_contexts=50, rows_each=1)
+    many = {name: value * 100 for name, value in sums.items()}
+    assert metrics.summarise(sums)["fvu"]["ci95"] == pytest.approx(metrics.summarise(many)["fvu"]["ci95"], rel=1e-9)
+
+
+def test_one_context_has_an_interval_of_no_width() -> None:
+    entry = metrics.summarise(sums_of(n_contexts=1)[0])["fvu"]
+    assert entry["ci95"] == pytest.approx([entry["value"]] * 2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_to_divide_by_is_null_and_not_nan() -> None:
+    nothing = {name: np.zeros(3) for name in metrics.SUMS}
+    found = metrics.summarise(nothing)
+    assert all(entry["value"] is None and entry["ci95"] == [None, None] for entry in found.values())
+    json.dumps(found, allow_nan=False)
+    mixed, _ = sums_of(n_contexts=2)
+    for column in mixed.values():
+        column[1] = 0
+    one, none = metrics.by_group(mixed).values()
+    assert all(value is not None for value in one.values())
+    assert set(none.values()) == {None}
+    json.dumps(metrics.summarise(mixed), allow_nan=False)
+
+
+def test_groups_are_the_values_of_their_own_sums() -> None:
+    sums, _ = sums_of(n_contexts=4)
+    for i, group in enumerate(metrics.by_group(sums).values()):
+        alone = metrics.summarise({name: column[i : i + 1] for name, column in sums.items()}, resamples=2)
+        for name, value in group.items():
+            assert value == pytest.approx(alone[name]["value"], rel=1e-12)
+
+
+def test_dead_and_ultra_low_shares() -> None:
+    count = np.array([0, 0, 1, 9, 10, 11, 500_000])
+    found = metrics.firing_summary(count, 1_000_000)
+    assert found["dead_share"]["value"] == pytest.approx(2 / 7)
+    assert found["ultra_low_share"]["value"] == pytest.approx(2 / 7)  # 1e-6 and 9e-6; 1e-5 itself is not below
+    assert "1,000,000 kept held-out tokens" in found["dead_share"]["formula"]
+
+
+def test_density_histogram_counts_every_feature_once() -> None:
+    count = np.array([0, 1, 10, 99, 1000, 1000, 10_000])
+    found = metrics.density_histogram(count, 10_000)
+    assert found["dead"] == [1]
+    assert sum(found["features"]) == 6
+    edges = np.array(found["log10_density_edges"])
+    assert (edges[0], edges[-1], len(edges)) == (-8, 0, len(found["features"]) + 1)
+    wanted, _ = np.histogram(np.log10(count[1:] / 10_000), bins=edges)
+    assert found["features"] == wanted.tolist()
+    assert sum(metrics.density_histogram(np.zeros(4, int), 10)["features"]) == 0
+
+
+def test_the_table_shows_values_intervals_and_missing_ones() -> None:
+    sums, _ = sums_of(n_contexts=3)
+    found = metrics.summarise(sums) | metrics.firing_summary(np.array([0, 3]), 75)
+    groups = metrics.by_group({**sums, "predictions": np.array([25.0, 0.0, 25.0])})
+    result = {
+        "tokens": 75,
+        "metrics": found,
+        "by_domain": {f"domain-{i}": {"tokens": 10 + int(i), **entry} for i, entry in groups.items()},
+        "checks": {"scores_are_noise": True, "ablation_gap_nats": None},
+    }
+    table = eval_table(result)
+    assert f"{found['fvu']['value']:.4f}" in table
+    assert "–" in table  # domain 1 predicted nothing
+    assert "the loss scores are noise" in table
+    lines = table.splitlines()
+    assert [line.split()[0] for line in lines[-3:]] == ["domain-2", "domain-1", "domain-0"]  # most tokens first
+    assert description({"a": {"b": 1}, "c": "d"}) == "a:\n  b: 1\nc: d"
