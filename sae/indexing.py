@@ -92,14 +92,19 @@ class Correlation:
         """`cov(f, x) / (σ_f σ_x)`; 0 where either never varies."""
         n = max(1, self.n)
         covariance = self.products / n - torch.outer(self.f / n, self.x / n)
-        f_std = (self.ff / n - (self.f / n) ** 2).clamp_min(0).sqrt()
-        x_std = (self.xx / n - (self.x / n) ** 2).clamp_min(0).sqrt()
-        scale = torch.outer(f_std, x_std)
-        return torch.where(scale > 1e-12, covariance / scale.clamp_min(1e-12), 0.0).float()
+        scale = torch.outer(_std(self.f / n, self.ff / n), _std(self.x / n, self.xx / n))
+        varies = scale > 0
+        return torch.where(varies, covariance / torch.where(varies, scale, 1.0), 0.0).clamp(-1, 1).float()
 
     def panels(self) -> dict[str, np.ndarray]:
         values, ids = self.matrix().topk(min(NEURONS, len(self.x)), dim=-1)
         return {"neurons/corr_id": ids.int().numpy(), "neurons/corr_value": values.numpy()}
+
+
+def _std(mean: Tensor, mean_square: Tensor) -> Tensor:
+    """Standard deviations; 0 where the variance is no more than the rounding of its two terms."""
+    variance = mean_square - mean**2
+    return torch.where(variance > 1e-9 * mean_square, variance, 0.0).sqrt()
 
 
 def panels(sae: SAE, model: LanguageModel, hook_point: str) -> dict[str, np.ndarray]:
