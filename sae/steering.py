@@ -58,8 +58,11 @@ class Steered:
 def splice_edits(sae: SAE, edits: Sequence[Edit], feature_max: np.ndarray) -> Splice:
     """`x + Σ (v − a) · W_dec`: the delta form, which keeps what the dictionary does not explain of x.
 
+    The sum is over features: several edits of one feature are made one after another, and count once.
     Raises: ValueError for an unknown feature, or `set`/`add` on a feature whose maximum is 0 (it never fired).
     """
+    if len(feature_max) != sae.d_sae:
+        raise ValueError(f"steering: feature_max has {len(feature_max):,} entries, the dictionary {sae.d_sae:,}.")
     if len(edits) > MAX_EDITS:
         raise ValueError(f"steering: at most {MAX_EDITS} features at once; got {len(edits)}.")
     for edit in edits:
@@ -67,12 +70,16 @@ def splice_edits(sae: SAE, edits: Sequence[Edit], feature_max: np.ndarray) -> Sp
             raise ValueError(f"steering: feature {edit.feature} does not exist; features are 0 … {sae.d_sae - 1:,}.")
         if edit.mode in ("set", "add") and not feature_max[edit.feature] > 0:
             raise ValueError(f"steering: feature {edit.feature} never fired, so multiples of its maximum mean nothing.")
-    features = torch.tensor([edit.feature for edit in edits], dtype=torch.long)
+    numbers = list(dict.fromkeys(edit.feature for edit in edits))
+    features = torch.tensor(numbers, dtype=torch.long)
 
     def splice(x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
         acts = sae.encode(x)[..., features]
-        wanted = [_edited(edit, acts[..., i], float(feature_max[edit.feature])) for i, edit in enumerate(edits)]
-        return x + (torch.stack(wanted, -1) - acts) @ sae.W_dec[features]
+        wanted = list(acts.unbind(-1))
+        for edit in edits:
+            place = numbers.index(edit.feature)
+            wanted[place] = _edited(edit, wanted[place], float(feature_max[edit.feature]))
+        return x + (torch.stack(wanted, -1) - acts) @ sae.W_dec[features] if wanted else x
 
     return splice
 
@@ -131,12 +138,14 @@ def steer_stream(
 ) -> Iterator[Steered]:
     """As `steer`, yielding the growing result after every token. Both columns are held back by no cache: hooks act on
     every position, as in the definition."""
-    if temperature < 0:
-        raise ValueError(f"steering: temperature must not be negative; got {temperature}.")
+    if not (temperature >= 0 and np.isfinite(temperature)):
+        raise ValueError(f"steering: temperature must not be negative, and finite; got {temperature}.")
     if max_new_tokens < 1:
         raise ValueError(f"steering: max_new_tokens must be at least 1; got {max_new_tokens}.")
     splice = splice_edits(sae, edits, feature_max)
-    hook = hook_point or sae.config["hook_point"]
+    hook = hook_point or sae.config.get("hook_point")
+    if hook is None:
+        raise ValueError("steering: this dictionary does not say which hook point it was trained on; name hook_point.")
     result = Steered(model.encode_prompt(prompt))
     if not result.prompt_ids:
         raise ValueError("steering: the prompt is empty and this model has no BOS token; type some text.")

@@ -1,0 +1,288 @@
+"""Steering against a splice computed here from the model's own weights; sampling against the softmax."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from fakes import HOOK_POINT
+
+from sae.lm import NativeModel
+from sae.model import SAE
+from sae.steering import MAX_EDITS, Edit, Steered, _gumbel, _kl, _sample, splice_edits, steer, steer_stream
+
+D_IN, D_SAE, DEAD = 32, 24, 5
+PROMPT = "the quick brown"
+
+
+@pytest.fixture(scope="module")
+def sae() -> SAE:
+    made = SAE(D_IN, D_SAE)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+        made.b_enc[DEAD] = -1e3
+    made.config = {"hook_point": HOOK_POINT}
+    return made.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def feature_max() -> np.ndarray:
+    largest = np.linspace(1, 3, D_SAE).astype(np.float32)
+    largest[DEAD] = 0
+    return largest
+
+
+def wanted_activation(edit: Edit, a: float, largest: float) -> float:
+    return {"set": edit.value * largest, "add": a + edit.value * largest, "scale": edit.value * a, "ablate": 0.0}[
+        edit.mode
+    ]
+
+
+def brute_force(sae: SAE, x: torch.Tensor, edits: list[Edit], feature_max: np.ndarray) -> torch.Tensor:
+    """x + Σ (v − a) · W_dec, one row and one feature at a time, float64."""
+    out = x.double().clone()
+    for row in out.view(-1, D_IN):
+        before = row.clone()
+        for edit in edits:
+            column = sae.W_enc[:, edit.feature].double()
+            a = max(0.0, float((before - sae.b_dec.double()) @ column + sae.b_enc[edit.feature].double()))
+            v = wanted_activation(edit, a, float(feature_max[edit.feature]))
+            row += (v - a) * sae.W_dec[edit.feature].double()
+    return out
+
+
+EDITS = {
+    "set": [Edit(2, "set", 5.0)],
+    "add": [Edit(2, "add", -1.5)],
+    "scale": [Edit(2, "scale", 3.0)],
+    "ablate": [Edit(2, "ablate")],
+    "several": [Edit(2, "set", 2.0), Edit(7, "ablate"), Edit(9, "scale", 0.5), Edit(11, "add", 1.0)],
+}
+
+
+@pytest.mark.parametrize("edits", EDITS.values(), ids=EDITS.keys())
+def test_the_delta_form(sae: SAE, feature_max: np.ndarray, edits: list[Edit]) -> None:
+    x = torch.randn(2, 6, D_IN, generator=torch.Generator().manual_seed(0)).relu() * 2
+    found = splice_edits(sae, edits, feature_max)(x)
+    torch.testing.assert_close(found.double(), brute_force(sae, x, edits, feature_max), rtol=1e-5, atol=1e-5)
+    # what the dictionary does not explain of x is kept: not x̂, but x, is moved
+    assert not torch.allclose(found, sae(x), atol=0.1)
+
+
+def test_topk_dictionaries_are_steered_by_their_own_activations(feature_max: np.ndarray) -> None:
+    """A feature outside the k largest has a = 0, though its pre-activation is positive."""
+    made = SAE(D_IN, D_SAE, activation="topk", k=1).requires_grad_(False)
+    made.W_enc.copy_(torch.randn(D_IN, D_SAE, generator=torch.Generator().manual_seed(0)))
+    made.W_dec.copy_(made.W_enc.T)
+    x = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(1))
+    moved = splice_edits(made, [Edit(4, "ablate")], feature_max)(x)
+    first = made.pre_acts(x).argmax(1) == 4
+    assert first.any()
+    assert torch.equal(moved[~first], x[~first])
+    assert not torch.equal(moved[first], x[first])
+
+
+def test_scale_one_and_no_edit_change_nothing_at_all(
+    sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray
+) -> None:
+    x = torch.randn(3, 4, D_IN)
+    for edits in ([Edit(2, "scale", 1.0)], [Edit(DEAD, "ablate")], [Edit(i, "scale", 1.0) for i in range(20)], []):
+        assert torch.equal(splice_edits(sae, edits, feature_max)(x), x)
+        found = steer(tiny_model, sae, PROMPT, edits, seed=1, max_new_tokens=12, feature_max=feature_max)
+        assert found.base_ids == found.steered_ids
+        assert found.first_divergence is None
+        assert found.kl == [0.0] * 12
+
+
+def test_set_zero_is_ablate(sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray) -> None:
+    x = torch.randn(3, 4, D_IN)
+    zero, ablated = (splice_edits(sae, [edit], feature_max)(x) for edit in (Edit(2, "set", 0.0), Edit(2, "ablate")))
+    assert torch.equal(zero, ablated)
+    assert not torch.equal(zero, x)
+
+
+def test_edits_of_one_feature_are_made_one_after_another(sae: SAE, feature_max: np.ndarray) -> None:
+    """Not each from the unedited activation: ablating twice is ablating once."""
+    x = torch.randn(3, 4, D_IN) * 3
+
+    def moved(*edits: Edit) -> torch.Tensor:
+        return splice_edits(sae, edits, feature_max)(x)
+
+    once = moved(Edit(2, "ablate"))
+    assert not torch.equal(once, x)
+    torch.testing.assert_close(moved(Edit(2, "ablate"), Edit(2, "set", 0.0)), once)
+    torch.testing.assert_close(moved(Edit(2, "set", 1.0), Edit(2, "scale", 3.0)), moved(Edit(2, "set", 3.0)))
+    torch.testing.assert_close(moved(Edit(2, "add", 1.0), Edit(2, "add", 1.0)), moved(Edit(2, "add", 2.0)))
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+STRONG = [Edit(2, "set", 30.0)]
+
+
+def greedy_by_hand(model: NativeModel, sae: SAE, ids: list[int], n: int, edits: list[Edit], feature_max) -> list[int]:
+    module, layer, new = model.module, model.module.blocks[0], []
+    for _ in range(n):
+        tokens = torch.tensor([(ids + new)[-model.context_tokens :]])
+        resid = module.resid_pre(tokens)
+        resid = resid + layer.attn(layer.ln1(resid))
+        post = layer.mlp.post(layer.ln2(resid))
+        post = brute_force(sae, post, edits, feature_max).float()
+        logits = module.unembed(module.ln_final(resid + layer.mlp.out(post)))
+        new.append(int(logits[0, -1].argmax()))
+    return new
+
+
+def test_greedy_text_is_the_argmax_of_the_model_and_of_the_spliced_model(
+    sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray
+) -> None:
+    found = steer(tiny_model, sae, PROMPT, STRONG, max_new_tokens=10, temperature=0, feature_max=feature_max)
+    assert found.prompt_ids == [0, *tiny_model.tokenizer.encode(PROMPT).ids]
+    assert found.base_ids == greedy_by_hand(tiny_model, sae, found.prompt_ids, 10, [], feature_max)
+    assert found.steered_ids == greedy_by_hand(tiny_model, sae, found.prompt_ids, 10, STRONG, feature_max)
+    assert found.base_ids != found.steered_ids
+    assert found.base_text == tiny_model.tokenizer.decode(found.base_ids, skip_special_tokens=False)
+    assert found.steered_text == tiny_model.tokenizer.decode(found.steered_ids, skip_special_tokens=False)
+    for i, (base, steered) in enumerate(zip(found.base_ids, found.steered_ids, strict=True)):
+        assert (i < found.first_divergence) <= (base == steered)
+        assert (i == found.first_divergence) <= (base != steered)
+
+
+def test_a_seed_is_a_text_and_the_base_column_knows_nothing_of_the_edits(
+    sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray
+) -> None:
+    def run(seed: int, edits: list[Edit]) -> Steered:
+        return steer(tiny_model, sae, PROMPT, edits, seed=seed, max_new_tokens=15, feature_max=feature_max)
+
+    first = run(4, STRONG)
+    assert run(4, STRONG) == first
+    assert run(4, [Edit(9, "set", 20.0)]).base_ids == first.base_ids
+    assert run(5, STRONG).base_ids != first.base_ids
+
+
+def test_the_stream_grows_to_the_same_result(sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray) -> None:
+    keywords = {"seed": 2, "max_new_tokens": 6, "feature_max": feature_max}
+    lengths = [
+        (len(s.base_ids), len(s.steered_ids), len(s.kl))
+        for s in steer_stream(tiny_model, sae, PROMPT, STRONG, **keywords)
+    ]
+    assert lengths == [(i, i, i) for i in range(1, 7)]
+    assert not tiny_model.lock.locked()
+
+
+def test_kl_compares_the_two_distributions_on_the_steered_text(
+    sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray
+) -> None:
+    found = steer(tiny_model, sae, PROMPT, STRONG, seed=0, max_new_tokens=6, feature_max=feature_max)
+    splice = splice_edits(sae, STRONG, feature_max)
+    for i, kl in enumerate(found.kl):
+        tokens = torch.tensor([found.prompt_ids + found.steered_ids[:i]])
+        p = tiny_model.logits(tokens, HOOK_POINT, splice)[0, -1].double().softmax(-1)
+        q = tiny_model.logits(tokens)[0, -1].double().softmax(-1)
+        assert kl == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    assert min(found.kl) > 0
+
+
+def test_a_prompt_longer_than_the_context_goes_on_from_its_end(
+    sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray
+) -> None:
+    prompt = "the quick brown fox jumps over " * 12
+    found = steer(tiny_model, sae, prompt, STRONG, max_new_tokens=5, temperature=0, feature_max=feature_max)
+    assert len(found.prompt_ids) > tiny_model.context_tokens
+    assert found.base_ids == greedy_by_hand(tiny_model, sae, found.prompt_ids, 5, [], feature_max)
+
+
+def test_an_empty_prompt_starts_at_bos(sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray, monkeypatch) -> None:
+    found = steer(tiny_model, sae, "", STRONG, max_new_tokens=2, feature_max=feature_max)
+    assert found.prompt_ids == [tiny_model.bos_id]
+    monkeypatch.setattr(tiny_model, "bos_id", None)
+    with pytest.raises(ValueError, match="the prompt is empty and this model has no BOS"):
+        steer(tiny_model, sae, "", STRONG, max_new_tokens=2, feature_max=feature_max)
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_samples_are_distributed_as_the_softmax(temperature: float) -> None:
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0, 0.5, -3.0])
+    generator, n = torch.Generator().manual_seed(0), 8000
+    drawn = [_sample(logits, temperature, _gumbel(6, generator)) for _ in range(n)]
+    expected = n * (logits.double() / temperature).softmax(-1).numpy()
+    seen = np.bincount(drawn, minlength=6)
+    assert float(((seen - expected) ** 2 / expected).sum()) < 20.5  # 5 degrees of freedom, p = 0.001
+    assert seen[0] > seen[1]
+
+
+def test_shared_noise_couples_the_columns() -> None:
+    """A small change of the logits seldom changes the token; independent draws would differ half of the time."""
+    logits, generator = torch.randn(50, generator=torch.Generator().manual_seed(1)), torch.Generator().manual_seed(0)
+    changed = logits + 0.05 * torch.randn(50, generator=torch.Generator().manual_seed(2))
+    noises = [_gumbel(50, generator) for _ in range(500)]
+    differ = sum(_sample(logits, 1.0, noise) != _sample(changed, 1.0, noise) for noise in noises)
+    assert 0 < differ < 50
+
+
+def test_temperature_zero_ignores_the_noise() -> None:
+    noise = torch.tensor([100.0, 0.0, 0.0])
+    assert _sample(torch.tensor([0.0, 1.0, 0.5]), 0.0, noise) == 1
+
+
+def test_kl_by_hand() -> None:
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.5, 0.25])
+    assert _kl(p.log(), q.log() + 3) == pytest.approx(0.25 * np.log(2))
+    assert _kl(p.log(), p.log()) == 0
+    assert _kl(torch.randn(9), torch.randn(9)) > 0
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ([Edit(D_SAE)], "feature 24 does not exist; features are 0 … 23"),
+        ([Edit(-1)], "feature -1 does not exist"),
+        ([Edit(DEAD, "set", 1.0)], "feature 5 never fired"),
+        ([Edit(DEAD, "add", 1.0)], "feature 5 never fired"),
+        ([Edit(1)] * (MAX_EDITS + 1), f"at most {MAX_EDITS} features at once; got {MAX_EDITS + 1}"),
+    ],
+)
+def test_edits_that_mean_nothing(
+    sae: SAE, tiny_model, feature_max: np.ndarray, edits: list[Edit], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        steer(tiny_model, sae, PROMPT, edits, feature_max=feature_max)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((1, "clamp"), "one of set, add, scale, ablate; got 'clamp'"), ((1, "set", float("nan")), "finite number"),
+     ((1, "set", float("inf")), "finite number")],
+)  # fmt: skip
+def test_edits_that_are_none(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Edit(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must not be negative"),
+        ({"temperature": float("nan")}, "temperature must .*finite"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"feature_max": np.ones(3)}, "feature_max has 3 entries, the dictionary 24"),
+    ],
+)
+def test_settings_that_are_wrong(sae: SAE, tiny_model: NativeModel, feature_max, keywords: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        steer(tiny_model, sae, PROMPT, STRONG, **{"feature_max": feature_max, **keywords})
+
+
+def test_a_dictionary_without_a_hook_point_asks_for_one(tiny_model: NativeModel, feature_max: np.ndarray) -> None:
+    bare = SAE(D_IN, D_SAE).requires_grad_(False)
+    with pytest.raises(ValueError, match="name hook_point"):
+        steer(tiny_model, bare, PROMPT, STRONG, feature_max=feature_max)
+    steer(tiny_model, bare, PROMPT, STRONG, feature_max=feature_max, max_new_tokens=1, hook_point=HOOK_POINT)
