@@ -322,7 +322,7 @@ def _run_verify(args: argparse.Namespace) -> int:
     problems = pipeline.verify(args.path)
     for problem in problems:
         print(problem)
-    print(f"{args.path}: {len(problems)} problems" if problems else f"{args.path}: every checksum holds")
+    print(f"{args.path}: {len(problems)} found wrong" if problems else f"{args.path}: every checksum holds")
     return 1 if problems else 0
 
 

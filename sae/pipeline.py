@@ -415,7 +415,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         return {"kind": "model", **config}
     if path.name.endswith(".zarr") and (path / "firings").is_dir():
         found = FeatureIndex.open(path)
-        return {"kind": "feature index", "contexts": found.n_contexts, **found.attributes}
+        return {**found.attributes, "kind": "feature index", "contexts": found.n_contexts}
     if path.name.endswith(".zarr"):
         return _describe_store(ActivationStore.open(path))
     inside = sorted(p for p in path.glob("*") if p.name.endswith(".zarr") or (p / "config.json").is_file())
