@@ -1,0 +1,205 @@
+"""The `sae` command killed at random moments and repeated ends in the bytes of an unbroken run."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import Commands
+
+from sae import pipeline
+from sae.checkpoint import read_tensors
+from sae.lm import NativeModel
+
+RECIPES = {
+    # l1 and the learning rate are high so that features die and every resampling event has work
+    "towards-monosemanticity": ["--l1", "60", "--lr", "0.01"],
+    "topk": ["--k", "4"],
+}
+HARVEST_TOKENS, HELDOUT_TOKENS = 12_288, 512
+TRAIN_STEPS, BATCH = 600, 256
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
+    return Commands(tmp_path_factory.mktemp("log") / "sae.log")
+
+
+@pytest.fixture(scope="module")
+def harvest(tiny_model_dir: Path, tiny_text: Path) -> list[object]:
+    return [
+        "harvest", "--model", tiny_model_dir, "--text", tiny_text, "--tokens", HARVEST_TOKENS,
+        "--heldout-tokens", HELDOUT_TOKENS, "--device", "cpu",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(commands: Commands, harvest: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unbroken harvest."""
+    out = tmp_path_factory.mktemp("unbroken") / "acts.zarr"
+    assert commands.run(*harvest, "--out", out) == 0
+    return out
+
+
+def training(store: Path, recipe: str, out: Path) -> list[object]:
+    return [
+        "train", "--acts", store, "--out", out, "--recipe", recipe, "--d-sae", 96, "--tokens", TRAIN_STEPS * BATCH,
+        "--batch-tokens", BATCH, "--seed", 1, *RECIPES[recipe],
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=list(RECIPES))
+def unbroken(
+    request: pytest.FixtureRequest, commands: Commands, store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """A recipe and its training in one go."""
+    out = tmp_path_factory.mktemp("unbroken") / "sae"
+    assert commands.run(*training(store, request.param, out)) == 0
+    return request.param, out
+
+
+def store_bytes(store: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+
+
+def n_markers(store: Path) -> int:
+    return sum(1 for _ in store.glob("markers/*/*.json"))
+
+
+def logged_steps(out: Path) -> list[int]:
+    log = out / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def saved_step(out: Path) -> int:
+    return read_tensors(out / "state.safetensors")[1]["step"] if (out / "state.safetensors").exists() else 0
+
+
+def assert_same_dictionary(out: Path, unbroken: Path) -> None:
+    assert (out / "sae.safetensors").read_bytes() == (unbroken / "sae.safetensors").read_bytes()
+    assert (out / "state.safetensors").read_bytes() == (unbroken / "state.safetensors").read_bytes()
+    lines = [
+        [{k: v for k, v in json.loads(line).items() if k != "rows_per_s"} for line in log.read_text().splitlines()]
+        for log in (out / "metrics.jsonl", unbroken / "metrics.jsonl")
+    ]
+    assert lines[0] == lines[1]
+
+
+# --- SIGKILL ---------------------------------------------------------------------------------------------------------
+
+
+def test_harvest_killed_three_times_writes_the_same_bytes(
+    commands: Commands, harvest: list[object], store: Path, tmp_path: Path
+) -> None:
+    """Each kill lands a random number of shards after the harvest got going, and a random moment into the next one."""
+    out, rng = tmp_path / "acts.zarr", random.Random(time.time_ns())
+    for _ in range(3):
+        there = n_markers(out)
+        wanted = there + rng.randrange(1, 80)
+        status = commands.stop(
+            signal.SIGKILL, lambda n=wanted: n_markers(out) >= n, *harvest, "--out", out, after_s=rng.random() * 0.004
+        )
+        assert status == -signal.SIGKILL
+        assert not (out / "complete.json").exists()
+    assert commands.run(*harvest, "--out", out) == 0
+    assert store_bytes(out) == store_bytes(store)
+
+
+def test_training_killed_three_times_ends_in_the_same_bytes(
+    commands: Commands, store: Path, unbroken: tuple[str, Path], tmp_path: Path
+) -> None:
+    """Once before the first checkpoint, twice after one; then it saves at every step, so that kills hit saving too."""
+    recipe, whole = unbroken
+    out, rng = tmp_path / "sae", random.Random(time.time_ns())
+    command = training(store, recipe, out)
+    first = commands.stop(signal.SIGKILL, lambda: bool(logged_steps(out)), *command, after_s=rng.random() * 0.02)
+    assert first == -signal.SIGKILL
+    assert saved_step(out) == 0
+    for earliest, latest in ((30, 130), (200, 400)):  # resampling events come after steps 60, 120, 180 and 240
+        wanted = rng.randrange(earliest, latest)
+        reached: Callable[[], bool] = lambda n=wanted: saved_step(out) >= n  # noqa: E731
+        status = commands.stop(signal.SIGKILL, reached, *command, save_minutes=0, after_s=rng.random() * 0.004)
+        assert status == -signal.SIGKILL
+        assert wanted <= saved_step(out) < TRAIN_STEPS
+        assert not (out / "sae.safetensors").exists()
+    assert commands.run(*command) == 0
+    assert_same_dictionary(out, whole)
+
+
+def test_resampling_had_work_in_the_runs_compared(unbroken: tuple[str, Path]) -> None:
+    recipe, whole = unbroken
+    events = read_tensors(whole / "state.safetensors")[1]["resampled"]
+    if recipe == "towards-monosemanticity":
+        assert [event["step"] for event in events] == [60, 120, 180, 240]
+        assert all(event["features"] for event in events)
+    else:
+        assert events == []
+
+
+# --- SIGTERM and SIGINT ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_harvest_asked_to_stop_says_how_to_go_on(
+    commands: Commands, harvest: list[object], store: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "acts.zarr"
+    before = commands.log.stat().st_size
+    status = commands.stop(number, lambda: n_markers(out) >= 20, *harvest, "--out", out)
+    assert status == 130
+    said = commands.log.read_bytes()[before:].decode()
+    assert f"every finished shard saved in {out}. Repeat the command to go on." in said
+    assert "Traceback" not in said
+    assert commands.run(*harvest, "--out", out) == 0
+    assert store_bytes(out) == store_bytes(store)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_training_asked_to_stop_saves_and_says_how_to_go_on(
+    commands: Commands, store: Path, unbroken: tuple[str, Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    recipe, whole = unbroken
+    out = tmp_path / "sae"
+    command = training(store, recipe, out)
+    before = commands.log.stat().st_size
+    assert commands.stop(number, lambda: len(logged_steps(out)) >= 3, *command) == 130
+    step = saved_step(out)
+    assert 75 <= step < TRAIN_STEPS
+    said = commands.log.read_bytes()[before:].decode()
+    assert f"stopped at step {step:,} of {TRAIN_STEPS:,}, saved in {out}. Repeat the command to go on." in said
+    assert "Traceback" not in said
+    assert commands.run(*command) == 0
+    assert_same_dictionary(out, whole)
+
+
+def test_the_command_itself_in_a_fresh_process_is_interrupted_the_same_way(
+    tiny_model_dir: Path, tiny_model: NativeModel, tiny_text: Path, tmp_path: Path
+) -> None:
+    """As a shell would: `sae harvest …`, Ctrl-C, and the same again; no fork of ours in between."""
+    whole = pipeline.harvest(tiny_model, tiny_text, tmp_path / "whole.zarr", tokens=2048, heldout_tokens=64)
+    out = tmp_path / "acts.zarr"
+    command = [
+        sys.executable, "-m", "sae.cli", "harvest", "--model", str(tiny_model_dir), "--text", str(tiny_text),
+        "--tokens", "2048", "--heldout-tokens", "64", "--out", str(out),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while n_markers(out) < 3:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 130, said
+    assert "Repeat the command to go on." in said
+    assert "Traceback" not in said
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip() == str(out)
+    assert store_bytes(out) == store_bytes(whole)
