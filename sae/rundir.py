@@ -47,7 +47,9 @@ def cut_log(path: Path, step: int) -> None:
     """Drops the lines of a metrics.jsonl after `step`, and a last line torn by a kill."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)  # a kill in between must not cost the lines that are kept
 
 
 def _step_of(line: str) -> float:

@@ -17,6 +17,7 @@ from commands import Commands
 from sae import pipeline
 from sae.checkpoint import read_tensors
 from sae.lm import NativeModel
+from sae.rundir import cut_log
 
 RECIPES = {
     # l1 and the learning rate are high so that features die and every resampling event has work
@@ -142,6 +143,21 @@ def test_resampling_had_work_in_the_runs_compared(unbroken: tuple[str, Path]) ->
         assert all(event["features"] for event in events)
     else:
         assert events == []
+
+
+def test_a_log_cut_to_its_checkpoint_is_cut_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps({"step": step}) + "\n" for step in (25, 50, 75)) + '{"step": 100, "lo')
+    before = log.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: None)
+        cut_log(log, 50)  # as if killed before the rename
+    assert log.read_text() == before
+    cut_log(log, 50)
+    assert logged_steps(tmp_path) == [25, 50]
+    assert log.read_text().endswith("}\n")
 
 
 # --- SIGTERM and SIGINT ----------------------------------------------------------------------------------------------
