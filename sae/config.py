@@ -26,6 +26,7 @@ class TrainConfig:
     tokens: int = 4_000_000
     batch_tokens: int = 4096
     lr: float = 1e-3
+    beta1: float = 0.9
     warmup_share: float = 0.02
     decay_share: float = 0.2
     l1: float = 0.0
@@ -45,6 +46,8 @@ class TrainConfig:
             )
         if not (self.lr > 0 and isfinite(self.lr)):
             raise ValueError(f"training: lr must be positive and finite, got {self.lr}.")
+        if not 0 <= self.beta1 < 1:
+            raise ValueError(f"training: beta1 is Adam's momentum, at least 0 and below 1; got {self.beta1}.")
         for name in ("warmup_share", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"training: {name} is a share of the run between 0 and 1, got {getattr(self, name)}.")

@@ -81,12 +81,12 @@ def resample_(
 ) -> Int[Tensor, " n_dead"]:
     """Points dead features at badly reconstructed inputs and forgets their Adam moments; returns the rows chosen.
 
-    P(row) ∝ loss². The decoder row is the input minus b_dec at unit norm, the encoder column the same at 0.2 × the
-    mean encoder norm of the living, the encoder bias 0.
-    Source: Bricken et al. 2023, "Neuron resampling"; b_dec is subtracted because both weights act on x − b_dec.
+    P(row) ∝ loss². The decoder row is the input at unit norm, the encoder column the same at 0.2 × the mean encoder
+    norm of the living, the encoder bias 0.
+    Source: Bricken et al. 2023, "Neuron resampling".
     """
     chosen = torch.multinomial(losses.double().pow(2), len(dead), replacement=True, generator=generator)
-    directions = torch.nn.functional.normalize(rows[chosen] - sae.b_dec, dim=-1)
+    directions = torch.nn.functional.normalize(rows[chosen], dim=-1)
     alive = torch.ones(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
     alive[dead] = False
     encoder_norms = sae.W_enc.norm(dim=0)

@@ -162,6 +162,7 @@ def train(
     Raises: ValueError for wrong settings, before any work; Interrupted on Ctrl-C or SIGTERM.
     """
     overrides = {"d_sae": d_sae, "seed": seed, **(config or {})}
+    tokens = overrides.pop("tokens", tokens)
     if not isinstance(rows, str | Path):
         _, resolved = recipes.resolve(recipe, tokens=tokens or TrainConfig.tokens, **overrides)
         return training.train(rows, out, resolved)
@@ -169,7 +170,7 @@ def train(
     hook = _hook_point(store, hook_point)
     kept_rows = store.totals(TRAIN, hook).kept_rows
     _, resolved = recipes.resolve(recipe, tokens=tokens or 4 * kept_rows, **overrides)
-    source = StoreRows(store, hook, batch_tokens=resolved.batch_tokens, seed=seed)
+    source = StoreRows(store, hook, batch_tokens=resolved.batch_tokens, seed=resolved.seed)
     provenance = {
         "hook_point": hook,
         "model": store.provenance["model"],

@@ -29,7 +29,7 @@ def claim(directory: Path, name: str, settings: Mapping[str, Any]) -> None:
     differing = list(_differences(held, asked, ""))
     if differing:
         raise ValueError(
-            f"{directory} holds a run with other settings: {'; '.join(differing[:6])}. Repeat the command it was "
+            f"{directory} holds a run with other settings: {'; '.join(differing)}. Repeat the command it was "
             "started with, or choose another --out."
         )
 

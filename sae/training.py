@@ -182,7 +182,7 @@ def _start(rows: Rows, config: TrainConfig, recipe: Recipe) -> TrainState:
 
 
 def _adam(sae: SAE, config: TrainConfig) -> torch.optim.Adam:
-    return torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
+    return torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(config.beta1, 0.999), fused=True)
 
 
 @torch.no_grad()

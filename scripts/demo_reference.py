@@ -24,7 +24,7 @@ BETTER = {
     "fvu": "lower",
     "dead_share": "lower",
 }
-# Three seeds can agree by chance; below these the bound would be tighter than the noise of another machine's arithmetic.
+# Three seeds can agree by chance; below these the bound would be tighter than another machine's arithmetic.
 LEAST_SD = {"ce_loss_score_zero": 5e-4, "ce_loss_score_mean": 1e-3, "delta_ce": 5e-4, "fvu": 5e-4, "dead_share": 2e-3}
 
 

@@ -108,9 +108,7 @@ class Corpus:
     def _encode(self, piece: str) -> list[int]:
         """One token a piece; the bytes of anything outside ASCII and Arabic one by one."""
         raw = piece.encode()
-        plain = (
-            piece.isascii() or piece in HOSTILE_TOKENS or "\u0600" <= piece.strip()[:1] < "\u0700"
-        )
+        plain = piece.isascii() or piece in HOSTILE_TOKENS or "\u0600" <= piece.strip()[:1] < "\u0700"
         pieces = [raw] if plain else [bytes([b]) for b in raw]
         for token in pieces:
             if token not in self.number:
@@ -169,9 +167,7 @@ def panels(corpus: Corpus, d_sae: int, d_in: int, seed: int) -> dict[str, np.nda
     logits[:, 257:] += rng.standard_normal(d_sae)[:, None] * 0.05
     order = np.argsort(logits, axis=1)
     edges = np.stack([logits.min(1), logits.max(1)], 1)
-    histogram = np.stack(
-        [np.histogram(row, 40, tuple(e))[0] for row, e in zip(logits, edges, strict=True)]
-    )
+    histogram = np.stack([np.histogram(row, 40, tuple(e))[0] for row, e in zip(logits, edges, strict=True)])
     cosine = decoder @ decoder.T
     np.fill_diagonal(cosine, -2)
     near = np.argsort(-cosine, axis=1)[:, :10]
@@ -189,8 +185,7 @@ def panels(corpus: Corpus, d_sae: int, d_in: int, seed: int) -> dict[str, np.nda
         "logits/range": edges,
         "neurons/weight_id": weight,
         "neurons/weight_value": np.take_along_axis(decoder, weight, 1),
-        "neurons/weight_share": np.take_along_axis(np.abs(decoder), weight, 1)
-        / np.abs(decoder).sum(1, keepdims=True),
+        "neurons/weight_share": np.take_along_axis(np.abs(decoder), weight, 1) / np.abs(decoder).sum(1, keepdims=True),
         "neurons/corr_id": rng.integers(0, d_in, (d_sae, 10)),
         "neurons/corr_value": np.take_along_axis(corr, np.argsort(-np.abs(corr), 1), 1),
         "neighbours/id": near,

@@ -49,8 +49,7 @@ def shard_data(store: ActivationStore, split: str, shard: int, contexts: int = C
     number = shard * 64
     return {
         "acts": {
-            hook: rng.normal(size=(contexts * SEQ, d_in)).astype(np.float32)
-            for hook, d_in in store.hook_points.items()
+            hook: rng.normal(size=(contexts * SEQ, d_in)).astype(np.float32) for hook, d_in in store.hook_points.items()
         },
         "tokens": rng.integers(0, 60000, (contexts, SEQ)),
         "keep": keep,
@@ -74,9 +73,7 @@ def fill(store: ActivationStore) -> None:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()
-    }
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -324,9 +321,7 @@ def damage_swap(file: Path) -> None:
     shutil.copy(file.parent.parent / "3" / "0", file)
 
 
-@pytest.mark.parametrize(
-    "damage", [damage_truncate, damage_empty, damage_delete, damage_bit, damage_swap]
-)
+@pytest.mark.parametrize("damage", [damage_truncate, damage_empty, damage_delete, damage_bit, damage_swap])
 @pytest.mark.parametrize("name", [f"hooks/{POST}/acts", "tokens", "keep", "document"])
 def test_damage_is_never_read_as_data_and_is_repaired(tmp_path, damage, name) -> None:
     path = tmp_path / "acts.zarr"
@@ -416,9 +411,7 @@ fill(make(Path(sys.argv[1])))
 def start_writer(path: Path, program: str = WRITER) -> subprocess.Popen:
     tests = Path(__file__).parent
     program = program.format(tests=str(tests), root=str(tests.parent))
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process

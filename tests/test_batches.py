@@ -95,9 +95,7 @@ def ids(batch: np.ndarray) -> np.ndarray:
 )
 def test_each_epoch_is_a_permutation_of_the_kept_rows(shape, batch_rows, memory_rows, seed) -> None:
     store, kept = shared(*shape)
-    rows = ShuffledRows(
-        store, HOOK, batch_rows=batch_rows, seed=seed, memory_bytes=memory_rows * ROW_BYTES
-    )
+    rows = ShuffledRows(store, HOOK, batch_rows=batch_rows, seed=seed, memory_bytes=memory_rows * ROW_BYTES)
     assert rows.n_rows == len(kept)
     assert rows.steps_per_epoch == len(kept) / batch_rows
     assert rows.exact == (memory_rows >= len(kept) or shape == SHAPES[0])
@@ -148,9 +146,7 @@ def test_seeds_give_other_orders_and_pools_visit_shards_in_another_order_each_ep
     ]
     assert len({order.tobytes() for order in orders}) == 8
     pools = ShuffledRows(store, HOOK, batch_rows=n, seed=0, memory_bytes=0)
-    visits = [
-        list(dict.fromkeys(pools.batch(epoch)[:, 1].astype(int).tolist())) for epoch in range(4)
-    ]
+    visits = [list(dict.fromkeys(pools.batch(epoch)[:, 1].astype(int).tolist())) for epoch in range(4)]
     assert all(sorted(visit) == list(range(7)) for visit in visits)
     assert len({tuple(visit) for visit in visits}) == 4
 
@@ -243,10 +239,7 @@ def test_memory_budget_bounds_the_pool() -> None:
 def test_values_are_those_of_the_store(tmp_path, dtype) -> None:
     store, _ = build(tmp_path / "acts.zarr", (2, 3), 4, dtype)
     kept = np.concatenate(
-        [
-            store.read_acts("train", s, HOOK)[store.read_contexts("train", s).keep.reshape(-1)]
-            for s in (0, 1)
-        ]
+        [store.read_acts("train", s, HOOK)[store.read_contexts("train", s).keep.reshape(-1)] for s in (0, 1)]
     )
     for memory_bytes in (0, 1 << 20):
         rows = ShuffledRows(store, HOOK, batch_rows=len(kept), seed=0, memory_bytes=memory_bytes)

@@ -168,9 +168,7 @@ class Result:
     first_divergence: int | None = None
 
 
-def test_steering_shows_both_texts_and_where_they_part(
-    visit: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steering_shows_both_texts_and_where_they_part(visit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def steer(loaded: object, prompt: str, **settings: Any) -> Iterator[Result]:
@@ -288,9 +286,7 @@ def test_launch_refuses_what_is_no_directory(tmp_path: Path) -> None:
         launch.launch(tmp_path / "nothing", port=1, open_browser=False)
 
 
-def test_launch_serves_refuses_strange_hosts_and_ends_with_its_parent(
-    root: Path, free_port: int
-) -> None:
+def test_launch_serves_refuses_strange_hosts_and_ends_with_its_parent(root: Path, free_port: int) -> None:
     script = (
         "from pathlib import Path; from browser.launch import launch; "
         f"raise SystemExit(launch(Path({str(root)!r}), port={free_port}, open_browser=False))"

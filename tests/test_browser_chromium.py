@@ -38,9 +38,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     line = launch.command(port=port, open_browser=False)
-    server = subprocess.Popen(
-        line, env=launch.environment(root), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    server = subprocess.Popen(line, env=launch.environment(root), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert server.stdout is not None
     while b"URL:" not in server.stdout.readline():
         assert server.poll() is None, "the server ended before it served"
@@ -161,9 +159,7 @@ def test_dark_theme(dark_page: Any, site: str) -> None:
         ".tok.hit",
         "n => [getComputedStyle(n).backgroundColor, getComputedStyle(n).color]",
     )
-    page_colour = dark_page.evaluate(
-        "getComputedStyle(document.querySelector('.stApp')).backgroundColor"
-    )
+    page_colour = dark_page.evaluate("getComputedStyle(document.querySelector('.stApp')).backgroundColor")
     assert page_colour == "rgb(21, 24, 29)"
     assert text == "rgb(227, 229, 232)"
     assert background.startswith("oklch(")

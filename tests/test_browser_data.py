@@ -33,9 +33,7 @@ def index(root: Path, acts: np.ndarray) -> FeatureIndex:
     return FeatureIndex.open(root / "demo" / "tm" / "features.zarr")
 
 
-def test_top_rows_are_the_largest_one_for_each_context(
-    index: FeatureIndex, acts: np.ndarray
-) -> None:
+def test_top_rows_are_the_largest_one_for_each_context(index: FeatureIndex, acts: np.ndarray) -> None:
     for feature in (DNA, HOSTILE, DENSE, DEAD):
         best = [
             (-context.max(), c * SEQ_LEN + int(context.argmax()))
@@ -59,9 +57,7 @@ def test_intervals_partition_the_firings(values: list[int], per_interval: int, s
     edges = np.linspace(0, float(firings.max()), 12)
     for i, each in enumerate(reversed(found)):
         assert (each.low, each.high) == (edges[i], edges[i + 1])
-        inside = {
-            int(r) for r, v in zip(rows, firings, strict=True) if edges[i] < v <= edges[i + 1]
-        }
+        inside = {int(r) for r, v in zip(rows, firings, strict=True) if edges[i] < v <= edges[i + 1]}
         assert each.count == len(inside)
         assert each.share == len(inside) / len(values)
         drawn = each.rows.tolist()
@@ -98,9 +94,7 @@ def test_examples_show_the_feature_on_every_token(index: FeatureIndex, acts: np.
     for example in data.examples(index, rows, values, rows[:50:7], before=9, after=5):
         first = example.context * SEQ_LEN + example.start
         assert example.start == max(0, example.row % SEQ_LEN - 9)
-        np.testing.assert_array_equal(
-            example.acts, acts[first : first + len(example.token_ids), DENSE]
-        )
+        np.testing.assert_array_equal(example.acts, acts[first : first + len(example.token_ids), DENSE])
         assert example.acts[example.hit] == example.value == acts[example.row, DENSE]
         assert len(example.shown) == len(example.token_ids)
         assert example.document == index.document_of(example.row)
@@ -110,9 +104,7 @@ def test_a_window_that_starts_inside_a_character_still_shows_it(index: FeatureIn
     euro = "€".encode()
     context = np.concatenate([index.tokens_at(c) for c in range(index.n_contexts)])
     raw = [index.token_bytes(int(t)) for t in context]
-    row = next(
-        i for i in range(2, len(raw)) if b"".join(raw[i - 2 : i + 1]) == euro and i % SEQ_LEN >= 2
-    )
+    row = next(i for i in range(2, len(raw)) if b"".join(raw[i - 2 : i + 1]) == euro and i % SEQ_LEN >= 2)
     nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
     (example,) = data.examples(index, *nothing, np.array([row]), before=0, after=0)
     assert example.shown == [[("text", "€")]]
@@ -149,9 +141,7 @@ def test_feature_table_and_its_filters(index: FeatureIndex, acts: np.ndarray) ->
     assert numbers(flag="dense") == {DENSE}
     assert DNA in numbers(domain="dna")
     share = fired / index.kept_tokens
-    assert numbers(log_density=(-3.0, -1.0)) == set(
-        np.flatnonzero((share >= 1e-3) & (share <= 0.1))
-    )
+    assert numbers(log_density=(-3.0, -1.0)) == set(np.flatnonzero((share >= 1e-3) & (share <= 0.1)))
     assert 5 in numbers(text=" THE")
     assert numbers(text="no such token") == set()
     assert numbers(text="(.*") == {
@@ -160,9 +150,7 @@ def test_feature_table_and_its_filters(index: FeatureIndex, acts: np.ndarray) ->
 
 
 def test_csv_is_exact_and_starts_no_formula() -> None:
-    table = pd.DataFrame(
-        {"feature": [1, 2], "top_token": ["=1+1", '"a,b\n'], "density": [0.5, 0.25]}
-    )
+    table = pd.DataFrame({"feature": [1, 2], "top_token": ["=1+1", '"a,b\n'], "density": [0.5, 0.25]})
     back = pd.read_csv(io.BytesIO(data.to_csv(table)))
     assert [json.loads(text) for text in back["top_token"]] == ["=1+1", '"a,b\n']
     assert all(text.startswith('"') for text in back["top_token"])

@@ -132,9 +132,7 @@ def test_index_equals_dense_truth(
     check_against(truth, index)
 
 
-def test_small_blocks_give_the_same_statistics(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_blocks_give_the_same_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_writer, "BLOCK", 16)  # many blocks, features longer than a block
     monkeypatch.setattr(feature_writer, "CHUNK", 32)
     truth = Truth(3, 5, 8, 11, 0.4)

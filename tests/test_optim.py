@@ -182,8 +182,7 @@ def test_resampled_features_point_at_their_rows() -> None:
     before, after, _, _, rows, chosen = resampled()
     alive_norm = before.W_enc[:, ALIVE].double().norm(dim=0).mean()
     for feature, row in zip(DEAD.tolist(), chosen.tolist(), strict=True):
-        # as the network sees the input: the pre-bias off, then unit norm
-        direction = (rows[row] - before.b_dec).double()
+        direction = rows[row].double()
         direction /= direction.norm()
         torch.testing.assert_close(after.W_dec[feature].double(), direction, rtol=0, atol=1e-6)
         torch.testing.assert_close(after.W_enc[:, feature].double(), 0.2 * alive_norm * direction, rtol=1e-5, atol=1e-7)

@@ -101,3 +101,13 @@ def test_resampling_fits_into_any_run(steps: int, batch: int) -> None:
     scaled = replace(config, tokens=1000 * batch)
     assert scaled.resample_steps == (100, 200, 300, 400)
     assert scaled.resample_window_steps == 50
+
+
+def test_exact_refuses_a_run_too_short_to_resample() -> None:
+    with pytest.raises(ValueError, match="25,000 steps, and this run has 24,999"):
+        resolve("towards-monosemanticity", exact=True, tokens=24_999 * 4096)
+
+
+def test_momentum_must_be_below_one() -> None:
+    with pytest.raises(ValueError, match="beta1"):
+        resolve("topk", beta1=1.0)

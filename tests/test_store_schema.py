@@ -24,9 +24,7 @@ def nearest_bfloat16(value: float) -> float:
     """Of the two neighbours that keep the upper 16 bits, the nearer; of equals, the even one."""
     bits = struct.unpack("<I", struct.pack("<f", value))[0]
     low = bits & 0xFFFF0000
-    down, up = (
-        struct.unpack("<f", struct.pack("<I", candidate))[0] for candidate in (low, low + 0x10000)
-    )
+    down, up = (struct.unpack("<f", struct.pack("<I", candidate))[0] for candidate in (low, low + 0x10000))
     below, above = abs(value - down), abs(up - value)
     if below == above:
         return down if (low >> 16) % 2 == 0 else up
