@@ -50,9 +50,7 @@ def _top_bar(entries: dict[str, SaeEntry]) -> tuple[SaeEntry, str, int]:
     )
     brand.html(BRAND)
     ids = sorted(entries, key=lambda name: (not entries[name].has_index, name))
-    chosen = picker.selectbox(
-        "Dictionary", ids, key="sae", bind="query-params", label_visibility="collapsed"
-    )
+    chosen = picker.selectbox("Dictionary", ids, key="sae", bind="query-params", label_visibility="collapsed")
     entry = entries[str(chosen)]
     last = entry.d_sae - 1
     if st.session_state.get("feature", 0) > last:  # the dictionary before was larger

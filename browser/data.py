@@ -129,9 +129,7 @@ def intervals(
         rng = np.random.default_rng([seed, i])
         drawn = rng.choice(inside, min(per_interval, len(inside)), replace=False)
         drawn = drawn[np.argsort(-values[drawn], kind="stable")]
-        found.append(
-            Interval(edges[i], edges[i + 1], len(inside), len(inside) / len(values), rows[drawn])
-        )
+        found.append(Interval(edges[i], edges[i + 1], len(inside), len(inside) / len(values), rows[drawn]))
     return found
 
 
@@ -199,19 +197,14 @@ class TokenShare:
     mean: float
 
 
-def token_shares(
-    index: FeatureIndex, rows: np.ndarray, values: np.ndarray, n: int
-) -> list[TokenShare]:
+def token_shares(index: FeatureIndex, rows: np.ndarray, values: np.ndarray, n: int) -> list[TokenShare]:
     """The `n` tokens a feature fires on most often (ties: lower id)."""
     if not len(rows):
         return []
     ids, inverse, counts = np.unique(index.tokens_of(rows), return_inverse=True, return_counts=True)
     means = np.bincount(inverse, weights=values) / counts
     best = np.lexsort((ids, -counts))[:n]
-    return [
-        TokenShare(int(ids[i]), int(counts[i]), counts[i] / len(rows), float(means[i]))
-        for i in best
-    ]
+    return [TokenShare(int(ids[i]), int(counts[i]), counts[i] / len(rows), float(means[i])) for i in best]
 
 
 def density(index: FeatureIndex) -> np.ndarray:

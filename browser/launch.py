@@ -43,9 +43,7 @@ def environment(root: Path) -> dict[str, str]:
     found = os.environ | {ROOT_VARIABLE: str(root)}
     packages = Path(__file__).resolve().parent.parent
     if packages.name not in ("site-packages", "dist-packages"):  # a checkout
-        found["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [str(packages), found.get("PYTHONPATH")])
-        )
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(packages), found.get("PYTHONPATH")]))
     return found
 
 

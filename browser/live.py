@@ -49,9 +49,7 @@ def _load(sae_id: str, path: str, model_name: str, stamp: int) -> Live:
 
         return Live(load_model(model_name, device="cpu"), sae.load(path))
     except (ImportError, OSError, ValueError, KeyError) as error:
-        raise LiveError(
-            f"The language model {model_name!r} of {sae_id} could not be loaded: {error}"
-        ) from error
+        raise LiveError(f"The language model {model_name!r} of {sae_id} could not be loaded: {error}") from error
 
 
 def steer(

@@ -91,7 +91,4 @@ def leave_table() -> None:
 def explain(title: str, text: str, command: str = "") -> None:
     """A notice in plain text: what is the matter, and the command that mends it."""
     code = f"<code>{html.escape(command)}</code>" if command else ""
-    st.html(
-        f'<div class="mono-notice"><b>{html.escape(title)}</b>'
-        f"<div>{html.escape(text)}</div>{code}</div>"
-    )
+    st.html(f'<div class="mono-notice"><b>{html.escape(title)}</b><div>{html.escape(text)}</div>{code}</div>')

@@ -69,9 +69,7 @@ def pieces(tokens: Sequence[bytes]) -> list[list[Piece]]:
 def label(token: bytes) -> str:
     """One token on its own for tables: spaces, line ends and bytes made visible."""
     (shown,) = pieces([token])
-    return "".join(
-        f"‹{text}›" if kind == "hex" else "".join(map(_visible, text)) for kind, text in shown
-    )
+    return "".join(f"‹{text}›" if kind == "hex" else "".join(map(_visible, text)) for kind, text in shown)
 
 
 def visible(text: str) -> str:

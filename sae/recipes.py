@@ -32,7 +32,7 @@ RECIPES = {
             activation="relu",
             encoder_init="kaiming",
             resample=True,
-            defaults={"l1": 20.0, "decay_share": 0.0},
+            defaults={"l1": 10.0, "decay_share": 0.0},
         ),
         Recipe(
             name="topk",

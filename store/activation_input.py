@@ -20,9 +20,7 @@ _HOOK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")  # becomes the name of a
 def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a store as they will be read back from JSON; StoreError if one is wrong."""
     if set(settings["n_shards"]) != set(SPLITS):
-        raise StoreError(
-            f"n_shards needs the keys {', '.join(SPLITS)}, got {list(settings['n_shards'])}"
-        )
+        raise StoreError(f"n_shards needs the keys {', '.join(SPLITS)}, got {list(settings['n_shards'])}")
     if not settings["hook_points"]:
         raise StoreError("hook_points is empty: name at least one as {hook point: d_in}")
     for hook, dtype in settings["dtype"].items():
@@ -60,9 +58,7 @@ def differences(there: Any, wanted: Any, name: str = "") -> list[str]:
         return [
             line
             for key in sorted(there.keys() | wanted.keys())
-            for line in differences(
-                there.get(key, absent), wanted.get(key, absent), f"{name}.{key}" if name else key
-            )
+            for line in differences(there.get(key, absent), wanted.get(key, absent), f"{name}.{key}" if name else key)
         ]
     if there == wanted:
         return []
@@ -174,8 +170,7 @@ def _check_finite(
         else "harvest into a new store with dtype float32"
     )
     raise StoreError(
-        f"{where}, too large for {dtype} (at most {_largest(dtype):g}): {advice}; "
-        "nothing of this shard was stored"
+        f"{where}, too large for {dtype} (at most {_largest(dtype):g}): {advice}; nothing of this shard was stored"
     )
 
 

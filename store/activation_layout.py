@@ -55,8 +55,7 @@ def read_attributes(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path} is not an activation store: its zarr.json describes another kind")
     if attributes["format"] > FORMAT_VERSION:
         raise StoreError(
-            f"{path} has format {attributes['format']}, this version reads up to "
-            f"{FORMAT_VERSION}: update monosem"
+            f"{path} has format {attributes['format']}, this version reads up to {FORMAT_VERSION}: update monosem"
         )
     for name in (*map(acts_name, attributes["hook_points"]), *TEXT_ARRAYS):
         if not (path / name / "zarr.json").is_file():

@@ -205,8 +205,7 @@ class ActivationStore:
             marker_file = self._marker_file(split, shard)
             if self._usable_marker(marker_file) is not None:
                 raise StoreError(
-                    f"{self.path}: {split} shard {shard} is written already; "
-                    f"delete {marker_file} to write it again"
+                    f"{self.path}: {split} shard {shard} is written already; delete {marker_file} to write it again"
                 )
             # From here to the new marker the shard does not exist for any reader.
             (self.path / "complete.json").unlink(missing_ok=True)
@@ -403,9 +402,7 @@ class ActivationStore:
         """Number of a split's shard over the whole store."""
         self._check_split(split)
         if not 0 <= shard < self.n_shards[split]:
-            raise StoreError(
-                f"{self.path} has {self.n_shards[split]} {split} shards, no number {shard}"
-            )
+            raise StoreError(f"{self.path} has {self.n_shards[split]} {split} shards, no number {shard}")
         return shard + (self.n_shards["heldout"] if split == "train" else 0)
 
     def _check_split(self, split: str) -> None:
@@ -419,9 +416,7 @@ class ActivationStore:
         self._number(split, shard)
         file = self._marker_file(split, shard)
         if not file.exists():
-            raise StoreError(
-                f"{self.path}: {split} shard {shard} is not written; repeat the harvest to go on"
-            )
+            raise StoreError(f"{self.path}: {split} shard {shard} is not written; repeat the harvest to go on")
         return read_marker(file)
 
     def _usable_marker(self, file: Path) -> Marker | None:

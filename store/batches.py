@@ -51,9 +51,7 @@ class ShuffledRows:
             )
         kept = {s: m.kept_rows for s, m in store.markers(split).items() if m.kept_rows}
         if not kept:
-            raise StoreError(
-                f"{store.path} has no kept rows in split {split!r} yet: harvest it first"
-            )
+            raise StoreError(f"{store.path} has no kept rows in split {split!r} yet: harvest it first")
         self.store, self.hook_point, self.split = store, hook_point, split
         self.batch_rows, self.seed = batch_rows, seed
         self.d_in = store.hook_points[hook_point]
@@ -170,8 +168,7 @@ class ShuffledRows:
         keep = self.store.read_contexts(self.split, shard).keep.reshape(-1)
         if int(keep.sum()) != self._kept[place]:
             raise StoreError(
-                f"{self.store.path}: {self.split} shard {shard} was written again while in use; "
-                "start again"
+                f"{self.store.path}: {self.split} shard {shard} was written again while in use; start again"
             )
         stored = self.store.read_stored(self.split, shard, self.hook_point)
         return np.compress(keep, stored, axis=0, out=out)

@@ -67,17 +67,15 @@ def empty_stats(d_sae: int) -> dict[str, np.ndarray]:
 
 
 def moments(stats: dict[str, np.ndarray], feature: np.ndarray, value: np.ndarray) -> None:
-    """max, and mean, mean square, 99th percentile (linear) over the firings of each feature."""
+    """max, and mean, mean square, 99th percentile over the firings of each feature."""
     order = np.lexsort((value, feature))
     value = value[order]
     ids, first, count = np.unique(feature, return_index=True, return_counts=True)
     stats["max"][ids] = value[first + count - 1]
     stats["mean"][ids] = np.add.reduceat(value, first) / count
     stats["mean_sq"][ids] = np.add.reduceat(value**2, first) / count
-    rank = 0.99 * (count - 1)
-    below = first + np.floor(rank).astype(np.int64)
-    above = np.minimum(below + 1, first + count - 1)
-    stats["p99"][ids] = value[below] + (rank % 1) * (value[above] - value[below])
+    # the smallest value with 99% of the firings at or below it, as in feature_stats.safetensors
+    stats["p99"][ids] = value[first + np.ceil(0.99 * count).astype(np.int64) - 1]
 
 
 def token_pairs(

@@ -169,9 +169,7 @@ class FeatureWriter:
             "domains": self.domains,
         }
 
-    def _check_contexts(
-        self, where: slice, tokens: np.ndarray, keep: np.ndarray, document: np.ndarray
-    ) -> None:
+    def _check_contexts(self, where: slice, tokens: np.ndarray, keep: np.ndarray, document: np.ndarray) -> None:
         shape = (len(tokens), self.seq_len)
         for name, array in (("tokens", tokens), ("keep", keep), ("document", document)):
             if array.shape != shape:
@@ -203,9 +201,7 @@ class FeatureWriter:
         values: np.ndarray,
     ) -> None:
         if not len(rows) == len(features) == len(values):
-            raise StoreError(
-                f"{self.path}: {len(rows)} rows, {len(features)} features, {len(values)} values"
-            )
+            raise StoreError(f"{self.path}: {len(rows)} rows, {len(features)} features, {len(values)} values")
         if not len(rows):
             return
         local = rows - where.start * self.seq_len
@@ -224,14 +220,10 @@ class FeatureWriter:
                 "the index holds values in (0, 65504]"
             )
 
-    def _statistics(
-        self, ptr: np.ndarray, rows: np.ndarray, values: np.ndarray
-    ) -> tuple[dict[str, np.ndarray], Spill]:
+    def _statistics(self, ptr: np.ndarray, rows: np.ndarray, values: np.ndarray) -> tuple[dict[str, np.ndarray], Spill]:
         """Per-feature statistics, and (token, feature) sums spilled for the inverted index."""
         columns = {"token": "uint32", "feature": "uint32", "count": "uint32"}
-        pairs = Spill(
-            self.partial / "spill" / "pairs", columns | {"sum": "float32", "max": "float32"}
-        )
+        pairs = Spill(self.partial / "spill" / "pairs", columns | {"sum": "float32", "max": "float32"})
         stats = empty_stats(self.d_sae)
         stats["count"] = np.diff(ptr)
         tokens, documents = self._tokens.reshape(-1), self._document.reshape(-1)
@@ -251,9 +243,7 @@ class FeatureWriter:
             lo = hi
         return stats, pairs
 
-    def _put_panels(
-        self, root: zarr.Group, panels: dict[str, np.ndarray], computed: set[str]
-    ) -> None:
+    def _put_panels(self, root: zarr.Group, panels: dict[str, np.ndarray], computed: set[str]) -> None:
         for name, array in panels.items():
             if name in computed or name.split("/")[0] in ("firings", "by_token"):
                 raise StoreError(f"{self.path}: panel {name} is computed by the writer itself")
@@ -261,9 +251,7 @@ class FeatureWriter:
             if name in PANEL_DTYPES:
                 array = array.astype(PANEL_DTYPES[name], copy=False)
                 if len(array) != self.d_sae:
-                    raise StoreError(
-                        f"{self.path}: panel {name} is {array.shape}, expected [{self.d_sae}, …]"
-                    )
+                    raise StoreError(f"{self.path}: panel {name} is {array.shape}, expected [{self.d_sae}, …]")
             _put(root, name, array)
 
     def _publish(self) -> Path:
@@ -319,9 +307,7 @@ def _lock_folder(folder: Path) -> int:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(handle)
-        raise StoreError(
-            f"{folder}: another process is building this index; wait for it, or stop it"
-        ) from error
+        raise StoreError(f"{folder}: another process is building this index; wait for it, or stop it") from error
     return handle
 
 

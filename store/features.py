@@ -66,8 +66,7 @@ class FeatureIndex:
             )
         if int(root.attrs["format"]) > FORMAT_VERSION:  # type: ignore[arg-type]
             raise StoreError(
-                f"{path}: format {root.attrs['format']}, this version reads up to "
-                f"{FORMAT_VERSION}; update monosem"
+                f"{path}: format {root.attrs['format']}, this version reads up to {FORMAT_VERSION}; update monosem"
             )
         return cls(path, root)
 
@@ -77,14 +76,11 @@ class FeatureIndex:
         rows, values = self._array("firings/row")[part], self._array("firings/value")[part]
         return np.asarray(rows).astype(np.int64), np.asarray(values).astype(np.float32)
 
-    def features_of_token(
-        self, token_id: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def features_of_token(self, token_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Features that fire on a token, ascending: (feature, count, Σ activation, max)."""
         part = self._slice("by_token/ptr", token_id, self.d_vocab, "token")
         feature, count, total, largest = (
-            np.asarray(self._array(f"by_token/{name}")[part])
-            for name in ("feature", "count", "sum", "max")
+            np.asarray(self._array(f"by_token/{name}")[part]) for name in ("feature", "count", "sum", "max")
         )
         return feature.astype(np.int64), count, total, largest
 

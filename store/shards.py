@@ -92,9 +92,7 @@ def read_marker(path: Path) -> Marker:
 def files_present(root: Path, marker: Marker) -> bool:
     """Whether every file of a marker exists with its size (the contents are not read)."""
     try:
-        return all(
-            (root / name).stat().st_size == entry["bytes"] for name, entry in marker.files.items()
-        )
+        return all((root / name).stat().st_size == entry["bytes"] for name, entry in marker.files.items())
     except FileNotFoundError:
         return False
 
@@ -122,9 +120,7 @@ class ShardedArray:
         self.root, self.name = root, name
         # A handle does not inherit this from creation, and without it a shard that is all fill
         # value (contexts without a kept row, say) would have no file.
-        self._array = zarr.open_array(str(root / name), mode="r+").with_config(
-            {"write_empty_chunks": True}
-        )
+        self._array = zarr.open_array(str(root / name), mode="r+").with_config({"write_empty_chunks": True})
 
     @staticmethod
     def create(
@@ -194,10 +190,7 @@ class ShardedArray:
             raise StoreError(f"{file}: damaged ({error}); {repair}") from error
         found_crc = crc32c(block)
         if found_crc != entry["crc32c"]:
-            raise StoreError(
-                f"{file}: damaged: checksum {found_crc:08x}, expected {entry['crc32c']:08x}; "
-                f"{repair}"
-            )
+            raise StoreError(f"{file}: damaged: checksum {found_crc:08x}, expected {entry['crc32c']:08x}; {repair}")
         return block
 
 

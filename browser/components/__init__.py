@@ -23,12 +23,8 @@ def _source(name: str) -> str:
     return (_HERE / name).read_text(encoding="utf-8")
 
 
-_tokens = st.components.v2.component(
-    "monosem_tokens", css=_source("tokens.css"), js=_source("tokens.js")
-)
-_lists = st.components.v2.component(
-    "monosem_lists", css=_source("lists.css"), js=_source("lists.js")
-)
+_tokens = st.components.v2.component("monosem_tokens", css=_source("tokens.css"), js=_source("tokens.js"))
+_lists = st.components.v2.component("monosem_lists", css=_source("lists.css"), js=_source("lists.js"))
 
 
 @dataclass(frozen=True)
@@ -103,9 +99,7 @@ def draw_examples(groups: Sequence[Group], maximum: float, *, bos: int | None, k
         }
         for group in groups
     ]
-    _tokens(
-        data={"max": maximum, "bos": bos, "vocab": vocabulary.entries, "groups": payload}, key=key
-    )
+    _tokens(data={"max": maximum, "bos": bos, "vocab": vocabulary.entries, "groups": payload}, key=key)
 
 
 def draw_line(title: str, note: str, line: Line, *, key: str) -> None:
@@ -123,9 +117,7 @@ def draw_line(title: str, note: str, line: Line, *, key: str) -> None:
     _tokens(data={"max": 1.0, "vocab": vocabulary.entries, "groups": [group]}, key=key)
 
 
-def draw_lists(
-    lists: Sequence[RowList], *, key: str, two: bool = False, on_open: Callable[[int], Any] | None
-) -> None:
+def draw_lists(lists: Sequence[RowList], *, key: str, two: bool = False, on_open: Callable[[int], Any] | None) -> None:
     """Lists in one or `two` columns; a click on a row calls `on_open` with its feature."""
 
     def opened() -> None:

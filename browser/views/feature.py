@@ -26,11 +26,9 @@ HELP = {
     "equal parts, each half-open (low, high], with examples drawn uniformly inside; "
     "the number beside the dice is the seed of that draw.",
     "weight": "Neurons with the largest decoder weights, and each one's share of Σ|w|.",
-    "pearson": "Pearson correlation of the feature's activation with a neuron's, over all kept "
-    "tokens of the index.",
+    "pearson": "Pearson correlation of the feature's activation with a neuron's, over all kept tokens of the index.",
     "neighbours": "Features of this dictionary by cosine of the decoder directions.",
-    "tokens": "Share of this feature's firings that are on the token, and the mean activation "
-    "there.",
+    "tokens": "Share of this feature's firings that are on the token, and the mean activation there.",
 }
 
 
@@ -229,8 +227,7 @@ def example_groups(
         groups.append(
             Group(
                 f"Interval {len(found) - i}",
-                f"({each.low:.2f}, {each.high:.2f}] · {each.count:,} firings, "
-                f"{each.share:.2%} of all",
+                f"({each.low:.2f}, {each.high:.2f}] · {each.count:,} firings, {each.share:.2%} of all",
                 around(each.rows),
                 "no firing lies in this interval",
             )

@@ -80,9 +80,7 @@ def _filters(page: Page, table: pd.DataFrame) -> pd.DataFrame:
         help="dead: never fires in the indexed text. ultra-low: density below "
         f"{data.ULTRA_LOW:g}. dense: fires on more than {data.DENSE:.0%} of tokens.",
     )
-    domain_now = domain.selectbox(
-        "Main domain", ["all", *page.index.domains], key="domain", bind="query-params"
-    )
+    domain_now = domain.selectbox("Main domain", ["all", *page.index.domains], key="domain", bind="query-params")
     bounds = density.slider(
         "Density, log₁₀",
         -7.0,
@@ -109,9 +107,7 @@ def _filters(page: Page, table: pd.DataFrame) -> pd.DataFrame:
 
 def _table(shown: pd.DataFrame) -> None:
     if shown.empty:
-        state.explain(
-            "No feature passes these filters", "Widen the density range or clear the search."
-        )
+        state.explain("No feature passes these filters", "Widen the density range or clear the search.")
         return
     numbers = shown["feature"].to_numpy()
 
@@ -139,9 +135,7 @@ def _columns() -> dict[str, Any]:
     return {
         "feature": number("feature", format="%d", width=62, pinned=True),
         "flag": text("flag", width=62),
-        "density": number(
-            "density", format="%.2e", width=76, help="firings / kept tokens (no BOS, no padding)"
-        ),
+        "density": number("density", format="%.2e", width=76, help="firings / kept tokens (no BOS, no padding)"),
         "max": number("max", format="%.2f", width=58, help="largest activation in the index"),
         "mean": number("mean", format="%.2f", width=58, help="mean activation over its firings"),
         "top_token": text("top token", width=110, help="the token it fires on most often"),
@@ -153,9 +147,7 @@ def _columns() -> dict[str, Any]:
             width=92,
             help="share of its firings that are on the top token",
         ),
-        "top_logits": text(
-            "top positive logits", width=250, help="the five tokens it raises most, by logit weight"
-        ),
+        "top_logits": text("top positive logits", width=250, help="the five tokens it raises most, by logit weight"),
         "domain": text("domain", width=76, help="the domain most of its firings are in"),
         "domain_purity": share(
             "purity",

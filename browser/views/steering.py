@@ -22,8 +22,7 @@ HELP = {
     "that strengths compare between features; for scale a plain factor; ablate needs none.",
     "seed": "Both columns draw from the same random stream, so they differ only where the edit "
     "changed the distribution.",
-    "kl": "KL(steered ‖ base) of the next-token distributions at each new token, both given the "
-    "steered text so far.",
+    "kl": "KL(steered ‖ base) of the next-token distributions at each new token, both given the steered text so far.",
 }
 
 
@@ -57,9 +56,7 @@ def _facts(page: Page) -> str:
         facts["raises"] = [label(page.index.token_bytes(i)) for i in ids]
     cells = "".join(
         # bdi: a right-to-left token does not turn its neighbours round
-        f"<div><span>{name}</span>"
-        + " ".join(f"<bdi>{html.escape(t)}</bdi>" for t in texts)
-        + "</div>"
+        f"<div><span>{name}</span>" + " ".join(f"<bdi>{html.escape(t)}</bdi>" for t in texts) + "</div>"
         for name, texts in facts.items()
     )
     title = f'<div class="mono-title">Steer feature {feature:,}</div>'
@@ -77,9 +74,7 @@ def _form() -> dict[str, Any] | None:
             max_chars=live.MAX_PROMPT,
             height=84,
         )
-        mode, value, seed, count, go = st.columns(
-            [0.32, 0.18, 0.18, 0.17, 0.15], vertical_alignment="bottom"
-        )
+        mode, value, seed, count, go = st.columns([0.32, 0.18, 0.18, 0.17, 0.15], vertical_alignment="bottom")
         mode_now = mode.segmented_control(
             "Edit",
             list(live.MODES),
@@ -93,12 +88,8 @@ def _form() -> dict[str, Any] | None:
             "Value, × max", -50.0, 50.0, 5.0, 0.5, key="value", bind="query-params",
             help=HELP["value"],
         )  # fmt: skip
-        seed_now = seed.number_input(
-            "Seed", 0, 2**31 - 1, 0, key="seed", bind="query-params", help=HELP["seed"]
-        )
-        count_now = count.number_input(
-            "New tokens", 1, live.MAX_NEW_TOKENS, 48, key="new", bind="query-params"
-        )
+        seed_now = seed.number_input("Seed", 0, 2**31 - 1, 0, key="seed", bind="query-params", help=HELP["seed"])
+        count_now = count.number_input("New tokens", 1, live.MAX_NEW_TOKENS, 48, key="new", bind="query-params")
         pressed = go.form_submit_button("Generate", type="primary", width="stretch")
     if not pressed:
         return None
