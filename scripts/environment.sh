@@ -9,8 +9,9 @@ python="${PYTHON:-python3}"
     echo "monosem needs Python 3.11 or newer; $python is $("$python" --version 2>&1). Set PYTHON=/path/to/python3." >&2
     exit 2
 }
-wanted="$(cat pyproject.toml constraints.txt | cksum) ${1:-}"
-if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
+wanted="$(cat pyproject.toml constraints.txt | cksum)"
+stamp="$venv/installed${1:+-$1}"
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "setting up $venv (once)"
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet install --constraint constraints.txt)
@@ -20,7 +21,7 @@ if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
             "${pip[@]}" torch
     fi
     "${pip[@]}" --editable ".${1:+[$1]}"
-    echo "$wanted" >"$venv/installed"
+    echo "$wanted" >"$stamp"
 fi
 export PATH="$PWD/$venv/bin:$PATH"
 case "$venv" in /*) export PATH="$venv/bin:$PATH" ;; esac
