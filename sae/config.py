@@ -64,7 +64,7 @@ class TrainConfig:
     @property
     def dead_after_tokens(self) -> int:
         """A feature silent for this many tokens counts as dead; by default a share of the run, at most 10M."""
-        return self.dead_tokens or max(self.batch_tokens, min(10_000_000, self.tokens // 20))
+        return self.dead_tokens or max(self.batch_tokens, min(10_000_000, self.tokens // 80))
 
     @property
     def resample_steps(self) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ from sae.config import TrainConfig
 from sae.model import SAE
 
 ENCODER_SHARE_OF_ALIVE_NORM = 0.2
+MEDIAN_ROWS = 16_384
+SEED_ROWS = 32_768
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -56,18 +58,44 @@ def geometric_median(
 
 
 @torch.no_grad()
-def initialise_(sae: SAE, median: Float[Tensor, " d_in"], encoder_init: str, seed: int) -> None:
-    """PyTorch's Kaiming-uniform weights with unit decoder rows, b_dec at the geometric median, b_enc at zero."""
+def initialise_(sae: SAE, sample: Float[Tensor, "n d_in"], encoder_init: str, seed: int) -> None:
+    """b_dec at the geometric median, b_enc at zero, unit decoder rows, and one of two weight initialisations.
+
+    `kaiming`: PyTorch's uniform weights, encoder and decoder independent (Bricken et al. 2023).
+    `data`: decoder rows spread over the data's directions, encoder = α · decoderᵀ, with the α that reconstructs best.
+    Every feature then has inputs of its own from the first step; under TopK, random rows lose to the first that learn.
+    """
     generator = torch.Generator().manual_seed(seed)
-    sae.b_dec.copy_(median)
+    sae.b_dec.copy_(geometric_median(sample[:MEDIAN_ROWS]))
     sae.b_enc.zero_()
     sae.W_dec.uniform_(-1.0, 1.0, generator=generator)
     normalise_decoder_(sae)
-    if encoder_init == "transpose":
+    if encoder_init == "data":
+        directions = torch.nn.functional.normalize(sample[:SEED_ROWS] - sae.b_dec, dim=-1)
+        chosen = spread_rows(directions, sae.d_sae, generator)
+        sae.W_dec[: len(chosen)] = directions[chosen]
         sae.W_enc.copy_(sae.W_dec.T)
+        x = sample[:MEDIAN_ROWS] - sae.b_dec
+        x_hat = sae.reconstruct(sample[:MEDIAN_ROWS]) - sae.b_dec
+        sae.W_enc *= (x * x_hat).sum() / x_hat.pow(2).sum().clamp_min(1e-12)
         return
     bound = sae.d_in**-0.5
     sae.W_enc.uniform_(-bound, bound, generator=generator)
+
+
+def spread_rows(directions: Float[Tensor, "n d_in"], count: int, generator: torch.Generator) -> Int[Tensor, " chosen"]:
+    """Up to `count` unit rows far from each other: each is drawn with P ∝ its cosine distance to the nearest so far.
+
+    Fewer than `count` when the rows run out. Source: k-means++ (Arthur and Vassilvitskii 2007).
+    """
+    distance = directions.norm(dim=-1).double()  # a zero row is no direction and is never drawn
+    chosen: list[int] = []
+    while len(chosen) < count and distance.sum() > 0:
+        row = int(torch.multinomial(distance, 1, generator=generator))
+        chosen.append(row)
+        distance = torch.minimum(distance, (1 - directions @ directions[row]).clamp_min(0).double())
+        distance[row] = 0
+    return torch.tensor(chosen, dtype=torch.long)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ class Recipe:
     summary: str
     source: str
     activation: str
-    encoder_init: str  # "kaiming": independent of the decoder; "transpose": W_dec.T
+    encoder_init: str  # "kaiming" or "data", see optim.initialise_
     resample: bool
     defaults: dict[str, Any]
 
@@ -36,13 +36,12 @@ RECIPES = {
         ),
         Recipe(
             name="topk",
-            summary="ReLU of the k largest, squared error, AuxK (1/32) for dead features",
+            summary="ReLU of the k largest, started from the data, AuxK (1/32) for dead features",
             source="Gao et al. 2024 (arXiv 2406.04093)",
             activation="topk",
-            encoder_init="transpose",
+            encoder_init="data",
             resample=False,
-            # Without momentum a rare feature moves once per firing, not ten times: fewer die (Anthropic, Feb. 2024).
-            defaults={"k": 20, "aux_coefficient": 1 / 32, "lr": 5e-4, "beta1": 0.0, "decay_share": 0.5},
+            defaults={"k": 20, "aux_coefficient": 1 / 32, "lr": 7e-4, "decay_share": 0.4},
         ),
     )
 }

@@ -27,7 +27,6 @@ from sae.rows import Rows
 from sae.rundir import claim, cut_log
 
 SCALE_ROWS = 65_536
-MEDIAN_ROWS = 16_384
 LOG_STEPS = 25
 
 
@@ -176,8 +175,7 @@ def _start(rows: Rows, config: TrainConfig, recipe: Recipe) -> TrainState:
         raise ValueError("training: every sampled activation is zero; is the hook point right?")
     scale = math.sqrt(rows.d_in / mean_square)
     sae = SAE(rows.d_in, config.d_sae, activation=recipe.activation, k=config.k or None)
-    median = optim.geometric_median(sample[:MEDIAN_ROWS] * scale)
-    optim.initialise_(sae, median, recipe.encoder_init, config.seed)
+    optim.initialise_(sae, sample * scale, recipe.encoder_init, config.seed)
     return TrainState(sae, _adam(sae, config), scale, torch.zeros(config.d_sae, dtype=torch.int64))
 
 

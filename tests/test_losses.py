@@ -128,7 +128,7 @@ def test_aux_k_is_zero_when_the_error_has_no_variance(error: Tensor) -> None:
 
 def state_of(recipe: str, config: TrainConfig, seed: int = 0) -> TrainState:
     sae = SAE(D_IN, D_SAE, activation="topk" if config.k else "relu", k=config.k or None)
-    initialise_(sae, torch.linspace(-0.2, 0.4, D_IN), "transpose", seed)
+    initialise_(sae, torch.linspace(-0.2, 0.4, D_IN)[None], "kaiming", seed)
     with torch.no_grad():
         sae.b_enc.copy_(torch.linspace(-0.3, 0.3, D_SAE))
     return TrainState(sae, _adam(sae, config), 0.8, torch.zeros(D_SAE, dtype=torch.int64))

@@ -21,7 +21,7 @@ D_IN, D_SAE = 5, 12
 def trained_sae(seed: int = 0) -> tuple[SAE, torch.optim.Adam]:
     """Some Adam steps in, so that every moment is nonzero."""
     sae = SAE(D_IN, D_SAE)
-    optim.initialise_(sae, torch.zeros(D_IN), "kaiming", seed)
+    optim.initialise_(sae, torch.zeros(1, D_IN), "kaiming", seed)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     g = torch.Generator().manual_seed(seed)
     for _ in range(3):
@@ -132,26 +132,63 @@ def test_geometric_median_is_not_dragged_by_outliers() -> None:
     assert optim.geometric_median(rows).abs().max() < 1
 
 
-@pytest.mark.parametrize("kind", ["kaiming", "transpose"])
+def data_rows(seed: int = 0, n: int = 300) -> torch.Tensor:
+    return torch.randn(n, D_IN, generator=torch.Generator().manual_seed(seed)).relu() * 3 + 1
+
+
+@pytest.mark.parametrize("kind", ["kaiming", "data"])
 def test_initialisation(kind: str) -> None:
-    sae, median = SAE(64, 4000), torch.randn(64)
-    optim.initialise_(sae, median, kind, seed=3)
-    assert torch.equal(sae.b_dec, median)
+    rows = data_rows()
+    sae, again, other = (SAE(D_IN, 40, activation="topk", k=2) for _ in range(3))
+    optim.initialise_(sae, rows, kind, seed=3)
+    optim.initialise_(again, rows, kind, seed=3)
+    optim.initialise_(other, rows, kind, seed=4)
+    assert torch.equal(sae.b_dec, optim.geometric_median(rows))
     assert not sae.b_enc.any()
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(4000))
-    if kind == "transpose":
-        assert torch.equal(sae.W_enc, sae.W_dec.T)
-    else:
-        # nn.Linear's default: uniform in ±1/sqrt(fan_in)
-        assert sae.W_enc.abs().max() <= 64**-0.5
-        assert sae.W_enc.std().item() == pytest.approx(64**-0.5 / math.sqrt(3), rel=0.01)
-        alignment = torch.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=1)
-        assert alignment.mean().abs() < 0.02  # untied: independent of the decoder
-    again, other = SAE(64, 4000), SAE(64, 4000)
-    optim.initialise_(again, median, kind, seed=3)
-    optim.initialise_(other, median, kind, seed=4)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
     assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), again.parameters(), strict=True))
     assert not torch.equal(sae.W_dec, other.W_dec)
+
+
+def test_kaiming_weights_are_pytorchs_and_untied() -> None:
+    sae = SAE(64, 4000)
+    optim.initialise_(sae, torch.randn(100, 64), "kaiming", seed=3)
+    assert sae.W_enc.abs().max() <= 64**-0.5
+    assert sae.W_enc.std().item() == pytest.approx(64**-0.5 / math.sqrt(3), rel=0.01)
+    assert torch.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=1).mean().abs() < 0.02
+
+
+def test_data_weights_are_rows_of_the_data_at_the_scale_that_reconstructs_best() -> None:
+    rows = data_rows()
+    sae = SAE(D_IN, 40, activation="topk", k=2)
+    optim.initialise_(sae, rows, "data", seed=0)
+    directions = torch.nn.functional.normalize(rows - sae.b_dec, dim=-1)
+    cosines = sae.W_dec @ directions.T
+    torch.testing.assert_close(cosines.amax(1), torch.ones(40))
+    assert len(set(cosines.argmax(1).tolist())) == 40  # no row twice
+    alpha = sae.W_enc[:, 0].norm()
+    torch.testing.assert_close(sae.W_enc, alpha * sae.W_dec.T)
+
+    def error(factor: float) -> float:
+        scaled = SAE(D_IN, 40, activation="topk", k=2)
+        scaled.load_state_dict(sae.state_dict())
+        with torch.no_grad():
+            scaled.W_enc *= factor
+            return (rows - scaled(rows)).pow(2).sum().item()
+
+    assert error(1.0) < min(error(0.9), error(1.1))
+
+
+def test_spread_rows_takes_each_direction_before_any_twice() -> None:
+    corners = torch.eye(4).repeat_interleave(50, 0)  # four directions, fifty equal rows each
+    chosen = optim.spread_rows(corners, 10, torch.Generator().manual_seed(0))
+    assert sorted((chosen // 50).tolist()) == [0, 1, 2, 3]  # nothing is left at a distance after four
+
+
+def test_spread_rows_never_takes_a_zero_row() -> None:
+    rows = torch.cat([torch.zeros(20, 3), torch.eye(3)])
+    chosen = optim.spread_rows(rows, 3, torch.Generator().manual_seed(1))
+    assert sorted(chosen.tolist()) == [20, 21, 22]
 
 
 # --- resampling (Bricken et al. 2023) --------------------------------------------------------------------------------
@@ -237,7 +274,7 @@ def test_resampling_when_every_feature_is_dead() -> None:
 
 def test_resampling_before_any_step_of_adam() -> None:
     sae = SAE(D_IN, D_SAE)
-    optim.initialise_(sae, torch.zeros(D_IN), "kaiming", 0)
+    optim.initialise_(sae, torch.zeros(1, D_IN), "kaiming", 0)
     optimizer = torch.optim.Adam(sae.parameters())
     optim.resample_(sae, optimizer, DEAD, torch.randn(9, D_IN), torch.ones(9), torch.Generator().manual_seed(0))
     assert not optimizer.state

@@ -425,4 +425,5 @@ def test_metrics_name_what_they_say(tmp_path: Path) -> None:
         assert 0 < line["fvu"] < 2
         assert 0 <= line["dead_share"] <= 1
         assert 0 < line["lr"] <= config.lr
-    assert log[-1]["lr"] == pytest.approx(config.lr * 1 / 30)  # one step before the end of a decay over 30 of 60
+    # one step before the end of a linear decay
+    assert log[-1]["lr"] == pytest.approx(config.lr / (config.decay_share * 60))
