@@ -160,7 +160,7 @@ def _train(verbs: Any) -> None:
     verb.add_argument(
         "--dead-tokens",
         type=int,
-        help="silent for this many rows = dead (default: an eightieth of the run, at most 10M)",
+        help="silent for this many rows = dead (default: an eightieth of the run, 100,000 to 10M)",
     )
     verb.add_argument("--seed", type=int, default=0, help="of initialisation and row order")
     verb.add_argument(

@@ -33,6 +33,7 @@ class TrainConfig:
     k: int = 0
     aux_coefficient: float = 0.0
     dead_tokens: int = 0
+    resample_shares: tuple[float, ...] = ()
     seed: int = 0
     exact: bool = False
 
@@ -54,6 +55,8 @@ class TrainConfig:
         for name in ("l1", "k", "aux_coefficient", "dead_tokens", "seed"):
             if not (getattr(self, name) >= 0 and isfinite(getattr(self, name))):
                 raise ValueError(f"training: {name} must not be negative, and finite; got {getattr(self, name)}.")
+        if not all(0 < share < 1 for share in self.resample_shares):
+            raise ValueError(f"training: resample_shares lie between 0 and 1, got {self.resample_shares}.")
         if self.k > self.d_sae:
             raise ValueError(f"training: k = {self.k} is more than d_sae = {self.d_sae:,}.")
 
@@ -63,20 +66,23 @@ class TrainConfig:
 
     @property
     def dead_after_tokens(self) -> int:
-        """A feature silent for this many tokens counts as dead; by default a share of the run, at most 10M."""
-        return self.dead_tokens or max(self.batch_tokens, min(10_000_000, self.tokens // 80))
+        """A feature silent for this many tokens counts as dead.
+
+        By default the paper's eightieth of the run, at most 10M; in a short run 100,000 (or a tenth of it), because a
+        feature of density 1e-5 is rare, not dead.
+        """
+        share = max(self.tokens // 80, min(100_000, self.tokens // 10))
+        return self.dead_tokens or max(self.batch_tokens, min(10_000_000, share))
 
     @property
     def resample_steps(self) -> tuple[int, ...]:
-        """Steps after which dead features are resampled: the paper's, or the same four events spread over the run."""
-        if self.exact:
-            return PAPER_RESAMPLE_STEPS
-        return tuple(max(1, self.steps * tenth // 10) for tenth in (1, 2, 3, 4))
+        """Steps after which dead features are resampled: at shares of the run, or at the paper's counts."""
+        return PAPER_RESAMPLE_STEPS if self.exact else tuple(max(1, int(self.steps * s)) for s in self.resample_shares)
 
     @property
     def resample_window_steps(self) -> int:
-        """Dead for resampling: no firing in this many steps before the event (the paper: half an interval)."""
-        return PAPER_DEAD_STEPS if self.exact else max(1, self.steps // 20)
+        """Dead for resampling: no firing in this many steps before the event (the paper: an eightieth of its run)."""
+        return PAPER_DEAD_STEPS if self.exact else max(1, self.dead_after_tokens // self.batch_tokens)
 
     @property
     def resample_rows(self) -> int:

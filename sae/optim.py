@@ -12,6 +12,7 @@ from sae.model import SAE
 ENCODER_SHARE_OF_ALIVE_NORM = 0.2
 MEDIAN_ROWS = 16_384
 SEED_ROWS = 32_768
+SPREAD_POOL = 8
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -77,7 +78,7 @@ def initialise_(sae: SAE, sample: Float[Tensor, "n d_in"], encoder_init: str, se
         sae.W_enc.copy_(sae.W_dec.T)
         x = sample[:MEDIAN_ROWS] - sae.b_dec
         x_hat = sae.reconstruct(sample[:MEDIAN_ROWS]) - sae.b_dec
-        sae.W_enc *= (x * x_hat).sum() / x_hat.pow(2).sum().clamp_min(1e-12)
+        sae.W_enc.mul_((x * x_hat).sum() / x_hat.pow(2).sum().clamp_min(1e-12))
         return
     bound = sae.d_in**-0.5
     sae.W_enc.uniform_(-bound, bound, generator=generator)
@@ -106,15 +107,19 @@ def resample_(
     rows: Float[Tensor, "n d_in"],
     losses: Float[Tensor, " n"],
     generator: torch.Generator,
+    *,
+    spread: bool = False,
 ) -> Int[Tensor, " n_dead"]:
     """Points dead features at badly reconstructed inputs and forgets their Adam moments; returns the rows chosen.
 
     P(row) ∝ loss². The decoder row is the input at unit norm, the encoder column the same at 0.2 × the mean encoder
-    norm of the living, the encoder bias 0.
+    norm of the living, the encoder bias 0. With `spread`, rows drawn so are thinned to ones far from each other, and
+    the pre-bias is taken off, as at the start from data: a dictionary of k active features has no room for copies.
     Source: Bricken et al. 2023, "Neuron resampling".
     """
-    chosen = torch.multinomial(losses.double().pow(2), len(dead), replacement=True, generator=generator)
-    directions = torch.nn.functional.normalize(rows[chosen], dim=-1)
+    chosen = _drawn_rows(sae, rows, losses, len(dead), generator, spread)
+    dead = dead[: len(chosen)]
+    directions = torch.nn.functional.normalize(rows[chosen] - (sae.b_dec if spread else 0.0), dim=-1)
     alive = torch.ones(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
     alive[dead] = False
     encoder_norms = sae.W_enc.norm(dim=0)
@@ -127,3 +132,15 @@ def resample_(
             if moment in optimizer.state.get(parameter, {}):
                 optimizer.state[parameter][moment][index] = 0.0
     return chosen
+
+
+def _drawn_rows(
+    sae: SAE, rows: Tensor, losses: Tensor, count: int, generator: torch.Generator, spread: bool
+) -> Int[Tensor, " chosen"]:
+    weights = losses.double().pow(2)
+    if not spread:
+        return torch.multinomial(weights, count, replacement=True, generator=generator)
+    pool = min(SPREAD_POOL * count, int((weights > 0).sum()))
+    candidates = torch.multinomial(weights, pool, replacement=False, generator=generator)
+    directions = torch.nn.functional.normalize(rows[candidates] - sae.b_dec, dim=-1)
+    return candidates[spread_rows(directions, count, generator)]

@@ -18,7 +18,7 @@ class Recipe:
     source: str
     activation: str
     encoder_init: str  # "kaiming" or "data", see optim.initialise_
-    resample: bool
+    resample: str  # "loss": the paper's; "spread": far from each other as well; "": none
     defaults: dict[str, Any]
 
 
@@ -31,17 +31,24 @@ RECIPES = {
             source="Bricken et al. 2023, appendix",
             activation="relu",
             encoder_init="kaiming",
-            resample=True,
-            defaults={"l1": 10.0, "decay_share": 0.0},
+            resample="loss",
+            defaults={"l1": 10.0, "decay_share": 0.0, "resample_shares": (0.1, 0.2, 0.3, 0.4)},
         ),
         Recipe(
             name="topk",
-            summary="ReLU of the k largest, started from the data, AuxK (1/32) for dead features",
+            summary="ReLU of the k largest, started from the data, AuxK (1/32) and spread resampling for dead ones",
             source="Gao et al. 2024 (arXiv 2406.04093)",
             activation="topk",
             encoder_init="data",
-            resample=False,
-            defaults={"k": 20, "aux_coefficient": 1 / 32, "lr": 7e-4, "decay_share": 0.4},
+            # AuxK alone loses features for good once the error is small: what it teaches them no longer wins a place
+            # among the k. Resampled while the learning rate falls, they stay.
+            resample="spread",
+            defaults={
+                "k": 20,
+                "aux_coefficient": 1 / 32,
+                "decay_share": 0.6,
+                "resample_shares": (0.4, 0.5, 0.6, 0.7, 0.8),
+            },
         ),
     )
 }

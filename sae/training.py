@@ -75,7 +75,7 @@ def train(
             if resampling or logging or saving:
                 _check_finite(metrics["loss"], state, config)
             if resampling:
-                _resample(state, rows, config)
+                _resample(state, rows, config, recipe)
             bar.update(config.batch_tokens)
             if logging:
                 seconds = time.perf_counter() - started
@@ -184,7 +184,7 @@ def _adam(sae: SAE, config: TrainConfig) -> torch.optim.Adam:
 
 
 @torch.no_grad()
-def _resample(state: TrainState, rows: Rows, config: TrainConfig) -> None:
+def _resample(state: TrainState, rows: Rows, config: TrainConfig, recipe: Recipe) -> None:
     """The paper's resampling event; what was done is kept per feature for the log."""
     window_tokens = config.resample_window_steps * config.batch_tokens
     dead = (state.tokens_since_fired >= window_tokens).nonzero().squeeze(-1)
@@ -194,7 +194,9 @@ def _resample(state: TrainState, rows: Rows, config: TrainConfig) -> None:
     sample = rows.sample(config.resample_rows, seed) * state.scale
     errors = torch.cat([_row_losses(state.sae, chunk, config) for chunk in sample.split(config.batch_tokens)])
     generator = torch.Generator().manual_seed(seed)
-    parents = optim.resample_(state.sae, state.optimizer, dead, sample, errors, generator)
+    spread = recipe.resample == "spread"
+    parents = optim.resample_(state.sae, state.optimizer, dead, sample, errors, generator, spread=spread)
+    dead = dead[: len(parents)]
     ages = state.tokens_since_fired[dead].tolist()
     state.tokens_since_fired[dead] = 0
     state.resampled.append(

@@ -278,3 +278,19 @@ def test_resampling_before_any_step_of_adam() -> None:
     optimizer = torch.optim.Adam(sae.parameters())
     optim.resample_(sae, optimizer, DEAD, torch.randn(9, D_IN), torch.ones(9), torch.Generator().manual_seed(0))
     assert not optimizer.state
+
+
+def test_spread_resampling_takes_bad_rows_that_are_far_from_each_other() -> None:
+    sae = SAE(4, 6)
+    optim.initialise_(sae, torch.zeros(1, 4), "kaiming", 0)
+    optimizer = torch.optim.Adam(sae.parameters())
+    corners = torch.eye(4).repeat_interleave(25, 0) * 2
+    losses = torch.ones(100)
+    losses[75:] = 0.0  # the fourth corner is reconstructed: never drawn
+    before = sae.W_dec.detach().clone()
+    dead = torch.tensor([0, 2, 3, 5])
+    chosen = optim.resample_(sae, optimizer, dead, corners, losses, torch.Generator().manual_seed(0), spread=True)
+    # Three distinct directions are to be had, so the fourth dead feature stays as it was.
+    assert sorted((chosen // 25).tolist()) == [0, 1, 2]
+    torch.testing.assert_close(sae.W_dec[dead[:3]], torch.eye(4)[chosen // 25])
+    assert torch.equal(sae.W_dec[5], before[5])

@@ -91,16 +91,16 @@ def test_exact_resampling_counts_are_the_papers() -> None:
 
 @given(st.integers(1, 10**6), st.integers(1, 5000))
 def test_resampling_fits_into_any_run(steps: int, batch: int) -> None:
-    config = TrainConfig(tokens=steps * batch, batch_tokens=batch)
+    _, config = resolve("towards-monosemanticity", tokens=steps * batch, batch_tokens=batch)
     assert config.steps == steps
     assert min(config.resample_steps) >= 1
     assert max(config.resample_steps) <= steps
-    assert 1 <= config.resample_window_steps <= max(1, config.resample_steps[0])
+    assert 1 <= config.resample_window_steps <= max(1, steps // 10)
     assert config.resample_rows <= 819_200
     assert batch <= config.dead_after_tokens <= max(batch, 10_000_000)
     scaled = replace(config, tokens=1000 * batch)
     assert scaled.resample_steps == (100, 200, 300, 400)
-    assert scaled.resample_window_steps == 50
+    assert scaled.resample_window_steps == max(1, min(100, 100_000 // batch), 12)  # 1/80, but 100,000 rows or 1/10
 
 
 def test_exact_refuses_a_run_too_short_to_resample() -> None:
