@@ -137,7 +137,7 @@ def test_aux_k_revives_the_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return state
 
     monkeypatch.setattr(training, "_start", start_half_dead)
-    config = small("topk", steps=300, dead_tokens=640, lr=1e-3, resample_shares=())
+    config = small("topk", steps=300, dead_tokens=640, lr=1e-3, decay_share=0.2, resample_shares=())
     on = dead_at_the_end(train(planted, tmp_path / "on", config), planted)
     off = dead_at_the_end(train(planted, tmp_path / "off", replace(config, aux_coefficient=0.0)), planted)
     assert off >= 13
