@@ -2,8 +2,8 @@
 
     python scripts/dictionary.py --text PATH --out runs/mine
 
-The settings below are the ones the README's figures were measured with. Copy this file and change it: it uses the
-public functions only. Repeat the command after an interruption; finished stages are not done again.
+Copy this file and change it: it uses the public functions only. Repeat the command after an interruption: harvest and
+training go on where they were.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def build(
     tokens: int = 3_000_000,
     recipe: str = "topk",
     d_sae: int = 4096,
-    train_tokens: int = 12_000_000,
+    train_tokens: int = 8_000_000,
     index_tokens: int = 1_000_000,
     seed: int = 0,
     config: dict[str, Any] | None = None,
@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--recipe", default="topk")
     parser.add_argument("--d-sae", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=3_000_000, help="rows harvested")
-    parser.add_argument("--train-tokens", type=int, default=12_000_000, help="rows seen in training")
+    parser.add_argument("--train-tokens", type=int, default=8_000_000, help="rows seen in training")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     from sae.report import eval_table
