@@ -139,6 +139,7 @@ def test_hovering_a_token_shows_its_details(page: Any, site: str) -> None:
 def test_keyboard_goes_to_the_next_feature_and_neighbours_open(page: Any, site: str) -> None:
     page.goto(f"{site}?view=Feature&feature=4")
     wait_feature(page, 4)
+    page.wait_for_timeout(2000)  # the content stands before Streamlit listens for shortcuts
     page.keyboard.press("ArrowRight")
     wait_feature(page, 5)
     page.keyboard.press("ArrowLeft")
