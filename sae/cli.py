@@ -66,11 +66,7 @@ def _device(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where the model runs")
 
 
-# --- verbs -----------------------------------------------------------------------------------------------------------
-
-
-def _pretrain(verbs: Any) -> None:
-    verb = _verb(verbs, "pretrain", _run_pretrain, "train a one-layer transformer (tokenizer first) on text")
+def _text(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--text",
         action="append",
@@ -78,6 +74,20 @@ def _pretrain(verbs: Any) -> None:
         metavar="SOURCE",
         help="file, directory, dataset or 'default'; may repeat",
     )
+
+
+def _dictionary(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("sae", help="directory of the dictionary")
+    verb.add_argument("--acts", help="the activation store (default: the one it was trained on)")
+    verb.add_argument("--model", help="directory, shipped name or hub id (default: the one it was trained on)")
+
+
+# --- verbs -----------------------------------------------------------------------------------------------------------
+
+
+def _pretrain(verbs: Any) -> None:
+    verb = _verb(verbs, "pretrain", _run_pretrain, "train a one-layer transformer (tokenizer first) on text")
+    _text(verb)
     verb.add_argument("--out", required=True, help="directory of the model")
     verb.add_argument("--tokens", type=int, default=60_000_000, help="tokens seen in training")
     verb.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
@@ -106,13 +116,7 @@ def _run_pretrain(args: argparse.Namespace) -> int:
 def _harvest(verbs: Any) -> None:
     verb = _verb(verbs, "harvest", _run_harvest, "stream a model's activations on text into a Zarr store")
     verb.add_argument("--model", default="tiny-relu-1l", help="directory, shipped name or hub id")
-    verb.add_argument(
-        "--text",
-        action="append",
-        required=True,
-        metavar="SOURCE",
-        help="file, directory, dataset or 'default'; may repeat",
-    )
+    _text(verb)
     verb.add_argument("--out", required=True, help="the store, by custom runs/<run>/acts.zarr")
     verb.add_argument("--tokens", type=int, default=2_000_000, help="training tokens (one row each)")
     verb.add_argument("--heldout-tokens", type=int, help="held-out tokens (default: a tenth, 65,536 to 262,144)")
@@ -183,9 +187,7 @@ def _run_train(args: argparse.Namespace) -> int:
 
 def _eval(verbs: Any) -> None:
     verb = _verb(verbs, "eval", _run_eval, "measure a dictionary on the frozen held-out split")
-    verb.add_argument("sae", help="directory of the dictionary")
-    verb.add_argument("--acts", help="the activation store (default: the one it was trained on)")
-    verb.add_argument("--model", help="directory, shipped name or hub id (default: the one it was trained on)")
+    _dictionary(verb)
     verb.add_argument("--json", action="store_true", help="print eval.json")
 
 
@@ -200,9 +202,7 @@ def _run_eval(args: argparse.Namespace) -> int:
 
 def _index(verbs: Any) -> None:
     verb = _verb(verbs, "index", _run_index, "build the feature index that the browser reads")
-    verb.add_argument("sae", help="directory of the dictionary")
-    verb.add_argument("--acts", help="the activation store (default: the one it was trained on)")
-    verb.add_argument("--model", help="directory, shipped name or hub id (default: the one it was trained on)")
+    _dictionary(verb)
     verb.add_argument("--tokens", type=int, default=1_000_000, help="tokens to index, held-out ones first")
 
 

@@ -32,14 +32,14 @@ def aux_k_loss(
     Units: none; about 1 means the dead features explain nothing. Zero when nothing is dead or e has no variance.
     Source: Gao et al. 2024 (arXiv 2406.04093), A.2.
     """
-    alive_dead = dead.nonzero().squeeze(-1)
-    if not len(alive_dead):
+    dead_features = dead.nonzero().squeeze(-1)
+    if not len(dead_features):
         return pre.new_zeros(())
     target = error.detach()
     variance = (target - target.mean(0)).pow(2).sum()
     if not variance > 0:
         return pre.new_zeros(())
-    k_aux = min(sae.d_in // 2, len(alive_dead))
-    values, columns = kernels.topk(pre[:, alive_dead], k_aux)
-    explained = kernels.sparse_decode(values, columns, sae.W_dec[alive_dead])
+    k_aux = min(sae.d_in // 2, len(dead_features))
+    values, columns = kernels.topk(pre[:, dead_features], k_aux)
+    explained = kernels.sparse_decode(values, columns, sae.W_dec[dead_features])
     return torch.nan_to_num((target - explained).pow(2).sum() / variance)
