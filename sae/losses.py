@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.kernels import reference as kernels
+from sae.kernels.acts import FeatureActs
+from sae.kernels.ops import take_features
 from sae.model import SAE
 
 
@@ -15,14 +16,14 @@ def squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_
     return (x - x_hat).pow(2).sum(-1).mean()
 
 
-def l1_norm(feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
+def l1_norm(acts: FeatureActs) -> Float[Tensor, ""]:
     """`mean over rows of Σ f`; f is non-negative. Source: Bricken et al. 2023."""
-    return feature_acts.sum(-1).mean()
+    return acts.values.sum() / acts.n_rows
 
 
 def aux_k_loss(
     sae: SAE,
-    pre: Float[Tensor, "batch d_sae"],
+    x: Float[Tensor, "batch d_in"],
     error: Float[Tensor, "batch d_in"],
     dead: Bool[Tensor, " d_sae"],
 ) -> Float[Tensor, ""]:
@@ -32,14 +33,16 @@ def aux_k_loss(
     Units: none; about 1 means the dead features explain nothing. Zero when nothing is dead or e has no variance.
     Source: Gao et al. 2024 (arXiv 2406.04093), A.2.
     """
-    dead_features = dead.nonzero().squeeze(-1)
-    if not len(dead_features):
-        return pre.new_zeros(())
+    features = dead.nonzero().squeeze(-1)
     target = error.detach()
     variance = (target - target.mean(0)).pow(2).sum()
-    if not variance > 0:
-        return pre.new_zeros(())
-    k_aux = min(sae.d_in // 2, len(dead_features))
-    values, columns = kernels.topk(pre[:, dead_features], k_aux)
-    explained = kernels.sparse_decode(values, columns, sae.W_dec[dead_features])
-    return torch.nan_to_num((target - explained).pow(2).sum() / variance)
+    if not len(features) or not variance > 0:
+        return x.new_zeros(())
+    # Dense over the dead alone: so many of them are taken that a sparse product would cost more.
+    W_enc, W_dec = take_features(sae.W_enc, features, 1), take_features(sae.W_dec, features, 0)
+    acts = (x @ W_enc + (sae.b_enc[features] - sae.b_dec @ W_enc)).relu()
+    k_aux = min(sae.d_in // 2, len(features))
+    if k_aux < len(features):
+        values, columns = acts.topk(k_aux, dim=-1, sorted=False)
+        acts = torch.zeros_like(acts).scatter(-1, columns, values)
+    return torch.nan_to_num((target - acts @ W_dec).pow(2).sum() / variance)

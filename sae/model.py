@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae.checkpoint import CheckpointError, read_tensors, write_json, write_tensors
-from sae.kernels import reference as kernels
+from sae.kernels import choose, ops
+from sae.kernels.acts import SparseActs
+from sae.kernels.ops import Kernels
+from sae.kernels.support import Above, Rule, TopK
 
 FORMAT = 1
 ACTIVATIONS = ("relu", "topk")
@@ -23,7 +26,8 @@ class SAE(nn.Module):
 
     `f = act((x − b_dec) W_enc + b_enc)`, `x̂ = f W_dec + b_dec`; act is ReLU, or ReLU of the k largest (`topk`).
 
-    Shapes: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae, d_in]`, `b_dec [d_in]`; a feature is a row of W_dec.
+    Shapes: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae, d_in]`, `b_dec [d_in]`; a feature is a row of W_dec,
+    and in memory a row of W_enc too (its columns are contiguous): what touches one feature reads one line.
     Units: x and f are in the model's own units.
     Raises: ValueError for an unknown activation, or `topk` without 1 ≤ k ≤ d_sae.
     Source: Bricken et al. 2023, "Sparse autoencoder setup"; Gao et al. 2024 (arXiv 2406.04093), §2.3 for TopK.
@@ -36,39 +40,45 @@ class SAE(nn.Module):
         if activation == "topk" and not (k and 1 <= k <= d_sae):
             raise ValueError(f"topk needs 1 <= k <= d_sae = {d_sae}; got k = {k}.")
         self.d_in, self.d_sae, self.activation, self.k = d_in, d_sae, activation, k
-        self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).t())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.config: dict[str, Any] = {}
 
-    def pre_acts(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-        return kernels.pre_acts(x, self.W_enc, self.b_enc, self.b_dec)
-
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Feature activations, dense."""
-        pre = self.pre_acts(x.reshape(-1, self.d_in))
+    @property
+    def rule(self) -> Rule:
+        """Which features are active, as the kernels know it."""
         if self.activation == "topk":
             assert self.k is not None
-            acts = kernels.scatter(*kernels.topk(pre, self.k), self.d_sae)
-        else:
-            acts = pre.relu()
-        return acts.view(*x.shape[:-1], self.d_sae)
+            return TopK(self.k)
+        return Above(torch.zeros_like(self.b_enc))
 
-    def encode_topk(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-        """The activations of a `topk` dictionary as values and feature numbers."""
+    def pre_acts(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """`(x − b_dec) W_enc + b_enc`, dense."""
+        # With the pre-bias folded into the bias no gradient changes, and none as large as x is asked for.
+        return nn.functional.linear(x, self.W_enc.t(), self.b_enc - self.b_dec @ self.W_enc)
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations, dense and differentiable."""
+        pre = self.pre_acts(x)
+        if self.activation == "relu":
+            return pre.relu()
         assert self.k is not None
-        return kernels.topk(self.pre_acts(x), self.k)
+        values, features = pre.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter(-1, features, values.relu())
+
+    def encode_sparse(self, x: Float[Tensor, "rows d_in"], kernels: Kernels | None = None) -> SparseActs:
+        """Feature activations at the cost of the active ones (and one product), differentiable."""
+        kernels = kernels or choose(device=x.device)
+        values, support = ops.encode(kernels, x, self.W_enc, self.b_enc, self.b_dec, self.rule)
+        return SparseActs(values, support, kernels)
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         return feature_acts @ self.W_dec + self.b_dec
 
     def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """`decode(encode(x))`, at the cost of the active features where the activation is sparse by construction."""
-        if self.activation == "topk":
-            flat = x.reshape(-1, self.d_in)
-            values, indices = self.encode_topk(flat)
-            return (kernels.sparse_decode(values, indices, self.W_dec) + self.b_dec).view(x.shape)
+        """`decode(encode(x))`."""
         return self.decode(self.encode(x))
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.config import TrainConfig
+from sae.kernels.ops import Kernels
 from sae.model import SAE
 
 ENCODER_SHARE_OF_ALIVE_NORM = 0.2
@@ -24,15 +25,57 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * min(1.0, rise, fall)
 
 
-@torch.no_grad()
-def project_decoder_gradient_(sae: SAE) -> None:
-    """Removes from each decoder row's gradient its part along the row: it would only change the norm.
+class Adam:
+    """Adam on a dictionary's parameters, the decoder's rows kept at unit norm, in one pass of the kernels per matrix.
 
-    Source: Bricken et al. 2023, appendix ("small but real" gain over renormalising alone).
+    It owns the gradients: `.grad` exists from the start and is zero before each step, so that backward adds in place.
+    Source: Kingma and Ba 2015; for the decoder Bricken et al. 2023, appendix (gradient parallel to a row removed).
     """
-    grad = sae.W_dec.grad
-    assert grad is not None
-    grad -= (grad * sae.W_dec).sum(-1, keepdim=True) * sae.W_dec
+
+    def __init__(self, sae: SAE, kernels: Kernels, *, beta1: float, beta2: float = 0.999, eps: float = 1e-8) -> None:
+        self.sae, self.kernels, self.beta1, self.beta2, self.eps = sae, kernels, beta1, beta2, eps
+        self.step_count = 0
+        self.moments = {
+            name: {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
+            for name, parameter in sae.named_parameters()
+        }
+        for parameter in sae.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Moves every parameter by its gradient, and zeroes the gradients."""
+        self.step_count += 1
+        for name, parameter in self.sae.named_parameters():
+            assert parameter.grad is not None
+            rows = [_rows(name, t) for t in (parameter, parameter.grad, *self.moments[name].values())]
+            self.kernels.adam_(
+                *rows, step=self.step_count, lr=lr, beta1=self.beta1, beta2=self.beta2, eps=self.eps,
+                unit_rows=name == "W_dec",
+            )  # fmt: skip
+            parameter.grad.zero_()
+
+    def forget(self, features: Int[Tensor, " n"]) -> None:
+        """Zeroes the moments of some features: their encoder columns, decoder rows and biases."""
+        for moment in ("exp_avg", "exp_avg_sq"):
+            self.moments["W_enc"][moment][:, features] = 0.0
+            self.moments["W_dec"][moment][features] = 0.0
+            self.moments["b_enc"][moment][features] = 0.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as named tensors: `adam.<parameter>.<moment>`."""
+        return {f"adam.{name}.{m}": t for name, moments in self.moments.items() for m, t in moments.items()}
+
+    def restore(self, tensors: dict[str, Tensor], step_count: int) -> None:
+        """Puts back what `tensors` gave."""
+        self.step_count = step_count
+        for name, moment in self.tensors().items():
+            moment.copy_(tensors[name])
+
+
+def _rows(name: str, tensor: Tensor) -> Tensor:
+    """A parameter as the matrix it is in memory: the encoder feature by feature, a vector as one row."""
+    return tensor.t() if name == "W_enc" else tensor if tensor.dim() == 2 else tensor[None]
 
 
 @torch.no_grad()
@@ -102,7 +145,7 @@ def spread_rows(directions: Float[Tensor, "n d_in"], count: int, generator: torc
 @torch.no_grad()
 def resample_(
     sae: SAE,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Adam,
     dead: Int[Tensor, " n_dead"],
     rows: Float[Tensor, "n d_in"],
     losses: Float[Tensor, " n"],
@@ -127,10 +170,7 @@ def resample_(
     sae.W_dec[dead] = directions
     sae.W_enc[:, dead] = (directions * (ENCODER_SHARE_OF_ALIVE_NORM * alive_norm)).T
     sae.b_enc[dead] = 0.0
-    for parameter, index in ((sae.W_dec, (dead,)), (sae.W_enc, (slice(None), dead)), (sae.b_enc, (dead,))):
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment in optimizer.state.get(parameter, {}):
-                optimizer.state[parameter][moment][index] = 0.0
+    optimizer.forget(dead)
     return chosen
 
 

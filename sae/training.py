@@ -17,9 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae import losses, optim
-from sae.checkpoint import adam_tensors, read_tensors, restore_adam, write_tensors
+from sae.checkpoint import read_tensors, write_tensors
 from sae.config import TrainConfig
-from sae.kernels import reference as kernels
+from sae.kernels import choose, ops
+from sae.kernels.acts import DenseActs, FeatureActs, SparseActs, l0
+from sae.kernels.support import Above, NotSparse
 from sae.model import SAE, fold_scale, save
 from sae.progress import Interrupted, interruptible, progress
 from sae.recipes import Recipe, recipe_named
@@ -28,6 +30,7 @@ from sae.rundir import claim, cut_log
 
 SCALE_ROWS = 65_536
 LOG_STEPS = 25
+SPARSE_BELOW_DENSITY = 1 / 20  # above, dense products are faster (scripts/bench.py --density)
 
 
 @dataclass
@@ -35,10 +38,11 @@ class TrainState:
     """Everything that changes while training; functions hold no state."""
 
     sae: SAE  # on scaled inputs
-    optimizer: torch.optim.Optimizer
+    optimizer: optim.Adam
     scale: float
     tokens_since_fired: Int[Tensor, " d_sae"]
     step: int = 0
+    density: float = 1.0  # share of features active at the last step: decides between dense and sparse products
     resampled: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -49,6 +53,7 @@ def train(
     *,
     provenance: dict[str, Any] | None = None,
     save_minutes: float = 2.0,
+    kernels: str = "auto",
 ) -> SAE:
     """Trains a dictionary on `rows` into the directory `out`; repeat the call to go on after an interruption.
 
@@ -58,7 +63,7 @@ def train(
     out = Path(out)
     recipe = recipe_named(config.recipe)
     claim(out, "train.json", {"train": config.to_dict(), "rows": provenance or {}})
-    state = _restore(out, config, recipe, rows.d_in) or _start(rows, config, recipe)
+    state = _restore(out, config, recipe, rows.d_in) or _start(rows, config, recipe, choose(kernels))
     saved = time.monotonic()
     with (
         interruptible() as interrupt,
@@ -67,7 +72,7 @@ def train(
     ):
         while state.step < config.steps:
             started = time.perf_counter()
-            metrics = train_step(state, rows.batch(state.step).x, config, recipe)
+            metrics = train_step(state, rows.batch(state.step).x, config)
             last = state.step == config.steps
             resampling = recipe.resample and state.step in config.resample_steps
             logging = state.step % LOG_STEPS == 0 or last
@@ -96,49 +101,45 @@ def train(
     return sae.eval().requires_grad_(False)
 
 
-def train_step(
-    state: TrainState, raw: Float[Tensor, "batch d_in"], config: TrainConfig, recipe: Recipe
-) -> dict[str, Tensor]:
+def train_step(state: TrainState, raw: Float[Tensor, "batch d_in"], config: TrainConfig) -> dict[str, Tensor]:
     """One step: forward, losses, backward, projected Adam, renormalised decoder. Returns tensors to log."""
     sae = state.sae
     x = raw * state.scale
-    pre = sae.pre_acts(x)
-    if recipe.activation == "topk":
-        values, indices = kernels.topk(pre, config.k)
-        x_hat = kernels.sparse_decode(values, indices, sae.W_dec) + sae.b_dec
-        fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device)
-        fired[indices[values > 0]] = True
-        l0 = (values > 0).sum(-1, dtype=torch.float32).mean()
-    else:
-        values = pre.relu()
-        x_hat = sae.decode(values)
-        active = values.detach() > 0
-        fired = active.any(0)
-        l0 = active.sum(-1, dtype=torch.float32).mean()
+    acts = _feature_acts(state, x)
+    x_hat = acts.decode(sae.W_dec) + sae.b_dec
     error = losses.squared_error(x, x_hat)
     loss = error
     if config.l1:
-        loss = loss + config.l1 * losses.l1_norm(values)
+        loss = loss + config.l1 * losses.l1_norm(acts)
     if config.aux_coefficient:
         dead = state.tokens_since_fired >= config.dead_after_tokens
-        loss = loss + config.aux_coefficient * _aux(state, pre, x, x_hat, dead, error)
-    state.optimizer.zero_grad(set_to_none=True)
+        loss = loss + config.aux_coefficient * _aux(state, x, x_hat, dead)
     loss.backward()
-    optim.project_decoder_gradient_(sae)
-    for group in state.optimizer.param_groups:
-        group["lr"] = optim.learning_rate(state.step, config)
-    state.optimizer.step()
-    optim.normalise_decoder_(sae)
+    state.optimizer.step(optim.learning_rate(state.step, config))
+    active = l0(acts)
+    state.density = active.item() / sae.d_sae
     state.tokens_since_fired += len(x)
-    state.tokens_since_fired[fired] = 0
+    state.tokens_since_fired[acts.fired()] = 0
     state.step += 1
-    return {"loss": loss.detach(), "error": error.detach(), "l0": l0, "x": x.detach()}
+    return {"loss": loss.detach(), "error": error.detach(), "l0": active, "x": x.detach()}
 
 
-def _aux(state: TrainState, pre: Tensor, x: Tensor, x_hat: Tensor, dead: Tensor, error: Tensor) -> Tensor:
+def _feature_acts(state: TrainState, x: Tensor) -> FeatureActs:
+    """Sparse where that is cheaper, which the last step's density tells: so a resumed run does as the unbroken one."""
+    sae, kernels = state.sae, state.optimizer.kernels
+    if not isinstance(sae.rule, Above) or state.density < SPARSE_BELOW_DENSITY:
+        try:
+            values, support = ops.encode(kernels, x, sae.W_enc, sae.b_enc, sae.b_dec, sae.rule)
+            return SparseActs(values, support, kernels)
+        except NotSparse:
+            pass
+    return DenseActs(sae.encode(x))
+
+
+def _aux(state: TrainState, x: Tensor, x_hat: Tensor, dead: Tensor) -> Tensor:
     # Gao et al. weigh AuxK against a squared error normalised by the variance; ours is not: multiply it back.
     variance = (x - x.mean(0)).pow(2).sum(-1).mean()
-    return losses.aux_k_loss(state.sae, pre, x - x_hat, dead) * variance.detach()
+    return losses.aux_k_loss(state.sae, x, x - x_hat, dead) * variance.detach()
 
 
 def _check_finite(loss: Tensor, state: TrainState, config: TrainConfig) -> None:
@@ -168,7 +169,7 @@ def _measured(metrics: dict[str, Tensor], state: TrainState, config: TrainConfig
 # --- start, resampling -----------------------------------------------------------------------------------------------
 
 
-def _start(rows: Rows, config: TrainConfig, recipe: Recipe) -> TrainState:
+def _start(rows: Rows, config: TrainConfig, recipe: Recipe, kernels: ops.Kernels) -> TrainState:
     sample = rows.sample(SCALE_ROWS, config.seed)
     mean_square = sample.double().pow(2).sum(-1).mean().item()
     if not mean_square > 0:
@@ -176,11 +177,8 @@ def _start(rows: Rows, config: TrainConfig, recipe: Recipe) -> TrainState:
     scale = math.sqrt(rows.d_in / mean_square)
     sae = SAE(rows.d_in, config.d_sae, activation=recipe.activation, k=config.k or None)
     optim.initialise_(sae, sample * scale, recipe.encoder_init, config.seed)
-    return TrainState(sae, _adam(sae, config), scale, torch.zeros(config.d_sae, dtype=torch.int64))
-
-
-def _adam(sae: SAE, config: TrainConfig) -> torch.optim.Adam:
-    return torch.optim.Adam(sae.parameters(), lr=config.lr, betas=(config.beta1, 0.999), fused=True)
+    adam = optim.Adam(sae, kernels, beta1=config.beta1)
+    return TrainState(sae, adam, scale, torch.zeros(config.d_sae, dtype=torch.int64))
 
 
 @torch.no_grad()
@@ -214,16 +212,21 @@ def _row_losses(sae: SAE, x: Tensor, config: TrainConfig) -> Tensor:
 
 def save_state(out: Path, state: TrainState) -> None:
     """Everything needed to go on, in one file, by one atomic rename."""
-    names = [name for name, _ in state.sae.named_parameters()]
     tensors = {f"sae.{name}": tensor for name, tensor in state.sae.tensors().items()}
-    tensors |= adam_tensors(state.optimizer, names)
+    tensors |= state.optimizer.tensors()
     tensors["tokens_since_fired"] = state.tokens_since_fired
-    header = {"step": state.step, "scale": state.scale, "resampled": state.resampled}
+    header = {
+        "step": state.step,
+        "scale": state.scale,
+        "resampled": state.resampled,
+        "density": state.density,
+        "kernels": state.optimizer.kernels.NAME,
+    }
     write_tensors(out / "state.safetensors", tensors, header)
 
 
 def _restore(out: Path, config: TrainConfig, recipe: Recipe, d_in: int) -> TrainState | None:
-    """The saved state, with metrics.jsonl cut to its step; None when there is none."""
+    """The saved state, with metrics.jsonl cut to its step, on the kernels it began with; None when there is none."""
     log = out / "metrics.jsonl"
     if not (out / "state.safetensors").exists():
         log.unlink(missing_ok=True)
@@ -231,12 +234,13 @@ def _restore(out: Path, config: TrainConfig, recipe: Recipe, d_in: int) -> Train
     tensors, header = read_tensors(out / "state.safetensors")
     sae = SAE(d_in, config.d_sae, activation=recipe.activation, k=config.k or None)
     sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
-    optimizer = _adam(sae, config)
-    restore_adam(optimizer, [name for name, _ in sae.named_parameters()], tensors)
+    adam = optim.Adam(sae, choose(header["kernels"]), beta1=config.beta1)
+    adam.restore(tensors, header["step"])
     cut_log(log, header["step"])
     return TrainState(
-        sae, optimizer, header["scale"], tensors["tokens_since_fired"], header["step"], header["resampled"]
-    )
+        sae, adam, header["scale"], tensors["tokens_since_fired"], header["step"], header["density"],
+        header["resampled"],
+    )  # fmt: skip
 
 
 def _final_config(state: TrainState, config: TrainConfig, provenance: dict[str, Any]) -> dict[str, Any]:
@@ -246,6 +250,7 @@ def _final_config(state: TrainState, config: TrainConfig, provenance: dict[str, 
         "recipe": config.recipe,
         "train": config.to_dict(),
         "input_scale": state.scale,
+        "kernels": state.optimizer.kernels.NAME,
         "lambda": {
             "scaled": config.l1,
             "raw": config.l1 / state.scale,

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from sae import losses
 from sae.config import TrainConfig
+from sae.kernels import BACKENDS, choose
+from sae.kernels.acts import DenseActs
 from sae.model import SAE
-from sae.optim import initialise_
+from sae.optim import Adam, initialise_
 from sae.recipes import resolve
-from sae.training import TrainState, _adam, train_step
+from sae.training import TrainState, train_step
 
 D_IN, D_SAE, BATCH = 6, 20, 50
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -68,15 +70,16 @@ def dense_aux(sae: SAE, pre: Tensor, error: Tensor, dead: Tensor) -> Tensor:
 def test_the_terms_are_sums_over_features_and_means_over_rows() -> None:
     x, x_hat = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [1.0, 0.0]])
     assert losses.squared_error(x, x_hat).item() == (1 + 4 + 1) / 2
-    assert losses.l1_norm(torch.tensor([[1.0, 2.0], [0.5, 0.0]])).item() == 3.5 / 2
+    assert losses.l1_norm(DenseActs(torch.tensor([[1.0, 2.0], [0.5, 0.0]]))).item() == 3.5 / 2
 
 
 def test_relu_and_l1_gradients() -> None:
     sae, x = random_sae(), rows()
     _, f, x_hat = dense_parts(sae, x)
     exact = gradients(sae, ((x - x_hat) ** 2).sum() / BATCH + 0.7 * f.sum() / BATCH)
-    acts = sae.pre_acts(x).relu()
-    assert_same(gradients(sae, losses.squared_error(x, sae.decode(acts)) + 0.7 * losses.l1_norm(acts)), exact)
+    for acts in (DenseActs(sae.encode(x)), sae.encode_sparse(x, choose("reference"))):
+        x_hat = acts.decode(sae.W_dec) + sae.b_dec
+        assert_same(gradients(sae, losses.squared_error(x, x_hat) + 0.7 * losses.l1_norm(acts)), exact)
 
 
 DEAD = {
@@ -91,7 +94,7 @@ DEAD = {
 def test_aux_k_value_and_gradients(dead: Tensor) -> None:
     sae, x = random_sae("topk", 2), rows()
     pre, _, x_hat = dense_parts(sae, x, 2)
-    found = losses.aux_k_loss(sae, sae.pre_acts(x), x - x_hat, dead)
+    found = losses.aux_k_loss(sae, x, x - x_hat, dead)
     if not dead.any():
         assert found.item() == 0
         return
@@ -110,39 +113,41 @@ def test_aux_k_does_not_move_the_reconstruction_it_explains() -> None:
     """The error is detached: nothing flows into the living through x̂."""
     sae, x = random_sae("topk", 2), rows()
     error = (x - dense_parts(sae, x, 2)[2]).requires_grad_()
-    (flow,) = torch.autograd.grad(
-        losses.aux_k_loss(sae, sae.pre_acts(x), error, DEAD["some"]), error, allow_unused=True
-    )
+    (flow,) = torch.autograd.grad(losses.aux_k_loss(sae, x, error, DEAD["some"]), error, allow_unused=True)
     assert flow is None
 
 
 @pytest.mark.parametrize("error", [torch.zeros(4, D_IN), torch.full((4, D_IN), torch.nan), torch.ones(1, D_IN)])
 def test_aux_k_is_zero_when_the_error_has_no_variance(error: Tensor) -> None:
     sae = random_sae("topk", 2)
-    pre = sae.pre_acts(error.nan_to_num().double())
-    assert losses.aux_k_loss(sae, pre, error.double(), DEAD["all"]).item() == 0
+    x = error.nan_to_num().double()
+    assert losses.aux_k_loss(sae, x, error.double(), DEAD["all"]).item() == 0
 
 
 # --- the whole step --------------------------------------------------------------------------------------------------
 
 
-def state_of(recipe: str, config: TrainConfig, seed: int = 0) -> TrainState:
+def state_of(config: TrainConfig, kernels: str, density: float, seed: int = 0) -> TrainState:
     sae = SAE(D_IN, D_SAE, activation="topk" if config.k else "relu", k=config.k or None)
     initialise_(sae, torch.linspace(-0.2, 0.4, D_IN)[None], "kaiming", seed)
     with torch.no_grad():
         sae.b_enc.copy_(torch.linspace(-0.3, 0.3, D_SAE))
-    return TrainState(sae, _adam(sae, config), 0.8, torch.zeros(D_SAE, dtype=torch.int64))
+    adam = Adam(sae, choose(kernels), beta1=config.beta1)
+    return TrainState(sae, adam, 0.8, torch.zeros(D_SAE, dtype=torch.int64), density=density)
 
 
-@pytest.mark.parametrize("k", [0, 1, 4])
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize(("k", "dense"), [(0, True), (0, False), (1, False), (4, False)])
 @pytest.mark.parametrize("dead", ["none", "some", "all"])
-def test_a_step_is_adam_on_the_dense_gradient_with_its_parallel_part_removed(k: int, dead: str) -> None:
+def test_a_step_is_adam_on_the_dense_gradient_with_its_parallel_part_removed(
+    k: int, dense: bool, dead: str, kernels: str
+) -> None:
     """Two steps by hand in float64: dense loss, projected gradient, Adam's published formula, unit rows."""
     if k:
         recipe, config = resolve("topk", k=k, d_sae=D_SAE, tokens=BATCH * 8, batch_tokens=BATCH, dead_tokens=10**6)
     else:
         recipe, config = resolve("towards-monosemanticity", l1=0.3, d_sae=D_SAE, tokens=BATCH * 8, batch_tokens=BATCH)
-    state = state_of(recipe.name, config)
+    state = state_of(config, kernels, density=1.0)
     twin = SAE(D_IN, D_SAE, activation=recipe.activation, k=k or None).double()
     twin.load_state_dict(state.sae.state_dict())
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in twin.named_parameters()}
@@ -159,7 +164,8 @@ def test_a_step_is_adam_on_the_dense_gradient_with_its_parallel_part_removed(k: 
             variance = ((x - x.mean(0)) ** 2).sum(-1).mean()
             loss = loss + config.aux_coefficient * variance * dense_aux(twin, pre, x - x_hat, DEAD[dead])
         grads = gradients(twin, loss)
-        logged = train_step(state, raw.float(), config, recipe)
+        state.density = 1.0 if dense else 0.0
+        logged = train_step(state, raw.float(), config)
         assert logged["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
         assert logged["l0"].item() == pytest.approx((f > 0).sum().item() / BATCH, rel=1e-6)
         rate = config.lr * min(1.0, (step + 1) / (0.02 * 8))

@@ -19,6 +19,7 @@ from torch import Tensor
 from sae import training
 from sae.checkpoint import read_tensors
 from sae.config import TrainConfig
+from sae.kernels import choose
 from sae.model import SAE, load
 from sae.progress import Interrupted
 from sae.recipes import resolve
@@ -191,7 +192,7 @@ def test_resampling_happens_at_its_steps_to_the_silent_and_is_logged(tmp_path: P
 
 def test_a_feature_silent_one_step_less_than_the_window_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small("towards-monosemanticity", steps=100)
-    state = training._start(rows(), config, training.recipe_named(config.recipe))
+    state = training._start(rows(), config, training.recipe_named(config.recipe), choose())
     window = config.resample_window_steps * config.batch_tokens
     state.tokens_since_fired[:3] = torch.tensor([window - 32, window, window + 32])
     before = state.sae.W_dec.detach().clone()
@@ -204,7 +205,7 @@ def test_a_feature_silent_one_step_less_than_the_window_is_alive(monkeypatch: py
 def test_exact_uses_the_papers_subset(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(small("towards-monosemanticity", steps=100), exact=True)
     planted = rows()
-    state = training._start(planted, config, training.recipe_named(config.recipe))
+    state = training._start(planted, config, training.recipe_named(config.recipe), choose())
     state.tokens_since_fired[5] = 12_500 * 32
     state.tokens_since_fired[6] = 12_500 * 32 - 32
     training._resample(state, planted, config, training.recipe_named(config.recipe))

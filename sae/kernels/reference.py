@@ -1,43 +1,81 @@
-"""Plain-torch operations on sparse features: the specification every faster path is tested against."""
+"""Plain torch, on any device and in any precision: the specification every faster path is tested against."""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from sae.kernels.support import Above, BatchTopK, Rule, Support, TopK
 
-def pre_acts(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    b_dec: Float[Tensor, " d_in"],
-) -> Float[Tensor, "batch d_sae"]:
-    """`(x − b_dec) W_enc + b_enc`, with the pre-bias folded into a [d_sae] vector.
+NAME = "reference"
 
-    The fold changes no gradient, and spares the [batch, d_in] one that `x − b_dec` would ask for.
+
+def select(
+    x: Float[Tensor, "rows d_in"], W_enc: Float[Tensor, "d_in d_sae"], bias: Float[Tensor, " d_sae"], rule: Rule
+) -> tuple[Support, Float[Tensor, " nnz"]]:
+    """The active features of each row under `rule`, with their pre-activations `x · W_enc + bias`."""
+    pre = torch.addmm(bias, x, W_enc)
+    match rule:
+        case TopK(k):
+            values, features = pre.topk(min(k, pre.shape[1]), dim=-1, sorted=False)
+            active = torch.zeros_like(pre, dtype=torch.bool).scatter(-1, features, values > 0)
+        case BatchTopK(k):
+            values, entries = pre.flatten().topk(min(k * len(pre), pre.numel()), sorted=False)
+            active = torch.zeros_like(pre, dtype=torch.bool).flatten().scatter(-1, entries, values > 0).view_as(pre)
+        case Above(threshold):
+            active = pre > threshold
+    features = active.nonzero()[:, 1].int()
+    offsets = torch.nn.functional.pad(active.sum(-1).cumsum(0), (1, 0))
+    return Support(features, offsets, pre.shape[1]), pre[active]
+
+
+def dots(a: Float[Tensor, "rows d"], b: Float[Tensor, "d_sae d"], support: Support) -> Float[Tensor, " nnz"]:
+    """`a[row] · b[feature]` for every entry."""
+    return (a[support.rows] * b[support.features.long()]).sum(-1)
+
+
+def combine(values: Float[Tensor, " nnz"], support: Support, b: Float[Tensor, "d_sae d"]) -> Float[Tensor, "rows d"]:
+    """`Σ values · b[feature]` over each row's entries."""
+    out = b.new_zeros((support.n_rows, b.shape[1]))
+    return out.index_add(0, support.rows, values[:, None] * b[support.features.long()])
+
+
+def add_by_feature_(
+    out: Float[Tensor, "d_sae d"], values: Float[Tensor, " nnz"], support: Support, a: Float[Tensor, "rows d"]
+) -> None:
+    """`out[feature] += Σ values · a[row]` over each feature's entries."""
+    out.index_add_(0, support.features.long(), values[:, None] * a[support.rows])
+
+
+def sum_by_feature(values: Float[Tensor, " nnz"], support: Support) -> Float[Tensor, " d_sae"]:
+    """`Σ values` over each feature's entries."""
+    return values.new_zeros(support.d_sae).index_add(0, support.features.long(), values)
+
+
+def adam_(
+    parameter: Float[Tensor, "n d"],
+    gradient: Float[Tensor, "n d"],
+    exp_avg: Float[Tensor, "n d"],
+    exp_avg_sq: Float[Tensor, "n d"],
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    unit_rows: bool,
+) -> None:
+    """One step of Adam. With `unit_rows` the gradient's part along each row is taken out before, and the row is brought
+    back to unit norm after.
+
+    Source: Kingma and Ba 2015; Bricken et al. 2023, appendix ("small but real" gain of the projection).
     """
-    return torch.addmm(b_enc - b_dec @ W_enc, x, W_enc)
-
-
-def topk(pre: Float[Tensor, "batch d_sae"], k: int) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """The k largest pre-activations of each row, clipped at zero, and their features."""
-    values, indices = pre.topk(k, dim=-1, sorted=False)
-    return values.relu(), indices
-
-
-def scatter(
-    values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"], d_sae: int
-) -> Float[Tensor, "batch d_sae"]:
-    """The dense feature activations that sparse values stand for."""
-    dense = values.new_zeros((values.shape[0], d_sae))
-    return dense.scatter(-1, indices, values)
-
-
-def sparse_decode(
-    values: Float[Tensor, "batch k"],
-    indices: Int[Tensor, "batch k"],
-    W_dec: Float[Tensor, "d_sae d_in"],
-) -> Float[Tensor, "batch d_in"]:
-    """`Σ_j values_j · W_dec[indices_j]`: the decoder product at the cost of the active features."""
-    return torch.nn.functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")
+    if unit_rows:
+        gradient = gradient - (gradient * parameter).sum(-1, keepdim=True) * parameter
+    exp_avg.lerp_(gradient, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+    parameter.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+    if unit_rows:
+        parameter.div_(parameter.norm(dim=-1, keepdim=True).clamp_min(1e-12))

@@ -1,0 +1,71 @@
+"""The feature activations of a batch, sparse or dense: what losses are written over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae.kernels.ops import Kernels, decode
+from sae.kernels.support import Support
+
+
+@dataclass(frozen=True)
+class SparseActs:
+    """Activations of the active features alone: `values [nnz]` on a support."""
+
+    values: Float[Tensor, " nnz"]
+    support: Support
+    kernels: Kernels
+
+    @property
+    def n_rows(self) -> int:
+        return self.support.n_rows
+
+    def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "rows d_in"]:
+        return decode(self.kernels, self.values, self.support, W_dec)
+
+    def per_feature(self, vector: Float[Tensor, " d_sae"]) -> Tensor:
+        """What the vector says of each value's feature, in the values' shape."""
+        return vector[self.support.features.long()]
+
+    def fired(self) -> Bool[Tensor, " d_sae"]:
+        found = torch.zeros(self.support.d_sae, dtype=torch.bool, device=self.values.device)
+        found[self.support.features[self.values.detach() > 0].long()] = True
+        return found
+
+    def dense(self) -> Float[Tensor, "rows d_sae"]:
+        return self.support.dense(self.values)
+
+
+@dataclass(frozen=True)
+class DenseActs:
+    """Activations as the matrix `values [rows, d_sae]`: cheaper while a good part of the features is active."""
+
+    values: Float[Tensor, "rows d_sae"]
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.values)
+
+    def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "rows d_in"]:
+        return self.values @ W_dec
+
+    def per_feature(self, vector: Float[Tensor, " d_sae"]) -> Tensor:
+        return vector
+
+    def fired(self) -> Bool[Tensor, " d_sae"]:
+        return (self.values.detach() > 0).any(0)
+
+    def dense(self) -> Float[Tensor, "rows d_sae"]:
+        return self.values
+
+
+FeatureActs = SparseActs | DenseActs
+
+
+def l0(acts: FeatureActs) -> Float[Tensor, ""]:
+    """Active features per row, mean over the batch."""
+    return (acts.values.detach() > 0).sum(dtype=torch.float32) / acts.n_rows
