@@ -171,6 +171,12 @@ def _train(verbs: Any) -> None:
         "--exact", action="store_true", default=None, help="the paper's resampling counts instead of shares of the run"
     )
     verb.add_argument("--hook-point", help="needed when the store holds several")
+    verb.add_argument(
+        "--kernels",
+        default="auto",
+        choices=["auto", "cpu", "reference"],
+        help="what computes (default: the fastest)",
+    )
 
 
 def _run_train(args: argparse.Namespace) -> int:
@@ -180,6 +186,7 @@ def _run_train(args: argparse.Namespace) -> int:
     pipeline.train(
         args.acts, args.out, recipe=args.recipe, d_sae=args.d_sae, tokens=args.tokens, seed=args.seed,
         config={name: value for name, value in settings.items() if value is not None}, hook_point=args.hook_point,
+        kernels=args.kernels,
     )  # fmt: skip
     print(args.out)
     return 0

@@ -41,13 +41,13 @@ class Firings:
     def empty(cls, d_sae: int) -> Firings:
         return cls(np.zeros(d_sae, np.int64), np.zeros(d_sae, np.float32), [], [])
 
-    def add(self, feature_acts: Float[Tensor, "rows d_sae"]) -> None:
-        _, features = feature_acts.nonzero(as_tuple=True)
-        values = feature_acts[feature_acts > 0]
-        self.features.append(features.numpy().astype(np.uint32))
-        self.values.append(values.numpy().astype(np.float32))
+    def add(self, features: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> None:
+        """Activations of kept rows, in any order; what is not positive is none."""
+        fired = values > 0
+        self.features.append(features[fired].numpy().astype(np.uint32))
+        self.values.append(values[fired].float().numpy())
         self.count += np.bincount(self.features[-1], minlength=len(self.count))
-        np.maximum(self.largest, feature_acts.amax(0).numpy(), out=self.largest)
+        np.maximum.at(self.largest, self.features[-1], self.values[-1])
 
     def statistics(self) -> dict[str, Tensor]:
         """count, max, mean and P99 (both over the firings) per feature; zero where a feature never fired."""
@@ -102,11 +102,12 @@ def evaluate(
     with progress("eval", kept_tokens, "tok") as bar:
         for number, block in enumerate(blocks):
             x = block.acts
-            feature_acts = sae.encode(x.flatten(0, 1))
-            x_hat = sae.decode(feature_acts).view_as(x)
-            feature_acts = feature_acts * block.keep.flatten()[:, None]
-            firings.add(feature_acts)
-            l0 = (feature_acts > 0).sum(-1).view(block.keep.shape)
+            acts = sae.feature_acts(x.flatten(0, 1)).sparse()
+            x_hat = (acts.decode(sae.W_dec) + sae.b_dec).view_as(x)
+            kept = block.keep.flatten()[acts.support.rows]
+            firings.add(acts.support.features[kept], acts.values[kept])
+            l0 = torch.bincount(acts.support.rows[kept & (acts.values > 0)], minlength=block.keep.numel())
+            l0 = l0.view(block.keep.shape)
             losses = _losses(model, block, hook_point, x_hat, replacements)
             if number == 0:
                 identity_error = _splice_identity_error(model, block, hook_point, x_hat)

@@ -8,9 +8,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sae.kernels.acts import SparseActs
 from sae.lm import LanguageModel
 from sae.model import SAE
 from sae.progress import progress
@@ -58,15 +59,14 @@ def index(
     with progress("index", tokens, "tok") as bar:
         for block in blocks:
             kept = torch.from_numpy(block.keep.reshape(-1))
-            feature_acts = sae.encode(block.acts) * kept[:, None]
-            rows, features = feature_acts.nonzero(as_tuple=True)
-            values = feature_acts[rows, features]
+            acts = sae.feature_acts(block.acts).sparse()
+            acts = acts.where(kept[acts.support.rows] & (acts.values > 0))
             first_row = block.first_context * block.tokens.shape[1]
             sink.append(
                 block.first_context, block.tokens, block.keep, block.document,
-                rows.numpy() + first_row, features.numpy(), values.numpy(),
+                acts.support.rows.numpy() + first_row, acts.support.features.numpy(), acts.values.numpy(),
             )  # fmt: skip
-            correlation.add(feature_acts[kept], block.acts[kept])
+            correlation.add(acts, block.acts, kept)
             bar.update(block.tokens.size)
     return sink.finish(panels(sae, model, hook_point) | correlation.panels())
 
@@ -80,13 +80,18 @@ class Correlation:
         self.f, self.ff = (torch.zeros(d_sae, dtype=torch.float64) for _ in range(2))
         self.x, self.xx = (torch.zeros(d_in, dtype=torch.float64) for _ in range(2))
 
-    def add(self, feature_acts: Float[Tensor, "rows d_sae"], x: Float[Tensor, "rows d_in"]) -> None:
-        self.n += len(x)
-        self.products += feature_acts.T @ x
-        self.f += feature_acts.sum(0, dtype=torch.float64)
-        self.ff += feature_acts.double().pow(2).sum(0)
-        self.x += x.sum(0, dtype=torch.float64)
-        self.xx += x.double().pow(2).sum(0)
+    def add(self, acts: SparseActs, x: Float[Tensor, "rows d_in"], kept: Bool[Tensor, " rows"]) -> None:
+        """Rows and the activations of the kept ones among them."""
+        self.n += int(kept.sum())
+        products = torch.zeros(self.products.shape)
+        acts.kernels.add_by_feature_(products, acts.values, acts.support, x)
+        self.products += products
+        features, wide = acts.support.features.long(), acts.values.double()
+        self.f.index_add_(0, features, wide)
+        self.ff.index_add_(0, features, wide**2)
+        x = x[kept].double()
+        self.x += x.sum(0)
+        self.xx += x.pow(2).sum(0)
 
     def matrix(self) -> Float[Tensor, "d_sae d_in"]:
         """`cov(f, x) / (σ_f σ_x)`; 0 where either never varies."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from sae.checkpoint import CheckpointError, read_tensors, write_json, write_tensors
 from sae.kernels import choose, ops
-from sae.kernels.acts import SparseActs
+from sae.kernels.acts import DenseActs, FeatureActs, SparseActs
 from sae.kernels.ops import Kernels
-from sae.kernels.support import Above, Rule, TopK
+from sae.kernels.support import Above, NotSparse, Rule, TopK
 
 FORMAT = 1
 ACTIVATIONS = ("relu", "topk")
@@ -73,6 +73,13 @@ class SAE(nn.Module):
         kernels = kernels or choose(device=x.device)
         values, support = ops.encode(kernels, x, self.W_enc, self.b_enc, self.b_dec, self.rule)
         return SparseActs(values, support, kernels)
+
+    def feature_acts(self, x: Float[Tensor, "rows d_in"], kernels: Kernels | None = None) -> FeatureActs:
+        """`encode_sparse` where that pays, else `encode`: in either form the same activations."""
+        try:
+            return self.encode_sparse(x, kernels)
+        except NotSparse:
+            return DenseActs(self.encode(x))
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         return feature_acts @ self.W_dec + self.b_dec

@@ -13,7 +13,8 @@ from sae.model import SAE
 ENCODER_SHARE_OF_ALIVE_NORM = 0.2
 MEDIAN_ROWS = 16_384
 SEED_ROWS = 32_768
-SPREAD_POOL = 8
+POOL_PER_DEAD = 4
+ROWS_DRAWN_AT_ONCE = 128
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -130,15 +131,26 @@ def initialise_(sae: SAE, sample: Float[Tensor, "n d_in"], encoder_init: str, se
 def spread_rows(directions: Float[Tensor, "n d_in"], count: int, generator: torch.Generator) -> Int[Tensor, " chosen"]:
     """Up to `count` unit rows far from each other: each is drawn with P ∝ its cosine distance to the nearest so far.
 
-    Fewer than `count` when the rows run out. Source: k-means++ (Arthur and Vassilvitskii 2007).
+    Fewer than `count` when the rows run out. Many are drawn at once from the last distances, and one is taken with the
+    chance that its distance has not shrunk by those taken since, which is the same law.
+    Source: k-means++ (Arthur and Vassilvitskii 2007).
     """
     distance = directions.norm(dim=-1).double()  # a zero row is no direction and is never drawn
     chosen: list[int] = []
     while len(chosen) < count and distance.sum() > 0:
-        row = int(torch.multinomial(distance, 1, generator=generator))
-        chosen.append(row)
-        distance = torch.minimum(distance, (1 - directions @ directions[row]).clamp_min(0).double())
-        distance[row] = 0
+        drawn = torch.multinomial(distance, ROWS_DRAWN_AT_ONCE, replacement=True, generator=generator)
+        between = (1 - directions[drawn] @ directions[drawn].T).clamp_min(0).double()
+        between[drawn[:, None] == drawn] = 0.0
+        bars = torch.rand(len(drawn), generator=generator, dtype=torch.float64) * distance[drawn]
+        taken: list[int] = []
+        for i in range(len(drawn)):
+            if len(chosen) + len(taken) < count and (not taken or between[i, taken].min() > bars[i]):
+                taken.append(i)
+        rows = drawn[taken]
+        chosen += rows.tolist()
+        nearest = (1 - directions @ directions[rows].T).amin(1).clamp_min(0).double()
+        distance = torch.minimum(distance, nearest)
+        distance[rows] = 0
     return torch.tensor(chosen, dtype=torch.long)
 
 
@@ -150,37 +162,56 @@ def resample_(
     rows: Float[Tensor, "n d_in"],
     losses: Float[Tensor, " n"],
     generator: torch.Generator,
-    *,
-    spread: bool = False,
 ) -> Int[Tensor, " n_dead"]:
     """Points dead features at badly reconstructed inputs and forgets their Adam moments; returns the rows chosen.
 
     P(row) ∝ loss². The decoder row is the input at unit norm, the encoder column the same at 0.2 × the mean encoder
-    norm of the living, the encoder bias 0. With `spread`, rows drawn so are thinned to ones far from each other, and
-    the pre-bias is taken off, as at the start from data: a dictionary of k active features has no room for copies.
+    norm of the living, the encoder bias 0.
     Source: Bricken et al. 2023, "Neuron resampling".
     """
-    chosen = _drawn_rows(sae, rows, losses, len(dead), generator, spread)
-    dead = dead[: len(chosen)]
-    directions = torch.nn.functional.normalize(rows[chosen] - (sae.b_dec if spread else 0.0), dim=-1)
+    chosen = torch.multinomial(losses.double().pow(2), len(dead), replacement=True, generator=generator)
+    directions = torch.nn.functional.normalize(rows[chosen], dim=-1)
     alive = torch.ones(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
     alive[dead] = False
     encoder_norms = sae.W_enc.norm(dim=0)
     alive_norm = encoder_norms[alive].mean() if alive.any() else encoder_norms.mean()
-    sae.W_dec[dead] = directions
-    sae.W_enc[:, dead] = (directions * (ENCODER_SHARE_OF_ALIVE_NORM * alive_norm)).T
-    sae.b_enc[dead] = 0.0
-    optimizer.forget(dead)
+    _restart(sae, optimizer, dead, directions * (ENCODER_SHARE_OF_ALIVE_NORM * alive_norm), directions)
     return chosen
 
 
-def _drawn_rows(
-    sae: SAE, rows: Tensor, losses: Tensor, count: int, generator: torch.Generator, spread: bool
-) -> Int[Tensor, " chosen"]:
-    weights = losses.double().pow(2)
-    if not spread:
-        return torch.multinomial(weights, count, replacement=True, generator=generator)
-    pool = min(SPREAD_POOL * count, int((weights > 0).sum()))
-    candidates = torch.multinomial(weights, pool, replacement=False, generator=generator)
-    directions = torch.nn.functional.normalize(rows[candidates] - sae.b_dec, dim=-1)
-    return candidates[spread_rows(directions, count, generator)]
+@torch.no_grad()
+def reseed_(
+    sae: SAE,
+    optimizer: Adam,
+    dead: Int[Tensor, " n_dead"],
+    rows: Float[Tensor, "n d_in"],
+    losses: Float[Tensor, " n"],
+    generator: torch.Generator,
+) -> Int[Tensor, " n_placed"]:
+    """Gives dead TopK features a place among the k of a badly reconstructed input; returns the rows chosen.
+
+    P(row) ∝ loss, thinned to rows far from each other. The encoder column is the centred input x − b_dec, scaled so
+    that on it the feature ranks in the middle of the k active ones; the decoder row is what is missing there, x − x̂, at
+    unit norm; the encoder bias is 0. A weaker start never wins a place and stays dead, a stronger one drives out what
+    works. Fewer rows than dead features: the rest waits for the next time.
+    """
+    assert sae.k is not None
+    pool = min(POOL_PER_DEAD * len(dead), int((losses > 0).sum()))
+    candidates = torch.multinomial(losses.double(), pool, replacement=False, generator=generator)
+    centred = rows[candidates] - sae.b_dec
+    chosen = candidates[spread_rows(torch.nn.functional.normalize(centred, dim=-1), len(dead), generator)]
+    dead, x = dead[: len(chosen)], rows[chosen]
+    feature_acts = sae.encode(x)
+    rank = (sae.k + 1) // 2
+    middle = feature_acts.topk(rank, dim=-1).values[:, -1:]
+    centred = x - sae.b_dec
+    encoder = centred * (middle / centred.pow(2).sum(-1, keepdim=True).clamp_min(1e-12))
+    _restart(sae, optimizer, dead, encoder, torch.nn.functional.normalize(x - sae.decode(feature_acts), dim=-1))
+    return chosen
+
+
+def _restart(sae: SAE, optimizer: Adam, features: Tensor, encoder: Tensor, decoder: Tensor) -> None:
+    sae.W_enc[:, features] = encoder.T
+    sae.W_dec[features] = decoder
+    sae.b_enc[features] = 0.0
+    optimizer.forget(features)

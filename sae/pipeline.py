@@ -154,6 +154,7 @@ def train(
     seed: int = 0,
     config: dict[str, Any] | None = None,
     hook_point: str | None = None,
+    kernels: str = "auto",
 ) -> SAE:
     """Trains a dictionary on a store (its path) or any `Rows`; `config` overrides the recipe's settings.
 
@@ -165,7 +166,7 @@ def train(
     tokens = overrides.pop("tokens", tokens)
     if not isinstance(rows, str | Path):
         _, resolved = recipes.resolve(recipe, tokens=tokens or TrainConfig.tokens, **overrides)
-        return training.train(rows, out, resolved)
+        return training.train(rows, out, resolved, kernels=kernels)
     store = ActivationStore.open(rows)
     hook = _hook_point(store, hook_point)
     kept_rows = store.totals(TRAIN, hook).kept_rows
@@ -182,7 +183,7 @@ def train(
             "kept_rows": kept_rows,
         },
     }
-    return training.train(source, out, resolved, provenance=provenance)
+    return training.train(source, out, resolved, provenance=provenance, kernels=kernels)
 
 
 def _hook_point(store: ActivationStore, asked: str | None) -> str:

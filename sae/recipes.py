@@ -18,7 +18,7 @@ class Recipe:
     source: str
     activation: str
     encoder_init: str  # "kaiming" or "data", see optim.initialise_
-    resample: str  # "loss": the paper's; "spread": far from each other as well; "": none
+    resample: str  # "loss": the paper's, optim.resample_; "rank": optim.reseed_; "": none
     defaults: dict[str, Any]
 
 
@@ -36,18 +36,18 @@ RECIPES = {
         ),
         Recipe(
             name="topk",
-            summary="ReLU of the k largest, started from the data, AuxK (1/32) and spread resampling for dead ones",
+            summary="ReLU of the k largest, started from the data, AuxK (1/32) and reseeding for dead ones",
             source="Gao et al. 2024 (arXiv 2406.04093)",
             activation="topk",
             encoder_init="data",
             # AuxK alone loses features for good once the error is small: what it teaches them no longer wins a place
-            # among the k. Resampled while the learning rate falls, they stay.
-            resample="spread",
+            # among the k. Reseeded in the middle of the k of an input that wants them, they stay.
+            resample="rank",
             defaults={
                 "k": 20,
                 "aux_coefficient": 1 / 32,
                 "decay_share": 0.6,
-                "resample_shares": (0.4, 0.5, 0.6, 0.7, 0.8),
+                "resample_shares": (0.3, 0.45, 0.6, 0.7, 0.8, 0.9),
             },
         ),
     )

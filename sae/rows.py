@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 from jaxtyping import Float, Int
@@ -29,3 +32,16 @@ class Rows(Protocol):
     def sample(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
         """n rows drawn uniformly: a pure function of the seed."""
         ...
+
+
+def prefetched(rows: Rows, start: int, stop: int) -> Iterator[tuple[Batch, float]]:
+    """The batches of steps start … stop − 1, each read while the one before is worked on, and the seconds waited."""
+    with ThreadPoolExecutor(1, thread_name_prefix="rows") as reader:
+        ahead = reader.submit(rows.batch, start)
+        for step in range(start, stop):
+            asked = time.perf_counter()
+            batch = ahead.result()
+            waited_s = time.perf_counter() - asked
+            if step + 1 < stop:
+                ahead = reader.submit(rows.batch, step + 1)
+            yield batch, waited_s

@@ -25,7 +25,7 @@ from sae.kernels.support import Above, NotSparse
 from sae.model import SAE, fold_scale, save
 from sae.progress import Interrupted, interruptible, progress
 from sae.recipes import Recipe, recipe_named
-from sae.rows import Rows
+from sae.rows import Rows, prefetched
 from sae.rundir import claim, cut_log
 
 SCALE_ROWS = 65_536
@@ -70,9 +70,10 @@ def train(
         progress("train", config.tokens, "tok", initial=state.step * config.batch_tokens) as bar,
         (out / "metrics.jsonl").open("a") as log,
     ):
-        while state.step < config.steps:
-            started = time.perf_counter()
-            metrics = train_step(state, rows.batch(state.step).x, config)
+        logged_at, logged_step, stall_s = time.perf_counter(), state.step, 0.0
+        for batch, waited_s in prefetched(rows, state.step, config.steps):
+            metrics = train_step(state, batch.x, config)
+            stall_s += waited_s
             last = state.step == config.steps
             resampling = recipe.resample and state.step in config.resample_steps
             logging = state.step % LOG_STEPS == 0 or last
@@ -83,9 +84,14 @@ def train(
                 _resample(state, rows, config, recipe)
             bar.update(config.batch_tokens)
             if logging:
-                seconds = time.perf_counter() - started
+                seconds = time.perf_counter() - logged_at
+                pace = {
+                    "rows_per_s": round(config.batch_tokens * (state.step - logged_step) / seconds),
+                    "stall_share": round(stall_s / seconds, 4),
+                }
+                logged_at, logged_step, stall_s = time.perf_counter(), state.step, 0.0
                 entry = _measured(metrics, state, config)
-                log.write(json.dumps(entry | {"rows_per_s": round(config.batch_tokens / seconds)}) + "\n")
+                log.write(json.dumps(entry | pace) + "\n")
                 log.flush()
                 bar.set_postfix(fvu=f"{entry['fvu']:.4f}", l0=f"{entry['l0']:.1f}", dead=f"{entry['dead_share']:.1%}")
             if saving:
@@ -192,8 +198,8 @@ def _resample(state: TrainState, rows: Rows, config: TrainConfig, recipe: Recipe
     sample = rows.sample(config.resample_rows, seed) * state.scale
     errors = torch.cat([_row_losses(state.sae, chunk, config) for chunk in sample.split(config.batch_tokens)])
     generator = torch.Generator().manual_seed(seed)
-    spread = recipe.resample == "spread"
-    parents = optim.resample_(state.sae, state.optimizer, dead, sample, errors, generator, spread=spread)
+    restart = optim.reseed_ if recipe.resample == "rank" else optim.resample_
+    parents = restart(state.sae, state.optimizer, dead, sample, errors, generator)
     dead = dead[: len(parents)]
     ages = state.tokens_since_fired[dead].tolist()
     state.tokens_since_fired[dead] = 0
@@ -203,8 +209,10 @@ def _resample(state: TrainState, rows: Rows, config: TrainConfig, recipe: Recipe
 
 
 def _row_losses(sae: SAE, x: Tensor, config: TrainConfig) -> Tensor:
-    feature_acts = sae.encode(x)
-    return (x - sae.decode(feature_acts)).pow(2).sum(-1) + config.l1 * feature_acts.sum(-1)
+    acts = sae.feature_acts(x).sparse()
+    x_hat = acts.decode(sae.W_dec) + sae.b_dec
+    penalty = x.new_zeros(len(x)).index_add_(0, acts.support.rows, acts.values)
+    return (x - x_hat).pow(2).sum(-1) + config.l1 * penalty
 
 
 # --- state on disk ---------------------------------------------------------------------------------------------------

@@ -252,10 +252,10 @@ def test_feature_statistics_against_numpy(tiny_model: NativeModel) -> None:
         if not len(fired):
             assert stats["max"][feature] == stats["mean"][feature] == stats["p99"][feature] == 0
             continue
-        assert stats["max"][feature].item() == pytest.approx(fired.max(), rel=1e-6)
+        assert stats["max"][feature].item() == pytest.approx(fired.max(), rel=1e-5)
         assert stats["mean"][feature].item() == pytest.approx(fired.mean(dtype=np.float64), rel=1e-5)
         p99 = np.percentile(fired, 99, method="inverted_cdf")
-        assert stats["p99"][feature].item() == pytest.approx(p99, rel=1e-6)
+        assert stats["p99"][feature].item() == pytest.approx(p99, rel=1e-5)
     assert (stats["count"] == 0).sum() >= 3
     assert stats["count"].dtype == torch.int64
 
@@ -265,7 +265,8 @@ def test_p99_of_many_firings_is_below_the_maximum() -> None:
     acts = torch.zeros(1000, 3)
     acts[:, 1] = torch.randperm(1000, generator=torch.Generator().manual_seed(0)) + 1.0
     for part in acts.split(130):
-        firings.add(part)
+        rows, features = part.nonzero(as_tuple=True)
+        firings.add(features, part[rows, features])
     stats = firings.statistics()
     assert stats["p99"].tolist() == [0, 990, 0]
     assert stats["max"].tolist() == [0, 1000, 0]

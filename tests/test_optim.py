@@ -295,8 +295,50 @@ def test_resampling_when_every_feature_is_dead() -> None:
     torch.testing.assert_close(sae.W_enc.norm(dim=0), (0.2 * mean_norm).expand(D_SAE))
 
 
-def test_spread_resampling_takes_bad_rows_that_are_far_from_each_other() -> None:
-    sae = SAE(4, 6)
+def reseeded(seed: int = 0) -> tuple[SAE, SAE, Tensor, Tensor, Tensor]:
+    """A TopK dictionary before and after, the rows, their squared errors, the rows chosen for the dead features."""
+    before, after = (SAE(D_IN, D_SAE, activation="topk", k=3) for _ in range(2))
+    rows = data_rows(seed)
+    optim.initialise_(before, rows, "data", seed)
+    with torch.no_grad():
+        before.W_enc[:, DEAD] *= 1e-3
+    after.load_state_dict(before.state_dict())
+    losses = (rows - before(rows)).pow(2).sum(-1).detach()
+    losses[100:] = 0.0  # never drawn
+    optimizer = optim.Adam(after, choose(), beta1=0.9)
+    for moment in optimizer.tensors().values():
+        moment.fill_(1.0)
+    chosen = optim.reseed_(after, optimizer, DEAD, rows, losses, torch.Generator().manual_seed(seed))
+    for name, moments in optimizer.moments.items():
+        for moment in moments.values():
+            forgotten = {"W_enc": moment.mT if moment.dim() == 2 else moment, "b_dec": torch.zeros(12)}.get(
+                name, moment
+            )
+            assert not forgotten[DEAD].any()
+            assert moment.any()
+    return before, after, rows, losses, chosen
+
+
+def test_reseeded_features_rank_in_the_middle_of_their_input_and_write_what_it_lacks() -> None:
+    before, after, rows, _, chosen = reseeded()
+    assert len(set(chosen.tolist())) == len(DEAD)
+    assert (chosen < 100).all()
+    for feature, row in zip(DEAD.tolist(), chosen.tolist(), strict=True):
+        x = rows[row].double()
+        old = before.encode(rows[row]).double()
+        own = (x - after.b_dec.double()) @ after.W_enc[:, feature].double()
+        assert own.item() == pytest.approx(old.sort(descending=True).values[1].item(), rel=1e-5)  # the 2nd of 3
+        cosine = torch.cosine_similarity(after.W_enc[:, feature], rows[row] - after.b_dec, dim=0)
+        assert cosine.item() == pytest.approx(1, abs=1e-6)
+        lacking = x - before(rows[row]).double()
+        torch.testing.assert_close(after.W_dec[feature].double(), lacking / lacking.norm(), rtol=0, atol=1e-5)
+        assert after.b_enc[feature] == 0
+    assert torch.equal(before.W_enc[:, ALIVE], after.W_enc[:, ALIVE])
+    assert torch.equal(before.W_dec[ALIVE], after.W_dec[ALIVE])
+
+
+def test_reseeding_takes_bad_rows_that_are_far_from_each_other() -> None:
+    sae = SAE(4, 6, activation="topk", k=1)
     optim.initialise_(sae, torch.zeros(1, 4), "kaiming", 0)
     optimizer = optim.Adam(sae, choose(), beta1=0.9)
     corners = torch.eye(4).repeat_interleave(25, 0) * 2
@@ -304,8 +346,7 @@ def test_spread_resampling_takes_bad_rows_that_are_far_from_each_other() -> None
     losses[75:] = 0.0  # the fourth corner is reconstructed: never drawn
     before = sae.W_dec.detach().clone()
     dead = torch.tensor([0, 2, 3, 5])
-    chosen = optim.resample_(sae, optimizer, dead, corners, losses, torch.Generator().manual_seed(0), spread=True)
+    chosen = optim.reseed_(sae, optimizer, dead, corners, losses, torch.Generator().manual_seed(0))
     # Three distinct directions are to be had, so the fourth dead feature stays as it was.
     assert sorted((chosen // 25).tolist()) == [0, 1, 2]
-    torch.testing.assert_close(sae.W_dec[dead[:3]], torch.eye(4)[chosen // 25])
     assert torch.equal(sae.W_dec[5], before[5])

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sae.kernels import choose
 from sae.kernels.ops import Kernels, decode
 from sae.kernels.support import Support
 
@@ -39,6 +40,13 @@ class SparseActs:
     def dense(self) -> Float[Tensor, "rows d_sae"]:
         return self.support.dense(self.values)
 
+    def sparse(self) -> SparseActs:
+        return self
+
+    def where(self, kept: Bool[Tensor, " nnz"]) -> SparseActs:
+        """Only the activations for which `kept` is true."""
+        return SparseActs(self.values[kept], self.support.where(kept), self.kernels)
+
 
 @dataclass(frozen=True)
 class DenseActs:
@@ -61,6 +69,13 @@ class DenseActs:
 
     def dense(self) -> Float[Tensor, "rows d_sae"]:
         return self.values
+
+    def sparse(self) -> SparseActs:
+        """The positive ones alone (no gradient flows)."""
+        active = self.values.detach() > 0
+        offsets = torch.nn.functional.pad(active.sum(-1).cumsum(0), (1, 0))
+        support = Support(active.nonzero()[:, 1].int(), offsets, self.values.shape[1])
+        return SparseActs(self.values.detach()[active], support, choose(device=self.values.device))
 
 
 FeatureActs = SparseActs | DenseActs

@@ -33,9 +33,9 @@ BFLOAT16_ROUNDING = 2.0**-8
 FLOAT32_SUM_ROUNDING = 2.0**-17  # of ‖x‖ ‖w‖, for sums of up to some thousand terms
 
 # Sums may be reordered, so that they vectorise; NaN and infinity stay what they are.
-compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
+compiled: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
 # Where the largest of many is sought, vectorising needs the promise that all are numbers: `select` makes sure.
-compiled_for_numbers = njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
+compiled_for_numbers: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
 
 
 def select(
@@ -45,10 +45,6 @@ def select(
 
     Raises: NotSparse when more than a quarter of all features pass a threshold in some row, or a number is none.
     """
-    if not (x.isfinite().all() and W_enc.isfinite().all() and bias.isfinite().all()):
-        return reference.select(
-            x, W_enc, bias, rule
-        )  # the loops may assume numbers; what is none must show in the loss
     match rule:
         case TopK(k):
             return _screened(x, W_enc, bias, min(k, len(bias)), torch.zeros_like(bias))
