@@ -46,8 +46,8 @@ RECIPES = {
             defaults={
                 "k": 20,
                 "aux_coefficient": 1 / 32,
-                "decay_share": 0.6,
-                "resample_shares": (0.3, 0.45, 0.6, 0.7, 0.8, 0.9),
+                "decay_share": 0.8,
+                "resample_shares": (0.4, 0.55, 0.7, 0.8, 0.9),
             },
         ),
     )
