@@ -60,7 +60,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(str(path), "pt") as file:
             header = json.loads((file.metadata() or {}).get("json", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: replaced while being opened
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}). Delete it and run the command that made it again."
         ) from error

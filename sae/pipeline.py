@@ -19,6 +19,7 @@ from sae.checkpoint import read_tensors, write_json, write_tensors
 from sae.config import TrainConfig
 from sae.documents import HELD_OUT, TRAIN
 from sae.interop import saelens
+from sae.kernels import choose
 from sae.lm import LanguageModel, load_model
 from sae.model import SAE, load, save
 from sae.rows import Batch, Rows
@@ -413,7 +414,9 @@ def describe(path: str | Path) -> dict[str, Any]:
 
         config = json.loads((path / "config.json").read_text())
         if isinstance(config, dict) and config.get("kind") == "sae":
-            return {"kind": "sae", **{k: v for k, v in config.items() if k != "kind"}}
+            here = choose()
+            kernels = {"kernels_here": f"{here.NAME}: {here.describe()}"}
+            return {"kind": "sae", **{k: v for k, v in config.items() if k != "kind"}, **kernels}
         return {"kind": "model", **config}
     if path.name.endswith(".zarr") and (path / "firings").is_dir():
         found = FeatureIndex.open(path)

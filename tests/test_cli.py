@@ -292,7 +292,9 @@ def test_export_info_and_verify(run: Path, tmp_path: Path, capsys: pytest.Captur
         assert main(["info", str(path), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["kind"] == kind
         assert main(["info", str(path)]) == 0
-        assert f"kind: {kind}" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert f"kind: {kind}" in shown
+        assert ("kernels_here: cpu: active features in compiled loops" in shown) == (kind == "sae")
     assert main(["verify", str(run / "acts.zarr")]) == 0
     assert "every checksum holds" in capsys.readouterr().out
 

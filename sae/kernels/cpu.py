@@ -235,6 +235,15 @@ def screen_dtype() -> torch.dtype:
     return torch.bfloat16 if screen_speedup() >= 1.5 else torch.float32
 
 
+def describe() -> str:
+    """What runs, and why."""
+    dtype = str(screen_dtype()).removeprefix("torch.")
+    return (
+        f"active features in compiled loops, screened by a {dtype} product "
+        f"(bfloat16 runs {screen_speedup():.1f} times as fast as float32 here)"
+    )
+
+
 @cache
 def screen_speedup() -> float:
     """float32 time / bfloat16 time of one product on this machine."""

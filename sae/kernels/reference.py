@@ -11,6 +11,11 @@ from sae.kernels.support import Above, BatchTopK, Rule, Support, TopK
 NAME = "reference"
 
 
+def describe() -> str:
+    """What runs, and why."""
+    return "plain torch: asked for, or nothing faster runs here"
+
+
 def select(
     x: Float[Tensor, "rows d_in"], W_enc: Float[Tensor, "d_in d_sae"], bias: Float[Tensor, " d_sae"], rule: Rule
 ) -> tuple[Support, Float[Tensor, " nnz"]]:
