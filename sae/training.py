@@ -20,8 +20,8 @@ from sae import losses, optim
 from sae.checkpoint import read_tensors, write_tensors
 from sae.config import TrainConfig
 from sae.kernels import choose, ops
-from sae.kernels.acts import DenseActs, FeatureActs, SparseActs, l0
-from sae.kernels.support import Above, NotSparse
+from sae.kernels.acts import DenseActs, FeatureActs, l0
+from sae.kernels.support import Above
 from sae.model import SAE, fold_scale, save
 from sae.progress import Interrupted, interruptible, progress
 from sae.recipes import Recipe, recipe_named
@@ -30,7 +30,7 @@ from sae.rundir import claim, cut_log
 
 SCALE_ROWS = 65_536
 LOG_STEPS = 25
-SPARSE_BELOW_DENSITY = 1 / 20  # above, dense products are faster (scripts/bench.py --density)
+SPARSE_BELOW_DENSITY = 1 / 20  # about where the four sparse products cost what dense ones do
 
 
 @dataclass
@@ -132,14 +132,9 @@ def train_step(state: TrainState, raw: Float[Tensor, "batch d_in"], config: Trai
 
 def _feature_acts(state: TrainState, x: Tensor) -> FeatureActs:
     """Sparse where that is cheaper, which the last step's density tells: so a resumed run does as the unbroken one."""
-    sae, kernels = state.sae, state.optimizer.kernels
-    if not isinstance(sae.rule, Above) or state.density < SPARSE_BELOW_DENSITY:
-        try:
-            values, support = ops.encode(kernels, x, sae.W_enc, sae.b_enc, sae.b_dec, sae.rule)
-            return SparseActs(values, support, kernels)
-        except NotSparse:
-            pass
-    return DenseActs(sae.encode(x))
+    if isinstance(state.sae.rule, Above) and state.density >= SPARSE_BELOW_DENSITY:
+        return DenseActs(state.sae.encode(x))
+    return state.sae.feature_acts(x, state.optimizer.kernels)
 
 
 def _aux(state: TrainState, x: Tensor, x_hat: Tensor, dead: Tensor) -> Tensor:

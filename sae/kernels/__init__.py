@@ -1,7 +1,7 @@
-"""The operations a training step is made of: one interface, three implementations that agree.
+"""The operations a training step is made of: one interface, two implementations that agree.
 
-`reference` is plain torch and the specification; `cpu` screens in bfloat16 and loops over active features in numba;
-`triton_kernels` does so on CUDA. `ops` makes them differentiable.
+`reference` is plain torch and the specification; `cpu` screens in bfloat16 and loops over active features in numba.
+`ops` makes them differentiable.
 """
 
 from __future__ import annotations

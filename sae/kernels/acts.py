@@ -28,10 +28,6 @@ class SparseActs:
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "rows d_in"]:
         return decode(self.kernels, self.values, self.support, W_dec)
 
-    def per_feature(self, vector: Float[Tensor, " d_sae"]) -> Tensor:
-        """What the vector says of each value's feature, in the values' shape."""
-        return vector[self.support.features.long()]
-
     def fired(self) -> Bool[Tensor, " d_sae"]:
         found = torch.zeros(self.support.d_sae, dtype=torch.bool, device=self.values.device)
         found[self.support.features[self.values.detach() > 0].long()] = True
@@ -61,21 +57,13 @@ class DenseActs:
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "rows d_in"]:
         return self.values @ W_dec
 
-    def per_feature(self, vector: Float[Tensor, " d_sae"]) -> Tensor:
-        return vector
-
     def fired(self) -> Bool[Tensor, " d_sae"]:
         return (self.values.detach() > 0).any(0)
-
-    def dense(self) -> Float[Tensor, "rows d_sae"]:
-        return self.values
 
     def sparse(self) -> SparseActs:
         """The positive ones alone (no gradient flows)."""
         active = self.values.detach() > 0
-        offsets = torch.nn.functional.pad(active.sum(-1).cumsum(0), (1, 0))
-        support = Support(active.nonzero()[:, 1].int(), offsets, self.values.shape[1])
-        return SparseActs(self.values.detach()[active], support, choose(device=self.values.device))
+        return SparseActs(self.values.detach()[active], Support.of(active), choose(device=self.values.device))
 
 
 FeatureActs = SparseActs | DenseActs

@@ -30,9 +30,7 @@ def select(
             active = torch.zeros_like(pre, dtype=torch.bool).flatten().scatter(-1, entries, values > 0).view_as(pre)
         case Above(threshold):
             active = pre > threshold
-    features = active.nonzero()[:, 1].int()
-    offsets = torch.nn.functional.pad(active.sum(-1).cumsum(0), (1, 0))
-    return Support(features, offsets, pre.shape[1]), pre[active]
+    return Support.of(active), pre[active]
 
 
 def dots(a: Float[Tensor, "rows d"], b: Float[Tensor, "d_sae d"], support: Support) -> Float[Tensor, " nnz"]:

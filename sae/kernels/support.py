@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -57,6 +57,12 @@ class Support:
     features: Int[Tensor, " nnz"]
     offsets: Int[Tensor, " rows+1"]
     d_sae: int
+
+    @classmethod
+    def of(cls, active: Bool[Tensor, "rows d_sae"]) -> Support:
+        """The pairs for which the boolean matrix is true."""
+        offsets = torch.nn.functional.pad(active.sum(-1).cumsum(0), (1, 0))
+        return cls(active.nonzero()[:, 1].int(), offsets, active.shape[1])
 
     @property
     def n_rows(self) -> int:
