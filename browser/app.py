@@ -9,11 +9,9 @@ import streamlit as st
 
 from browser import state, style
 from browser.data import SaeEntry
-from browser.state import VIEWS, Page
-from browser.views import feature, features, steering
+from browser.registry import DEFAULT, VIEWS
+from browser.state import Page
 from store.schema import StoreError
-
-SHOW = {"features": features.show, "feature": feature.show, "steering": steering.show}
 
 
 def main() -> None:
@@ -33,29 +31,30 @@ def main() -> None:
         )
         return
     entry, view, number = _top_bar(entries)
-    try:
-        index = state.open_index(entry)
-    except StoreError as error:
-        _explain_index(entry, str(error))
-        return
-    SHOW[view](Page(entry, index, min(number, index.d_sae - 1)))
+    page = Page(entry, number, entries)
+    if VIEWS[view].needs_index:
+        try:
+            page = Page(entry, min(number, page.index.d_sae - 1), entries)
+        except StoreError as error:
+            _explain_index(entry, str(error))
+            return
+    VIEWS[view].show(page)
 
 
 BRAND = '<div class="mono-brand">mono<i>sem</i></div>'
 
 
 def _top_bar(entries: dict[str, SaeEntry]) -> tuple[SaeEntry, str, int]:
-    brand, picker, views, number, back, forth = st.columns(
-        [0.09, 0.36, 0.29, 0.14, 0.06, 0.06], vertical_alignment="center"
-    )
-    brand.html(BRAND)
+    bar = st.container(horizontal=True, vertical_alignment="center", gap="small", key="bar")
+    bar.html(BRAND, width="content")
+    views = bar.container(width="content")
     ids = sorted(entries, key=lambda name: (not entries[name].has_index, name))
-    chosen = picker.selectbox("Dictionary", ids, key="sae", bind="query-params", label_visibility="collapsed")
+    chosen = bar.selectbox("Dictionary", ids, key="sae", bind="query-params", label_visibility="collapsed", width=250)
     entry = entries[str(chosen)]
     last = entry.d_sae - 1
     if st.session_state.get("feature", 0) > last:  # the dictionary before was larger
         st.session_state["feature"] = last
-    feature_number = number.number_input(
+    feature_number = bar.number_input(
         "Feature",
         0,
         max(1, last),
@@ -65,21 +64,22 @@ def _top_bar(entries: dict[str, SaeEntry]) -> tuple[SaeEntry, str, int]:
         label_visibility="collapsed",
         on_change=state.leave_table,
         icon=":material/tag:",
+        width=112,
     )
     # after the number: each change of the URL is a step of its history, and the step between
     # a row chosen in the table and its page must still be the table
     view = views.segmented_control(
         "View",
         list(VIEWS),
-        format_func=VIEWS.__getitem__,
-        default="features",
+        format_func=lambda name: VIEWS[name].title,
+        default=DEFAULT,
         required=True,
         key="view",
         bind="query-params",
         label_visibility="collapsed",
     )
-    for column, text, by in ((back, "Left", -1), (forth, "Right", 1)):
-        column.button(
+    for text, by in (("Left", -1), ("Right", 1)):
+        bar.button(
             "",
             icon=f":material/chevron_{text.lower()}:",
             key=f"go{text}",
@@ -87,7 +87,6 @@ def _top_bar(entries: dict[str, SaeEntry]) -> tuple[SaeEntry, str, int]:
             help="Previous feature" if by < 0 else "Next feature",
             on_click=state.step_feature,
             args=(by, entry.d_sae),
-            width="stretch",
         )
     return entry, str(view), int(feature_number)
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import html
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -19,16 +21,20 @@ from store.features import FeatureIndex
 from store.schema import StoreError
 
 ROOT_VARIABLE = "MONOSEM_ROOT"
-VIEWS = {"features": "Features", "feature": "Feature", "steering": "Steering"}
 
 
 @dataclass(frozen=True)
 class Page:
-    """What a view draws: an SAE with its index, and the chosen feature."""
+    """What a view draws: a dictionary, the chosen feature, and every dictionary below the root."""
 
     entry: SaeEntry
-    index: FeatureIndex
     feature: int
+    entries: Mapping[str, SaeEntry]
+
+    @cached_property
+    def index(self) -> FeatureIndex:
+        """The dictionary's feature index. Raises StoreError where there is none."""
+        return open_index(self.entry)
 
 
 def root() -> Path:

@@ -22,7 +22,9 @@ from streamlit.testing.v1 import AppTest
 
 import browser
 from browser import data, launch, live
+from browser.live.steering import steer
 from browser.state import ROOT_VARIABLE
+from browser.views import steering
 from store.features import FeatureIndex
 
 APP = Path(browser.__file__).with_name("app.py")
@@ -176,7 +178,7 @@ def test_steering_shows_both_texts_and_where_they_part(visit: Any, monkeypatch: 
         yield Result([0, 98], [99, 100], [99, 101], "bc", "bd", [0.0, 0.5], 1)
 
     monkeypatch.setattr(live, "load", lambda entry: object())
-    monkeypatch.setattr(live, "steer", steer)
+    monkeypatch.setattr(steering, "steer", steer)
     page = visit(view="Steering", feature="4", mode="add", value="2.5", seed="7", new="2")
     next(b for b in page.button if b.label == "Generate").click().run()
     assert not page.exception
@@ -225,7 +227,7 @@ def test_steering_keeps_its_limits_whatever_the_page_sends() -> None:
         ("x", {"feature": 1}, "Feature 1 never fired"),
     ):
         with pytest.raises(live.LiveError, match=message):
-            next(live.steer(live.Live(None, None), prompt, **(call | change)))
+            next(steer(live.Live(None, None), prompt, **(call | change)))
 
 
 @pytest.fixture

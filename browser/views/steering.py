@@ -10,6 +10,7 @@ import streamlit as st
 from browser import charts, data, live, state
 from browser.components import Line, draw_line
 from browser.live import Live, LiveError
+from browser.live.steering import MAX_NEW_TOKENS, MODES, steer
 from browser.state import Page
 from browser.tokens import label, pieces
 
@@ -77,7 +78,7 @@ def _form() -> dict[str, Any] | None:
         mode, value, seed, count, go = st.columns([0.32, 0.18, 0.18, 0.17, 0.15], vertical_alignment="bottom")
         mode_now = mode.segmented_control(
             "Edit",
-            list(live.MODES),
+            list(MODES),
             default="set",
             required=True,
             key="mode",
@@ -89,7 +90,7 @@ def _form() -> dict[str, Any] | None:
             help=HELP["value"],
         )  # fmt: skip
         seed_now = seed.number_input("Seed", 0, 2**31 - 1, 0, key="seed", bind="query-params", help=HELP["seed"])
-        count_now = count.number_input("New tokens", 1, live.MAX_NEW_TOKENS, 48, key="new", bind="query-params")
+        count_now = count.number_input("New tokens", 1, MAX_NEW_TOKENS, 48, key="new", bind="query-params")
         pressed = go.form_submit_button("Generate", type="primary", width="stretch")
     if not pressed:
         return None
@@ -112,7 +113,7 @@ def _generate(page: Page, loaded: Live, asked: dict[str, Any]) -> None:
     result = None
     try:
         maxima = page.index.stats["max"]
-        for result in live.steer(loaded, feature=page.feature, feature_max=maxima, **asked):
+        for result in steer(loaded, feature=page.feature, feature_max=maxima, **asked):
             progress.progress(len(result.base_ids) / asked["new_tokens"])
             base.text(result.base_text)
             steered.text(result.steered_text)

@@ -1,55 +1,16 @@
-"""The model behind the pages: steering. The only part of the browser that runs a network."""
+"""Steering behind its page: `sae.steering` within the app's limits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import streamlit as st
 
-from browser.data import SaeEntry
+from browser.live import MAX_PROMPT, Live, LiveError
 
-MAX_PROMPT = 2_000  # characters
 MAX_NEW_TOKENS = 128
 MODES = ("set", "add", "scale", "ablate")
-
-
-class LiveError(ValueError):
-    """The model or the dictionary cannot be run; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Live:
-    """A language model (with its lock) and an SAE, loaded once for all sessions."""
-
-    model: Any
-    sae: Any
-
-
-def load(entry: SaeEntry) -> Live:
-    """The entry's weights and its language model. Raises LiveError when one is missing."""
-    weights = entry.path / "sae.safetensors"
-    if not weights.is_file():
-        raise LiveError(
-            f"{entry.id} has no sae.safetensors, so there is no dictionary to run. Train it again, "
-            "or copy the file back into its directory."
-        )
-    model = entry.config.get("model")
-    name = str(model.get("id", "")) if isinstance(model, dict) else ""
-    return _load(entry.id, str(entry.path), name, weights.stat().st_mtime_ns)
-
-
-@st.cache_resource(max_entries=2, show_spinner="Loading the model …")
-def _load(sae_id: str, path: str, model_name: str, stamp: int) -> Live:
-    try:
-        import sae
-        from sae.lm import load_model
-
-        return Live(load_model(model_name, device="cpu"), sae.load(path))
-    except (ImportError, OSError, ValueError, KeyError) as error:
-        raise LiveError(f"The language model {model_name!r} of {sae_id} could not be loaded: {error}") from error
 
 
 def steer(
