@@ -103,7 +103,7 @@ def evaluate(
         for number, block in enumerate(blocks):
             x = block.acts
             acts = sae.feature_acts(x.flatten(0, 1)).sparse()
-            x_hat = (acts.decode(sae.W_dec) + sae.b_dec).view_as(x)
+            x_hat = sae.output(acts, x.flatten(0, 1)).view_as(x)
             kept = block.keep.flatten()[acts.support.rows]
             firings.add(acts.support.features[kept], acts.values[kept])
             l0 = torch.bincount(acts.support.rows[kept & (acts.values > 0)], minlength=block.keep.numel())

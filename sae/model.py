@@ -8,71 +8,133 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae.checkpoint import CheckpointError, read_tensors, write_json, write_tensors
 from sae.kernels import choose, ops
 from sae.kernels.acts import DenseActs, FeatureActs, SparseActs
 from sae.kernels.ops import Kernels
-from sae.kernels.support import Above, NotSparse, Rule, TopK
+from sae.kernels.support import Above, BatchTopK, NotSparse, Rule, TopK
 
 FORMAT = 1
-ACTIVATIONS = ("relu", "topk")
+ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
+SHAPE = ("d_in", "d_sae", "activation", "k", "d_out", "pre_bias", "skip")
 
 
 class SAE(nn.Module):
-    """Sparse autoencoder with a pre-bias tied to the decoder's.
+    """Sparse autoencoder: `pre = (x − b_dec) W_enc + b_enc`, `f = act(pre)`, `x̂ = f W_dec + b_dec`.
 
-    `f = act((x − b_dec) W_enc + b_enc)`, `x̂ = f W_dec + b_dec`; act is ReLU, or ReLU of the k largest (`topk`).
+    `act` is one of
+    - `relu`: ReLU(pre);
+    - `topk`: ReLU of the k largest of each row;
+    - `batchtopk`: while training, ReLU of the k · rows largest of the batch; in `eval()`, as `jumprelu`;
+    - `jumprelu`: pre where pre > threshold, else 0 (a negative threshold counts as 0);
+    - `gated`: ReLU(exp(r_mag) · (pre − b_enc) + b_mag) where pre > 0, else 0: b_enc is the gate's bias.
 
-    Shapes: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae, d_in]`, `b_dec [d_in]`; a feature is a row of W_dec,
-    and in memory a row of W_enc too (its columns are contiguous): what touches one feature reads one line.
+    Without `pre_bias` nothing is subtracted from x. A transcoder has another `d_out` and, with `skip`, adds x W_skip.
+    Shapes: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae, d_out]`, `b_dec [d_out]`, and by activation
+    `threshold`, `r_mag`, `b_mag [d_sae]`; `W_skip [d_in, d_out]`. A feature is a row of W_dec, and in memory a row of
+    W_enc too (its columns are contiguous): what touches one feature reads one line.
     Units: x and f are in the model's own units.
-    Raises: ValueError for an unknown activation, or `topk` without 1 ≤ k ≤ d_sae.
-    Source: Bricken et al. 2023, "Sparse autoencoder setup"; Gao et al. 2024 (arXiv 2406.04093), §2.3 for TopK.
+    Raises: ValueError for an unknown activation, one that takes k without 1 ≤ k ≤ d_sae, or a pre-bias of width d_out.
+    Source: Bricken et al. 2023, "Sparse autoencoder setup"; Gao et al. 2024 (arXiv 2406.04093), §2.3; Bussmann et al.
+    2024 (arXiv 2412.06410); Rajamanoharan et al. 2024 (arXiv 2407.14435, 2404.16014); Dunefsky et al. 2024
+    (arXiv 2406.11944) for transcoders.
     """
 
-    def __init__(self, d_in: int, d_sae: int, *, activation: str = "relu", k: int | None = None) -> None:
+    threshold: Tensor
+    r_mag: Tensor
+    b_mag: Tensor
+    W_skip: Tensor
+
+    def __init__(
+        self, d_in: int, d_sae: int, *, activation: str = "relu", k: int | None = None,
+        d_out: int | None = None, pre_bias: bool = True, skip: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}.")
-        if activation == "topk" and not (k and 1 <= k <= d_sae):
-            raise ValueError(f"topk needs 1 <= k <= d_sae = {d_sae}; got k = {k}.")
+        if activation in ("topk", "batchtopk") and not (k and 1 <= k <= d_sae):
+            raise ValueError(f"{activation} needs 1 <= k <= d_sae = {d_sae}; got k = {k}.")
         self.d_in, self.d_sae, self.activation, self.k = d_in, d_sae, activation, k
+        self.d_out, self.pre_bias, self.skip = d_out or d_in, pre_bias, skip
+        if pre_bias and self.d_out != d_in:
+            raise ValueError(f"b_dec has d_out = {self.d_out} entries, x has d_in = {d_in}: say pre_bias=False.")
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).t())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        if activation == "jumprelu":
+            self.threshold = nn.Parameter(torch.zeros(d_sae))
+        if activation == "batchtopk":  # estimated while training, not learned by gradient
+            self.register_buffer("threshold", torch.zeros(d_sae))
+        if activation == "gated":
+            self.r_mag, self.b_mag = nn.Parameter(torch.zeros(d_sae)), nn.Parameter(torch.zeros(d_sae))
+        if skip:
+            self.W_skip = nn.Parameter(torch.zeros(d_in, self.d_out))
         self.config: dict[str, Any] = {}
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What the constructor takes: `SAE(**sae.shape)` has the same parameters."""
+        return {name: getattr(self, name) for name in SHAPE}
 
     @property
     def rule(self) -> Rule:
         """Which features are active, as the kernels know it."""
-        if self.activation == "topk":
-            assert self.k is not None
-            return TopK(self.k)
+        match self.activation:
+            case "topk":
+                assert self.k is not None
+                return TopK(self.k)
+            case "batchtopk" if self.training:
+                assert self.k is not None
+                return BatchTopK(self.k)
+            case "batchtopk" | "jumprelu":
+                return Above(self.threshold.detach().clamp_min(0.0))
         return Above(torch.zeros_like(self.b_enc))
+
+    @property
+    def input_bias(self) -> Float[Tensor, " d_in"]:
+        """What is subtracted from x: b_dec, or nothing."""
+        return self.b_dec if self.pre_bias else self.b_enc.new_zeros(self.d_in)
 
     def pre_acts(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """`(x − b_dec) W_enc + b_enc`, dense."""
         # With the pre-bias folded into the bias no gradient changes, and none as large as x is asked for.
-        return nn.functional.linear(x, self.W_enc.t(), self.b_enc - self.b_dec @ self.W_enc)
+        bias = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
+        return nn.functional.linear(x, self.W_enc.t(), bias)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Feature activations, dense and differentiable."""
+        """Feature activations, dense and differentiable, but not by a threshold or gate: a recipe's loss does that."""
         pre = self.pre_acts(x)
-        if self.activation == "relu":
-            return pre.relu()
-        assert self.k is not None
-        values, features = pre.topk(self.k, dim=-1, sorted=False)
-        return torch.zeros_like(pre).scatter(-1, features, values.relu())
+        match self.rule:
+            case TopK(k):
+                values, features = pre.topk(k, dim=-1, sorted=False)
+                return torch.zeros_like(pre).scatter(-1, features, values.relu())
+            case BatchTopK(k):
+                flat = pre.flatten()
+                values, entries = flat.topk(k * (len(flat) // self.d_sae), sorted=False)
+                return torch.zeros_like(flat).scatter(-1, entries, values.relu()).view_as(pre)
+            case Above(threshold):
+                if self.activation == "relu":
+                    return pre.relu()
+                return torch.where(pre > threshold, self.magnitudes(pre), 0.0)
+
+    def magnitudes(
+        self, pre: Float[Tensor, "*entries"], features: Int[Tensor, " nnz"] | None = None
+    ) -> Float[Tensor, "*entries"]:
+        """How strong active features are, from their pre-activations: those of `features`, or of all in a row."""
+        if self.activation != "gated":
+            return pre
+        chosen = slice(None) if features is None else features
+        return (self.r_mag[chosen].exp() * (pre - self.b_enc[chosen]) + self.b_mag[chosen]).relu()
 
     def encode_sparse(self, x: Float[Tensor, "rows d_in"], kernels: Kernels | None = None) -> SparseActs:
-        """Feature activations at the cost of the active ones (and one product), differentiable."""
+        """Feature activations at the cost of the active ones (and one product), differentiable as `encode` is."""
         kernels = kernels or choose(device=x.device)
-        values, support = ops.encode(kernels, x, self.W_enc, self.b_enc, self.b_dec, self.rule)
-        return SparseActs(values, support, kernels)
+        pre, support = ops.encode(kernels, x, self.W_enc, self.b_enc, self.input_bias, self.rule)
+        return SparseActs(self.magnitudes(pre, support.features.long()), support, kernels)
 
     def feature_acts(self, x: Float[Tensor, "rows d_in"], kernels: Kernels | None = None) -> FeatureActs:
         """`encode_sparse` where that pays, else `encode`: in either form the same activations."""
@@ -81,43 +143,77 @@ class SAE(nn.Module):
         except NotSparse:
             return DenseActs(self.encode(x))
 
-    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        """`f W_dec + b_dec`; what a transcoder's skip adds is not in it."""
         return feature_acts @ self.W_dec + self.b_dec
 
-    def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """`decode(encode(x))`."""
-        return self.decode(self.encode(x))
+    def output(self, acts: FeatureActs, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
+        """x̂ from the activations on x in either form, with what a skip adds."""
+        x_hat = acts.decode(self.W_dec) + self.b_dec
+        return x_hat + x @ self.W_skip if self.skip else x_hat
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+    def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """`decode(encode(x))`, with what a skip adds."""
+        x_hat = self.decode(self.encode(x))
+        return x_hat + x @ self.W_skip if self.skip else x_hat
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         return self.reconstruct(x)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        """Every tensor of the dictionary, parameters and the estimated threshold, without gradients."""
+        return {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
 
     def show_shape(self) -> str:
-        sparsity = f"topk k={self.k}" if self.activation == "topk" else self.activation
-        return f"{self.d_in} → {self.d_sae:,} features ({sparsity})"
+        sparsity = f"{self.activation} k={self.k}" if self.k else self.activation
+        width = f"{self.d_in}" if self.d_in == self.d_out else f"{self.d_in} to {self.d_out}"
+        return f"{width} → {self.d_sae:,} features ({sparsity})"
 
 
 @torch.no_grad()
-def fold_scale(sae: SAE, scale: float) -> SAE:
-    """The dictionary that does on raw x what `sae` does on `scale`·x: biases divided by `scale`, weights kept.
+def fold_scale(sae: SAE, scale: float, target_scale: float | None = None) -> SAE:
+    """The dictionary that does on raw x what `sae` does on `scale`·x: biases and thresholds divided by `scale`.
 
-    Decoder rows keep unit norm and activations come out in the model's own units.
+    The weights stay: decoder rows keep their norm and activations come out in the model's own units. Where the target
+    is not x but `target_scale`·y, these are y's units, and the encoder takes up the ratio of the two scales.
     """
-    folded = SAE(sae.d_in, sae.d_sae, activation=sae.activation, k=sae.k)
-    for name, tensor in sae.tensors().items():
-        folded.get_parameter(name).copy_(tensor / scale if name.startswith("b_") else tensor)
-    folded.config = sae.config
-    return folded
+    target_scale = target_scale or scale
+    factors = {"W_enc": scale / target_scale, "W_skip": scale / target_scale}
+    factors |= dict.fromkeys(("b_enc", "b_dec", "b_mag", "threshold"), 1 / target_scale)
+    return _rescaled(sae, {name: torch.tensor(factor, dtype=torch.float64) for name, factor in factors.items()})
+
+
+@torch.no_grad()
+def fold_decoder_norms(sae: SAE) -> SAE:
+    """The same function with unit decoder rows: f and its parameters take up each row's norm (a zero row keeps it).
+
+    Raises: ValueError for `topk`, where other features would then be the k largest.
+    Source: Anthropic's April 2024 update: a feature's activation is f_i ‖d_i‖, its direction d_i / ‖d_i‖.
+    """
+    if sae.activation == "topk":
+        raise ValueError("topk: unit decoder rows would change which features are the k largest.")
+    norms = sae.W_dec.double().norm(dim=-1)
+    norms = torch.where(norms > 0, norms, 1.0)
+    factors = dict.fromkeys(("W_enc", "b_enc", "b_mag", "threshold"), norms)
+    return _rescaled(sae, {**factors, "W_dec": 1 / norms[:, None]})
+
+
+def _rescaled(sae: SAE, factors: Mapping[str, Tensor]) -> SAE:
+    """A copy whose tensors are multiplied by these factors, in float64."""
+    twin = SAE(**sae.shape).to(sae.W_dec.dtype).train(sae.training)
+    mine = sae.tensors()
+    for name, tensor in twin.tensors().items():
+        factor = factors.get(name)
+        tensor.copy_(mine[name] if factor is None else mine[name].double() * factor)
+    twin.config = sae.config
+    return twin
 
 
 def save(sae: SAE, directory: str | Path, config: Mapping[str, Any]) -> Path:
     """Writes `sae.safetensors` and then `config.json` (kind, format, shape, and what `config` adds)."""
     directory = Path(directory)
     write_tensors(directory / "sae.safetensors", sae.tensors(), {"kind": "sae", "format": FORMAT})
-    shape = {"d_in": sae.d_in, "d_sae": sae.d_sae, "activation": sae.activation, "k": sae.k}
-    write_json(directory / "config.json", {**config, "kind": "sae", "format": FORMAT, **shape})
+    write_json(directory / "config.json", {**config, "kind": "sae", "format": FORMAT, **sae.shape})
     return directory
 
 
@@ -131,7 +227,7 @@ def load(path: str | Path) -> SAE:
     missing = [key for key in ("d_in", "d_sae", "activation") if key not in config]
     if missing:
         raise CheckpointError(f"{directory}/config.json lacks {', '.join(missing)}; train or export it again.")
-    sae = SAE(config["d_in"], config["d_sae"], activation=config["activation"], k=config.get("k"))
+    sae = SAE(**{name: config[name] for name in SHAPE if name in config})
     tensors, _ = read_tensors(directory / "sae.safetensors")
     expected = {name: tuple(t.shape) for name, t in sae.tensors().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}

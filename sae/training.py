@@ -112,7 +112,7 @@ def train_step(state: TrainState, raw: Float[Tensor, "batch d_in"], config: Trai
     sae = state.sae
     x = raw * state.scale
     acts = _feature_acts(state, x)
-    x_hat = acts.decode(sae.W_dec) + sae.b_dec
+    x_hat = sae.output(acts, x)
     error = losses.squared_error(x, x_hat)
     loss = error
     if config.l1:
@@ -205,7 +205,7 @@ def _resample(state: TrainState, rows: Rows, config: TrainConfig, recipe: Recipe
 
 def _row_losses(sae: SAE, x: Tensor, config: TrainConfig) -> Tensor:
     acts = sae.feature_acts(x).sparse()
-    x_hat = acts.decode(sae.W_dec) + sae.b_dec
+    x_hat = sae.output(acts, x)
     penalty = x.new_zeros(len(x)).index_add_(0, acts.support.rows, acts.values)
     return (x - x_hat).pow(2).sum(-1) + config.l1 * penalty
 

@@ -11,37 +11,99 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.checkpoint import CheckpointError
-from sae.model import SAE, fold_scale, load, save
+from sae.kernels import choose
+from sae.model import SAE, fold_decoder_norms, fold_scale, load, save
 
-KINDS = [("relu", None), ("topk", 1), ("topk", 3), ("topk", 11)]
+KINDS = [
+    ("relu", None), ("topk", 1), ("topk", 3), ("topk", 11), ("batchtopk", 3), ("jumprelu", None), ("gated", None),
+]  # fmt: skip
 
 
-def random_sae(activation: str, k: int | None, seed: int = 0) -> SAE:
-    sae = SAE(4, 11, activation=activation, k=k)
+def random_sae(activation: str, k: int | None, seed: int = 0, **shape: object) -> SAE:
+    """As loaded, so in evaluation mode; thresholds and gate biases of both signs."""
+    sae = SAE(4, 11, activation=activation, k=k, **shape)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=g))
+        for tensor in sae.tensors().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=g))
         sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
-    return sae.requires_grad_(False)
+    return sae.eval().requires_grad_(False)
+
+
+def activations(sae: SAE, x: torch.Tensor) -> torch.Tensor:
+    """f in float64, each activation as its paper writes it."""
+    p = {name: tensor.double() for name, tensor in sae.tensors().items()}
+    x = x.double() - (p["b_dec"] if sae.pre_bias else 0)
+    pre = x @ p["W_enc"] + p["b_enc"]
+    if sae.activation == "topk":
+        kth = pre.sort(-1, descending=True).values[:, sae.k - 1 : sae.k]
+        return torch.where(pre >= kth, pre.clamp_min(0), 0.0)
+    if sae.activation == "batchtopk" and sae.training:
+        kth = pre.flatten().sort(descending=True).values[sae.k * len(pre) - 1]
+        return torch.where(pre >= kth, pre.clamp_min(0), 0.0)
+    if sae.activation in ("jumprelu", "batchtopk"):
+        return pre.clamp_min(0) * (pre > p["threshold"])
+    if sae.activation == "gated":
+        magnitude = (x @ (p["W_enc"] * p["r_mag"].exp()) + p["b_mag"]).clamp_min(0)
+        return (pre > 0) * magnitude
+    return pre.clamp_min(0)
 
 
 @pytest.mark.parametrize(("activation", "k"), KINDS)
 def test_encode_and_decode_are_the_formula(activation: str, k: int | None) -> None:
     sae, x = random_sae(activation, k), torch.randn(50, 4) * 2
-    pre = (x.double() - sae.b_dec.double()) @ sae.W_enc.double() + sae.b_enc.double()
-    f = pre.clamp_min(0)
-    if k:
-        kth = pre.sort(-1, descending=True).values[:, k - 1 : k]
-        f = torch.where(pre >= kth, f, 0.0)
+    for mode in (False, True):
+        f = activations(sae.train(mode), x)
+        assert 0 < (f > 0).double().mean() < 1
+        torch.testing.assert_close(sae.encode(x).double(), f, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            sae.decode(sae.encode(x)).double(), f @ sae.W_dec.double() + sae.b_dec, rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(sae(x), sae.decode(sae.encode(x)), rtol=1e-5, atol=1e-5)
+        for kernels in ("reference", "cpu"):
+            acts = sae.feature_acts(x, choose(kernels))
+            torch.testing.assert_close(acts.sparse().dense(), sae.encode(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(sae.output(acts, x), sae(x), rtol=1e-4, atol=1e-5)
+        if activation == "topk":
+            assert ((sae.encode(x) > 0).sum(-1) <= k).all()
+        if activation == "batchtopk" and mode:
+            assert (sae.encode(x) > 0).sum() <= k * len(x)
+
+
+@pytest.mark.parametrize(("activation", "k"), [kind for kind in KINDS if kind[0] != "topk"])
+def test_a_dictionary_without_pre_bias_and_one_onto_other_rows(activation: str, k: int | None) -> None:
+    sae, x = random_sae(activation, k, d_out=6, pre_bias=False, skip=True), torch.randn(50, 4) * 2
+    f, p = activations(sae, x), sae.tensors()
+    y = f @ p["W_dec"].double() + p["b_dec"] + x.double() @ p["W_skip"].double()
     torch.testing.assert_close(sae.encode(x).double(), f, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        sae.decode(sae.encode(x)).double(), f @ sae.W_dec.double() + sae.b_dec, rtol=1e-4, atol=1e-4
-    )
-    torch.testing.assert_close(sae(x), sae.decode(sae.encode(x)), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sae.encode_sparse(x).dense(), sae.encode(x), rtol=1e-4, atol=1e-5)
-    if k:
-        assert ((sae.encode(x) > 0).sum(-1) <= k).all()
+    torch.testing.assert_close(sae(x).double(), y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae.output(sae.feature_acts(x), x).double(), y, rtol=1e-4, atol=1e-4)
+    folded = fold_scale(sae, 4.0, 0.5)
+    torch.testing.assert_close(folded(x / 4), sae(x) / 0.5, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(folded.encode(x / 4), sae.encode(x) / 0.5, rtol=1e-4, atol=1e-4)
+    assert torch.equal(folded.W_dec, sae.W_dec)
+
+
+def test_a_pre_bias_of_another_width_is_refused() -> None:
+    with pytest.raises(ValueError, match="b_dec has d_out = 6 entries, x has d_in = 4"):
+        SAE(4, 11, d_out=6)
+
+
+@pytest.mark.parametrize(("activation", "k"), [kind for kind in KINDS if kind[0] != "topk"])
+def test_folding_decoder_norms_keeps_the_function(activation: str, k: int | None) -> None:
+    sae, x = random_sae(activation, k), torch.randn(50, 4) * 2
+    norms = torch.linspace(0.0, 3.0, 11)
+    sae.W_dec *= norms[:, None]
+    folded = fold_decoder_norms(sae)
+    norms[0] = 1.0  # a zero row stays one
+    torch.testing.assert_close(folded.W_dec.norm(dim=1)[1:], torch.ones(10))
+    torch.testing.assert_close(folded.encode(x), sae.encode(x) * norms, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(folded(x), sae(x), rtol=1e-4, atol=1e-4)
+
+
+def test_folding_decoder_norms_would_change_topk() -> None:
+    with pytest.raises(ValueError, match="which features are the k largest"):
+        fold_decoder_norms(random_sae("topk", 3))
 
 
 @pytest.mark.parametrize(("activation", "k"), KINDS)
@@ -73,7 +135,9 @@ def test_saved_and_loaded_bit_for_bit(tmp_path: Path, activation: str, k: int | 
     sae = random_sae(activation, k)
     save(sae, tmp_path / "a", {"recipe": "x", "hook_point": "h"})
     found = load(tmp_path / "a")
-    assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), found.parameters(), strict=True))
+    mine, theirs = sae.tensors(), found.tensors()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert (found.d_in, found.d_sae, found.activation, found.k) == (4, 11, activation, k)
     assert found.config["kind"] == "sae"
     assert found.config["recipe"] == "x"
@@ -83,13 +147,14 @@ def test_saved_and_loaded_bit_for_bit(tmp_path: Path, activation: str, k: int | 
 
 
 @pytest.mark.parametrize("k", [None, 0, -1, 12])
-def test_topk_needs_a_k(k: int | None) -> None:
-    with pytest.raises(ValueError, match=r"topk needs 1 <= k <= d_sae = 11; got k = "):
-        SAE(4, 11, activation="topk", k=k)
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_topk_needs_a_k(activation: str, k: int | None) -> None:
+    with pytest.raises(ValueError, match=rf"{activation} needs 1 <= k <= d_sae = 11; got k = "):
+        SAE(4, 11, activation=activation, k=k)
 
 
 def test_unknown_activation() -> None:
-    with pytest.raises(ValueError, match="one of relu, topk; got 'gelu'"):
+    with pytest.raises(ValueError, match="one of relu, topk, batchtopk, jumprelu, gated; got 'gelu'"):
         SAE(4, 11, activation="gelu")
 
 
