@@ -1,0 +1,63 @@
+"""The `sae` command: parses, calls one function of the pipeline per verb, prints. Heavy imports happen inside verbs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from sae import __version__
+from sae.cli.dictionaries import evaluate, export, index, train
+from sae.cli.flags import with_config_file
+from sae.cli.looking import browse, info, steer
+from sae.cli.models import pretrain
+from sae.cli.stores import harvest, verify
+
+VERBS = (pretrain, harvest, train, evaluate, index, browse, steer, export, info, verify)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb. Exit status: 0 done, 1 a check failed, 2 wrong use or input, 130 interrupted with all saved."""
+    _refuse_shadowed_packages()
+    parser = build_parser()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(with_config_file(parser, arguments))
+    if not hasattr(args, "handler"):
+        parser.print_help()
+        return 2
+    from sae.progress import Interrupted
+
+    try:
+        return args.handler(args)
+    except (ValueError, OSError) as error:
+        print(f"sae {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"\nsae {args.verb}: {error or 'interrupted'}", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sae", description="Dictionaries of a language model's features: train, look, steer, export."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    for add in VERBS:
+        add(verbs)
+    return parser
+
+
+def _refuse_shadowed_packages() -> None:
+    """`store` and `browser` are common names: another package of that name would be imported instead of ours."""
+    ours = Path(__file__).resolve().parent.parent.parent
+    for name in ("store", "browser"):
+        spec = find_spec(name)
+        found = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
+        if found != ours:
+            sys.exit(
+                f"sae: the package {name!r} found at {found} is not monosem's (expected in {ours}). "
+                "monosem wants an environment of its own: python -m venv … and install it there."
+            )

@@ -1,0 +1,24 @@
+"""The pipeline as functions: one per verb of the `sae` command, to call from scripts. The only importer of `store`."""
+
+from sae.pipeline.describing import describe
+from sae.pipeline.dictionaries import EXPORT_FORMATS, export, feature_max, train
+from sae.pipeline.measuring import evaluate, index
+from sae.pipeline.pairing import PipelineError, open_pair
+from sae.pipeline.stores import DEFAULT_HOOK_POINT, Forecast, forecast_harvest, harvest, verify
+
+__all__ = [
+    "DEFAULT_HOOK_POINT",
+    "EXPORT_FORMATS",
+    "Forecast",
+    "PipelineError",
+    "describe",
+    "evaluate",
+    "export",
+    "feature_max",
+    "forecast_harvest",
+    "harvest",
+    "index",
+    "open_pair",
+    "train",
+    "verify",
+]

@@ -1,0 +1,152 @@
+"""What a dictionary does on its store: evaluation on the held-out split, the feature index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sae import evaluation, indexing
+from sae.checkpoint import write_json, write_tensors
+from sae.documents import HELD_OUT, TRAIN
+from sae.lm import LanguageModel
+from sae.model import SAE
+from sae.pipeline.pairing import model_of, opened, store_of
+from sae.tokenizer import token_bytes
+from store.activations import ActivationStore
+from store.features import FeatureWriter
+
+
+def evaluate(
+    sae: SAE | str | Path, *, store: str | Path | None = None, model: LanguageModel | str | None = None
+) -> dict:
+    """Evaluates a dictionary on the store's held-out split; writes eval.json and feature_stats.safetensors beside it.
+
+    A path finds its own store and model. Raises: PipelineError when the store or model is not the dictionary's.
+    """
+    dictionary, directory = opened(sae)
+    acts = store_of(dictionary, directory, store)
+    lm = model_of(dictionary, model)
+    hook = dictionary.config["hook_point"]
+    heldout = acts.totals(HELD_OUT, hook)
+    domains = sorted({entry[2] for entry in acts.documents(HELD_OUT).values()})
+    result, stats = evaluation.evaluate(
+        dictionary,
+        lm,
+        _eval_blocks(acts, hook, domains),
+        hook_point=hook,
+        heldout_mean=heldout.mean,
+        train_mean=acts.totals(TRAIN, hook).mean,
+        domains=domains,
+        kept_tokens=heldout.kept_rows,
+    )
+    if directory:
+        write_json(directory / "eval.json", result)
+        write_tensors(directory / "feature_stats.safetensors", stats, {"tokens": heldout.kept_rows, "split": HELD_OUT})
+    return result
+
+
+def _eval_blocks(store: ActivationStore, hook_point: str, domains: list[str]) -> Iterator[evaluation.Block]:
+    number = {domain: i for i, domain in enumerate(domains)}
+    table = {n: number[entry[2]] for n, entry in store.documents(HELD_OUT).items()}
+    lookup = np.full(max(table, default=0) + 2, -1)
+    lookup[list(table)] = list(table.values())
+    for shard in sorted(store.markers(HELD_OUT)):
+        acts = store.read_acts(HELD_OUT, shard, hook_point)
+        contexts = store.read_contexts(HELD_OUT, shard)
+        if not len(contexts.tokens):  # the text was over before this shard
+            continue
+        yield evaluation.Block(
+            torch.from_numpy(acts).view(*contexts.tokens.shape, -1),
+            torch.from_numpy(contexts.tokens.astype(np.int64)),
+            torch.from_numpy(contexts.keep),
+            lookup[contexts.document],
+        )
+
+
+def index(
+    sae: SAE | str | Path,
+    *,
+    store: str | Path | None = None,
+    model: LanguageModel | str | None = None,
+    tokens: int = 1_000_000,
+    out: str | Path | None = None,
+) -> Path:
+    """Builds the feature index (`features.zarr` beside the dictionary) over `tokens` tokens, held-out ones first.
+
+    Raises: PipelineError when the store or model is not the dictionary's.
+    """
+    dictionary, directory = opened(sae)
+    acts = store_of(dictionary, directory, store)
+    lm = model_of(dictionary, model)
+    hook = dictionary.config["hook_point"]
+    path = Path(out) if out else (directory or Path(".")) / "features.zarr"
+    shards = _first_shards(acts, tokens)
+    markers = {split: acts.markers(split) for split in (HELD_OUT, TRAIN)}
+    contexts = sum(markers[split][shard].contexts for split, shard in shards)
+    documents, renumbered = _documents_of(acts, shards)
+    writer = FeatureWriter(
+        path,
+        d_sae=dictionary.d_sae,
+        seq_len=acts.seq_len,
+        n_contexts=contexts,
+        attributes={
+            "d_in": dictionary.d_in,
+            "hook_point": hook,
+            "model": lm.id,
+            "sae": directory.name if directory else dictionary.config.get("recipe", "sae"),
+            "bos": lm.bos_id,
+            "heldout_contexts": sum(
+                acts.markers(split)[shard].contexts for split, shard in shards if split == HELD_OUT
+            ),
+            "provenance": {"store": acts.provenance, "recipe": dictionary.config.get("recipe")},
+        },
+        vocabulary=token_bytes(lm.tokenizer),
+        documents=documents,
+    )
+    blocks = _index_blocks(acts, hook, shards, renumbered)
+    try:
+        return indexing.index(dictionary, lm, blocks, writer, hook_point=hook, tokens=contexts * acts.seq_len)
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def _first_shards(store: ActivationStore, tokens: int) -> list[tuple[str, int]]:
+    """Held-out shards, then training shards, until `tokens` tokens are covered."""
+    chosen: list[tuple[str, int]] = []
+    for split in (HELD_OUT, TRAIN):
+        for shard in sorted(store.markers(split)):
+            if len(chosen) * store.rows_per_shard >= tokens:
+                return chosen
+            chosen.append((split, shard))
+    return chosen
+
+
+def _documents_of(
+    store: ActivationStore, shards: list[tuple[str, int]]
+) -> tuple[list[tuple[str, str, str, str]], np.ndarray]:
+    """The documents of these shards, and a table from the store's numbers to their place in that list."""
+    tables = {split: store.markers(split) for split in {split for split, _ in shards}}
+    found: dict[int, tuple[str, str, str, str]] = {}
+    for split, shard in shards:
+        found |= {int(n): tuple(entry) for n, entry in tables[split][shard].documents.items()}  # type: ignore[misc]
+    numbers = sorted(found)
+    renumbered = np.full(max(numbers, default=0) + 2, -1, np.int32)  # the last entry answers padding's -1
+    renumbered[numbers] = np.arange(len(numbers), dtype=np.int32)
+    return [found[n] for n in numbers], renumbered
+
+
+def _index_blocks(
+    store: ActivationStore, hook_point: str, shards: list[tuple[str, int]], renumbered: np.ndarray
+) -> Iterator[indexing.IndexBlock]:
+    first_context = 0
+    for split, shard in shards:
+        contexts = store.read_contexts(split, shard)
+        if not len(contexts.tokens):
+            continue
+        acts = torch.from_numpy(store.read_acts(split, shard, hook_point))
+        yield indexing.IndexBlock(first_context, acts, contexts.tokens, contexts.keep, renumbered[contexts.document])
+        first_context += len(contexts.tokens)

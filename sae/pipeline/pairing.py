@@ -1,0 +1,55 @@
+"""Which store and which model a dictionary belongs to, and a refusal of any other."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sae.lm import LanguageModel, load_model
+from sae.model import SAE, load
+from store.activations import ActivationStore
+
+
+class PipelineError(ValueError):
+    """The pieces given do not belong together, or there is no room for the work."""
+
+
+def opened(sae: SAE | str | Path) -> tuple[SAE, Path | None]:
+    return (sae, None) if isinstance(sae, SAE) else (load(sae), Path(sae))
+
+
+def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> ActivationStore:
+    if asked is None:
+        held = sae.config.get("store", {}).get("path")
+        if held is None or directory is None:
+            raise PipelineError("this dictionary does not say which store it was trained on; name one (--acts).")
+        asked = Path(os.path.normpath(directory / held))
+    store = ActivationStore.open(asked)
+    ours, theirs = sae.config.get("model", {}), store.provenance["model"]
+    if ours and ours.get("sha256") != theirs.get("sha256"):
+        raise PipelineError(
+            f"{store.path} holds activations of {theirs['id']} (weights {theirs['sha256'][:12]}…), the dictionary was "
+            f"trained on {ours['id']} ({ours['sha256'][:12]}…). Harvest that model's activations first."
+        )
+    return store
+
+
+def model_of(sae: SAE, asked: LanguageModel | str | None) -> LanguageModel:
+    if isinstance(asked, LanguageModel):
+        return asked
+    ours = sae.config.get("model", {})
+    if asked is None and "id" not in ours:
+        raise PipelineError("this dictionary does not say which model it belongs to; name one (--model).")
+    lm = load_model(asked or ours["id"])
+    if asked is None and lm.weights_sha256 != ours["sha256"]:
+        raise PipelineError(
+            f"the model {lm.id} has changed since the dictionary was trained: weights {lm.weights_sha256[:12]}…, "
+            f"expected {ours['sha256'][:12]}…. Name the right one (--model)."
+        )
+    return lm
+
+
+def open_pair(directory: str | Path, model: str | None = None) -> tuple[SAE, LanguageModel]:
+    """A dictionary and the model it belongs to."""
+    dictionary = load(directory)
+    return dictionary, model_of(dictionary, model)
