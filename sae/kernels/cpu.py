@@ -17,25 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from numba import njit
 from torch import Tensor
 
-from sae.kernels import reference
+from sae.kernels import cpu_loops, reference
+from sae.kernels.cpu_loops import BLOCK
 from sae.kernels.support import Above, BatchTopK, ByFeature, NotSparse, Rule, Support, TopK
 
 NAME = "cpu"
 SCREEN_ROWS = 1024  # rows of screened values held at once
-BLOCK = 32  # features looked at together: most blocks hold no candidate and cost one comparison
 ROOM_SHARE = 1 / 4  # room for this share of the features in a row; a batch that needs more is a case for dense products
 ROOM_FEATURES = 64
 SAMPLED_ROWS = 64
 BFLOAT16_ROUNDING = 2.0**-8
 FLOAT32_SUM_ROUNDING = 2.0**-17  # of ‖x‖ ‖w‖, for sums of up to some thousand terms
-
-# Sums may be reordered, so that they vectorise; NaN and infinity stay what they are.
-compiled: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
-# Where the largest of many is sought, vectorising needs the promise that all are numbers: `select` makes sure.
-compiled_for_numbers: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
 
 
 def select(
@@ -100,7 +94,7 @@ def _screened(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, threshold: Tensor)
         block = screen.rows(start, min(rows, start + SCREEN_ROWS))
 
         def choose(a: int, b: int, block: np.ndarray = block, start: int = start) -> None:
-            _choose(block, *screen.arrays, *exact, k, start, a, b, features, values, counts)
+            cpu_loops.choose(block, *screen.arrays, *exact, k, start, a, b, features, values, counts)
 
         _in_chunks(len(block), choose)
     if (counts > width).any():
@@ -108,7 +102,7 @@ def _screened(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, threshold: Tensor)
     offsets = np.zeros(rows + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
     flat_features, flat_values = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
-    _in_chunks(rows, lambda a, b: _compact(features, values, offsets, a, b, flat_features, flat_values))
+    _in_chunks(rows, lambda a, b: cpu_loops.compact(features, values, offsets, a, b, flat_features, flat_values))
     return Support(torch.from_numpy(flat_features), torch.from_numpy(offsets), d_sae), torch.from_numpy(flat_values)
 
 
@@ -137,7 +131,7 @@ class Screen:
         base[:d_sae] = _numpy(bias - threshold)
         bits = _bits(W_narrow)
         error = np.float32(relative + FLOAT32_SUM_ROUNDING)
-        _in_chunks(d_sae, lambda a, b: _margins(_numpy(weights), bits, _shift(narrow), error, a, b, margin))
+        _in_chunks(d_sae, lambda a, b: cpu_loops.margins(_numpy(weights), bits, _shift(narrow), error, a, b, margin))
         by_block = margin.reshape(-1, BLOCK), base.reshape(-1, BLOCK)
         extremes = by_block[0].max(1), by_block[1].min(1), by_block[1].max(1)
         rounding = np.float32(BFLOAT16_ROUNDING if narrow == torch.bfloat16 else 0.0)
@@ -159,7 +153,7 @@ def dots(a: Float[Tensor, "rows d"], b: Float[Tensor, "d_sae d"], support: Suppo
     out = np.empty(len(support.features), np.float32)
     a_rows, b_rows = _numpy(a.contiguous()), _numpy(b.contiguous())
     features, offsets = _numpy(support.features), _numpy(support.offsets)
-    _in_chunks(support.n_rows, lambda i, j: _dots(a_rows, b_rows, features, offsets, i, j, out))
+    _in_chunks(support.n_rows, lambda i, j: cpu_loops.dots(a_rows, b_rows, features, offsets, i, j, out))
     return torch.from_numpy(out)
 
 
@@ -167,7 +161,7 @@ def combine(values: Float[Tensor, " nnz"], support: Support, b: Float[Tensor, "d
     """`Σ values · b[feature]` over each row's entries."""
     out = torch.empty((support.n_rows, b.shape[1]))
     arrays = [_numpy(t) for t in (values.contiguous(), support.features, support.offsets, b.contiguous(), out)]
-    _in_chunks(support.n_rows, lambda i, j: _combine(*arrays, i, j))
+    _in_chunks(support.n_rows, lambda i, j: cpu_loops.combine(*arrays, i, j))
     return out
 
 
@@ -181,7 +175,7 @@ def add_by_feature_(
     # Threads share entries, not features: a few features fire far more often than the rest.
     shares = np.linspace(0, offsets[-1], 4 * _threads() + 1)
     cuts = np.unique(np.concatenate([[0], np.searchsorted(offsets, shares[1:-1]), [support.d_sae]]))
-    _in_parallel(lambda i, j: _add_by_feature(*arrays, i, j), list(zip(cuts[:-1], cuts[1:], strict=True)))
+    _in_parallel(lambda i, j: cpu_loops.add_by_feature(*arrays, i, j), list(zip(cuts[:-1], cuts[1:], strict=True)))
 
 
 def sum_by_feature(values: Float[Tensor, " nnz"], support: Support) -> Float[Tensor, " d_sae"]:
@@ -209,7 +203,7 @@ def adam_(
     arrays = [_numpy(t) for t in (parameter, gradient, exp_avg, exp_avg_sq)]
     rate = lr / (1 - beta1**step)
     scalars = [np.float32(v) for v in (rate, beta1, 1 - beta1, beta2, 1 - beta2, eps, (1 - beta2**step) ** -0.5)]
-    _in_chunks(len(parameter), lambda i, j: _adam(*arrays, *scalars, unit_rows, i, j))
+    _in_chunks(len(parameter), lambda i, j: cpu_loops.adam(*arrays, *scalars, unit_rows, i, j))
 
 
 def _by_feature(support: Support) -> ByFeature:
@@ -218,7 +212,7 @@ def _by_feature(support: Support) -> ByFeature:
         nnz = len(support.features)
         entries, rows = np.empty(nnz, np.int32), np.empty(nnz, np.int32)
         offsets = np.zeros(support.d_sae + 1, np.int64)
-        _transpose(_numpy(support.features), _numpy(support.offsets), entries, rows, offsets)
+        cpu_loops.transpose(_numpy(support.features), _numpy(support.offsets), entries, rows, offsets)
         support.__dict__["by_feature"] = ByFeature(*(torch.from_numpy(a) for a in (entries, rows, offsets)))
     return support.by_feature
 
@@ -309,217 +303,3 @@ def _shift(dtype: torch.dtype) -> np.uint32:
 def _feature_rows(W_enc: Tensor) -> Tensor:
     """The encoder feature by feature: no copy for a dictionary of ours, which keeps it so in memory."""
     return W_enc.detach().t().float().contiguous()
-
-
-# --- compiled loops -------------------------------------------------------------------------------------------------
-
-
-@compiled
-def _margins(W, bits, shift, relative, start, stop, margin):  # type: ignore[no-untyped-def]
-    """`relative · ‖w‖ + ‖w − ŵ‖` per feature: times ‖x̂‖, how far a screened value may lie from the exact one."""
-    wide = np.empty(W.shape[1], np.uint32)
-    narrowed = wide.view(np.float32)
-    for j in range(start, stop):
-        norm, error = np.float32(0), np.float32(0)
-        for d in range(W.shape[1]):
-            wide[d] = np.uint32(bits[j, d]) << shift
-        for d in range(W.shape[1]):
-            difference = W[j, d] - narrowed[d]
-            norm += W[j, d] * W[j, d]
-            error += difference * difference
-        margin[j] = relative * np.sqrt(norm) + np.sqrt(error)
-
-
-@compiled_for_numbers
-def _choose(  # type: ignore[no-untyped-def]
-    bits, x_norm, margin, base, block_margin, block_base_low, block_base_high, rounding, shift,
-    x, W, bias, threshold, k, first, start, stop, features, values, counts,
-):  # fmt: skip
-    """Rows start..stop of one screened block, whose row 0 is row `first` of x."""
-    n_blocks, width = len(block_margin), features.shape[1]
-    low, high = np.empty(n_blocks, np.float32), np.empty(n_blocks, np.float32)
-    wide = np.empty(len(margin), np.uint32)
-    screened = wide.view(np.float32)
-    scratch, reach = np.empty(len(margin), np.float32), np.empty(len(margin), np.float32)
-    exact = np.empty(len(margin), np.float32)
-    candidates = np.empty(len(margin), np.int32)
-    for i in range(start, stop):
-        row = first + i
-        norm = x_norm[row]
-        for feature in range(len(margin)):
-            wide[feature] = np.uint32(bits[i, feature]) << shift
-        for block in range(n_blocks):
-            largest = screened[block * BLOCK]
-            for n in range(BLOCK):
-                value = screened[block * BLOCK + n]
-                largest = value if value > largest else largest
-            slack = norm * block_margin[block] + rounding * abs(largest)
-            low[block] = largest - slack + block_base_low[block]
-            high[block] = largest + slack + block_base_high[block]
-        # The k-th largest of the blocks' sure values is a floor that spares most blocks.
-        bar = _floor(low, k) if k else np.float32(0)
-        possible = 0
-        for block in range(n_blocks):
-            if high[block] >= bar:
-                for feature in range(block * BLOCK, block * BLOCK + BLOCK):
-                    slack = norm * margin[feature] + rounding * abs(screened[feature])
-                    value = screened[feature] + base[feature]
-                    if value + slack >= bar:
-                        candidates[possible] = feature
-                        reach[possible] = value + slack
-                        scratch[possible] = value - slack
-                        possible += 1
-        if 0 < k <= possible:
-            bar = max(bar, _floor(scratch[:possible], k))
-        kept = 0
-        for n in range(possible):
-            candidates[kept] = candidates[n]
-            kept += reach[n] >= bar
-        for n in range(kept):  # no branch between the products: the next row is fetched while this one is summed
-            feature = candidates[n]
-            dot = np.float32(0)
-            for d in range(x.shape[1]):
-                dot += x[row, d] * W[feature, d]
-            exact[n] = dot + bias[feature]
-        found = 0
-        for n in range(kept):
-            candidates[found], exact[found] = candidates[n], exact[n]
-            found += exact[n] > threshold[candidates[n]]
-        if k and found > k:
-            found = _keep_largest(candidates, exact, found, k, scratch)
-        counts[row] = found
-        for n in range(min(found, width)):
-            features[row, n], values[row, n] = candidates[n], exact[n]
-
-
-@compiled_for_numbers
-def _floor(values, k):  # type: ignore[no-untyped-def]
-    """A number, at least 0, that k of the values reach, close below their k-th largest; 0 where it is none."""
-    low, high = np.float32(0), np.float32(0)
-    for n in range(len(values)):
-        high = values[n] if values[n] > high else high
-    for _ in range(10):
-        middle = (low + high) * np.float32(0.5)
-        reached = np.int32(0)
-        for n in range(len(values)):
-            reached += np.int32(values[n] >= middle)
-        if reached >= k:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-@compiled_for_numbers
-def _keep_largest(candidates, exact, found, k, scratch):  # type: ignore[no-untyped-def]
-    """Moves the k largest to the front, in their order; of equal ones the lowest features."""
-    scratch[:found] = exact[:found]
-    kth = _kth_largest(scratch, found, k)
-    ties = k
-    for n in range(found):
-        ties -= exact[n] > kth
-    kept = 0
-    for n in range(found):
-        tie = exact[n] == kth
-        if exact[n] > kth or (tie and ties > 0):
-            ties -= tie
-            candidates[kept], exact[kept] = candidates[n], exact[n]
-            kept += 1
-    return kept
-
-
-@compiled_for_numbers
-def _kth_largest(values, n, k):  # type: ignore[no-untyped-def]
-    """The k-th largest of values[:n], which it reorders (Hoare's quickselect)."""
-    left, right, place = 0, n - 1, k - 1
-    while left < right:
-        pivot = values[(left + right) // 2]
-        i, j = left, right
-        while i <= j:
-            while values[i] > pivot:
-                i += 1
-            while values[j] < pivot:
-                j -= 1
-            if i <= j:
-                values[i], values[j] = values[j], values[i]
-                i += 1
-                j -= 1
-        if place <= j:
-            right = j
-        elif place >= i:
-            left = i
-        else:
-            break
-    return values[place]
-
-
-@compiled
-def _compact(features, values, offsets, start, stop, flat_features, flat_values):  # type: ignore[no-untyped-def]
-    for row in range(start, stop):
-        for n in range(offsets[row + 1] - offsets[row]):
-            flat_features[offsets[row] + n] = features[row, n]
-            flat_values[offsets[row] + n] = values[row, n]
-
-
-@compiled
-def _dots(a, b, features, offsets, start, stop, out):  # type: ignore[no-untyped-def]
-    for row in range(start, stop):
-        for entry in range(offsets[row], offsets[row + 1]):
-            feature = features[entry]
-            dot = np.float32(0)
-            for d in range(a.shape[1]):
-                dot += a[row, d] * b[feature, d]
-            out[entry] = dot
-
-
-@compiled
-def _combine(values, features, offsets, b, out, start, stop):  # type: ignore[no-untyped-def]
-    for row in range(start, stop):
-        out[row] = np.float32(0)
-        for entry in range(offsets[row], offsets[row + 1]):
-            feature, value = features[entry], values[entry]
-            for d in range(b.shape[1]):
-                out[row, d] += value * b[feature, d]
-
-
-@compiled
-def _add_by_feature(values, entries, rows, offsets, a, out, start, stop):  # type: ignore[no-untyped-def]
-    for feature in range(start, stop):
-        for n in range(offsets[feature], offsets[feature + 1]):
-            value, row = values[entries[n]], rows[n]
-            for d in range(a.shape[1]):
-                out[feature, d] += value * a[row, d]
-
-
-@compiled
-def _transpose(features, offsets, entries, rows, by_feature):  # type: ignore[no-untyped-def]
-    for entry in range(len(features)):
-        by_feature[features[entry] + 1] += 1
-    for feature in range(len(by_feature) - 1):
-        by_feature[feature + 1] += by_feature[feature]
-    cursor = by_feature[:-1].copy()
-    for row in range(len(offsets) - 1):
-        for entry in range(offsets[row], offsets[row + 1]):
-            place = cursor[features[entry]]
-            cursor[features[entry]] = place + 1
-            entries[place], rows[place] = entry, row
-
-
-@compiled
-def _adam(p, g, m, v, rate, beta1, rest1, beta2, rest2, eps, correction, unit_rows, start, stop):  # type: ignore[no-untyped-def]
-    for row in range(start, stop):
-        along = np.float32(0)
-        if unit_rows:
-            for d in range(p.shape[1]):
-                along += g[row, d] * p[row, d]
-        square = np.float32(0)
-        for d in range(p.shape[1]):
-            gradient = g[row, d] - along * p[row, d]
-            m[row, d] = beta1 * m[row, d] + rest1 * gradient
-            v[row, d] = beta2 * v[row, d] + rest2 * gradient * gradient
-            p[row, d] -= rate * m[row, d] / (np.sqrt(v[row, d]) * correction + eps)
-            square += p[row, d] * p[row, d]
-        if unit_rows:
-            scale = np.float32(1) / max(np.sqrt(square), np.float32(1e-12))
-            for d in range(p.shape[1]):
-                p[row, d] *= scale

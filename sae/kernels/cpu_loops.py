@@ -1,0 +1,228 @@
+"""The loops of the CPU path, compiled by numba: arrays in, arrays filled; `cpu` calls them on spans, on many threads."""
+
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+BLOCK = 32  # features looked at together: most blocks hold no candidate and cost one comparison
+
+# Sums may be reordered, so that they vectorise; NaN and infinity stay what they are.
+compiled: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
+# Where the largest of many is sought, vectorising needs the promise that all are numbers: `select` makes sure.
+compiled_for_numbers: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
+
+
+@compiled
+def margins(W, bits, shift, relative, start, stop, margin):
+    """`relative · ‖w‖ + ‖w − ŵ‖` per feature: times ‖x̂‖, how far a screened value may lie from the exact one."""
+    wide = np.empty(W.shape[1], np.uint32)
+    narrowed = wide.view(np.float32)
+    for j in range(start, stop):
+        norm, error = np.float32(0), np.float32(0)
+        for d in range(W.shape[1]):
+            wide[d] = np.uint32(bits[j, d]) << shift
+        for d in range(W.shape[1]):
+            difference = W[j, d] - narrowed[d]
+            norm += W[j, d] * W[j, d]
+            error += difference * difference
+        margin[j] = relative * np.sqrt(norm) + np.sqrt(error)
+
+
+@compiled_for_numbers
+def choose(
+    bits, x_norm, margin, base, block_margin, block_base_low, block_base_high, rounding, shift,
+    x, W, bias, threshold, k, first, start, stop, features, values, counts,
+):  # fmt: skip
+    """Rows start..stop of one screened block, whose row 0 is row `first` of x."""
+    n_blocks, width = len(block_margin), features.shape[1]
+    low, high = np.empty(n_blocks, np.float32), np.empty(n_blocks, np.float32)
+    wide = np.empty(len(margin), np.uint32)
+    screened = wide.view(np.float32)
+    scratch, reach = np.empty(len(margin), np.float32), np.empty(len(margin), np.float32)
+    exact = np.empty(len(margin), np.float32)
+    candidates = np.empty(len(margin), np.int32)
+    for i in range(start, stop):
+        row = first + i
+        norm = x_norm[row]
+        for feature in range(len(margin)):
+            wide[feature] = np.uint32(bits[i, feature]) << shift
+        for block in range(n_blocks):
+            largest = screened[block * BLOCK]
+            for n in range(BLOCK):
+                value = screened[block * BLOCK + n]
+                largest = value if value > largest else largest
+            slack = norm * block_margin[block] + rounding * abs(largest)
+            low[block] = largest - slack + block_base_low[block]
+            high[block] = largest + slack + block_base_high[block]
+        # The k-th largest of the blocks' sure values is a floor that spares most blocks.
+        bar = floor(low, k) if k else np.float32(0)
+        possible = 0
+        for block in range(n_blocks):
+            if high[block] >= bar:
+                for feature in range(block * BLOCK, block * BLOCK + BLOCK):
+                    slack = norm * margin[feature] + rounding * abs(screened[feature])
+                    value = screened[feature] + base[feature]
+                    if value + slack >= bar:
+                        candidates[possible] = feature
+                        reach[possible] = value + slack
+                        scratch[possible] = value - slack
+                        possible += 1
+        if 0 < k <= possible:
+            bar = max(bar, floor(scratch[:possible], k))
+        kept = 0
+        for n in range(possible):
+            candidates[kept] = candidates[n]
+            kept += reach[n] >= bar
+        for n in range(kept):  # no branch between the products: the next row is fetched while this one is summed
+            feature = candidates[n]
+            dot = np.float32(0)
+            for d in range(x.shape[1]):
+                dot += x[row, d] * W[feature, d]
+            exact[n] = dot + bias[feature]
+        found = 0
+        for n in range(kept):
+            candidates[found], exact[found] = candidates[n], exact[n]
+            found += exact[n] > threshold[candidates[n]]
+        if k and found > k:
+            found = keep_largest(candidates, exact, found, k, scratch)
+        counts[row] = found
+        for n in range(min(found, width)):
+            features[row, n], values[row, n] = candidates[n], exact[n]
+
+
+@compiled_for_numbers
+def floor(values, k):
+    """A number, at least 0, that k of the values reach, close below their k-th largest; 0 where it is none."""
+    low, high = np.float32(0), np.float32(0)
+    for n in range(len(values)):
+        high = values[n] if values[n] > high else high
+    for _ in range(10):
+        middle = (low + high) * np.float32(0.5)
+        reached = np.int32(0)
+        for n in range(len(values)):
+            reached += np.int32(values[n] >= middle)
+        if reached >= k:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@compiled_for_numbers
+def keep_largest(candidates, exact, found, k, scratch):
+    """Moves the k largest to the front, in their order; of equal ones the lowest features."""
+    scratch[:found] = exact[:found]
+    kth = kth_largest(scratch, found, k)
+    ties = k
+    for n in range(found):
+        ties -= exact[n] > kth
+    kept = 0
+    for n in range(found):
+        tie = exact[n] == kth
+        if exact[n] > kth or (tie and ties > 0):
+            ties -= tie
+            candidates[kept], exact[kept] = candidates[n], exact[n]
+            kept += 1
+    return kept
+
+
+@compiled_for_numbers
+def kth_largest(values, n, k):
+    """The k-th largest of values[:n], which it reorders (Hoare's quickselect)."""
+    left, right, place = 0, n - 1, k - 1
+    while left < right:
+        pivot = values[(left + right) // 2]
+        i, j = left, right
+        while i <= j:
+            while values[i] > pivot:
+                i += 1
+            while values[j] < pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i += 1
+                j -= 1
+        if place <= j:
+            right = j
+        elif place >= i:
+            left = i
+        else:
+            break
+    return values[place]
+
+
+@compiled
+def compact(features, values, offsets, start, stop, flat_features, flat_values):
+    for row in range(start, stop):
+        for n in range(offsets[row + 1] - offsets[row]):
+            flat_features[offsets[row] + n] = features[row, n]
+            flat_values[offsets[row] + n] = values[row, n]
+
+
+@compiled
+def dots(a, b, features, offsets, start, stop, out):
+    for row in range(start, stop):
+        for entry in range(offsets[row], offsets[row + 1]):
+            feature = features[entry]
+            dot = np.float32(0)
+            for d in range(a.shape[1]):
+                dot += a[row, d] * b[feature, d]
+            out[entry] = dot
+
+
+@compiled
+def combine(values, features, offsets, b, out, start, stop):
+    for row in range(start, stop):
+        out[row] = np.float32(0)
+        for entry in range(offsets[row], offsets[row + 1]):
+            feature, value = features[entry], values[entry]
+            for d in range(b.shape[1]):
+                out[row, d] += value * b[feature, d]
+
+
+@compiled
+def add_by_feature(values, entries, rows, offsets, a, out, start, stop):
+    for feature in range(start, stop):
+        for n in range(offsets[feature], offsets[feature + 1]):
+            value, row = values[entries[n]], rows[n]
+            for d in range(a.shape[1]):
+                out[feature, d] += value * a[row, d]
+
+
+@compiled
+def transpose(features, offsets, entries, rows, by_feature):
+    for entry in range(len(features)):
+        by_feature[features[entry] + 1] += 1
+    for feature in range(len(by_feature) - 1):
+        by_feature[feature + 1] += by_feature[feature]
+    cursor = by_feature[:-1].copy()
+    for row in range(len(offsets) - 1):
+        for entry in range(offsets[row], offsets[row + 1]):
+            place = cursor[features[entry]]
+            cursor[features[entry]] = place + 1
+            entries[place], rows[place] = entry, row
+
+
+@compiled
+def adam(p, g, m, v, rate, beta1, rest1, beta2, rest2, eps, correction, unit_rows, start, stop):
+    for row in range(start, stop):
+        along = np.float32(0)
+        if unit_rows:
+            for d in range(p.shape[1]):
+                along += g[row, d] * p[row, d]
+        square = np.float32(0)
+        for d in range(p.shape[1]):
+            gradient = g[row, d] - along * p[row, d]
+            m[row, d] = beta1 * m[row, d] + rest1 * gradient
+            v[row, d] = beta2 * v[row, d] + rest2 * gradient * gradient
+            p[row, d] -= rate * m[row, d] / (np.sqrt(v[row, d]) * correction + eps)
+            square += p[row, d] * p[row, d]
+        if unit_rows:
+            scale = np.float32(1) / max(np.sqrt(square), np.float32(1e-12))
+            for d in range(p.shape[1]):
+                p[row, d] *= scale
