@@ -1,4 +1,4 @@
-"""The loops of the CPU path, compiled by numba: arrays in, arrays filled; `cpu` calls them on spans, on many threads."""
+"""The loops of the CPU path, compiled by numba: arrays in, arrays filled; `cpu` shares their spans between threads."""
 
 # mypy: disallow-untyped-defs=False
 
