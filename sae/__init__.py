@@ -12,6 +12,7 @@ _HOME = {
     "train": "sae.pipeline",
     "evaluate": "sae.pipeline",
     "index": "sae.pipeline",
+    "compare": "sae.pipeline",
     "export": "sae.pipeline",
     "load": "sae.model",
     "SAE": "sae.model",

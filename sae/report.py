@@ -30,6 +30,29 @@ def eval_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def compare_table(result: dict[str, Any]) -> str:
+    """The summaries of a compare.json, the published ones beside them, and where the tables lie."""
+    a, b, counts = result["a"], result["b"], result["counts"]
+    lines = [
+        f"A  {a['name']}: {counts['a']['features']:,} features of {a['model']['id']}, "
+        f"{counts['a']['analysed']:,} fired on {result['min_firings']} tokens or more",
+        f"B  {b['name']}: {counts['b']['features']:,} features of {b['model']['id']}, {counts['b']['analysed']:,} did",
+        f"{result['tokens']:,} tokens; {counts['a']['matched']:,} matched one to one (pairs above "
+        f"{result['match_floor']}), alone {counts['a']['unmatched']:,} of A and {counts['b']['unmatched']:,} of B; "
+        f"{counts['edges']:,} splitting edges (masked cosine ≥ {result['edge_masked']})",
+        "",
+        f"{'':20} {'n':>7} {'median':>8} {'mean':>8} {'p5':>8} {'p95':>8} {'paper':>7}",
+    ]
+    for name, entry in result["summary"].items():
+        published = result["published"].get(name)
+        lines.append(
+            f"{name:20} {entry['n']:>7,} {_number(entry['median']):>8} {_number(entry['mean']):>8} "
+            f"{_number(entry['p5']):>8} {_number(entry['p95']):>8} {'' if published is None else published:>7}  "
+            f"{entry['formula']}"
+        )
+    return "\n".join([*lines, "", f"paper: median, {result['published']['source']}", f"written: {result['path']}"])
+
+
 def description(found: dict[str, Any], indent: int = 0) -> str:
     """A nested description as indented lines."""
     lines = []

@@ -1,7 +1,7 @@
 """Two dictionaries on the same tokens: which features of one are features of the other.
 
-Written by `sae compare A B` into `A/compare/B/`: `compare.json` (who, on what, the summaries with their formulas) and
-three Parquet tables. `features_a.parquet` has one row per feature of A, in order:
+Written by `sae compare A B` into `A/compare/<run of B>--<B>/`: `compare.json` (who, on what, the summaries with their
+formulas) and three Parquet tables. `features_a.parquet` has one row per feature of A, in order:
 
     feature, firings, density       int64, int64, float64 over the tokens compared
     best, correlation               the feature of B with the largest activation Pearson; null where not analysed
@@ -41,6 +41,7 @@ MIN_FIRINGS = 10
 MATCH_FLOOR = 0.1  # pairs below this correlation are no candidates for the matching
 EDGE_MASKED = 0.4
 MAX_EDGES = 1_000_000
+MAX_ACTIVATIONS = 100_000_000  # of both together, 16 bytes each
 DIRECTIONS_AT_ONCE = 512
 
 LogitWeights = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_vocab"]]
@@ -131,6 +132,11 @@ def _encode(a: SAE, b: SAE, blocks: Iterable[PairedBlock], tokens: int) -> Seen:
                 correlation.add(
                     acts.where(block.kept[acts.support.rows] & (acts.values > 0)), x, block.kept
                 )  # kept ones alone
+            if sum(recorder.recorded for recorder in recorded) > MAX_ACTIVATIONS:
+                raise ValueError(
+                    f"compare: more than {MAX_ACTIVATIONS:,} activations in the first {bar.n:,.0f} tokens; these "
+                    "dictionaries are too dense to hold. Give fewer --tokens."
+                )
             between.add(block.x_a[block.kept], block.x_b[block.kept])
             bar.update(int(block.kept.sum()))
     best = [correlation.matrix().max(-1) for correlation in to_neurons]

@@ -31,6 +31,11 @@ class Recorder:
         self._values.append(found.values[counted].float().cpu().numpy())
         self._per_row.append(torch.bincount(rows, minlength=len(kept))[kept].cpu().numpy())
 
+    @property
+    def recorded(self) -> int:
+        """Activations held."""
+        return sum(len(values) for values in self._values)
+
     def matrix(self) -> sparse.csr_array:
         """The positive activations, [kept tokens, d_sae] in float32."""
         per_row = np.concatenate([np.empty(0, np.int64), *self._per_row])

@@ -1,5 +1,6 @@
 """The pipeline as functions: one per verb of the `sae` command, to call from scripts. The only importer of `store`."""
 
+from sae.pipeline.comparing import compare
 from sae.pipeline.describing import describe
 from sae.pipeline.dictionaries import EXPORT_FORMATS, export, feature_max, train
 from sae.pipeline.measuring import evaluate, index
@@ -11,6 +12,7 @@ __all__ = [
     "EXPORT_FORMATS",
     "Forecast",
     "PipelineError",
+    "compare",
     "describe",
     "evaluate",
     "export",

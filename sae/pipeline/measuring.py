@@ -83,7 +83,7 @@ def index(
     lm = model_of(dictionary, model)
     hook = dictionary.config["hook_point"]
     path = Path(out) if out else (directory or Path(".")) / "features.zarr"
-    shards = _first_shards(acts, tokens)
+    shards = first_shards(acts, tokens)
     markers = {split: acts.markers(split) for split in (HELD_OUT, TRAIN)}
     contexts = sum(markers[split][shard].contexts for split, shard in shards)
     documents, renumbered = _documents_of(acts, shards)
@@ -114,7 +114,7 @@ def index(
         raise
 
 
-def _first_shards(store: ActivationStore, tokens: int) -> list[tuple[str, int]]:
+def first_shards(store: ActivationStore, tokens: int) -> list[tuple[str, int]]:
     """Held-out shards, then training shards, until `tokens` tokens are covered."""
     chosen: list[tuple[str, int]] = []
     for split in (HELD_OUT, TRAIN):
