@@ -66,6 +66,20 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
+def read_header(path: str | Path) -> dict[str, Any]:
+    """The JSON header alone of a file written by `write_tensors`; {} where there is no such file.
+
+    Raises: CheckpointError when the file is damaged.
+    """
+    if not Path(path).is_file():
+        return {}
+    try:
+        with safe_open(str(path), "pt") as file:
+            return json.loads((file.metadata() or {}).get("json", "{}"))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}).") from error
+
+
 def adam_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
     """Adam's state as named tensors: `adam.<parameter>.<exp_avg|exp_avg_sq|step>`."""
     found: dict[str, Tensor] = {}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sae import effects, labels, together
 from sae.kernels.acts import SparseActs
 from sae.lm import LanguageModel
 from sae.model import SAE
 from sae.progress import progress
+from sae.together import Firings
 
 TOP_LOGITS = 20
 LOGIT_BUCKETS = 40
@@ -47,14 +49,22 @@ class IndexSink(Protocol):
         values: np.ndarray,
     ) -> None: ...
 
-    def finish(self, panels: dict[str, np.ndarray]) -> Path: ...
+    def finish(
+        self,
+        panels: dict[str, np.ndarray],
+        from_firings: Callable[[Firings], dict[str, np.ndarray]] | None = None,
+    ) -> Path: ...
 
 
 @torch.inference_mode()
 def index(
-    sae: SAE, model: LanguageModel, blocks: Iterable[IndexBlock], sink: IndexSink, *, hook_point: str, tokens: int
-) -> Path:
-    """Encodes every block once, then adds logit weights, neurons and neighbours; returns the index's path."""
+    sae: SAE, model: LanguageModel, blocks: Iterable[IndexBlock], sink: IndexSink, *, hook_point: str, tokens: int,
+    resampled: Sequence[Mapping[str, Any]] = (),
+) -> Path:  # fmt: skip
+    """Encodes every block once, then adds logit weights, neurons, neighbours, what fires together, labels and Δloss.
+
+    `resampled` are the run's events ({"step", "features"}); `stats/resampled_step` keeps a feature's last (-1: never).
+    """
     correlation = Correlation(sae.d_sae, sae.d_in)
     with progress("index", tokens, "tok") as bar:
         for block in blocks:
@@ -68,7 +78,15 @@ def index(
             )  # fmt: skip
             correlation.add(acts, block.acts, kept)
             bar.update(block.tokens.size)
-    return sink.finish(panels(sae, model, hook_point) | correlation.panels())
+
+    def from_firings(firings: Firings) -> dict[str, np.ndarray]:
+        return together.panels(firings) | labels.panels(firings) | effects.panels(sae, model, firings, hook_point)
+
+    resampled_step = np.full(sae.d_sae, -1, np.int32)
+    for event in resampled:
+        resampled_step[list(event["features"])] = event["step"]
+    static = panels(sae, model, hook_point) | correlation.panels() | {"stats/resampled_step": resampled_step}
+    return sink.finish(static, from_firings)
 
 
 class Correlation:

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class SortedFirings:
+    """Every activation of an index, by feature and by row, with the text it is on; memory-mapped, to be read only.
+
+    Feature f fires on `rows[ptr[f] : ptr[f + 1]]` (ascending) with `values` there; on row r fire
+    `row_features[row_ptr[r] : row_ptr[r + 1]]` with `row_values`.
+    `tokens`, `keep`, `domain` (number of the row's domain, -1 on padding) are [n_contexts, seq_len].
+    """
+
+    ptr: np.ndarray
+    rows: np.ndarray
+    values: np.ndarray
+    row_ptr: np.ndarray
+    row_features: np.ndarray
+    row_values: np.ndarray
+    tokens: np.ndarray
+    keep: np.ndarray
+    domain: np.ndarray
 
 
 def _group_ranks(keys: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +63,7 @@ class Spill:
             ptr[1:] += np.bincount(source[by][offset : offset + n], minlength=n_groups)
         np.cumsum(ptr, out=ptr)
         others = {name: dtype for name, dtype in self.columns.items() if name != by}
-        out = {name: self._map(f"{name}.sorted", dtype, "w+") for name, dtype in others.items()}
+        out = {name: self._map(f"{name}.by_{by}", dtype, "w+") for name, dtype in others.items()}
         free = ptr[:-1].copy()
         for _, offset, n in sorted(self.order):
             keys = source[by][offset : offset + n]

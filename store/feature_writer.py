@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
-from store.feature_sort import Spill, domains, empty_stats, moments, token_pairs
-from store.schema import FORMAT_VERSION, StoreError, atomic_json
+from store.feature_sort import SortedFirings, Spill, domains, empty_stats, moments, token_pairs
+from store.schema import StoreError, atomic_json
 
 KIND = "feature-index"
+INDEX_FORMAT = 2  # 2: what features do together and next, labels, Δloss, how often each token occurs
 CHUNK = 1 << 16  # elements: a feature's slice touches few chunks, a chunk decodes in < 1 ms
 SMALLEST = np.float16(6e-8)  # the least positive float16: a firing never rounds to zero
 BLOCK = 1 << 21  # firings worked on at once when statistics are taken
@@ -39,6 +40,20 @@ PANEL_DTYPES = {
     "neurons/corr_value": "float32",
     "neighbours/id": "int32",
     "neighbours/cosine": "float32",
+    "stats/resampled_step": "int32",
+    "stats/delta_loss": "float32",
+    "effects/interval_abs": "float32",
+    "effects/interval_samples": "uint8",
+    "together/id": "int32",
+    "together/jaccard": "float32",
+    "correlated/id": "int32",
+    "correlated/pearson": "float32",
+    "successors/id": "int32",
+    "successors/share": "float32",
+    "successors/lift": "float32",
+    "label/kind": "int8",
+    "label/keys": "int32",
+    "label/score": "float32",
 }
 Document = tuple[str, str, str, str]  # id, source, domain, sha256
 
@@ -117,8 +132,15 @@ class FeatureWriter:
         stored = np.maximum(values[order].astype(np.float16), SMALLEST)
         self._coo.append(first_context, feature=features, row=rows, value=stored)
 
-    def finish(self, panels: dict[str, np.ndarray]) -> Path:
-        """Sorts, takes statistics, adds `panels` ({"logits/top_id": [d_sae, …], …}), renames."""
+    def finish(
+        self,
+        panels: dict[str, np.ndarray],
+        from_firings: Callable[[SortedFirings], dict[str, np.ndarray]] | None = None,
+    ) -> Path:
+        """Sorts, takes statistics, adds `panels` ({"logits/top_id": [d_sae, …], …}), renames.
+
+        `from_firings` makes further panels out of the sorted activations.
+        """
         if not self._seen.all():
             raise StoreError(
                 f"{self.path}: {int(self._seen.sum())} of {self.n_contexts} contexts were "
@@ -142,6 +164,16 @@ class FeatureWriter:
             ("document", self._document),
         ):
             _put(root, name, column)
+        flat, kept = self._tokens.reshape(-1), self._keep.reshape(-1)
+        _put(root, "by_token/occurrences", np.bincount(flat[kept], minlength=len(self.vocabulary)).astype(np.uint32))
+        if from_firings is not None:
+            row_ptr, by_row = self._coo.scatter("row", self.n_contexts * self.seq_len)
+            panels = panels | from_firings(
+                SortedFirings(
+                    ptr, firings["row"], firings["value"], row_ptr, by_row["feature"], by_row["value"],
+                    self._tokens, self._keep, self._domain_of()[self._document],
+                )
+            )  # fmt: skip
         self._put_panels(root, panels, {f"stats/{name}" for name in stats})
         atomic_json(self.partial / "documents.json", [list(d) for d in self.documents])
         strings = [token.decode("latin-1") for token in self.vocabulary]
@@ -160,7 +192,7 @@ class FeatureWriter:
             "bos": None,
             **self.attributes,
             "kind": KIND,
-            "format": FORMAT_VERSION,
+            "format": INDEX_FORMAT,
             "d_sae": self.d_sae,
             "seq_len": self.seq_len,
             "n_contexts": self.n_contexts,
@@ -227,7 +259,7 @@ class FeatureWriter:
         stats = empty_stats(self.d_sae)
         stats["count"] = np.diff(ptr)
         tokens, documents = self._tokens.reshape(-1), self._document.reshape(-1)
-        domain_of = np.array([self.domains.index(d[2]) for d in self.documents] + [-1], np.int64)
+        domain_of = self._domain_of()
         lo = 0
         while lo < self.d_sae:
             # whole features until the block is full; one feature may exceed it
@@ -242,6 +274,10 @@ class FeatureWriter:
                 domains(stats, feature, domain_of[documents[row]])
             lo = hi
         return stats, pairs
+
+    def _domain_of(self) -> np.ndarray:
+        """Document number → domain number; the last entry answers padding's -1."""
+        return np.array([self.domains.index(d[2]) for d in self.documents] + [-1], np.int64)
 
     def _put_panels(self, root: zarr.Group, panels: dict[str, np.ndarray], computed: set[str]) -> None:
         for name, array in panels.items():

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import zarr
 
-from store.feature_writer import KIND, Document, FeatureWriter
-from store.schema import FORMAT_VERSION, StoreError, read_json
+from store.feature_writer import INDEX_FORMAT, KIND, Document, FeatureWriter
+from store.schema import StoreError, read_json
 
 __all__ = ["FeatureIndex", "FeatureWriter", "Window"]
 
@@ -64,10 +64,12 @@ class FeatureIndex:
                 f"{path}: a Zarr group, but no feature index (kind {root.attrs.get('kind')!r}, "
                 f"expected {KIND!r}); {hint}"
             )
-        if int(root.attrs["format"]) > FORMAT_VERSION:  # type: ignore[arg-type]
-            raise StoreError(
-                f"{path}: format {root.attrs['format']}, this version reads up to {FORMAT_VERSION}; update monosem"
+        found = int(root.attrs["format"])  # type: ignore[arg-type]
+        if found != INDEX_FORMAT:
+            mend = (
+                "update monosem" if found > INDEX_FORMAT else f"{hint} again (the old one stays until the new is done)"
             )
+            raise StoreError(f"{path}: an index of format {found}, this version reads format {INDEX_FORMAT}; {mend}")
         return cls(path, root)
 
     def firings(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
@@ -83,6 +85,25 @@ class FeatureIndex:
             np.asarray(self._array(f"by_token/{name}")[part]) for name in ("feature", "count", "sum", "max")
         )
         return feature.astype(np.int64), count, total, largest
+
+    def occurrences(self, token_id: int) -> int:
+        """How often a token stands at a kept position."""
+        return int(self.token_counts[token_id])
+
+    @cached_property
+    def token_counts(self) -> np.ndarray:
+        """How often each token stands at a kept position [d_vocab]."""
+        return np.asarray(self._array("by_token/occurrences")[:])
+
+    @cached_property
+    def all_tokens(self) -> np.ndarray:
+        """Every token id [n_contexts, seq_len], read once (4 bytes a token)."""
+        return np.asarray(self._array("tokens")[:])
+
+    @cached_property
+    def all_kept(self) -> np.ndarray:
+        """Which positions count [n_contexts, seq_len], read once."""
+        return np.asarray(self._array("keep")[:])
 
     @cached_property
     def stats(self) -> dict[str, np.ndarray]:

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from sae import checkpoint
-from sae.checkpoint import CheckpointError, adam_tensors, read_tensors, restore_adam, write_json, write_tensors
+from sae.checkpoint import (
+    CheckpointError,
+    adam_tensors,
+    read_header,
+    read_tensors,
+    restore_adam,
+    write_json,
+    write_tensors,
+)
 
 TENSORS = {
     "a": torch.randn(3, 4), "view": torch.randn(4, 3).T, "empty": torch.zeros(0, 2), "count": torch.tensor([2**40]),
@@ -123,3 +131,12 @@ def test_adam_before_its_first_step_has_no_state() -> None:
     assert checkpoint.adam_tensors(optimizer, ["p"]) == {}
     restore_adam(optimizer, ["p"], {})
     assert not optimizer.state
+
+
+def test_a_header_is_read_without_its_tensors(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(3)}, {"step": 7})
+    assert read_header(tmp_path / "a.safetensors") == {"step": 7}
+    assert read_header(tmp_path / "missing.safetensors") == {}
+    (tmp_path / "a.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        read_header(tmp_path / "a.safetensors")

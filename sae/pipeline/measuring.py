@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sae import evaluation, indexing
-from sae.checkpoint import write_json, write_tensors
+from sae.checkpoint import read_header, write_json, write_tensors
 from sae.documents import HELD_OUT, TRAIN
 from sae.lm import LanguageModel
 from sae.model import SAE
@@ -108,7 +108,10 @@ def index(
     )
     blocks = _index_blocks(acts, hook, shards, renumbered)
     try:
-        return indexing.index(dictionary, lm, blocks, writer, hook_point=hook, tokens=contexts * acts.seq_len)
+        return indexing.index(
+            dictionary, lm, blocks, writer, hook_point=hook, tokens=contexts * acts.seq_len,
+            resampled=read_header(directory / "state.safetensors").get("resampled", []) if directory else [],
+        )  # fmt: skip
     except BaseException:
         writer.abandon()
         raise

@@ -1,0 +1,143 @@
+"""Removing one feature from a text: what it does to the prediction of each token.
+
+In a one-layer model nothing reads the MLP's output but the final norm and W_U, so the effect has a closed form and
+needs no second run; elsewhere the model is run again, which is the definition.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae.lm import LanguageModel, NativeModel, Splice
+
+LOGITS_AT_ONCE = 1 << 24  # floats of one [rows, d_vocab] block
+LINEAR_HOOKS = ("mlp.hook_post", "hook_mlp_out", "hook_resid_post")
+
+
+class Ablated(NamedTuple):
+    """The predictions that change, one row each: the token at `position` of `context`, losses in nats.
+
+    `raised` are the tokens whose logit the feature raises most there (logits − logits without it, median at 0).
+    """
+
+    context: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    loss: Float[Tensor, " n"]
+    loss_ablated: Float[Tensor, " n"]
+    raised_ids: Int[Tensor, "n k"]
+    raised: Float[Tensor, "n k"]
+    lowered_ids: Int[Tensor, "n k"]
+    lowered: Float[Tensor, "n k"]
+
+
+def has_closed_form(model: LanguageModel, hook_point: str) -> bool:
+    """Whether only the final norm and the unembedding read what is written at `hook_point`."""
+    if not isinstance(model, NativeModel):
+        return False
+    return hook_point in {f"blocks.{model.module.config.n_layers - 1}.{name}" for name in LINEAR_HOOKS}
+
+
+@torch.inference_mode()
+def ablate(
+    model: LanguageModel,
+    direction: Float[Tensor, " d_in"],
+    tokens: Int[Tensor, "contexts pos"],
+    acts: Float[Tensor, "contexts pos"],
+    hook_point: str,
+    *,
+    shown: Bool[Tensor, "contexts pos"] | None = None,
+    top: int = 3,
+    closed_form: bool | None = None,
+) -> Ablated:
+    """Predictions of the `shown` tokens with `a(t) · direction` subtracted from x at every position t.
+
+    Closed form (one layer): `logits' = W_U · LN(resid − a · r)`, r the direction in the residual stream; so only the
+    token after a firing changes. Otherwise every prediction after a context's first firing is taken from a second run.
+    Source: Bricken et al. 2023, "ablation"; `loss_ablated − loss` > 0 where the feature helps.
+    """
+    exact = has_closed_form(model, hook_point)
+    run = _closed if (exact if closed_form is None else closed_form) else _rerun
+    mask = torch.ones_like(tokens, dtype=torch.bool) if shown is None else shown
+    return run(model, direction, tokens.long(), acts.float(), hook_point, mask[:, 1:], top)
+
+
+def _closed(
+    model: LanguageModel, direction: Tensor, tokens: Tensor, acts: Tensor, hook_point: str, wanted: Tensor, top: int
+) -> Ablated:
+    assert isinstance(model, NativeModel)
+    context, position = torch.nonzero((acts[:, :-1] > 0) & wanted, as_tuple=True)
+    resid, target = final_residual(model, tokens)[context, position], tokens[context, position + 1]
+    act, written = acts[context, position], to_residual(model, direction, hook_point)
+    parts = []
+    for rows in torch.arange(len(context)).split(max(1, LOGITS_AT_ONCE // model.d_vocab)):
+        logits = read_out(model, resid[rows])
+        ablated = read_out(model, resid[rows] - act[rows, None] * written)
+        parts.append(_compare(context[rows], position[rows], target[rows], logits, ablated, top))
+    return _joined(parts, top)
+
+
+def final_residual(model: NativeModel, tokens: Int[Tensor, "contexts pos"]) -> Float[Tensor, "contexts pos d_model"]:
+    """The residual stream that the final norm reads."""
+    return model.capture(tokens, f"blocks.{model.module.config.n_layers - 1}.hook_resid_post")
+
+
+def read_out(model: NativeModel, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+    """`W_U · LN(resid)`: the logits."""
+    return model.module.unembed(model.module.ln_final(resid))
+
+
+def to_residual(
+    model: LanguageModel, directions: Float[Tensor, "*n d_in"], hook_point: str
+) -> Float[Tensor, "*n d_model"]:
+    """Directions at `hook_point` as what they add to the residual stream."""
+    out = model.to_residual(hook_point)
+    return directions if out is None else directions @ out
+
+
+def _rerun(
+    model: LanguageModel, direction: Tensor, tokens: Tensor, acts: Tensor, hook_point: str, wanted: Tensor, top: int
+) -> Ablated:
+    parts = []
+    affected = ((acts > 0).cumsum(1) > 0)[:, :-1] & wanted
+    at_once = max(1, LOGITS_AT_ONCE // (model.d_vocab * tokens.shape[1]))
+    for rows in torch.arange(len(tokens)).split(at_once):
+        if not affected[rows].any():
+            continue
+        logits = model.logits(tokens[rows])
+        ablated = model.logits(tokens[rows], hook_point, _minus(acts[rows, :, None] * direction))
+        context, position = torch.nonzero(affected[rows], as_tuple=True)
+        target = tokens[rows][context, position + 1]
+        parts.append(
+            _compare(
+                rows[context], position, target, logits[context, position].cpu(), ablated[context, position].cpu(), top
+            )
+        )
+    return _joined(parts, top)
+
+
+def _minus(removed: Float[Tensor, "contexts pos d_in"]) -> Splice:
+    return lambda x: x - removed.to(x.device)
+
+
+def _compare(context: Tensor, position: Tensor, target: Tensor, logits: Tensor, ablated: Tensor, top: int) -> Ablated:
+    cross_entropy = torch.nn.functional.cross_entropy
+    change = logits - ablated
+    change = change - change.median(-1, keepdim=True).values
+    raised, raised_ids = change.topk(min(top, change.shape[-1]), dim=-1)
+    lowered, lowered_ids = change.topk(min(top, change.shape[-1]), dim=-1, largest=False)
+    return Ablated(
+        context, position + 1,
+        cross_entropy(logits, target, reduction="none"), cross_entropy(ablated, target, reduction="none"),
+        raised_ids, raised, lowered_ids, lowered,
+    )  # fmt: skip
+
+
+def _joined(parts: list[Ablated], top: int) -> Ablated:
+    if not parts:
+        none, ids, values = torch.zeros(0, dtype=torch.long), torch.zeros(0, top, dtype=torch.long), torch.zeros(0, top)
+        return Ablated(none, none, torch.zeros(0), torch.zeros(0), ids, values, ids, values)
+    return Ablated(*(torch.cat(column) for column in zip(*parts, strict=True)))
