@@ -28,7 +28,8 @@ class SAE(nn.Module):
     `act` is one of
     - `relu`: ReLU(pre);
     - `topk`: ReLU of the k largest of each row;
-    - `batchtopk`: while training, ReLU of the k · rows largest of the batch; in `eval()`, as `jumprelu`;
+    - `batchtopk`: while training, ReLU of the k · rows entries of the batch that lie highest above their feature's
+      threshold, or least below it; in `eval()`, as `jumprelu`;
     - `jumprelu`: pre where pre > threshold, else 0 (a negative threshold counts as 0);
     - `gated`: ReLU(exp(r_mag) · (pre − b_enc) + b_mag) where pre > 0, else 0: b_enc is the gate's bias.
 
@@ -89,7 +90,7 @@ class SAE(nn.Module):
                 return TopK(self.k)
             case "batchtopk" if self.training:
                 assert self.k is not None
-                return BatchTopK(self.k)
+                return BatchTopK(self.k, self.threshold.amax() - self.threshold)
             case "batchtopk" | "jumprelu":
                 return Above(self.threshold.detach().clamp_min(0.0))
         return Above(torch.zeros_like(self.b_enc))
@@ -108,14 +109,14 @@ class SAE(nn.Module):
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Feature activations, dense and differentiable, but not by a threshold or gate: a recipe's loss does that."""
         pre = self.pre_acts(x)
-        match self.rule:
+        match rule := self.rule:
             case TopK(k):
                 values, features = pre.topk(k, dim=-1, sorted=False)
                 return torch.zeros_like(pre).scatter(-1, features, values.relu())
             case BatchTopK(k):
                 flat = pre.flatten()
-                values, entries = flat.topk(k * (len(flat) // self.d_sae), sorted=False)
-                return torch.zeros_like(flat).scatter(-1, entries, values.relu()).view_as(pre)
+                entries = rule.rank(pre).flatten().topk(k * (len(flat) // self.d_sae), sorted=False).indices
+                return torch.zeros_like(flat).scatter(-1, entries, flat[entries].relu()).view_as(pre)
             case Above(threshold):
                 if self.activation == "relu":
                     return pre.relu()

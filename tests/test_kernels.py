@@ -38,9 +38,10 @@ def active_by_rule(pre: Tensor, rule: Rule) -> Tensor:
         case TopK(k):
             kth = pre.sort(-1, descending=True).values[:, min(k, pre.shape[1]) - 1 : min(k, pre.shape[1])]
             return (pre >= kth) & (pre > 0)
-        case BatchTopK(k):
-            kth = pre.flatten().sort(descending=True).values[min(k * len(pre), pre.numel()) - 1]
-            return (pre >= kth) & (pre > 0)
+        case BatchTopK(k, lift):
+            ranked = (pre if lift is None else pre + lift).masked_fill(pre <= 0, 0)
+            kth = ranked.flatten().sort(descending=True).values[min(k * len(pre), pre.numel()) - 1]
+            return (ranked >= kth) & (pre > 0)
         case Above(threshold):
             return pre > threshold
     raise AssertionError
@@ -48,7 +49,8 @@ def active_by_rule(pre: Tensor, rule: Rule) -> Tensor:
 
 def rules(d_sae: int) -> list[Rule]:
     thresholds = random(9, d_sae).double()
-    return [TopK(1), TopK(3), TopK(d_sae + 5), BatchTopK(1), BatchTopK(3), Above(thresholds * 0), Above(thresholds)]
+    ranked = [BatchTopK(1), BatchTopK(3), BatchTopK(3, thresholds.abs().float())]
+    return [TopK(1), TopK(3), TopK(d_sae + 5), *ranked, Above(thresholds * 0), Above(thresholds)]
 
 
 def chosen(kernels: ModuleType, x: Tensor, W_enc: Tensor, bias: Tensor, rule: Rule) -> tuple[Support, Tensor]:
@@ -112,11 +114,14 @@ def test_screening_in_bfloat16_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
 def test_cpu_selects_as_the_reference_does(seed: int, rows: int, d_sae: int, scale: float) -> None:
     W_enc, bias, _ = weights(16, d_sae, seed)
     x = random(seed + 7, rows, 16) * scale
-    for rule in (TopK(4), BatchTopK(2), Above(bias.abs())):
+    lift = torch.where(torch.arange(d_sae) % 2 == 0, scale, 0.0)
+    for rule in (TopK(4), BatchTopK(2), BatchTopK(2, lift), Above(bias.abs())):
         mine, theirs = (s.dense(v) for s, v in (k.select(x, W_enc, bias, rule) for k in (choose("cpu"), reference)))
         both = (mine != 0) & (theirs != 0)
         torch.testing.assert_close(mine[both], theirs[both], rtol=1e-4, atol=1e-5 * scale)
         # Where only one has the entry, float32's rounding of two sums has decided a tie at the bar.
+        if isinstance(rule, BatchTopK):
+            mine, theirs = rule.rank(mine), rule.rank(theirs)
         smallest = torch.where(theirs != 0, theirs, torch.inf)
         bar = {TopK: smallest.amin(-1, keepdim=True), BatchTopK: smallest.amin(), Above: bias.abs()}[type(rule)]
         differ = (mine != 0) != (theirs != 0)
@@ -184,7 +189,10 @@ def test_by_feature_is_the_transpose_of_the_support() -> None:
         assert torch.equal(offsets.diff(), torch.bincount(support.features.long(), minlength=30))
 
 
-@pytest.mark.parametrize("rule", [TopK(3), BatchTopK(3), Above(torch.full((60,), 0.5))], ids=lambda r: type(r).__name__)
+GRADIENT_RULES = [TopK(3), BatchTopK(3), BatchTopK(3, torch.linspace(0, 3, 60)), Above(torch.full((60,), 0.5))]
+
+
+@pytest.mark.parametrize("rule", GRADIENT_RULES, ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("in_place", [True, False])
 def test_every_gradient_of_a_dictionary_is_the_dense_float64_one(
     kernels: ModuleType, rule: Rule, in_place: bool

@@ -39,8 +39,9 @@ def activations(sae: SAE, x: torch.Tensor) -> torch.Tensor:
         kth = pre.sort(-1, descending=True).values[:, sae.k - 1 : sae.k]
         return torch.where(pre >= kth, pre.clamp_min(0), 0.0)
     if sae.activation == "batchtopk" and sae.training:
-        kth = pre.flatten().sort(descending=True).values[sae.k * len(pre) - 1]
-        return torch.where(pre >= kth, pre.clamp_min(0), 0.0)
+        above = torch.where(pre > 0, pre - p["threshold"], -torch.inf)
+        kth = above.flatten().sort(descending=True).values[sae.k * len(pre) - 1]
+        return torch.where(above >= kth, pre.clamp_min(0), 0.0)
     if sae.activation in ("jumprelu", "batchtopk"):
         return pre.clamp_min(0) * (pre > p["threshold"])
     if sae.activation == "gated":

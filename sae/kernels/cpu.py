@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.kernels import cpu_loops, reference
+from sae.kernels.batch_topk import batch_topk
 from sae.kernels.cpu_loops import BLOCK
 from sae.kernels.support import Above, BatchTopK, ByFeature, NotSparse, Rule, Support, TopK
 
@@ -27,7 +28,6 @@ NAME = "cpu"
 SCREEN_ROWS = 1024  # rows of screened values held at once
 ROOM_SHARE = 1 / 4  # room for this share of the features in a row; a batch that needs more is a case for dense products
 ROOM_FEATURES = 64
-SAMPLED_ROWS = 64
 BFLOAT16_ROUNDING = 2.0**-8
 FLOAT32_SUM_ROUNDING = 2.0**-17  # of ‖x‖ ‖w‖, for sums of up to some thousand terms
 
@@ -44,38 +44,11 @@ def select(
             return _screened(x, W_enc, bias, min(k, len(bias)), torch.zeros_like(bias))
         case Above(threshold):
             return _screened(x, W_enc, bias, 0, threshold)
-        case BatchTopK(k):
-            return _batch_topk(x, W_enc, bias, k)
-
-
-def _batch_topk(x: Tensor, W_enc: Tensor, bias: Tensor, k: int) -> tuple[Support, Tensor]:
-    """Everything above a floor guessed from some rows; the floor is lowered until k · rows entries lie above it."""
-    wanted = k * len(x)
-    sampled = torch.addmm(bias, x[:: max(1, len(x) // SAMPLED_ROWS)], W_enc).flatten()
-    share = 1.25
-    while True:
-        rank = int(share * k * len(sampled) / len(bias))
-        floor = sampled.topk(rank).values[-1].clamp_min(0.0) if 0 < rank < len(sampled) else bias.new_zeros(())
-        try:
-            support, pre = _screened(x, W_enc, bias, 0, floor.expand_as(bias).contiguous())
-        except NotSparse:  # one row takes more than its room: rare, and then the dense way is the way
-            return reference.select(x, W_enc, bias, BatchTopK(k))
-        if len(pre) >= wanted or floor == 0:
-            break
-        share *= 1.5
-    if len(pre) <= wanted:
-        return support, pre
-    kept = largest(pre, wanted)
-    return support.where(kept), pre[kept]
-
-
-def largest(values: Float[Tensor, " n"], count: int) -> Tensor:
-    """A boolean vector that is true for the `count` largest values; of equal ones the first."""
-    threshold = values.kthvalue(len(values) - count + 1).values
-    above = values > threshold
-    ties = (values == threshold).nonzero().squeeze(-1)[: count - int(above.sum())]
-    above[ties] = True
-    return above
+        case BatchTopK():
+            try:
+                return batch_topk(x, W_enc, bias, rule, lambda threshold: _screened(x, W_enc, bias, 0, threshold))
+            except NotSparse:  # one row takes more than its room: rare, and then the dense way is the way
+                return reference.select(x, W_enc, bias, rule)
 
 
 def _screened(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, threshold: Tensor) -> tuple[Support, Tensor]:

@@ -26,7 +26,7 @@ def select(
             values, features = pre.topk(min(k, pre.shape[1]), dim=-1, sorted=False)
             active = torch.zeros_like(pre, dtype=torch.bool).scatter(-1, features, values > 0)
         case BatchTopK(k):
-            values, entries = pre.flatten().topk(min(k * len(pre), pre.numel()), sorted=False)
+            values, entries = rule.rank(pre).flatten().topk(min(k * len(pre), pre.numel()), sorted=False)
             active = torch.zeros_like(pre, dtype=torch.bool).flatten().scatter(-1, entries, values > 0).view_as(pre)
         case Above(threshold):
             active = pre > threshold

@@ -20,9 +20,21 @@ class TopK:
 
 @dataclass(frozen=True)
 class BatchTopK:
-    """The k · rows largest positive pre-activations of the batch. Source: Bussmann et al. 2024 (arXiv 2412.06410)."""
+    """The k · rows largest of the batch among positive pre-activations, each ranked with its feature's `lift` added.
+
+    Source: Bussmann et al. 2024 (arXiv 2412.06410); the lift, which changes who is chosen and no value, is the bias of
+    Wang et al. 2024 (arXiv 2408.15664) for experts.
+    """
 
     k: int
+    lift: Float[Tensor, " d_sae"] | None = None  # none: zero
+
+    def lifts(self, like: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+        return torch.zeros_like(like) if self.lift is None else self.lift
+
+    def rank(self, pre: Float[Tensor, "rows d_sae"]) -> Float[Tensor, "rows d_sae"]:
+        """What the entries are chosen by; zero for those that cannot be."""
+        return pre.relu() if self.lift is None else torch.where(pre > 0, pre + self.lift, 0.0)
 
 
 @dataclass(frozen=True)
