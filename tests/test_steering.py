@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from fakes import HOOK_POINT
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sae.lm import NativeModel
 from sae.model import SAE
-from sae.steering import MAX_EDITS, Edit, Steered, _gumbel, _kl, _sample, splice_edits, steer, steer_stream
+from sae.steering import (
+    MAX_EDITS,
+    Edit,
+    Steered,
+    _gumbel,
+    _kl,
+    _sample,
+    next_tokens,
+    scaled,
+    splice_edits,
+    steer,
+    steer_stream,
+    sweep_stream,
+)
 
 D_IN, D_SAE, DEAD = 32, 24, 5
 PROMPT = "the quick brown"
@@ -117,6 +134,76 @@ def test_edits_of_one_feature_are_made_one_after_another(sae: SAE, feature_max: 
     torch.testing.assert_close(moved(Edit(2, "add", 1.0), Edit(2, "add", 1.0)), moved(Edit(2, "add", 2.0)))
 
 
+def test_only_where_active_leaves_the_other_positions_alone(sae: SAE, feature_max: np.ndarray) -> None:
+    x = torch.randn(4, 9, D_IN, generator=torch.Generator().manual_seed(0)) * 2
+    active = sae.encode(x)[..., 2] > 0
+    assert active.any()
+    assert not active.all()
+    for mode in ("set", "add"):
+        everywhere = splice_edits(sae, [Edit(2, mode, 4.0)], feature_max)(x)
+        moved = splice_edits(sae, [Edit(2, mode, 4.0, only_active=True)], feature_max)(x)
+        assert torch.equal(moved[~active], x[~active])
+        assert torch.equal(moved[active], everywhere[active])
+
+
+def test_a_multiple_of_the_99th_percentile(sae: SAE, feature_max: np.ndarray) -> None:
+    """The same edit as with that many multiples of the maximum."""
+    x = torch.randn(2, 5, D_IN, generator=torch.Generator().manual_seed(0))
+    p99 = feature_max / 4
+    found = splice_edits(sae, [Edit(2, "set", 8.0, "p99")], feature_max, p99)(x)
+    torch.testing.assert_close(found, splice_edits(sae, [Edit(2, "set", 2.0)], feature_max)(x))
+    with pytest.raises(ValueError, match="multiples of the p99, but no feature_p99 is given"):
+        splice_edits(sae, [Edit(2, "set", 8.0, "p99")], feature_max)
+    with pytest.raises(ValueError, match="feature 5 never fired, so multiples of its 99th percentile mean nothing"):
+        splice_edits(sae, [Edit(DEAD, "add", 1.0, "p99")], feature_max, p99)
+
+
+@given(
+    st.builds(
+        Edit,
+        st.integers(0, 10**6),
+        st.sampled_from(["set", "add", "scale"]),
+        st.floats(-1e3, 1e3).map(lambda v: float(f"{v:g}")),
+        st.just("max"),
+        st.booleans(),
+    )
+)
+def test_an_edit_is_read_back_as_written(edit: Edit) -> None:
+    assert Edit.parse(str(edit)) == edit
+
+
+@pytest.mark.parametrize(
+    ("text", "edit"),
+    [
+        ("12:set:5", Edit(12, "set", 5.0)),
+        (" 12:set:5x:p99:active ", Edit(12, "set", 5.0, "p99", True)),
+        ("7:ablate", Edit(7, "ablate")),
+        ("7:ablate:active", Edit(7, "ablate", only_active=True)),
+        ("9:scale:0.5:max", Edit(9, "scale", 0.5)),
+    ],
+)
+def test_edits_as_people_write_them(text: str, edit: Edit) -> None:
+    assert Edit.parse(text) == edit
+    assert Edit.parse(str(edit)) == edit
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' in '' is not a feature number"),
+        ("-1:set:5", "'-1' in '-1:set:5' is not a feature number"),
+        ("12", "mode must be one of"),
+        ("12:clamp:5", "mode must be one of set, add, scale, ablate; got 'clamp'"),
+        ("12:set", "'12:set' says no value for 'set'"),
+        ("12:set:five", "'five' in '12:set:five' is no number"),
+        ("12:set:nan", "finite number"),
+    ],
+)
+def test_edits_that_cannot_be_read(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Edit.parse(text)
+
+
 # --- generation ------------------------------------------------------------------------------------------------------
 
 STRONG = [Edit(2, "set", 30.0)]
@@ -200,6 +287,73 @@ def test_an_empty_prompt_starts_at_bos(sae: SAE, tiny_model: NativeModel, featur
     monkeypatch.setattr(tiny_model, "bos_id", None)
     with pytest.raises(ValueError, match="the prompt is empty and this model has no BOS"):
         steer(tiny_model, sae, "", STRONG, max_new_tokens=2, feature_max=feature_max)
+
+
+def test_each_row_of_a_sweep_is_that_text_steered_alone(
+    sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray
+) -> None:
+    edits, factors = [Edit(2, "set", 3.0), Edit(7, "add", 2.0), Edit(9, "ablate")], (0.0, 1.0, 5.0)
+    settings = {"seed": 3, "max_new_tokens": 8, "feature_max": feature_max}
+    *_, rows = sweep_stream(tiny_model, sae, PROMPT, edits, factors, **settings)
+    for factor, row in zip(factors, rows, strict=True):
+        alone = steer(tiny_model, sae, PROMPT, scaled(edits, factor), **settings)
+        assert (row.base_ids, row.steered_ids) == (alone.base_ids, alone.steered_ids)
+        assert row.kl == pytest.approx(alone.kl, rel=1e-4, abs=1e-6)
+    assert len({tuple(row.steered_ids) for row in rows}) == 3
+    with pytest.raises(ValueError, match="at least one factor"):
+        sweep_stream(tiny_model, sae, PROMPT, edits, (), **settings)
+
+
+def test_no_strength_adds_nothing_and_sets_to_zero() -> None:
+    assert scaled([Edit(1, "set", 5.0), Edit(2, "ablate"), Edit(3, "scale", 2.0)], 0.0) == [
+        Edit(1, "set", 0.0), Edit(2, "ablate"), Edit(3, "scale", 0.0),
+    ]  # fmt: skip
+
+
+def test_surprisal_and_perplexity_are_the_base_models(
+    sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray
+) -> None:
+    """Of both texts, from one pass over each finished text."""
+    found = steer(tiny_model, sae, PROMPT, STRONG, seed=0, max_new_tokens=6, feature_max=feature_max)
+    for ids, surprisal, perplexity in (
+        (found.base_ids, found.base_surprisal, found.base_perplexity),
+        (found.steered_ids, found.steered_surprisal, found.steered_perplexity),
+    ):
+        losses = tiny_model.token_losses(torch.tensor([found.prompt_ids + ids]))[0, -6:].tolist()
+        assert surprisal == pytest.approx(losses, rel=1e-4)
+        assert perplexity == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
+    assert found.steered_perplexity > found.base_perplexity
+    assert np.isnan(Steered([0]).base_perplexity)
+
+
+def test_next_tokens_before_and_after(sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray) -> None:
+    ids = tiny_model.encode_prompt(PROMPT)
+    found = next_tokens(tiny_model, sae, ids, STRONG, n=7, feature_max=feature_max)
+    tokens = torch.tensor([ids])
+    base = tiny_model.logits(tokens)[0, -1].softmax(-1)
+    steered = tiny_model.logits(tokens, HOOK_POINT, splice_edits(sae, STRONG, feature_max))[0, -1].softmax(-1)
+    assert len(found.ids) == len(set(found.ids)) == 7
+    assert found.base == pytest.approx(base[found.ids].tolist(), rel=1e-4)
+    assert found.steered == pytest.approx(steered[found.ids].tolist(), rel=1e-4)
+    left_out = torch.maximum(base, steered)
+    left_out[found.ids] = 0
+    assert float(left_out.max()) <= max(found.base[-1], found.steered[-1])
+    one = steer(tiny_model, sae, PROMPT, STRONG, max_new_tokens=1, feature_max=feature_max)
+    assert found.kl == pytest.approx(one.kl[0])
+
+
+def test_concurrent_users_get_the_texts_they_would_get_alone(
+    sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray
+) -> None:
+    def run(value: float) -> list[int]:
+        edits = [Edit(2, "set", value)]
+        return steer(tiny_model, sae, PROMPT, edits, seed=1, max_new_tokens=12, feature_max=feature_max).steered_ids
+
+    values = [0.0, 5.0, 30.0, 60.0] * 2
+    alone = [run(value) for value in values]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(run, values)) == alone
+    assert not tiny_model.lock.locked()
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
