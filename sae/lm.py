@@ -69,10 +69,10 @@ class LanguageModel(ABC):
         """Activations at `hook_point`; nothing after it is computed."""
 
     @abstractmethod
-    def logits(
+    def _logits(
         self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Next-token logits; with `splice`, the activations x at `hook_point` are replaced by splice(x)."""
+        """`logits`, differentiable in what `splice` returns."""
 
     @abstractmethod
     def to_residual(self, hook_point: str) -> Float[Tensor, "d_in d_model"] | None:
@@ -81,6 +81,36 @@ class LanguageModel(ABC):
     @abstractmethod
     def unembedding(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model d_vocab"], bool]:
         """Final norm weight, W_U, and whether the norm subtracts the mean (LayerNorm) or not (RMS)."""
+
+    @property
+    @abstractmethod
+    def n_layers(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def norm_eps(self) -> float:
+        """What the final norm adds to the variance."""
+
+    @torch.inference_mode()
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Next-token logits; with `splice`, the activations x at `hook_point` are replaced by splice(x)."""
+        return self._logits(tokens, hook_point, splice)
+
+    def gradient(
+        self, tokens: Int[Tensor, "batch pos"], hook_point: str, objective: Callable[[Tensor], Tensor]
+    ) -> tuple[Float[Tensor, "batch pos d_in"], Float[Tensor, "batch pos d_in"]]:
+        """x at `hook_point`, and the gradient there of `objective(logits)`, a scalar."""
+        leaves: list[Tensor] = []
+
+        def leaf(x: Tensor) -> Tensor:
+            leaves.append(x.detach().clone().requires_grad_(True))
+            return leaves[-1]
+
+        with torch.inference_mode(False), torch.enable_grad():
+            (found,) = torch.autograd.grad(objective(self._logits(tokens.clone(), hook_point, leaf)), leaves)
+        return leaves[0].detach(), found
 
     def identity(self) -> dict[str, Any]:
         return {"id": self.id, "kind": self.kind, "sha256": self.weights_sha256}
@@ -166,8 +196,7 @@ class NativeModel(LanguageModel):
             return captured.value
         raise AssertionError(f"{hook_point} was never reached")
 
-    @torch.inference_mode()
-    def logits(
+    def _logits(
         self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
         if hook_point is None or splice is None:
@@ -178,12 +207,20 @@ class NativeModel(LanguageModel):
     def to_residual(self, hook_point: str) -> Float[Tensor, "d_in d_model"] | None:
         self.hook_width(hook_point)
         if hook_point.endswith("mlp.hook_post"):
-            block = self.module.blocks[_layer(hook_point)]
+            block = self.module.blocks[layer_of(hook_point)]
             return block.get_submodule("mlp.out").get_parameter("weight").T
         return None
 
     def unembedding(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model d_vocab"], bool]:
         return self.module.ln_final.weight, self.module.unembed.weight.T, True
+
+    @property
+    def n_layers(self) -> int:
+        return self.module.config.n_layers
+
+    @property
+    def norm_eps(self) -> float:
+        return self.module.ln_final.eps
 
     def bridge(self) -> Any:
         """The same weights as a TransformerLens `TransformerBridge`: the slow twin, with every TransformerLens tool."""
@@ -241,8 +278,7 @@ class BridgeModel(LanguageModel):
             return captured.value.float()
         raise ModelError(f"{self.id}: the hook point {hook_point!r} exists but was never reached.")
 
-    @torch.inference_mode()
-    def logits(
+    def _logits(
         self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
         if hook_point is None or splice is None:
@@ -280,8 +316,16 @@ class BridgeModel(LanguageModel):
 
     def to_residual(self, hook_point: str) -> Float[Tensor, "d_in d_model"] | None:
         if hook_point.endswith("mlp.hook_post"):
-            return self.module.W_out[_layer(hook_point)].float()
+            return self.module.W_out[layer_of(hook_point)].float()
         return None
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.module.cfg.n_layers)
+
+    @property
+    def norm_eps(self) -> float:
+        return float(self.module.cfg.eps)
 
     def unembedding(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model d_vocab"], bool]:
         centred = "RMS" not in str(self.module.cfg.normalization_type)
@@ -344,7 +388,7 @@ def _boot(name: str, device: str) -> Any:
     return TransformerBridge.boot_transformers(name, device=device)
 
 
-def _layer(hook_point: str) -> int:
+def layer_of(hook_point: str) -> int:
     match = re.match(r"blocks\.(\d+)\.", hook_point)
     if not match:
         raise ModelError(f"hook point {hook_point!r} names no layer (blocks.<layer>.…).")

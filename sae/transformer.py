@@ -65,6 +65,20 @@ class Attention(nn.Module):
         return self.o(z.transpose(1, 2).reshape(batch, pos, -1))
 
 
+    def pattern(self, x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "head dst src"]:
+        """softmax(q k / √d_head), causal: how much each head at `dst` reads from `src`."""
+        q, k = (part(x).view(len(x), self.n_heads, self.d_head).transpose(0, 1) for part in (self.q, self.k))
+        scores = q @ k.transpose(1, 2) / self.d_head**0.5
+        later = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
+        return scores.masked_fill(later, -torch.inf).softmax(-1)
+
+    def through_ov(self, x: Float[Tensor, "*parts d_model"]) -> Float[Tensor, "head *parts d_model"]:
+        """What a head writes for each x it reads with weight 1, without the biases of v and o."""
+        by_head = (self.n_heads, self.d_head, -1)
+        W_V, W_O = self.v.weight.view(by_head), self.o.weight.T.reshape(by_head)
+        return torch.einsum("...m,hdm,hde->h...e", x, W_V, W_O)
+
+
 class Mlp(nn.Module):
     """`out(act(in(x)))`; `post` is the hook point the dictionaries are trained on."""
 
@@ -77,6 +91,18 @@ class Mlp(nn.Module):
     def post(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_mlp"]:
         pre: Tensor = self.get_submodule("in")(x)
         return self.act_fn(pre)
+
+
+def norm_scale(norm: nn.LayerNorm, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
+    """σ of a LayerNorm: √(variance + ε)."""
+    return (x.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+
+
+def norm_part(
+    norm: nn.LayerNorm, part: Float[Tensor, "*batch d"], scale: Float[Tensor, "*batch 1"]
+) -> Float[Tensor, "*batch d"]:
+    """What a summand of x adds to LayerNorm(x) at the scale σ of x: linear in the part, the norm's bias left out."""
+    return (part - part.mean(-1, keepdim=True)) / scale * norm.weight
 
 
 Hook = Callable[[str, Tensor], Tensor]
