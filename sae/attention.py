@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sae.lm import LanguageModel, ModelError, NativeModel, layer_of
@@ -38,18 +38,14 @@ class Paths(NamedTuple):
     exact: bool
 
 
-def patterns(
-    model: LanguageModel, ids: Sequence[int], *, layer: int
-) -> Float[Tensor, "head dst src"]:
+def patterns(model: LanguageModel, ids: Sequence[int], *, layer: int) -> Float[Tensor, "head dst src"]:
     """Attention pattern of each head of a block; rows sum to 1. Raises: ModelError for a model that is not native."""
     with model.lock, torch.inference_mode():
         block, stream = _entering(model, ids, layer)
         return block.attn.pattern(block.ln1(stream.sum(0))).cpu()
 
 
-def paths(
-    model: LanguageModel, sae: SAE, ids: Sequence[int], *, feature: int, position: int, hook_point: str
-) -> Paths:
+def paths(model: LanguageModel, sae: SAE, ids: Sequence[int], *, feature: int, position: int, hook_point: str) -> Paths:
     """The pre-activation of `feature` at `position`, in parts.
 
     Raises: ModelError for a model that is not native, or a hook point before attention; ValueError for a feature or

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae import effects, labels, together
+from sae import effects, labels, layout, together
 from sae.kernels.acts import SparseActs
 from sae.lm import LanguageModel
 from sae.model import SAE
@@ -131,7 +131,7 @@ def _std(mean: Tensor, mean_square: Tensor) -> Tensor:
 
 
 def panels(sae: SAE, model: LanguageModel, hook_point: str) -> dict[str, np.ndarray]:
-    """What follows from the weights alone: logit weights, aligned neurons, nearest features, encoder alignment."""
+    """What follows from the weights alone: logit weights, aligned neurons, nearest features, encoder alignment, map."""
     parts: dict[str, list[np.ndarray]] = {}
     unit = torch.nn.functional.normalize(sae.W_dec, dim=-1)
     for chunk in _chunks(sae.d_sae):
@@ -140,6 +140,7 @@ def panels(sae: SAE, model: LanguageModel, hook_point: str) -> dict[str, np.ndar
         for name, array in found.items():
             parts.setdefault(name, []).append(array)
     joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    joined |= layout.panels(sae.W_dec)
     joined["stats/cos_enc_dec"] = torch.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=-1).numpy()
     return joined
 

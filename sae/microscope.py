@@ -1,4 +1,4 @@
-"""One prompt under a dictionary: what fires on each token, what the dictionary loses there, what pushes a next token."""
+"""One prompt under a dictionary: what fires on each token, what is lost there, what pushes a next token."""
 
 from __future__ import annotations
 

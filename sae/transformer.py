@@ -64,7 +64,6 @@ class Attention(nn.Module):
         z = F.scaled_dot_product_attention(heads(self.q(x)), heads(self.k(x)), heads(self.v(x)), is_causal=True)
         return self.o(z.transpose(1, 2).reshape(batch, pos, -1))
 
-
     def pattern(self, x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "head dst src"]:
         """softmax(q k / √d_head), causal: how much each head at `dst` reads from `src`."""
         q, k = (part(x).view(len(x), self.n_heads, self.d_head).transpose(0, 1) for part in (self.q, self.k))

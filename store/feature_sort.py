@@ -99,32 +99,49 @@ def moments(stats: dict[str, np.ndarray], feature: np.ndarray, value: np.ndarray
     stats["p99"][ids] = value[first + np.ceil(0.99 * count).astype(np.int64) - 1]
 
 
-def token_pairs(
-    stats: dict[str, np.ndarray],
-    pairs: Spill,
-    feature: np.ndarray,
-    token: np.ndarray,
-    value: np.ndarray,
-) -> None:
-    """Sums per (feature, token); the token a feature fires on most (lowest id on a tie)."""
+@dataclass(frozen=True)
+class Pairs:
+    """Sums over the firings of each (feature, token) pair that occurs, ascending."""
+
+    feature: np.ndarray
+    token: np.ndarray
+    count: np.ndarray
+    sum: np.ndarray
+    max: np.ndarray
+
+
+def token_pairs(feature: np.ndarray, token: np.ndarray, value: np.ndarray) -> Pairs:
+    """Count, Σ and max of `value` for each pair."""
     order = np.lexsort((token, feature))
     feature, token, value = feature[order], token[order], value[order]
     change = (np.diff(feature) != 0) | (np.diff(token) != 0)
-    first = np.concatenate([[0], np.flatnonzero(change) + 1])
+    first = np.concatenate([[0], np.flatnonzero(change) + 1])[: len(feature)]
     count = np.diff(np.append(first, len(feature)))
-    pair_feature, pair_token = feature[first], token[first]
-    pairs.append(
-        int(feature[0]),
-        token=pair_token,
-        feature=pair_feature,
-        count=count,
-        sum=np.add.reduceat(value, first),
-        max=np.maximum.reduceat(value, first),
-    )
-    best = np.lexsort((pair_token, -count, pair_feature))
-    ids, start = np.unique(pair_feature[best], return_index=True)
-    stats["top_token"][ids] = pair_token[best][start]
-    stats["top_token_share"][ids] = count[best][start] / stats["count"][ids]
+    if not len(first):
+        return Pairs(feature, token, count, value, value)
+    sums, largest = np.add.reduceat(value, first), np.maximum.reduceat(value, first)
+    return Pairs(feature[first], token[first], count, sums, largest)
+
+
+def spill_pairs(spill: Spill, pairs: Pairs) -> None:
+    """Adds the pairs of some whole features, later than those added before."""
+    if len(pairs.feature):
+        spill.append(int(pairs.feature[0]), **vars(pairs))
+
+
+def top_tokens(stats: dict[str, np.ndarray], pairs: Pairs) -> None:
+    """The token a feature fires on most (lowest id on a tie) and its share of the firings."""
+    best = np.lexsort((pairs.token, -pairs.count, pairs.feature))
+    ids, start = np.unique(pairs.feature[best], return_index=True)
+    stats["top_token"][ids] = pairs.token[best][start]
+    stats["top_token_share"][ids] = pairs.count[best][start] / stats["count"][ids]
+
+
+def next_tokens(tokens: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """The token after each row [contexts · seq_len]; -1 where none follows in its context, or one that is not kept."""
+    after = np.full(tokens.shape, -1, np.int64)
+    after[:, :-1] = np.where(keep[:, 1:], tokens[:, 1:].astype(np.int64), -1)
+    return after.reshape(-1)
 
 
 def domains(stats: dict[str, np.ndarray], feature: np.ndarray, domain: np.ndarray) -> None:

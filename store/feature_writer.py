@@ -13,11 +13,22 @@ import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
-from store.feature_sort import SortedFirings, Spill, domains, empty_stats, moments, token_pairs
+from store.feature_sort import (
+    SortedFirings,
+    Spill,
+    domains,
+    empty_stats,
+    moments,
+    next_tokens,
+    spill_pairs,
+    token_pairs,
+    top_tokens,
+)
 from store.schema import StoreError, atomic_json
 
 KIND = "feature-index"
-INDEX_FORMAT = 2  # 2: what features do together and next, labels, Δloss, how often each token occurs
+# 2: what features do together and next, labels, Δloss, how often each token occurs, what precedes it, the map
+INDEX_FORMAT = 2
 CHUNK = 1 << 16  # elements: a feature's slice touches few chunks, a chunk decodes in < 1 ms
 SMALLEST = np.float16(6e-8)  # the least positive float16: a firing never rounds to zero
 BLOCK = 1 << 21  # firings worked on at once when statistics are taken
@@ -54,6 +65,9 @@ PANEL_DTYPES = {
     "label/kind": "int8",
     "label/keys": "int32",
     "label/score": "float32",
+    "map/pca": "float32",
+    "map/umap": "float32",
+    "map/cluster": "int32",
 }
 Document = tuple[str, str, str, str]  # id, source, domain, sha256
 
@@ -151,13 +165,13 @@ class FeatureWriter:
         _put(root, "firings/ptr", ptr)
         _put(root, "firings/row", firings["row"])
         _put(root, "firings/value", firings["value"])
-        stats, pairs = self._statistics(ptr, firings["row"], firings["value"])
+        stats, inverted = self._statistics(ptr, firings["row"], firings["value"])
         for name, column in stats.items():
             _put(root, f"stats/{name}", column)
-        token_ptr, by_token = pairs.scatter("token", len(self.vocabulary))
-        _put(root, "by_token/ptr", token_ptr)
-        for name, column in by_token.items():
-            _put(root, f"by_token/{name}", column)
+        for group, pairs in inverted.items():
+            token_ptr, columns = pairs.scatter("token", len(self.vocabulary))
+            for name, column in ({"ptr": token_ptr} | columns).items():
+                _put(root, f"{group}/{name}", column)
         for name, column in (
             ("tokens", self._tokens),
             ("keep", self._keep),
@@ -252,14 +266,18 @@ class FeatureWriter:
                 "the index holds values in (0, 65504]"
             )
 
-    def _statistics(self, ptr: np.ndarray, rows: np.ndarray, values: np.ndarray) -> tuple[dict[str, np.ndarray], Spill]:
-        """Per-feature statistics, and (token, feature) sums spilled for the inverted index."""
-        columns = {"token": "uint32", "feature": "uint32", "count": "uint32"}
-        pairs = Spill(self.partial / "spill" / "pairs", columns | {"sum": "float32", "max": "float32"})
+    def _statistics(
+        self, ptr: np.ndarray, rows: np.ndarray, values: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], dict[str, Spill]]:
+        """Per-feature statistics, and sums spilled for the inverted indices: (token, feature) of the token fired on,
+        and of the one that follows it."""
+        columns = {"token": "uint32", "feature": "uint32", "count": "uint32", "sum": "float32", "max": "float32"}
+        inverted = {name: Spill(self.partial / "spill" / name, columns) for name in ("by_token", "by_next_token")}
         stats = empty_stats(self.d_sae)
         stats["count"] = np.diff(ptr)
         tokens, documents = self._tokens.reshape(-1), self._document.reshape(-1)
         domain_of = self._domain_of()
+        following = next_tokens(self._tokens, self._keep)
         lo = 0
         while lo < self.d_sae:
             # whole features until the block is full; one feature may exceed it
@@ -270,10 +288,15 @@ class FeatureWriter:
             row = np.asarray(rows[part])
             if len(row):
                 moments(stats, feature, value)
-                token_pairs(stats, pairs, feature, tokens[row].astype(np.int64), value)
+                fired = token_pairs(feature, tokens[row].astype(np.int64), value)
+                spill_pairs(inverted["by_token"], fired)
+                top_tokens(stats, fired)
+                after = following[row]
+                known = after >= 0
+                spill_pairs(inverted["by_next_token"], token_pairs(feature[known], after[known], value[known]))
                 domains(stats, feature, domain_of[documents[row]])
             lo = hi
-        return stats, pairs
+        return stats, inverted
 
     def _domain_of(self) -> np.ndarray:
         """Document number → domain number; the last entry answers padding's -1."""
@@ -281,7 +304,7 @@ class FeatureWriter:
 
     def _put_panels(self, root: zarr.Group, panels: dict[str, np.ndarray], computed: set[str]) -> None:
         for name, array in panels.items():
-            if name in computed or name.split("/")[0] in ("firings", "by_token"):
+            if name in computed or name.split("/")[0] in ("firings", "by_token", "by_next_token"):
                 raise StoreError(f"{self.path}: panel {name} is computed by the writer itself")
             array = np.asarray(array)
             if name in PANEL_DTYPES:

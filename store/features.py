@@ -80,9 +80,21 @@ class FeatureIndex:
 
     def features_of_token(self, token_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Features that fire on a token, ascending: (feature, count, Σ activation, max)."""
-        part = self._slice("by_token/ptr", token_id, self.d_vocab, "token")
+        return self._inverted("by_token", token_id)
+
+    def features_before_token(self, token_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Features that fire on the token before it: (feature, count, Σ activation, max).
+
+        Raises: StoreError for an index older than this list.
+        """
+        if not self.has("by_next_token"):
+            raise StoreError(f"{self.path}: no list of what follows a firing; build the index again to have it")
+        return self._inverted("by_next_token", token_id)
+
+    def _inverted(self, name: str, token_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        part = self._slice(f"{name}/ptr", token_id, self.d_vocab, "token")
         feature, count, total, largest = (
-            np.asarray(self._array(f"by_token/{name}")[part]) for name in ("feature", "count", "sum", "max")
+            np.asarray(self._array(f"{name}/{column}")[part]) for column in ("feature", "count", "sum", "max")
         )
         return feature.astype(np.int64), count, total, largest
 

@@ -190,6 +190,8 @@ def panels(corpus: Corpus, d_sae: int, d_in: int, seed: int) -> dict[str, np.nda
         "neurons/corr_value": np.take_along_axis(corr, np.argsort(-np.abs(corr), 1), 1),
         "neighbours/id": near,
         "neighbours/cosine": np.take_along_axis(cosine, near, 1),
+        "map/pca": decoder[:, :2] * 3,
+        "map/cluster": np.arange(d_sae) % 4,
     }
 
 

@@ -280,6 +280,30 @@ def test_steer_writes_both_texts_the_same_for_the_same_seed(run: Path, capsys: p
     assert "they part never" in capsys.readouterr().out
 
 
+def test_steer_edits_of_several_kinds_over_a_sweep(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+
+    from sae import pipeline
+
+    units = pipeline.feature_units(run / "topk")
+    first, second = np.argsort(-units["feature_max"])[:2].tolist()
+    command = ["steer", str(run / "topk"), "--edit", f"{first}:set:4:p99", "--edit", f"{second}:ablate", "--seed", "3"]
+    assert main([*command, "--max-new-tokens", "6", "--sweep", "0, 1,5x", "--prompt", "the quick", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["edits"] == [f"{first}:set:4:p99", f"{second}:ablate"]
+    assert [row["factor"] for row in found["steered"]] == [0.0, 1.0, 5.0]
+    assert all(len(row["ids"]) == 6 for row in (found["base"], *found["steered"]))
+    assert sum(entry["steered"] for entry in found["next_tokens"]) <= 1.0001
+    assert main([*command, "--max-new-tokens", "3", "--pinned", "--sweep", "1,5"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("perplexity under the base model") == 2
+    assert "'1,2,3,4,5,6,7,8,9,10" in said
+    assert main(["steer", str(run / "topk"), "--edit", "1:set"]) == 2
+    assert "says no value for 'set'" in capsys.readouterr().err
+    assert main(["steer", str(run / "topk"), "--prompt", "the"]) == 2
+    assert "say what to do with the features" in capsys.readouterr().err
+
+
 def test_export_info_and_verify(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "sae-lens")
     assert main(["export", str(run / "topk"), "--format", "sae-lens", "--out", out]) == 0

@@ -307,6 +307,8 @@ def test_files_of_an_evaluated_dictionary(tmp_path: Path, tiny_model: NativeMode
     assert set(stats) == {"count", "max", "mean", "p99"}
     assert header == {"tokens": result["tokens"], "split": "heldout"}
     assert np.array_equal(pipeline.feature_max(tmp_path / "sae"), stats["max"].numpy())
+    units = pipeline.feature_units(tmp_path / "sae")  # no index here
+    assert np.array_equal(units["feature_p99"], stats["p99"].numpy())
     assert set(result["by_domain"]) == {"prose", "dna", "numbers"}
     wanted = ("l0", "fvu", "ce_clean", "ce_sae", "ce_zero", "ce_mean", "delta_ce", "ce_loss_score_zero",
               "ce_loss_score_mean", "dead_share", "ultra_low_share")  # fmt: skip

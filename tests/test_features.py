@@ -95,7 +95,19 @@ def check_against(truth: Truth, index: FeatureIndex) -> None:
         counts = [names.count(domain) for domain in index.domains]
         assert stats["domain_top"][feature] == np.argmax(counts)
         assert stats["domain_purity"][feature] == np.float32(max(counts) / len(names))
+    np.testing.assert_array_equal(index.token_counts[:8], np.bincount(truth.tokens[truth.keep], minlength=8))
+    followed = np.full(truth.tokens.shape, -1)
+    for context in range(truth.shape[0]):
+        for position in range(truth.shape[1] - 1):
+            if truth.keep[context, position + 1]:
+                followed[context, position] = truth.tokens[context, position + 1]
     for token in range(8):
+        before = truth.acts[followed.reshape(-1) == token]
+        feature, count, total, largest = index.features_before_token(token)
+        expected = np.flatnonzero(before.any(axis=0)) if len(before) else np.zeros(0, int)
+        np.testing.assert_array_equal(feature, expected)
+        np.testing.assert_array_equal(count, (before[:, expected] > 0).sum(axis=0))
+        np.testing.assert_allclose(total, before[:, expected].sum(axis=0), rtol=1e-5)
         on_token = truth.acts[tokens == token]
         on_this, count, total, largest = index.features_of_token(token)
         expected = np.flatnonzero(on_token.any(axis=0)) if len(on_token) else np.zeros(0, int)

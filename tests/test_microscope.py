@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from fakes import HOOK_POINT, SHAPE, write_model
@@ -69,9 +67,9 @@ def test_in_the_last_layer_the_parts_sum_to_the_logit(
     two_layers: NativeModel, tiny_model: NativeModel, ids: list[int], hook: str
 ) -> None:
     """The linear path: take a feature's write out of the stream, hold the final norm's scale, read the logit again."""
+    position, token = 4, 17
     for model, hook_point in ((tiny_model, f"blocks.0.{hook}"), (two_layers, f"blocks.1.{hook}")):
         sae = random_sae(model.hook_width(hook_point), hook_point)
-        position, token = 4, 17
         found = attribute(model, sae, ids, position=position, token=token, hook_point=hook_point)
         assert found.exact
         assert set(found.positions.tolist()) == {position}

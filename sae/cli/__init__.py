@@ -12,8 +12,9 @@ from sae import __version__
 from sae.cli.comparing import compare
 from sae.cli.dictionaries import evaluate, export, index, train
 from sae.cli.flags import with_config_file
-from sae.cli.looking import browse, info, steer
+from sae.cli.looking import browse, info
 from sae.cli.models import pretrain
+from sae.cli.steering import steer
 from sae.cli.stores import harvest, verify
 
 VERBS = (pretrain, harvest, train, evaluate, index, browse, steer, compare, export, info, verify)

@@ -2,7 +2,7 @@
 
 from sae.pipeline.comparing import compare
 from sae.pipeline.describing import describe
-from sae.pipeline.dictionaries import EXPORT_FORMATS, export, feature_max, train
+from sae.pipeline.dictionaries import EXPORT_FORMATS, export, feature_max, feature_units, train
 from sae.pipeline.measuring import evaluate, index
 from sae.pipeline.pairing import PipelineError, open_pair
 from sae.pipeline.stores import DEFAULT_HOOK_POINT, Forecast, forecast_harvest, harvest, verify
@@ -17,6 +17,7 @@ __all__ = [
     "evaluate",
     "export",
     "feature_max",
+    "feature_units",
     "forecast_harvest",
     "harvest",
     "index",
