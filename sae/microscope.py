@@ -9,11 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae.ablation import LINEAR_HOOKS
 from sae.lm import LanguageModel, layer_of
 from sae.model import SAE
-
-# Hook points whose activations reach the logits through the final norm and the unembedding only, in the last layer.
-LAST_WRITES = ("mlp.hook_post", "hook_mlp_out", "hook_resid_post")
 
 
 class Inspection(NamedTuple):
@@ -81,7 +79,7 @@ class Attribution(NamedTuple):
 def is_exact(model: LanguageModel, hook_point: str) -> bool:
     """Whether what is written at `hook_point` reaches the logits through the final norm only: linear at its scale."""
     name = hook_point.partition(".")[2].partition(".")[2]
-    return name in LAST_WRITES and layer_of(hook_point) == model.n_layers - 1
+    return name in LINEAR_HOOKS and layer_of(hook_point) == model.n_layers - 1
 
 
 def attribute(
