@@ -64,3 +64,45 @@ def divergence_chart(kl: list[float]) -> alt.Chart:
         )
         .properties(height=HEIGHT)
     )
+
+
+def level_chart(levels: pd.DataFrame) -> alt.Chart:
+    """Share of rule-true firings by activation; bars in the width of their interval."""
+    return (
+        alt.Chart(levels)
+        .mark_bar(color=ORANGE, binSpacing=1)
+        .encode(
+            x=alt.X("low:Q", bin="binned", axis=alt.Axis(title=None, tickCount=6, grid=False)),
+            x2="high:Q",
+            y=alt.Y("share:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, format="%", tickCount=4)),
+            tooltip=[
+                alt.Tooltip("low:Q", format=".3g", title="above"),
+                alt.Tooltip("high:Q", format=".3g", title="up to"),
+                alt.Tooltip("firings:Q", format=","),
+                alt.Tooltip("share:Q", format=".1%", title="rule holds"),
+            ],
+        )
+        .properties(height=150)
+    )
+
+
+def curve_chart(curve: pd.DataFrame) -> alt.Chart:
+    """Precision, recall and F1 of "activation above the threshold" as a detector of the rule."""
+    names = {"precision": BLUE, "recall": ORANGE, "f1": VIOLET}
+    long = curve.melt("threshold", list(names), var_name="score", value_name="value")
+    return (
+        alt.Chart(long)
+        .mark_line()
+        .encode(
+            x=alt.X("threshold:Q", axis=alt.Axis(title=None, tickCount=6, grid=False)),
+            y=alt.Y("value:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, tickCount=4)),
+            color=alt.Color(
+                "score:N",
+                scale=alt.Scale(domain=list(names), range=list(names.values())),
+                legend=alt.Legend(title=None, orient="bottom"),
+            ),
+            strokeDash=alt.StrokeDash("score:N", legend=None),
+            tooltip=["score", alt.Tooltip("threshold:Q", format=".3g"), alt.Tooltip("value:Q", format=".3f")],
+        )
+        .properties(height=150)
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ LEVELS = 4  # how deep below the root an SAE may lie
 ULTRA_LOW = 1e-5  # firings per kept token; the bound of eval.json's ultra_low_share
 DENSE = 0.1
 N_INTERVALS = 11
+TEXT_COLUMNS = ("label", "auto_label", "top_token", "top_logits", "domain")
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,43 @@ def top_rows(rows: np.ndarray, values: np.ndarray, n: int, seq_len: int) -> np.n
     return rows[order[np.sort(first)[:n]]]
 
 
+def bottom_rows(rows: np.ndarray, values: np.ndarray, n: int, seq_len: int) -> np.ndarray:
+    """Rows of the `n` smallest firings, smallest first, one for each context (ties: lower row)."""
+    return top_rows(rows, -values, n, seq_len)
+
+
+def control_rows(index: FeatureIndex, rows: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Up to `n` rows drawn uniformly from the kept rows on which the feature does not fire, ascending."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(index.n_contexts * index.seq_len, min(8 * n, index.n_contexts * index.seq_len), replace=False)
+    place = np.minimum(np.searchsorted(rows, drawn), max(0, len(rows) - 1))
+    silent = drawn[rows[place] != drawn] if len(rows) else drawn
+    kept = [row for row in silent.tolist() if index.keep_at(row // index.seq_len)[row % index.seq_len]]
+    return np.sort(np.array(kept[:n], np.int64))
+
+
+def rows_in_range(
+    rows: np.ndarray, values: np.ndarray, low: float, high: float, n: int, seed: int
+) -> tuple[np.ndarray, int]:
+    """Up to `n` rows drawn uniformly from the firings in (low, high], largest first; and how many there are."""
+    inside = np.flatnonzero((values > low) & (values <= high))
+    drawn = np.random.default_rng(seed).choice(inside, min(n, len(inside)), replace=False)
+    return rows[drawn[np.argsort(-values[drawn], kind="stable")]], len(inside)
+
+
+def loss_shares(index: FeatureIndex, feature: int, counts: Sequence[int]) -> list[float | None]:
+    """Each interval's estimated share of Σ|Δloss|, lowest interval first: firings × mean |Δloss| of the sampled ones.
+
+    None for an interval of which nothing was sampled, and for all where the index holds no Δloss.
+    """
+    if not index.has("effects/interval_abs"):
+        return [None] * len(counts)
+    means, samples = (index.panel(f"effects/interval_{name}", feature) for name in ("abs", "samples"))
+    mass = np.asarray(counts) * means
+    total = mass[samples > 0].sum()
+    return [float(m / total) if n and total > 0 else None for m, n in zip(mass, samples, strict=True)]
+
+
 def intervals(
     rows: np.ndarray, values: np.ndarray, *, per_interval: int, seed: int, n: int = N_INTERVALS
 ) -> list[Interval]:
@@ -189,11 +227,13 @@ def logit_histogram(index: FeatureIndex, feature: int) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class TokenShare:
-    """How often a feature fires on one token: `share` of its firings, `of_token` of the token's."""
+    """How often a feature fires on one token: `share` of its firings (the precision of "fires on this token"), and
+    `recall`, the share of the token's occurrences on which it fires."""
 
     token_id: int
     count: int
     share: float
+    recall: float
     mean: float
 
 
@@ -204,7 +244,11 @@ def token_shares(index: FeatureIndex, rows: np.ndarray, values: np.ndarray, n: i
     ids, inverse, counts = np.unique(index.tokens_of(rows), return_inverse=True, return_counts=True)
     means = np.bincount(inverse, weights=values) / counts
     best = np.lexsort((ids, -counts))[:n]
-    return [TokenShare(int(ids[i]), int(counts[i]), counts[i] / len(rows), float(means[i])) for i in best]
+    total = index.token_counts
+    return [
+        TokenShare(int(ids[i]), int(counts[i]), counts[i] / len(rows), counts[i] / total[ids[i]], float(means[i]))
+        for i in best
+    ]
 
 
 def density(index: FeatureIndex) -> np.ndarray:
@@ -217,6 +261,46 @@ def flags(index: FeatureIndex) -> np.ndarray:
     share = density(index)
     conditions = [index.stats["count"] == 0, share < ULTRA_LOW, share > DENSE]
     return np.select(conditions, ["dead", "ultra-low", "dense"], "")
+
+
+LABEL_KINDS = ("token", "after", "pair", "domain")
+
+
+@dataclass(frozen=True)
+class AutoLabel:
+    """The rule found without a language model, as text, with its held-out detection scores."""
+
+    text: str
+    kind: str
+    precision: float
+    recall: float
+    f1: float
+
+
+def auto_label(index: FeatureIndex, feature: int) -> AutoLabel | None:
+    """The index's label of one feature; None where no rule was found."""
+    if not index.has("label/kind"):
+        return None
+    kind = int(index.panel("label/kind", feature))
+    if kind < 0:
+        return None
+    keys = index.panel("label/keys", feature)
+    precision, recall, f1 = index.panel("label/score", feature).tolist()
+    return AutoLabel(_rule_text(index, LABEL_KINDS[kind], keys), LABEL_KINDS[kind], precision, recall, f1)
+
+
+def _rule_text(index: FeatureIndex, kind: str, keys: np.ndarray) -> str:
+    def token(number: int) -> str:
+        return label(index.token_bytes(number))
+
+    used = [(int(a), int(b)) for a, b in keys if (a, b) != (-1, -1)]
+    if kind == "domain":
+        return "in " + ", ".join(index.domains[a] for a, _ in used)
+    if kind == "after":
+        return "after " + "  ".join(token(a) for a, _ in used)
+    if kind == "pair":
+        return "  ".join(token(a) + token(b) for a, b in used)
+    return "  ".join(token(b) for _, b in used)
 
 
 def feature_table(index: FeatureIndex) -> pd.DataFrame:
@@ -240,9 +324,18 @@ def feature_table(index: FeatureIndex) -> pd.DataFrame:
         columns["top_logits"] = ["  ".join(token(t) for t in row) for row in ids]
     columns["domain"] = [index.domains[d] if d >= 0 else "" for d in stats["domain_top"].tolist()]
     columns["domain_purity"] = stats["domain_purity"]
-    for name in ("cos_enc_dec", "nearest_cosine", "logit_kurtosis"):
+    for name in ("delta_loss", "logit_kurtosis", "cos_enc_dec", "nearest_cosine"):
         if name in stats:
             columns[name] = stats[name]
+    if "resampled_step" in stats:
+        columns["resampled_step"] = pd.Series(stats["resampled_step"], dtype="Int32").where(lambda step: step >= 0)
+    if index.has("label/kind"):
+        kinds, keys = index.column("label/kind").tolist(), index.column("label/keys")
+        columns["auto_label"] = [
+            _rule_text(index, LABEL_KINDS[kind], key) if kind >= 0 else ""
+            for kind, key in zip(kinds, keys, strict=True)
+        ]
+        columns["auto_f1"] = index.column("label/score")[:, 2]
     return pd.DataFrame(columns)
 
 
@@ -273,7 +366,7 @@ def select_features(
     if text:
         needle = label(text.encode()).casefold()
         hit = np.zeros(len(table), bool)
-        for name in ("top_token", "top_logits", "domain"):
+        for name in TEXT_COLUMNS:
             if name in table:
                 hit |= table[name].str.casefold().str.contains(needle, regex=False).to_numpy()
         keep &= hit
@@ -283,7 +376,7 @@ def select_features(
 def to_csv(table: pd.DataFrame) -> bytes:
     """The table as UTF-8 CSV; text cells are JSON strings, so none is taken for a formula."""
     safe = table.copy()
-    for name in ("top_token", "top_logits", "domain"):
+    for name in TEXT_COLUMNS:
         if name in safe:
             safe[name] = [json.dumps(text, ensure_ascii=False) for text in safe[name]]
     return safe.to_csv(index=False).encode()

@@ -80,6 +80,7 @@ def open_feature(feature: int) -> None:
     """Shows a feature: for callbacks only, before the widgets of the next run exist."""
     st.session_state["feature"] = feature
     st.session_state["view"] = "feature"
+    st.session_state["range"] = ""  # of the feature left behind
 
 
 def step_feature(by: int, d_sae: int) -> None:
@@ -89,7 +90,8 @@ def step_feature(by: int, d_sae: int) -> None:
 
 
 def leave_table() -> None:
-    """A feature chosen on the table page is shown."""
+    """A feature chosen on the table page is shown; a range dragged for another feature means nothing now."""
+    st.session_state["range"] = ""
     if st.session_state.get("view") == "features":
         st.session_state["view"] = "feature"
 

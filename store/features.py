@@ -118,6 +118,12 @@ class FeatureIndex:
         return np.asarray(self._array("keep")[:])
 
     @cached_property
+    def domain_numbers(self) -> np.ndarray:
+        """Number in `domains` of each row's document, -1 on padding [n_rows]."""
+        of_document = np.array([self.domains.index(row[2]) for row in self.documents] + [-1], np.int64)
+        return of_document[np.asarray(self._array("document")[:])].reshape(-1)
+
+    @cached_property
     def stats(self) -> dict[str, np.ndarray]:
         """Every `stats/<name>` [d_sae], read once."""
         group = self._root["stats"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sae import labels, together
 from store.features import FeatureWriter
 
 SEQ_LEN = 64
@@ -192,6 +193,10 @@ def panels(corpus: Corpus, d_sae: int, d_in: int, seed: int) -> dict[str, np.nda
         "neighbours/cosine": np.take_along_axis(cosine, near, 1),
         "map/pca": decoder[:, :2] * 3,
         "map/cluster": np.arange(d_sae) % 4,
+        "stats/delta_loss": np.where(np.arange(d_sae) == DEAD, np.nan, rng.normal(0.02, 0.02, d_sae)),
+        "stats/resampled_step": np.where(rng.random(d_sae) < 0.2, 150, -1),
+        "effects/interval_abs": rng.uniform(0, 0.1, (d_sae, 11)),
+        "effects/interval_samples": np.full((d_sae, 11), 2),
     }
 
 
@@ -223,7 +228,7 @@ def build_index(path: Path, *, d_sae: int, n_contexts: int, seed: int = 0) -> np
         tokens, keep, document = corpus.tokens[part], corpus.keep[part], corpus.document[part]
         rows_of_index = rows + start * SEQ_LEN
         writer.append(start, tokens, keep, document, rows_of_index, features, block[rows, features])
-    writer.finish(panels(corpus, d_sae, d_in, seed))
+    writer.finish(panels(corpus, d_sae, d_in, seed), lambda firings: together.panels(firings) | labels.panels(firings))
     return acts
 
 

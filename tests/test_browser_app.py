@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -17,14 +18,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser_fixture import DEAD, HOSTILE, HOSTILE_TOKENS, build_root, write_sae_directory
+from browser_fixture import DEAD, DNA, HOSTILE, HOSTILE_TOKENS, build_root, write_sae_directory
 from streamlit.testing.v1 import AppTest
 
 import browser
 from browser import data, launch, live
+from browser.live.ablation import Effect, Effects
 from browser.live.steering import steer
 from browser.state import ROOT_VARIABLE
-from browser.views import steering
+from browser.views import feature_examples, steering
 from store.features import FeatureIndex
 
 APP = Path(browser.__file__).with_name("app.py")
@@ -93,12 +95,67 @@ def test_feature_page_sends_groups_of_tokens(visit: Any, root: Path) -> None:
     rows, values = index.firings(HOSTILE)
     (sent,) = tokens_of(page)
     assert sent["max"] == pytest.approx(values.max())
-    assert len(sent["groups"]) == 12
+    titles = [group["title"] for group in sent["groups"]]
+    assert titles == ["Top activations", *(f"Interval {i}" for i in range(11, 0, -1)), "Bottom activations", "Controls"]
     top = sent["groups"][0]["examples"]
     assert [e["value"] for e in top] == sorted((e["value"] for e in top), reverse=True)
     assert top[0]["value"] == pytest.approx(values.max())
-    shares = [g["note"].split()[-3].strip("%") for g in sent["groups"][1:]]
-    assert sum(map(float, shares)) == pytest.approx(100, abs=0.1)
+    shares = [re.findall(r"([\d.]+)%", group["note"]) for group in sent["groups"][1:12]]
+    for column in zip(*shares, strict=True):  # of the firings, of |Δloss|
+        assert sum(map(float, column)) == pytest.approx(100, abs=0.6)
+    weakest = [e["value"] for e in sent["groups"][12]["examples"]]
+    assert weakest == sorted(weakest)
+    fired = set(rows.tolist())
+    controls = sent["groups"][13]["examples"]
+    assert len(controls) == 20
+    for control in controls:
+        assert control["value"] == 0
+        assert control["context"] * index.seq_len + control["start"] + control["hit"] not in fired
+
+
+def test_a_range_of_activations_comes_from_the_url(visit: Any, root: Path) -> None:
+    page = visit(view="Feature", feature=str(HOSTILE), range="2–3.5")
+    (sent,) = tokens_of(page)
+    values = FeatureIndex.open(root / "demo" / "tm" / "features.zarr").firings(HOSTILE)[1]
+    group = sent["groups"][0]
+    assert group["title"] == "Your range"
+    assert f"{((values > 2) & (values <= 3.5)).sum():,} firings" in group["note"]
+    assert all(2 < e["value"] <= 3.5 for e in group["examples"])
+    page.button(key="goRight").click().run()  # a range of another feature means nothing
+    assert page.session_state["range"] == ""
+
+
+def test_lists_of_the_feature_page(visit: Any) -> None:
+    page = visit(view="Feature", feature=str(HOSTILE))
+    (lists,) = [p["lists"] for p in payloads(page.main) if "lists" in p]
+    titles = {each["title"] for each in lists}
+    assert {"Raises", "Lowers", "Fires next", "Fires together", "Similar activations", "Aligned neurons"} <= titles
+    (charts,) = [p["charts"] for p in payloads(page.main) if "charts" in p]
+    assert [chart["which"] for chart in charts] == ["acts", "logits"]
+    assert "label by rule" in html(page)
+
+
+def test_ablation_reaches_the_tokens_it_changes(visit: Any, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    index = FeatureIndex.open(root / "demo" / "tm" / "features.zarr")
+    rows, values = index.firings(HOSTILE)
+    row = int(rows[values.argmax()])
+    context, position = divmod(row, index.seq_len)
+    effect = Effect(1.0, 1.5, [(5, 0.3)], [(6, -0.2)])
+    monkeypatch.setattr(live, "load", lambda entry: object())
+    monkeypatch.setattr(feature_examples, "effects", lambda *a, **k: Effects({(context, position): effect}, True, 0.1))
+    page = visit(view="Feature", feature=str(HOSTILE))
+    (sent,) = [p for p in payloads(page.main) if "scale" in p]
+    (drawn,) = tokens_of(page)
+    assert sent["key"] == drawn["key"]
+    found = sent["examples"]["0,0"]  # the top example
+    assert found["d"] == [0.5]
+    assert (found["p"], found["q"]) == ([pytest.approx(0.3679)], [pytest.approx(0.2231)])
+    assert drawn["groups"][0]["examples"][0]["hit"] == found["i"][0]
+
+
+def test_specificity_of_a_rule(visit: Any) -> None:
+    page = visit(view="Feature", feature=str(DNA), rule="alphabet", rule_text="ACGT")
+    assert "best F1" not in html(page)  # nothing is computed while the panel is closed
 
 
 def test_hostile_tokens_travel_as_data_and_reach_no_markup(visit: Any) -> None:

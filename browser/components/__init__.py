@@ -1,10 +1,11 @@
-"""Two components drawn in the page's own DOM: coloured tokens, and short lists with bars.
+"""Components drawn in the page's own DOM: coloured tokens, lists with bars, histograms that can be dragged over.
 
-Both take JSON and build nodes with `textContent`; no data ever reaches HTML, CSS or script text.
+All take JSON and build nodes with `textContent`; no data ever reaches HTML, CSS or script text.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import streamlit as st
 
 from browser.data import Example
+from browser.live.ablation import Effects
 from browser.tokens import Piece
 
 _HERE = Path(__file__).parent
@@ -25,6 +27,8 @@ def _source(name: str) -> str:
 
 _tokens = st.components.v2.component("monosem_tokens", css=_source("tokens.css"), js=_source("tokens.js"))
 _lists = st.components.v2.component("monosem_lists", css=_source("lists.css"), js=_source("lists.js"))
+_effects = st.components.v2.component("monosem_effects", js=_source("effects.js"))
+_histograms = st.components.v2.component("monosem_histograms", css=_source("histogram.css"), js=_source("histogram.js"))
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,20 @@ class RowList:
     empty: str = "none"
 
 
+@dataclass(frozen=True)
+class Histogram:
+    """Bars (low, high, count) under a heading; `which` names it when a range is dragged, `chosen` is that range."""
+
+    which: str
+    title: str
+    bars: Sequence[tuple[float, float, int]]
+    counted: str
+    help: str = ""
+    log: bool = False
+    split: bool = False
+    chosen: tuple[float, float] | None = None
+
+
 @dataclass
 class _Vocabulary:
     """Distinct (token id, pieces) of a payload, so that text is sent once."""
@@ -87,8 +105,11 @@ class _Vocabulary:
         return self.numbers[key]
 
 
-def draw_examples(groups: Sequence[Group], maximum: float, *, bos: int | None, key: str) -> None:
-    """Groups of examples, orange in proportion to activation / `maximum`; `bos` ids are faint."""
+def draw_examples(groups: Sequence[Group], maximum: float, *, bos: int | None, key: str, effects_key: str = "") -> None:
+    """Groups of examples, orange in proportion to activation / `maximum`; `bos` ids are faint.
+
+    `draw_effects` with the same `effects_key` underlines them afterwards.
+    """
     vocabulary = _Vocabulary()
     payload = [
         {
@@ -99,7 +120,61 @@ def draw_examples(groups: Sequence[Group], maximum: float, *, bos: int | None, k
         }
         for group in groups
     ]
-    _tokens(data={"max": maximum, "bos": bos, "vocab": vocabulary.entries, "groups": payload}, key=key)
+    _tokens(
+        data={"key": effects_key, "max": maximum, "bos": bos, "vocab": vocabulary.entries, "groups": payload}, key=key
+    )
+
+
+def draw_effects(
+    groups: Sequence[Group], effects: Effects, show: Callable[[int], list[Piece]], *, effects_key: str
+) -> None:
+    """What ablation does to the tokens of `groups`, sent to the component that drew them; `show` is a token's text."""
+    vocabulary = _Vocabulary()
+    examples: dict[str, dict[str, list[Any]]] = {}
+    largest = 0.0
+
+    def moved(changes: list[tuple[int, float]]) -> list[tuple[int, float]]:
+        return [(vocabulary.add(token, show(token)), round(change, 4)) for token, change in changes]
+
+    for g, group in enumerate(groups):
+        for e, example in enumerate(group.examples):
+            found: dict[str, list[Any]] = {name: [] for name in ("i", "d", "p", "q", "up", "down")}
+            for i in range(len(example.token_ids)):
+                effect = effects.at.get((example.context, example.start + i))
+                if effect is None:
+                    continue
+                delta = effect.loss_ablated - effect.loss
+                largest = max(largest, abs(delta))
+                numbers = (i, delta, math.exp(-effect.loss), math.exp(-effect.loss_ablated))
+                for name, number in zip("idpq", numbers, strict=True):
+                    found[name].append(number if name == "i" else float(f"{number:.4g}"))
+                found["up"].append(moved(effect.raised))
+                found["down"].append(moved(effect.lowered))
+            if found["i"]:
+                examples[f"{g},{e}"] = found
+    _effects(
+        data={"key": effects_key, "scale": largest or 1.0, "vocab": vocabulary.entries, "examples": examples},
+        key="effects",
+    )
+
+
+def draw_histograms(charts: Sequence[Histogram], *, key: str, on_range: Callable[[str, Any, Any], None]) -> None:
+    """Histograms; a drag calls `on_range(which, low, high)`, a click calls it with None twice."""
+
+    def dragged() -> None:
+        chosen = getattr(st.session_state.get(key), "range", None)
+        if chosen is not None:
+            on_range(str(chosen["which"]), chosen["low"], chosen["high"])
+
+    payload = [
+        {
+            **{name: value for name, value in vars(chart).items() if name != "chosen"},
+            "low": chart.chosen[0] if chart.chosen else None,
+            "high": chart.chosen[1] if chart.chosen else None,
+        }
+        for chart in charts
+    ]
+    _histograms(data={"charts": payload}, key=key, on_range_change=dragged)
 
 
 def draw_line(title: str, note: str, line: Line, *, key: str) -> None:

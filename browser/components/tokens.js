@@ -1,6 +1,6 @@
 // Draws groups of examples, each a line of tokens coloured by activation, and one shared tooltip.
 // Token text goes through textContent only; an element's textContent equals its token exactly.
-// data: {max, bos, vocab: [[id, [[kind, text], …]], …],
+// data: {key, max, bos, vocab: [[id, [[kind, text], …]], …],
 //        groups: [{title, note, empty, examples: [{v: [vocab index], a: [activation], start, hit,
 //                  value, where, doc, context, plain, dim, first}]}]}
 const GLYPHS = { " ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍" };
@@ -44,7 +44,7 @@ function number(value) {
   return Math.abs(value) >= 0.001 ? value.toPrecision(3) : value.toExponential(1);
 }
 
-function drawExample(data, example, e, g) {
+function drawExample(data, example, e, g, drawn) {
   const line = element("div", example.plain ? "example plain" : "example");
   if (!example.plain) line.append(element("span", "value", number(example.value)));
   const text = element("span", "text");
@@ -52,6 +52,7 @@ function drawExample(data, example, e, g) {
   example.v.forEach((entry, i) => {
     const token = element("span", "tok");
     token.dataset.at = g + "," + e + "," + i;
+    drawn.set(token.dataset.at, token);
     const act = example.a ? example.a[i] : 0;
     if (act > 0) {
       token.classList.add("on");
@@ -72,7 +73,48 @@ function drawExample(data, example, e, g) {
   return line;
 }
 
-function fillTip(tip, data, at) {
+// Underlines what ablation changes, once effects.js has brought it for these very examples.
+function applyEffects(root, data, tokens) {
+  const effects = window.__monosem_effects;
+  root.effects = effects && data.key && effects.key === data.key ? effects : null;
+  if (!root.effects) return;
+  for (const [place, found] of Object.entries(effects.examples)) {
+    found.i.forEach((i, n) => {
+      const token = tokens.get(place + "," + i);
+      const size = Math.abs(found.d[n]) / effects.scale;
+      if (!token || size < 0.04) return;
+      token.classList.add(found.d[n] > 0 ? "helped" : "hurt");
+      token.style.setProperty("--d", Math.min(1, 0.25 + 0.75 * size).toFixed(3));
+    });
+  }
+}
+
+function effectLines(tip, effects, g, e, i) {
+  const found = effects && effects.examples[g + "," + e];
+  const n = found ? found.i.indexOf(i) : -1;
+  if (n < 0) return;
+  const list = element("dl", "effect");
+  const add = (name, ...nodes) => {
+    const value = element("dd");
+    value.append(...nodes);
+    list.append(element("dt", "", name), value);
+  };
+  const sign = found.d[n] > 0 ? "+" : "−";
+  add("Δloss", sign + number(Math.abs(found.d[n])) + " nats " +
+    (found.d[n] > 0 ? "(the feature helps)" : "(the feature hurts)"));
+  add("p(token)", number(found.p[n]) + " → " + number(found.q[n]) + " without");
+  for (const [name, side] of [["raises", found.up[n]], ["lowers", found.down[n]]]) {
+    const shown = side.flatMap(([entry, change]) => {
+      const token = element("bdi", "moved");
+      appendPieces(token, effects.vocab[entry][1], true);
+      return [token, " " + (change > 0 ? "+" : "−") + number(Math.abs(change)) + "  "];
+    });
+    add(name, ...shown);
+  }
+  tip.append(list);
+}
+
+function fillTip(tip, data, at, effects) {
   const [g, e, i] = at.split(",").map(Number);
   const example = data.groups[g].examples[e];
   const [id, pieces] = data.vocab[example.v[i]];
@@ -91,6 +133,7 @@ function fillTip(tip, data, at) {
   add("document", example.doc);
   add("domain", example.where);
   tip.replaceChildren(token, list);
+  effectLines(tip, effects, g, e, i);
 }
 
 function place(tip, box) {
@@ -109,22 +152,28 @@ export default function (component) {
   }
   const tip = element("div", "tip");
   const drawn = document.createDocumentFragment();
+  const tokens = new Map();
   data.groups.forEach((group, g) => {
     const section = element("section", "group");
     const head = element("div", "head");
     head.append(element("span", "title", group.title), element("span", "note", group.note));
     section.append(head);
     if (!group.examples.length) section.append(element("div", "none", group.empty));
-    group.examples.forEach((example, e) => section.append(drawExample(data, example, e, g)));
+    group.examples.forEach((example, e) => section.append(drawExample(data, example, e, g, tokens)));
     drawn.append(section);
   });
   drawn.append(tip);
   root.replaceChildren(drawn);
+  applyEffects(root, data, tokens);
+  if (root.listener) window.removeEventListener("monosem-effects", root.listener);
+  root.listener = () => applyEffects(root, data, tokens);
+  window.addEventListener("monosem-effects", root.listener);
   root.onmouseover = (event) => {
     const token = event.target.closest(".tok");
     if (!token) { tip.style.display = "none"; return; }
-    fillTip(tip, data, token.dataset.at);
+    fillTip(tip, data, token.dataset.at, root.effects);
     place(tip, token.getClientRects()[0] || token.getBoundingClientRect());
   };
   root.onmouseleave = () => { tip.style.display = "none"; };
+  return () => window.removeEventListener("monosem-effects", root.listener);
 }

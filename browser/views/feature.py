@@ -7,13 +7,13 @@ import html
 import numpy as np
 import streamlit as st
 
-from browser import charts, data, state
-from browser.components import Group, Row, RowList, draw_examples, draw_lists
+from browser import data, state
+from browser.components import Histogram, Row, RowList, draw_histograms, draw_lists
 from browser.state import Page
 from browser.tokens import label
+from browser.views import feature_examples, feature_rule
 
-CONTEXTS = {"short": (10, 6), "medium": (22, 12), "whole": (1 << 20, 1 << 20)}
-N_TOP, PER_INTERVAL, N_LIST = 20, 5, 10
+N_LIST = 10
 
 HELP = {
     "activations": "Firings (activations above zero) in equal bins up to the maximum. Zeros are "
@@ -21,14 +21,19 @@ HELP = {
     "logits": "Logit weight of a token: (decoder direction in the residual stream, mean removed, "
     "times the final norm's scale) · W_U. What the feature adds to that token's logit, up to the "
     "norm's 1/σ, for each unit of activation; shifted so that the median token is at 0.",
-    "examples": "Orange is the activation on that token, in proportion to this feature's maximum. "
-    "Top activations show one example for each context. The intervals divide (0, max] into eleven "
-    "equal parts, each half-open (low, high], with examples drawn uniformly inside; "
-    "the number beside the dice is the seed of that draw.",
     "weight": "Neurons with the largest decoder weights, and each one's share of Σ|w|.",
     "pearson": "Pearson correlation of the feature's activation with a neuron's, over all kept tokens of the index.",
     "neighbours": "Features of this dictionary by cosine of the decoder directions.",
-    "tokens": "Share of this feature's firings that are on the token, and the mean activation there.",
+    "correlated": "Features by Pearson correlation of the activations over the index; the products are taken on up to "
+    "256 of this feature's firings.",
+    "together": "Features that fire on the same tokens: firings of both / firings of either (Jaccard), from up to 256 "
+    "of this feature's firings.",
+    "successors": "Features likely to fire on the next token: the share of its next tokens on which they fire, and how "
+    "many times their density that is. Chains of these are the paper's finite-state assemblies.",
+    "tokens": "Precision: the share of this feature's firings that are on the token. Recall: the share of the token's "
+    "occurrences on which it fires.",
+    "label": "Found without a language model: the short rule (tokens, the token before, a pair, a domain) that tells "
+    "best where the feature fires, learned on half of the contexts. Scores are on the other half.",
 }
 
 
@@ -45,12 +50,17 @@ def show(page: Page) -> None:
     side, main = st.columns([0.36, 0.64], gap="medium")
     with side:
         _histograms(page, values)
-        _logits(page)
         _lists(page, rows, values)
+        if len(rows):
+            specific = st.expander("Activation specificity", key="specificity", on_change="rerun")
+            if specific.open:
+                with specific:
+                    feature_rule.show(page, rows, values)
     with main:
         if len(rows):
-            _examples(page, rows, values)
-    st.html(f'<i id="done" data-feature="{page.feature}"></i>')
+            feature_examples.show(page, rows, values)
+        else:
+            st.html(f'<i id="done" data-feature="{page.feature}"></i>')
 
 
 def _header(page: Page) -> None:
@@ -67,14 +77,31 @@ def _header(page: Page) -> None:
     if domain >= 0:
         share = f"{stats['domain_purity'][feature]:.0%}"
         facts["purity"] = f"{share} {html.escape(index.domains[domain])}"
+    for name, title in (("delta_loss", "Δloss when active"), ("logit_kurtosis", "logit kurtosis")):
+        if name in stats and np.isfinite(stats[name][feature]):
+            facts[title] = f"{stats[name][feature]:.3f}"
     for name, title in (("cos_enc_dec", "cos enc·dec"), ("nearest_cosine", "nearest cos")):
         if name in stats:
             facts[title] = f"{stats[name][feature]:.3f}"
+    if "resampled_step" in stats and stats["resampled_step"][feature] >= 0:
+        facts["resampled at step"] = f"{stats['resampled_step'][feature]:,}"
     cells = "".join(f"<div><span>{name}</span>{value}</div>" for name, value in facts.items())
     badge = f'<span class="mono-flag">{flag}</span>' if flag else ""
     st.html(
         f'<div class="mono-facts"><div class="mono-title">Feature {feature:,} {badge}</div>'
-        f'{cells}</div><div class="mono-source">{html.escape(provenance(page))}</div>',
+        f'{cells}</div>{_label_line(page)}<div class="mono-source">{html.escape(provenance(page))}</div>',
+    )
+
+
+def _label_line(page: Page) -> str:
+    """The label found without a language model, with its held-out scores; bdi keeps right-to-left tokens apart."""
+    found = data.auto_label(page.index, page.feature)
+    if found is None:
+        return ""
+    return (
+        f'<div class="mono-facts"><div title="{html.escape(HELP["label"])}"><span>label by rule ({found.kind})</span>'
+        f"<bdi>{html.escape(found.text)}</bdi></div><div><span>held-out F1</span>{found.f1:.2f}</div>"
+        f"<div><span>precision</span>{found.precision:.2f}</div><div><span>recall</span>{found.recall:.2f}</div></div>"
     )
 
 
@@ -92,144 +119,90 @@ def provenance(page: Page) -> str:
 
 
 def _histograms(page: Page, values: np.ndarray) -> None:
+    charts = []
     if len(values):
-        st.caption("Activations", help=HELP["activations"])
-        chart = charts.activation_chart(data.activation_histogram(values))
-        st.altair_chart(chart, key="activation_histogram")
+        bars = data.activation_histogram(values).itertuples(index=False, name=None)
+        chosen = feature_examples.parse_range(st.session_state.get("range", ""))
+        charts.append(
+            Histogram("acts", "Activations", list(bars), "firings", HELP["activations"], log=True, chosen=chosen)
+        )
     if page.index.has("logits/histogram"):
-        st.caption("Logit weights over the vocabulary", help=HELP["logits"])
-        chart = charts.logit_chart(data.logit_histogram(page.index, page.feature))
-        st.altair_chart(chart, key="logit_histogram")
+        bars = data.logit_histogram(page.index, page.feature).itertuples(index=False, name=None)
+        charts.append(Histogram("logits", "Logit weights", list(bars), "tokens", HELP["logits"], split=True))
+    draw_histograms(charts, key="histograms", on_range=_ranged)
 
 
-def _logits(page: Page) -> None:
-    if not page.index.has("logits/top_id"):
-        return
-    lists = []
-    for side, title in (("top", "Raises"), ("bottom", "Lowers")):
-        ids = page.index.panel(f"logits/{side}_id", page.feature)[:N_LIST].tolist()
-        weights = page.index.panel(f"logits/{side}_value", page.feature)[:N_LIST].tolist()
-        most = max((abs(w) for w in weights), default=1.0) or 1.0
-        rows = [
-            Row(
-                label(page.index.token_bytes(i)),
-                f"{weight:+.2f}",
-                abs(weight) / most,
-                negative=side == "bottom",
-            )
-            for i, weight in zip(ids, weights, strict=True)
-        ]
-        lists.append(RowList(title, rows, HELP["logits"]))
-    draw_lists(lists, key="logit_lists", two=True, on_open=None)
+def _ranged(which: str, low: float | None, high: float | None) -> None:
+    if which == "acts":
+        st.session_state["range"] = "" if low is None or high is None else f"{low:.4g}–{high:.4g}"
 
 
 def _lists(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
     index, feature = page.index, page.feature
     lists = []
-    shares = data.token_shares(index, rows, values, N_LIST)
-    if shares:
-        token_rows = [
-            Row(
-                label(index.token_bytes(each.token_id)),
-                f"{each.share:.1%}",
-                each.share,
-                f"{each.mean:.2f}",
-            )
-            for each in shares
-        ]
-        lists.append(RowList("Tokens it fires on", token_rows, HELP["tokens"], "orange"))
-    if index.has("neighbours/id"):
-        lists.append(RowList("Similar features", _neighbours(page), HELP["neighbours"]))
+    if index.has("logits/top_id"):
+        lists += [_logit_list(page, "top", "Raises"), _logit_list(page, "bottom", "Lowers")]
+    if len(rows):
+        lists.append(_token_list(page, rows, values))
+    for name, score, title in (
+        ("successors", "share", "Fires next"),
+        ("neighbours", "cosine", "Similar direction"),
+        ("correlated", "pearson", "Similar activations"),
+        ("together", "jaccard", "Fires together"),
+    ):
+        if index.has(f"{name}/id"):
+            lists.append(RowList(title, _feature_rows(page, name, score), HELP[name], empty="none found"))
     if index.has("neurons/weight_id"):
+        ids, weights, shares = (
+            index.panel(f"neurons/weight_{column}", feature).tolist() for column in ("id", "value", "share")
+        )
         rows_ = [
-            Row(f"neuron {i}", f"{weight:+.3f}", float(share) * 5, f"{share:.1%}", weight < 0)
-            for i, weight, share in zip(
-                index.panel("neurons/weight_id", feature).tolist(),
-                index.panel("neurons/weight_value", feature).tolist(),
-                index.panel("neurons/weight_share", feature).tolist(),
-                strict=True,
-            )
+            Row(f"neuron {i}", f"{weight:+.3f}", share * 5, f"{share:.1%}", negative=weight < 0)
+            for i, weight, share in zip(ids, weights, shares, strict=True)
         ]
-        lists.append(RowList("Neurons, by weight", rows_, HELP["weight"]))
+        lists.append(RowList("Aligned neurons", rows_, HELP["weight"]))
     if index.has("neurons/corr_id"):
-        rows_ = [
-            Row(f"neuron {i}", f"{r:+.3f}", abs(r), negative=r < 0)
-            for i, r in zip(
-                index.panel("neurons/corr_id", feature).tolist(),
-                index.panel("neurons/corr_value", feature).tolist(),
-                strict=True,
-            )
-        ]
-        lists.append(RowList("Neurons, by Pearson", rows_, HELP["pearson"]))
+        ids, values_ = (index.panel(f"neurons/corr_{column}", feature).tolist() for column in ("id", "value"))
+        rows_ = [Row(f"neuron {i}", f"{r:+.3f}", abs(r), negative=r < 0) for i, r in zip(ids, values_, strict=True)]
+        lists.append(RowList("Correlated neurons", rows_, HELP["pearson"]))
     draw_lists(lists, key="lists", two=True, on_open=state.open_feature)
 
 
-def _neighbours(page: Page) -> list[Row]:
-    ids = page.index.panel("neighbours/id", page.feature).tolist()
-    cosines = page.index.panel("neighbours/cosine", page.feature).tolist()
+def _logit_list(page: Page, side: str, title: str) -> RowList:
+    ids = page.index.panel(f"logits/{side}_id", page.feature)[:N_LIST].tolist()
+    weights = page.index.panel(f"logits/{side}_value", page.feature)[:N_LIST].tolist()
+    most = max((abs(w) for w in weights), default=1.0) or 1.0
+    rows = [
+        Row(label(page.index.token_bytes(i)), f"{weight:+.2f}", abs(weight) / most, negative=side == "bottom")
+        for i, weight in zip(ids, weights, strict=True)
+    ]
+    return RowList(title, rows, HELP["logits"])
+
+
+def _token_list(page: Page, rows: np.ndarray, values: np.ndarray) -> RowList:
+    shares = data.token_shares(page.index, rows, values, N_LIST)
+    shown = [
+        Row(label(page.index.token_bytes(each.token_id)), f"{each.share:.1%}", each.share, f"{each.recall:.0%}")
+        for each in shares
+    ]
+    return RowList("Fires on: precision, recall", shown, HELP["tokens"], "orange")
+
+
+def _feature_rows(page: Page, name: str, score: str) -> list[Row]:
+    """Rows of the panel `name`, each with what that feature fires on most."""
+    ids, scores = (page.index.panel(f"{name}/{column}", page.feature).tolist() for column in ("id", score))
+    lifts = page.index.panel("successors/lift", page.feature).tolist() if name == "successors" else [None] * len(ids)
     top = page.index.stats["top_token"]
-    found = []
-    for i, cosine in zip(ids, cosines, strict=True):
-        token = label(page.index.token_bytes(int(top[i]))) if top[i] >= 0 else "dead"
-        found.append(
-            Row(
-                token,
-                f"{cosine:+.3f}",
-                abs(cosine),
-                prefix=str(i),
-                negative=cosine < 0,
-                open=i,
-            )
+    return [
+        Row(
+            label(page.index.token_bytes(int(top[i]))) if top[i] >= 0 else "dead",
+            f"{value:.0%}" if name == "successors" else f"{value:+.3f}",
+            abs(value),
+            "" if lift is None else f"×{lift:.3g}",
+            prefix=str(i),
+            negative=value < 0,
+            open=i,
         )
-    return found
-
-
-def _examples(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
-    title, length, seed = st.columns([0.36, 0.44, 0.2], vertical_alignment="center")
-    title.caption("Examples", help=HELP["examples"])
-    window = length.segmented_control(
-        "Text around",
-        list(CONTEXTS),
-        default="medium",
-        key="around",
-        bind="query-params",
-        label_visibility="collapsed",
-        required=True,
-    )
-    draw = seed.number_input(
-        "Draw",
-        0,
-        9999,
-        0,
-        key="draw",
-        bind="query-params",
-        label_visibility="collapsed",
-        icon=":material/casino:",
-    )
-    before, after = CONTEXTS[str(window)]
-    groups = example_groups(page, rows, values, before=before, after=after, seed=int(draw))
-    bos = page.index.attributes.get("bos")
-    draw_examples(groups, float(values.max()), bos=bos, key="examples")
-
-
-def example_groups(
-    page: Page, rows: np.ndarray, values: np.ndarray, *, before: int, after: int, seed: int
-) -> list[Group]:
-    """The top activations, then the eleven intervals from the highest down."""
-
-    def around(wanted: np.ndarray) -> list[data.Example]:
-        return data.examples(page.index, rows, values, wanted, before=before, after=after)
-
-    top = data.top_rows(rows, values, N_TOP, page.index.seq_len)
-    groups = [Group("Top activations", f"max {values.max():.3f}", around(top))]
-    found = data.intervals(rows, values, per_interval=PER_INTERVAL, seed=seed)
-    for i, each in enumerate(found):
-        groups.append(
-            Group(
-                f"Interval {len(found) - i}",
-                f"({each.low:.2f}, {each.high:.2f}] · {each.count:,} firings, {each.share:.2%} of all",
-                around(each.rows),
-                "no firing lies in this interval",
-            )
-        )
-    return groups
+        for i, value, lift in zip(ids, scores, lifts, strict=True)
+        if i >= 0
+    ]
