@@ -14,6 +14,8 @@ from sae import pipeline
 from sae.lm import NativeModel
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is made, so before any is
 
 
 @pytest.fixture(scope="session", autouse=True)

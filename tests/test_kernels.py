@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -19,12 +20,18 @@ SHAPES = [(1, 1, 1), (3, 5, 7), (70, 33, 129), (257, 64, 512)]  # rows, d_in, d_
 
 
 @pytest.fixture(params=BACKENDS)
-def kernels(request: pytest.FixtureRequest) -> ModuleType:
-    return choose(request.param)
+def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Each backend; Triton's on a GPU where there is one, else in its interpreter (slow: keep shapes small)."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    device = "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        yield choose(request.param, device)
 
 
 def random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return numbers.to(torch.get_default_device())
 
 
 def weights(d_in: int, d_sae: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,6 +72,8 @@ def chosen(kernels: ModuleType, x: Tensor, W_enc: Tensor, bias: Tensor, rule: Ru
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_select_finds_what_the_rule_says_with_float32_values(kernels: ModuleType, shape: tuple[int, int, int]) -> None:
     rows, d_in, d_sae = shape
+    if kernels.NAME == "triton" and rows > 100 and not torch.cuda.is_available():
+        pytest.skip("takes long in Triton's interpreter, and has no more blocks than the one before")
     W_enc, bias, _ = weights(d_in, d_sae)
     x = random(5, rows, d_in)
     pre = x.double() @ W_enc.double() + bias.double()
@@ -154,7 +163,8 @@ def test_equal_values_are_cut_to_exactly_k(kernels: ModuleType) -> None:
 
 def a_support(rows: int, d_sae: int, share: float, seed: int) -> Support:
     """Random pairs, some rows empty, feature 0 in every other row."""
-    active = torch.rand(rows, d_sae, generator=torch.Generator().manual_seed(seed)) < share
+    active = torch.rand(rows, d_sae, generator=torch.Generator().manual_seed(seed), device="cpu") < share
+    active = active.to(torch.get_default_device())
     active[::3] = False
     active[1::2, 0] = True
     offsets = torch.nn.functional.pad(active.sum(-1).cumsum(0), (1, 0))
@@ -298,3 +308,20 @@ def test_choosing_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         choose("fast")
     with pytest.raises(ValueError, match="run on a CPU"):
         choose("cpu", "cuda")
+
+
+def test_choosing_kernels_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SAE_KERNELS", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    pytest.importorskip("triton")
+    assert choose("auto", "cuda").NAME == "triton"
+    with pytest.raises(ValueError, match="run on a CUDA device, the tensors are on cpu. Say --device cuda"):
+        choose("triton", "cpu")
+    monkeypatch.setenv("SAE_KERNELS", "triton")
+    with pytest.raises(ValueError, match="run on a CUDA device"):
+        choose()
+    monkeypatch.delenv("SAE_KERNELS")
+    monkeypatch.setattr("sae.kernels._installed", lambda name: name != "triton")
+    assert choose("auto", "cuda").NAME == "reference"
+    with pytest.raises(ValueError, match="need triton, which comes with torch for CUDA on Linux"):
+        choose("triton", "cuda")

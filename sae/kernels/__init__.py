@@ -1,7 +1,7 @@
-"""The operations a training step is made of: one interface, two implementations that agree.
+"""The operations a training step is made of: one interface, three implementations that agree.
 
-`reference` is plain torch and the specification; `cpu` screens in bfloat16 and loops over active features in numba.
-`ops` makes them differentiable.
+`reference` is plain torch and the specification; `cpu` screens in bfloat16 and loops over active features in numba;
+`triton` does the same on a CUDA device. `ops` makes them differentiable.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = {"reference": "sae.kernels.reference", "cpu": "sae.kernels.cpu"}
+BACKENDS = {"reference": "sae.kernels.reference", "cpu": "sae.kernels.cpu", "triton": "sae.kernels.triton_backend"}
 
 
 def choose(name: str = "auto", device: str | torch.device = "cpu") -> ModuleType:
@@ -22,14 +22,25 @@ def choose(name: str = "auto", device: str | torch.device = "cpu") -> ModuleType
     that cannot run here.
     """
     name = os.environ.get("SAE_KERNELS") or "auto" if name == "auto" else name
+    kind = torch.device(device).type
     if name == "auto":
-        name = "cpu" if torch.device(device).type == "cpu" and _installed("numba") else "reference"
+        fastest = {"cpu": ("cpu", "numba"), "cuda": ("triton", "triton")}.get(kind)
+        name = fastest[0] if fastest and _installed(fastest[1]) else "reference"
     if name not in BACKENDS:
         raise ValueError(f"no kernels {name!r}; there are auto, {', '.join(BACKENDS)}.")
-    if name == "cpu" and torch.device(device).type != "cpu":
+    if name == "cpu" and kind != "cpu":
         raise ValueError(f"the cpu kernels run on a CPU, the tensors are on {device}. Say --kernels auto.")
     if name == "cpu" and not _installed("numba"):
         raise ValueError("the cpu kernels need numba: pip install numba, or say --kernels reference.")
+    if name == "triton" and not _installed("triton"):
+        raise ValueError(
+            "the triton kernels need triton, which comes with torch for CUDA on Linux. Say --kernels auto."
+        )
+    if name == "triton" and kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"the triton kernels run on a CUDA device, the tensors are on {device}. Say --device cuda, or "
+            "--kernels auto."
+        )
     return importlib.import_module(BACKENDS[name])
 
 

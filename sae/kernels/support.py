@@ -89,9 +89,9 @@ class Support:
     @cached_property
     def by_feature(self) -> ByFeature:
         """The entries sorted by feature, rows ascending within each."""
-        entries = self.features.sort(stable=True).indices
-        counts = torch.bincount(self.features, minlength=self.d_sae)
-        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        ordered, entries = self.features.sort(stable=True)
+        numbers = torch.arange(self.d_sae + 1, dtype=torch.int32, device=ordered.device)
+        offsets = torch.searchsorted(ordered, numbers)  # unlike bincount, never waits for a GPU
         return ByFeature(entries.int(), self.rows[entries].int(), offsets)
 
     def where(self, kept: Tensor) -> Support:

@@ -1,0 +1,78 @@
+"""Adam in one pass on a GPU, the decoder's constraint included."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+FLAT_NUMBERS = 1024
+
+
+@triton.jit
+def _moved(p, g, exp_avg, exp_avg_sq, place, mask, rate, rest1, beta2, rest2, correction, eps):  # type: ignore[no-untyped-def]
+    """The parameter after one step; the moments are stored."""
+    m = tl.load(exp_avg + place, mask=mask, other=0.0)
+    v = tl.load(exp_avg_sq + place, mask=mask, other=0.0)
+    m += rest1 * (g - m)
+    v = beta2 * v + rest2 * g * g
+    tl.store(exp_avg + place, m, mask=mask)
+    tl.store(exp_avg_sq + place, v, mask=mask)
+    return p - rate * m / (tl.sqrt(v) * correction + eps)
+
+
+@triton.jit
+def _adam_flat(  # type: ignore[no-untyped-def]
+    parameter, gradient, exp_avg, exp_avg_sq, rate, rest1, beta2, rest2, correction, eps, n, NUMBERS: tl.constexpr
+):
+    """Reads four numbers for each and writes three."""
+    place = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
+    mask = place < n
+    p = tl.load(parameter + place, mask=mask, other=0.0)
+    g = tl.load(gradient + place, mask=mask, other=0.0)
+    p = _moved(p, g, exp_avg, exp_avg_sq, place, mask, rate, rest1, beta2, rest2, correction, eps)
+    tl.store(parameter + place, p, mask=mask)
+
+
+@triton.jit
+def _adam_unit_rows(  # type: ignore[no-untyped-def]
+    parameter, gradient, exp_avg, exp_avg_sq, rate, rest1, beta2, rest2, correction, eps, d, COLUMNS: tl.constexpr
+):
+    """A whole row in registers: g ← g − (g·p) p, Adam's step, p ← p / ‖p‖. The same traffic as without."""
+    column = tl.arange(0, COLUMNS)
+    mask = column < d
+    place = tl.program_id(0).to(tl.int64) * d + column
+    p = tl.load(parameter + place, mask=mask, other=0.0)
+    g = tl.load(gradient + place, mask=mask, other=0.0)
+    g -= tl.sum(g * p, 0) * p
+    p = _moved(p, g, exp_avg, exp_avg_sq, place, mask, rate, rest1, beta2, rest2, correction, eps)
+    norm = tl.sqrt(tl.sum(tl.where(mask, p * p, 0.0), 0))
+    tl.store(parameter + place, p / tl.maximum(norm, 1e-12), mask=mask)
+
+
+def adam_(
+    parameter: Float[Tensor, "n d"],
+    gradient: Float[Tensor, "n d"],
+    exp_avg: Float[Tensor, "n d"],
+    exp_avg_sq: Float[Tensor, "n d"],
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    unit_rows: bool,
+) -> None:
+    """One step of Adam in one pass. With `unit_rows` the gradient's part along each row is taken out before, and the
+    row is brought back to unit norm after. All four are contiguous."""
+    tensors = (parameter, gradient, exp_avg, exp_avg_sq)
+    assert all(t.is_contiguous() for t in tensors)
+    scalars = (lr / (1 - beta1**step), 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** -0.5, eps)
+    n, d = parameter.shape
+    if unit_rows:
+        columns = triton.next_power_of_2(d)
+        _adam_unit_rows[(n,)](*tensors, *scalars, d, COLUMNS=columns, num_warps=min(16, max(1, columns // 256)))
+    else:
+        grid = (triton.cdiv(n * d, FLAT_NUMBERS),)
+        _adam_flat[grid](*tensors, *scalars, n * d, NUMBERS=FLAT_NUMBERS)

@@ -1,0 +1,215 @@
+"""The encoder on a GPU: screen in float16, compute the few candidates in float32, keep what the rule says."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.kernels import reference
+from sae.kernels.batch_topk import batch_topk
+from sae.kernels.support import Above, BatchTopK, NotSparse, Rule, Support, TopK
+from sae.kernels.triton_products import dots
+from sae.kernels.triton_screen import Narrow, _count, _list, _mark, _screen, narrowed
+
+DENSE_SHARE = 1 / 4  # more candidates in a row than this share of the features: a case for dense products
+DENSE_FEATURES = 1024  # and more than this many
+KEPT_NUMBERS = 2**27  # screened values held at once: 256 MiB
+BLOCK_WORDS = 128  # of 32 features each, that one program works on
+GROUP = 32  # features whose largest value stands for them when a row's k-th largest is sought
+FLOAT16_ROUNDING, FLOAT16_SMALLEST = 2.0**-11, 2.0**-24
+FLOAT32_ROUNDING = 2.0**-23
+
+
+def select(
+    x: Float[Tensor, "rows d_in"], W_enc: Float[Tensor, "d_in d_sae"], bias: Float[Tensor, " d_sae"], rule: Rule
+) -> tuple[Support, Float[Tensor, " nnz"]]:
+    """The active features of each row under `rule`, with their pre-activations `x · W_enc + bias` in float32.
+
+    Raises: NotSparse when more than a quarter of many features are candidates in some row, or a number is none.
+    """
+    encoder = Encoder(x, W_enc, bias)
+    match rule:
+        case TopK(k):
+            return encoder.top(min(k, len(bias)))
+        case Above(threshold):
+            return encoder.above(threshold)
+        case BatchTopK():
+            try:
+                return batch_topk(x, W_enc, bias, rule, encoder.above)
+            except NotSparse:  # one row takes more than its room: rare, and then the dense way is the way
+                return reference.select(x, W_enc, bias, rule)
+
+
+class Bounds(NamedTuple):
+    """What the screened values are compared by: see `_slack`."""
+
+    base: Float[Tensor, " d_sae"]  # bias − threshold
+    doubt: Float[Tensor, " d_sae"]  # the rounding of that
+    rounding: float  # of the sums, as a share of ‖x‖ ‖w‖
+
+
+class Encoder:
+    """A batch and an encoder, both narrowed once."""
+
+    def __init__(self, x: Tensor, W_enc: Tensor, bias: Tensor) -> None:
+        self.x, self.weights, self.bias = x.detach(), W_enc.detach().t(), bias.detach()
+        self.narrow_x, self.narrow_w = narrowed(self.x), narrowed(self.weights)
+
+    def above(self, threshold: Tensor) -> tuple[Support, Tensor]:
+        """Everything above a threshold per feature. The product's epilogue knows the bar: only bits reach memory."""
+        bar = torch.zeros(len(self.x), device=self.x.device)
+        bits = _words(len(self.x), len(self.bias), self.x.device)
+        bounds = self._bounds(threshold)
+        _multiply(self.narrow_x, self.narrow_w, bounds, bar=bar, bits=bits)
+        candidates, _ = self._listed(bits, bounds)
+        pre = self._exact(candidates)
+        kept = pre > threshold[candidates.features.long()]
+        return candidates.where(kept), pre[kept]
+
+    def top(self, k: int) -> tuple[Support, Tensor]:
+        """The k largest positive of each row. The k-th largest of the groups' sure values is a bar for candidates; it
+        is known only after the product, which is therefore kept in float16, some rows at a time."""
+        bits, bounds = _words(len(self.x), len(self.bias), self.x.device), self._bounds(torch.zeros_like(self.bias))
+        for rows in _spans(len(self.x), max(128, KEPT_NUMBERS // len(self.bias))):
+            _mark_top(Narrow(*(t[rows] for t in self.narrow_x)), self.narrow_w, bounds, k, bits[rows])
+        candidates, widest = self._listed(bits, bounds)
+        pre = self._exact(candidates)
+        kept = torch.empty(len(pre), dtype=torch.int8, device=pre.device)
+        if len(pre):
+            n, room = candidates.n_rows, triton.next_power_of_2(widest)
+            rows = max(1, 512 // room)
+            _keep_largest[(triton.cdiv(n, rows),)](
+                pre, candidates.offsets, kept, n, k, ROWS=rows, ROOM=room, num_warps=min(16, max(1, room // 512))
+            )
+        found = kept.view(torch.bool)
+        return candidates.where(found), pre[found]
+
+    def _bounds(self, threshold: Tensor) -> Bounds:
+        sums = self.x.shape[1] / 8 + 64  # roundings in a sum, the tensor cores' shorter ones included
+        doubt = 2 * FLOAT32_ROUNDING * (self.bias.abs() + threshold.abs())
+        return Bounds((self.bias - threshold).contiguous(), doubt.contiguous(), sums * FLOAT32_ROUNDING)
+
+    def _exact(self, candidates: Support) -> Tensor:
+        return dots(self.x, self.weights, candidates) + self.bias[candidates.features.long()]
+
+    def _listed(self, bits: Int[Tensor, "rows words"], bounds: Bounds) -> tuple[Support, int]:
+        """The set bits as a support, and the most in one row. The one place that waits for the device."""
+        (rows, words), d_sae = bits.shape, len(self.bias)
+        blocks = _word_blocks(words)
+        chunks = triton.cdiv(words, blocks["WORDS"])
+        grid = (triton.cdiv(rows, blocks["ROWS"]), chunks)
+        counts = torch.zeros((rows, chunks), dtype=torch.int32, device=bits.device)
+        if rows:
+            _count[grid](bits, counts, rows, words, chunks, **blocks)
+        ends = counts.flatten().cumsum(0, dtype=torch.int64)
+        offsets = torch.nn.functional.pad(ends[chunks - 1 :: chunks], (1, 0))
+        finite = self.narrow_x.norm.isfinite().all() & self.narrow_w.norm.isfinite().all() & ~bounds.base.isnan().any()
+        widest = offsets.diff().amax() if rows else offsets[0]
+        nnz, most, sound = torch.stack([offsets[-1], widest, finite.long()]).tolist()
+        if not sound:
+            raise NotSparse("rows or weights are not finite")
+        if most > max(DENSE_FEATURES, DENSE_SHARE * d_sae):
+            raise NotSparse(f"up to {most:,} of {d_sae:,} features may be active in a row")
+        features = torch.empty(nnz, dtype=torch.int32, device=bits.device)
+        if nnz:
+            _list[grid](bits, ends - counts.flatten(), features, rows, words, chunks, **blocks)
+        return Support(features, offsets, d_sae), most
+
+
+@triton.jit
+def _keep_largest(values, offsets, kept, n, k, ROWS: tl.constexpr, ROOM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Marks the k largest positive values of each row, of equal ones the first: their k-th largest bit by bit, since
+    the bits of positive float32 numbers are ordered as the numbers are."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.load(offsets + row, mask=row < n, other=0)
+    last = tl.load(offsets + row + 1, mask=row < n, other=0)
+    place = first[:, None] + tl.arange(0, ROOM)[None, :]
+    inside = place < last[:, None]
+    value = tl.load(values + place, mask=inside, other=0.0)
+    key = tl.where(value > 0.0, value.to(tl.int32, bitcast=True), 0)
+    bar = tl.full([ROWS], 0, tl.int32)
+    for step in range(31):
+        higher = bar | (1 << (30 - step))
+        bar = tl.where(tl.sum((key >= higher[:, None]).to(tl.int32), 1) >= k, higher, bar)
+    above = key > bar[:, None]
+    ties = ((key == bar[:, None]) & (key > 0)).to(tl.int32)
+    allowed = k - tl.sum(above.to(tl.int32), 1)
+    keep = above | ((ties == 1) & (tl.cumsum(ties, 1) <= allowed[:, None]))
+    tl.store(kept + place, keep.to(tl.int8), mask=inside)
+
+
+def _mark_top(x: Narrow, w: Narrow, bounds: Bounds, k: int, bits: Tensor) -> None:
+    """Sets the bits of what may be among the k largest positive of each row."""
+    rows, d_sae, d_in = len(x.numbers), len(w.numbers), x.numbers.shape[1]
+    group = GROUP
+    while group > 1 and d_sae < 2 * k * group:
+        group //= 2
+    groups = triton.cdiv(d_sae, group)
+    lows = torch.empty((rows, groups), device=bits.device)
+    screened = torch.empty((rows, d_sae), dtype=torch.float16, device=bits.device)
+    grow = float(triton.next_power_of_2(max(1, d_in // 8192)))  # |x̂ · ŵ| < 4 d_in in the rows' own units
+    _multiply(x, w, bounds, screened=screened, lows=lows, group=group, shrink=1 / grow)
+    bar = lows.topk(k).values[:, -1].clamp_min(0.0) if k <= groups else lows.new_zeros(rows)
+    words = bits.shape[1]
+    blocks = _word_blocks(words)
+    _mark[(triton.cdiv(rows, blocks["ROWS"]), triton.cdiv(words, blocks["WORDS"]))](
+        screened, *x[1:], *w[1:], *bounds, bar, bits, rows, d_sae, words, grow, FLOAT16_ROUNDING, FLOAT16_SMALLEST,
+        **blocks,
+    )  # fmt: skip
+
+
+def _multiply(
+    x: Narrow, w: Narrow, bounds: Bounds, *, bar: Tensor | None = None, bits: Tensor | None = None,
+    screened: Tensor | None = None, lows: Tensor | None = None, group: int = 1, shrink: float = 1.0,
+) -> None:  # fmt: skip
+    """`_screen` with bars and bits, or with what is kept where there is no bar yet; tuned on the device."""
+    n, d_in = x.numbers.shape
+    d_sae, keep = len(w.numbers), screened is not None
+    words = bits.shape[1] if bits is not None else 0
+    groups = lows.shape[1] if lows is not None else 0
+    if n:
+        kernel, blocks = _tuned_screen()
+        kernel[lambda block: (triton.cdiv(n, block["ROWS"]) * triton.cdiv(d_sae, block["FEATURES"]),)](
+            x.numbers, *x[1:], w.numbers, *w[1:], *bounds, bar, bits, screened, lows, n, d_sae, d_in, words, groups,
+            shrink, KEEP=keep, GROUP=group, **blocks,
+        )  # fmt: skip
+
+
+@cache
+def _tuned_screen() -> tuple[Any, dict[str, int]]:
+    """The kernel with its block sizes: the fastest of some on a device, the least in the interpreter."""
+    if interpreted():
+        return _screen, {"ROWS": 64, "FEATURES": 128, "INPUTS": 64}
+    configs = [
+        triton.Config({"ROWS": rows, "FEATURES": features, "INPUTS": inputs}, num_warps=warps, num_stages=stages)
+        for rows, features, inputs, warps, stages in (
+            (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 32, 8, 4), (64, 128, 64, 4, 4),
+        )
+    ]  # fmt: skip
+    return triton.autotune(configs, key=["d_sae", "d_in", "KEEP"])(_screen), {}
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU: slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _words(rows: int, d_sae: int, device: torch.device) -> Int[Tensor, "rows words"]:
+    return torch.empty((rows, triton.cdiv(d_sae, 32)), dtype=torch.int32, device=device)
+
+
+def _word_blocks(words: int) -> dict[str, int]:
+    """Rows and words of the blocks in which bits are set and read: 4,096 bits together."""
+    width = min(BLOCK_WORDS, triton.next_power_of_2(words))
+    return {"ROWS": BLOCK_WORDS // width, "WORDS": width}
+
+
+def _spans(n: int, size: int) -> list[slice]:
+    return [slice(start, min(n, start + size)) for start in range(0, n, size)]
