@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
+from sae.kernels import matmul
+
 PAPER_RESAMPLE_STEPS = (25_000, 50_000, 75_000, 100_000)
 PAPER_DEAD_STEPS = 12_500
 PAPER_RESAMPLE_ROWS = 819_200
@@ -19,6 +21,7 @@ class TrainConfig:
 
     `l1` is λ in scaled units, where inputs have E‖x‖² = d_in: loss = ‖x − x̂‖² (sum over d_in, mean over the batch)
     + λ Σ f. Divide by the input scale (in config.json) for raw units, and by d_in for the paper's mean-squared form.
+    `matmul` names the dense products, see `sae.kernels.matmul`.
     """
 
     recipe: str = "topk"
@@ -36,6 +39,7 @@ class TrainConfig:
     resample_shares: tuple[float, ...] = ()
     seed: int = 0
     exact: bool = False
+    matmul: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("d_sae", "tokens", "batch_tokens"):
@@ -57,6 +61,8 @@ class TrainConfig:
                 raise ValueError(f"training: {name} must not be negative, and finite; got {getattr(self, name)}.")
         if not all(0 < share < 1 for share in self.resample_shares):
             raise ValueError(f"training: resample_shares lie between 0 and 1, got {self.resample_shares}.")
+        if self.matmul not in matmul.NAMES:
+            raise ValueError(f"training: matmul is one of {', '.join(matmul.NAMES)}; got {self.matmul!r}.")
         if self.k > self.d_sae:
             raise ValueError(f"training: k = {self.k} is more than d_sae = {self.d_sae:,}.")
 

@@ -18,7 +18,7 @@ def squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_
 
 def l1_norm(acts: FeatureActs) -> Float[Tensor, ""]:
     """`mean over rows of Σ f`; f is non-negative. Source: Bricken et al. 2023."""
-    return acts.values.sum() / acts.n_rows
+    return acts.total() / acts.n_rows
 
 
 def aux_k_loss(

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae.checkpoint import CheckpointError, read_tensors, write_json, write_tensors
-from sae.kernels import choose, ops
+from sae.kernels import choose, dense, ops
 from sae.kernels.acts import DenseActs, FeatureActs, SparseActs
 from sae.kernels.ops import Kernels
 from sae.kernels.support import Above, BatchTopK, NotSparse, Rule, TopK
@@ -142,7 +142,13 @@ class SAE(nn.Module):
         try:
             return self.encode_sparse(x, kernels)
         except NotSparse:
-            return DenseActs(self.encode(x))
+            return self.encode_dense(x)
+
+    def encode_dense(self, x: Float[Tensor, "rows d_in"]) -> DenseActs:
+        """`encode`, with what it counts on the way."""
+        if self.activation == "relu":
+            return DenseActs(*dense.relu(x, self.W_enc, self.b_enc, self.input_bias))
+        return DenseActs(self.encode(x))
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
         """`f W_dec + b_dec`; what a transcoder's skip adds is not in it."""

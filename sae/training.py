@@ -19,8 +19,8 @@ from torch import Tensor
 from sae import losses, optim
 from sae.checkpoint import read_tensors, write_tensors
 from sae.config import TrainConfig
-from sae.kernels import choose, ops
-from sae.kernels.acts import DenseActs, FeatureActs, l0
+from sae.kernels import choose, matmul, ops
+from sae.kernels.acts import FeatureActs, l0
 from sae.kernels.support import Above
 from sae.model import SAE, fold_scale, save
 from sae.progress import Interrupted, interruptible, progress
@@ -44,6 +44,7 @@ class TrainState:
     step: int = 0
     density: float = 1.0  # share of features active at the last step: decides between dense and sparse products
     resampled: list[dict[str, Any]] = field(default_factory=list)
+    matmul: str = "highest"  # the dense products, chosen at the start and kept, so that a resumed run does as this one
 
 
 def train(
@@ -72,7 +73,8 @@ def train(
     ):
         logged_at, logged_step, stall_s = time.perf_counter(), state.step, 0.0
         for batch, waited_s in prefetched(rows, state.step, config.steps):
-            metrics = train_step(state, batch.x, config)
+            with matmul.using(state.matmul):
+                metrics = train_step(state, batch.x, config)
             stall_s += waited_s
             last = state.step == config.steps
             resampling = recipe.resample and state.step in config.resample_steps
@@ -133,7 +135,7 @@ def train_step(state: TrainState, raw: Float[Tensor, "batch d_in"], config: Trai
 def _feature_acts(state: TrainState, x: Tensor) -> FeatureActs:
     """Sparse where that is cheaper, which the last step's density tells: so a resumed run does as the unbroken one."""
     if isinstance(state.sae.rule, Above) and state.density >= SPARSE_BELOW_DENSITY:
-        return DenseActs(state.sae.encode(x))
+        return state.sae.encode_dense(x)
     return state.sae.feature_acts(x, state.optimizer.kernels)
 
 
@@ -179,7 +181,8 @@ def _start(rows: Rows, config: TrainConfig, recipe: Recipe, kernels: ops.Kernels
     sae = SAE(rows.d_in, config.d_sae, activation=recipe.activation, k=config.k or None)
     optim.initialise_(sae, sample * scale, recipe.encoder_init, config.seed)
     adam = optim.Adam(sae, kernels, beta1=config.beta1)
-    return TrainState(sae, adam, scale, torch.zeros(config.d_sae, dtype=torch.int64))
+    products = matmul.choose(config.matmul, sae.W_enc.device)
+    return TrainState(sae, adam, scale, torch.zeros(config.d_sae, dtype=torch.int64), matmul=products)
 
 
 @torch.no_grad()
@@ -224,6 +227,7 @@ def save_state(out: Path, state: TrainState) -> None:
         "resampled": state.resampled,
         "density": state.density,
         "kernels": state.optimizer.kernels.NAME,
+        "matmul": state.matmul,
     }
     write_tensors(out / "state.safetensors", tensors, header)
 
@@ -242,7 +246,7 @@ def _restore(out: Path, config: TrainConfig, recipe: Recipe, d_in: int) -> Train
     cut_log(log, header["step"])
     return TrainState(
         sae, adam, header["scale"], tensors["tokens_since_fired"], header["step"], header["density"],
-        header["resampled"],
+        header["resampled"], matmul.resumed(header["matmul"], config.matmul),
     )  # fmt: skip
 
 
@@ -254,6 +258,7 @@ def _final_config(state: TrainState, config: TrainConfig, provenance: dict[str, 
         "train": config.to_dict(),
         "input_scale": state.scale,
         "kernels": state.optimizer.kernels.NAME,
+        "matmul": state.matmul,
         "lambda": {
             "scaled": config.l1,
             "raw": config.l1 / state.scale,

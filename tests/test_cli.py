@@ -319,6 +319,7 @@ def test_export_info_and_verify(run: Path, tmp_path: Path, capsys: pytest.Captur
         shown = capsys.readouterr().out
         assert f"kind: {kind}" in shown
         assert ("kernels_here: cpu: active features in compiled loops" in shown) == (kind == "sae")
+        assert ("times as fast as highest here, relative error" in shown) == (kind == "sae")
     assert main(["verify", str(run / "acts.zarr")]) == 0
     assert "every checksum holds" in capsys.readouterr().out
 

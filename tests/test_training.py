@@ -19,7 +19,7 @@ from torch import Tensor
 from sae import training
 from sae.checkpoint import read_tensors
 from sae.config import TrainConfig
-from sae.kernels import choose
+from sae.kernels import choose, matmul
 from sae.model import SAE, load
 from sae.progress import Interrupted
 from sae.recipes import resolve
@@ -335,6 +335,30 @@ def test_cut_off_anywhere_it_ends_with_the_same_bytes(unbroken: dict, recipe: st
             log.write('{"step": 59, "loss"')  # torn
         train(rows(), out, small(recipe), save_minutes=save_minutes)
         assert_same_run(out, unbroken[recipe])
+
+
+@pytest.mark.parametrize("began_with", ["medium", "highest", "bf16"])
+def test_a_resumed_run_multiplies_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, began_with: str) -> None:
+    """The probe may find another back end at the second start; the run keeps the one it wrote down."""
+    used, using = [], matmul.using
+
+    def noted(name: str) -> object:
+        used.append(name)
+        return using(name)
+
+    config = small("towards-monosemanticity", matmul="bf16" if began_with == "bf16" else "auto")
+    monkeypatch.setattr(matmul, "choose", lambda name, device="cpu": began_with)
+    monkeypatch.setattr(matmul, "using", noted)
+    source = rows()
+    source.before_batch = lambda step: signal.raise_signal(signal.SIGTERM) if step == 20 else None
+    with pytest.raises(Interrupted):
+        train(source, tmp_path / "sae", config)
+    assert began_with in used
+    used.clear()
+    monkeypatch.setattr(matmul, "choose", lambda name, device="cpu": "highest")
+    sae = train(rows(), tmp_path / "sae", config)
+    assert began_with in used
+    assert sae.config["matmul"] == began_with
 
 
 def test_a_finished_run_stays_as_it_is(unbroken: dict[str, Path]) -> None:

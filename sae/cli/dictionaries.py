@@ -36,12 +36,19 @@ def train(verbs: Any) -> None:
         choices=["auto", "cpu", "reference"],
         help="what computes (default: the fastest)",
     )
+    verb.add_argument(
+        "--matmul",
+        choices=["auto", "highest", "medium", "bf16"],
+        help="dense products: auto is the fastest with float32's error; bf16 rounds their factors to bfloat16",
+    )
 
 
 def _run_train(args: argparse.Namespace) -> int:
     from sae import pipeline
 
-    settings = {name: getattr(args, name) for name in ("batch_tokens", "lr", "l1", "k", "dead_tokens", "exact")}
+    settings = {
+        name: getattr(args, name) for name in ("batch_tokens", "lr", "l1", "k", "dead_tokens", "exact", "matmul")
+    }
     pipeline.train(
         args.acts, args.out, recipe=args.recipe, d_sae=args.d_sae, tokens=args.tokens, seed=args.seed,
         config={name: value for name, value in settings.items() if value is not None}, hook_point=args.hook_point,

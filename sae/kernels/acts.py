@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.kernels import choose
+from sae.kernels import choose, dense
 from sae.kernels.ops import Kernels, decode
 from sae.kernels.support import Support
 
@@ -28,6 +28,13 @@ class SparseActs:
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "rows d_in"]:
         return decode(self.kernels, self.values, self.support, W_dec)
 
+    def total(self) -> Float[Tensor, ""]:
+        """The sum of all activations."""
+        return self.values.sum()
+
+    def n_active(self) -> Float[Tensor, ""]:
+        return (self.values.detach() > 0).sum(dtype=torch.float32)
+
     def fired(self) -> Bool[Tensor, " d_sae"]:
         found = torch.zeros(self.support.d_sae, dtype=torch.bool, device=self.values.device)
         found[self.support.features[self.values.detach() > 0].long()] = True
@@ -46,19 +53,32 @@ class SparseActs:
 
 @dataclass(frozen=True)
 class DenseActs:
-    """Activations as the matrix `values [rows, d_sae]`: cheaper while a good part of the features is active."""
+    """Activations as the matrix `values [rows, d_sae]`: cheaper while a good part of the features is active.
+
+    Their sums over the rows and how many are positive come with them where what made them has counted on the way.
+    """
 
     values: Float[Tensor, "rows d_sae"]
+    sums: Float[Tensor, " d_sae"] | None = None
+    active: Float[Tensor, ""] | None = None
 
     @property
     def n_rows(self) -> int:
         return len(self.values)
 
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "rows d_in"]:
-        return self.values @ W_dec
+        return dense.decode(self.values, W_dec)
+
+    def total(self) -> Float[Tensor, ""]:
+        """The sum of all activations."""
+        return self.values.sum() if self.sums is None else self.sums.sum()
+
+    def n_active(self) -> Float[Tensor, ""]:
+        # As float32, and not as truth values, whose sum PyTorch takes one by one.
+        return (self.values.detach() > 0).float().sum() if self.active is None else self.active
 
     def fired(self) -> Bool[Tensor, " d_sae"]:
-        return (self.values.detach() > 0).any(0)
+        return (self.values.detach() > 0).any(0) if self.sums is None else self.sums.detach() > 0
 
     def sparse(self) -> SparseActs:
         """The positive ones alone (no gradient flows)."""
@@ -71,4 +91,4 @@ FeatureActs = SparseActs | DenseActs
 
 def l0(acts: FeatureActs) -> Float[Tensor, ""]:
     """Active features per row, mean over the batch."""
-    return (acts.values.detach() > 0).sum(dtype=torch.float32) / acts.n_rows
+    return acts.n_active() / acts.n_rows

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels import cpu_loops, reference
+from sae.kernels import cpu_loops, matmul, reference
 from sae.kernels.batch_topk import batch_topk
 from sae.kernels.cpu_loops import BLOCK
 from sae.kernels.support import Above, BatchTopK, ByFeature, NotSparse, Rule, Support, TopK
@@ -118,7 +118,8 @@ class Screen:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """The bits of the screened values of rows start … stop."""
-        return _bits(torch.mm(self.x[start:stop], self.weights.t(), out=self.buffer[: stop - start]))
+        with matmul.using(matmul.choose("auto")):
+            return _bits(torch.mm(self.x[start:stop], self.weights.t(), out=self.buffer[: stop - start]))
 
 
 def dots(a: Float[Tensor, "rows d"], b: Float[Tensor, "d_sae d"], support: Support) -> Float[Tensor, " nnz"]:
@@ -193,13 +194,12 @@ def _by_feature(support: Support) -> ByFeature:
 # --- which product screens ------------------------------------------------------------------------------------------
 
 
-@cache
 def screen_dtype() -> torch.dtype:
-    """bfloat16 where its products run at least 1.5 times as fast as float32's here, as one probe finds; else float32.
+    """bfloat16 where its products run at least 1.5 times as fast as the best float32 ones here; else float32.
 
     What is selected does not depend on it, only how long it takes.
     """
-    return torch.bfloat16 if screen_speedup() >= 1.5 else torch.float32
+    return torch.bfloat16 if matmul.probe().bfloat16_speedup >= 1.5 else torch.float32
 
 
 def describe() -> str:
@@ -207,27 +207,8 @@ def describe() -> str:
     dtype = str(screen_dtype()).removeprefix("torch.")
     return (
         f"active features in compiled loops, screened by a {dtype} product "
-        f"(bfloat16 runs {screen_speedup():.1f} times as fast as float32 here)"
+        f"(bfloat16 runs {matmul.probe().bfloat16_speedup:.1f} times as fast as float32 here)"
     )
-
-
-@cache
-def screen_speedup() -> float:
-    """float32 time / bfloat16 time of one product on this machine."""
-    import time
-
-    a, b = torch.rand(512, 512), torch.rand(2048, 512)
-
-    def seconds(a: Tensor, b: Tensor) -> float:
-        out = torch.mm(a, b.t())
-        found = []
-        for _ in range(5):
-            started = time.perf_counter()
-            torch.mm(a, b.t(), out=out)
-            found.append(time.perf_counter() - started)
-        return min(found)
-
-    return seconds(a, b) / seconds(a.bfloat16(), b.bfloat16())
 
 
 # --- threads and memory ---------------------------------------------------------------------------------------------

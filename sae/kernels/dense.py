@@ -1,0 +1,112 @@
+"""The dense path, for the first steps of a dictionary that learns its sparsity: plain torch with a backward by hand.
+
+Rows are taken in blocks that stay in cache between a product and what follows it; matrices as large as the activations
+live in reused memory; weight gradients are added in place. What remains is the five products and little else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.kernels import memory
+from sae.kernels.matmul import add_product_, factor, product
+
+ROWS = 512  # at once
+
+
+def relu(
+    x: Float[Tensor, "rows d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_dec: Float[Tensor, " d_in"],
+) -> tuple[Float[Tensor, "rows d_sae"], Float[Tensor, " d_sae"], Float[Tensor, ""]]:
+    """`f = ReLU((x − b_dec) W_enc + b_enc)`, its sums over the rows, and (without a gradient) how many are positive."""
+    return _ReLU.apply(x, W_enc, b_enc, b_dec)
+
+
+def decode(values: Float[Tensor, "rows d_sae"], W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "rows d_out"]:
+    """`values W_dec`."""
+    return _Decode.apply(values, W_dec)
+
+
+class _ReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        centred, W = x - b_dec, factor(W_enc)
+        f = memory.empty(len(x), len(b_enc), like=x)
+        positive = memory.empty(min(len(x), ROWS), len(b_enc), like=x)
+        sums, active = torch.zeros_like(b_enc), x.new_zeros(())
+        for x_rows, f_rows in zip(centred.split(ROWS), f.split(ROWS), strict=True):
+            product(f_rows, x_rows, W).add_(b_enc).relu_()
+            sums += f_rows.sum(0)
+            active += torch.gt(f_rows, 0, out=positive[: len(f_rows)]).sum()
+        ctx.weight = W_enc
+        ctx.save_for_backward(centred, f, W_enc)
+        ctx.mark_non_differentiable(active)
+        ctx.set_materialize_grads(False)
+        return f, sums, active
+
+    @staticmethod
+    def backward(ctx: Any, d_f: Tensor | None, d_sums: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        centred, f, W_enc = ctx.saved_tensors
+        d_pre = memory.empty(min(len(f), ROWS), f.shape[1], like=f)
+        d_W, returned = _accumulator(ctx.weight, ctx.needs_input_grad[1])
+        d_bias = f.new_zeros(f.shape[1])
+        d_x = torch.empty_like(centred) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(f), ROWS):
+            rows = slice(start, start + ROWS)
+            block = d_pre[: len(f[rows])]
+            if d_f is None:
+                block.zero_()
+            else:
+                block.copy_(d_f[rows])
+            if d_sums is not None:
+                block.add_(d_sums)
+            torch.ops.aten.threshold_backward.grad_input(block, f[rows], 0.0, grad_input=block)
+            d_bias += block.sum(0)
+            narrow = factor(block)
+            if d_W is not None:
+                add_product_(d_W.t(), narrow.t(), centred[rows])
+            if d_x is not None:
+                product(d_x[rows], narrow, W_enc.t())
+        return d_x, returned, d_bias, -(W_enc @ d_bias)
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor) -> Tensor:
+        ctx.weight = W_dec
+        ctx.save_for_backward(values, W_dec)
+        out, W = values.new_empty((len(values), W_dec.shape[1])), factor(W_dec)
+        for v_rows, out_rows in zip(values.split(ROWS), out.split(ROWS), strict=True):
+            product(out_rows, v_rows, W)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        values, W_dec = ctx.saved_tensors
+        d_values = memory.empty(*values.shape, like=values) if ctx.needs_input_grad[0] else None
+        d_W, returned = _accumulator(ctx.weight, ctx.needs_input_grad[1])
+        W = factor(W_dec).t()
+        for start in range(0, len(values), ROWS):
+            rows = slice(start, start + ROWS)
+            d_rows = factor(d_out[rows])
+            if d_values is not None:
+                product(d_values[rows], d_rows, W)
+            if d_W is not None:
+                add_product_(d_W, values[rows].t(), d_rows)
+        return d_values, returned
+
+
+def _accumulator(weight: Tensor, needed: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Where a weight's gradient is summed, and what backward returns of it: nothing if that is the weight's own."""
+    if not needed:
+        return None, None
+    if weight.is_leaf and weight.grad is not None:
+        return weight.grad, None
+    zeros = torch.zeros_like(weight)
+    return zeros, zeros

@@ -1,0 +1,47 @@
+"""Memory of large tensors, used again once nobody holds it: touching pages anew costs more than the arithmetic."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+POOLED_BYTES = 1 << 20
+
+
+@dataclass
+class Block:
+    """Memory, and a weak reference to what a tensor in it keeps alive."""
+
+    memory: np.ndarray
+    holder: weakref.ref[np.ndarray]
+
+
+_blocks: list[Block] = []
+_lock = Lock()
+
+
+def empty(*shape: int, like: Tensor) -> Tensor:
+    """`torch.empty`, in the memory of a tensor of as many bytes that is gone, where there is one.
+
+    Every alias of a tensor keeps its memory. Finding none gives the free memory of other sizes back to the system.
+    """
+    n_bytes = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or n_bytes < POOLED_BYTES:  # PyTorch itself keeps a GPU's memory
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    with _lock:
+        free = [block for block in _blocks if block.holder() is None]
+        fitting = [block.memory for block in free if block.memory.nbytes == n_bytes]
+        if not fitting:
+            _blocks[:] = [block for block in _blocks if block.holder() is not None]
+            fitting = [np.empty(n_bytes, np.uint8)]
+        memory = fitting[0]
+        holder = memory[:]
+        _blocks[:] = [block for block in _blocks if block.memory is not memory]
+        _blocks.append(Block(memory, weakref.ref(holder)))
+    return torch.from_numpy(holder).view(like.dtype).view(shape)

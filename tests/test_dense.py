@@ -1,0 +1,186 @@
+"""The dense path: its gradients against float64 autograd, its memory, and the choice of the products in it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sae.kernels import dense, matmul, memory
+from sae.kernels.acts import DenseActs, l0
+from sae.losses import l1_norm
+
+D_IN, D_SAE = 24, 70
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def leaves(n_rows: int) -> dict[str, Tensor]:
+    found = {
+        "x": random(0, n_rows, D_IN),
+        "W_enc": random(1, D_SAE, D_IN).t() * 0.3,
+        "b_enc": random(2, D_SAE) * 0.2,
+        "b_dec": random(3, D_IN) * 0.3,
+        "W_dec": random(4, D_SAE, D_IN),
+    }
+    return {name: tensor.requires_grad_() for name, tensor in found.items()}
+
+
+def loss_of(acts: DenseActs, x: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    return (x - acts.decode(W_dec) - b_dec).pow(2).sum() + 0.7 * l1_norm(acts) + acts.values.pow(3).sum() / 50
+
+
+@pytest.mark.parametrize("n_rows", [1, 7, dense.ROWS, 2 * dense.ROWS + 5])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_every_gradient_is_float64_autograds(n_rows: int, in_place: bool) -> None:
+    mine = leaves(n_rows)
+    wide = {name: tensor.detach().double().requires_grad_() for name, tensor in mine.items()}
+    f = ((wide["x"] - wide["b_dec"]) @ wide["W_enc"] + wide["b_enc"]).relu()
+    expected = loss_of(DenseActs(f), wide["x"], wide["W_dec"], wide["b_dec"])
+    expected.backward()
+
+    if in_place:  # as the optimiser has it: the gradients exist and are added to
+        for tensor in mine.values():
+            tensor.grad = torch.ones_like(tensor)
+    held = {name: tensor.grad for name, tensor in mine.items()}
+    acts = DenseActs(*dense.relu(*(mine[name] for name in ("x", "W_enc", "b_enc", "b_dec"))))
+    torch.testing.assert_close(acts.values.double(), f, rtol=1e-5, atol=1e-6)
+    assert l0(acts).item() == pytest.approx((f > 0).sum().item() / n_rows)
+    assert torch.equal(acts.fired(), (f > 0).any(0))
+    loss = loss_of(acts, mine["x"], mine["W_dec"], mine["b_dec"])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    for name, tensor in mine.items():
+        theirs = wide[name].grad
+        found = tensor.grad.double() - (1.0 if in_place else 0.0)
+        torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item(), msg=name)
+        assert not in_place or tensor.grad is held[name]
+
+
+def test_gradients_of_the_activations_alone_and_of_their_sums_alone() -> None:
+    for of_sums in (True, False):
+        mine = leaves(9)
+        f, sums, _ = dense.relu(*(mine[name] for name in ("x", "W_enc", "b_enc", "b_dec")))
+        (sums.sum() if of_sums else f.sum()).backward()
+        expected = {name: tensor.detach().double().requires_grad_() for name, tensor in mine.items()}
+        plain = ((expected["x"] - expected["b_dec"]) @ expected["W_enc"] + expected["b_enc"]).relu()
+        plain.sum().backward()
+        for name in ("x", "W_enc", "b_enc", "b_dec"):
+            torch.testing.assert_close(mine[name].grad.double(), expected[name].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_weights_get_no_gradient_and_nan_stays_nan() -> None:
+    mine = leaves(5)
+    frozen = {name: tensor.detach() for name, tensor in mine.items() if name != "x"}
+    f, _, _ = dense.relu(mine["x"], frozen["W_enc"], frozen["b_enc"], frozen["b_dec"])
+    dense.decode(f, frozen["W_dec"]).sum().backward()
+    assert mine["x"].grad is not None
+    assert frozen["W_dec"].grad is None
+    spoilt = mine["x"].detach().clone()
+    spoilt[2, 3] = torch.nan
+    f, sums, _ = dense.relu(spoilt, frozen["W_enc"], frozen["b_enc"], frozen["b_dec"])
+    assert f[2].isnan().all()
+    assert sums.isnan().all()
+    assert f[:2].isfinite().all()
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=30))
+@settings(max_examples=30, deadline=None)
+def test_memory_is_handed_out_again_only_when_nobody_holds_it(moves: list[tuple[int, bool]]) -> None:
+    like = torch.empty(0)
+    held: dict[int, Tensor] = {}
+    for n, (size, drop) in enumerate(moves):
+        tensor = memory.empty(memory.POOLED_BYTES // 4 + size, like=like).fill_(n)
+        held[n] = tensor[1:].view(1, -1)  # an alias keeps the memory, too
+        del tensor
+        if drop:
+            held.pop(min(held))
+        assert all((alias == number).all() for number, alias in held.items())
+    assert len({alias.untyped_storage().data_ptr() for alias in held.values()}) == len(held)
+
+
+def test_memory_is_reused_by_a_tensor_of_another_shape_and_type() -> None:
+    first = memory.empty(512, 1024, like=torch.empty(0))
+    at = first.data_ptr()
+    second = memory.empty(512, 1024, like=torch.empty(0))
+    assert second.data_ptr() != at
+    del first
+    third = memory.empty(1024, 1024, like=torch.empty(0, dtype=torch.bfloat16))
+    assert third.data_ptr() == at
+    assert third.dtype == torch.bfloat16
+    small = memory.empty(3, 2, like=torch.empty(0, dtype=torch.float64))
+    assert small.shape == (3, 2)
+    assert small.dtype == torch.float64
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> list[matmul.Probe]:
+    """What the probe is made to have found."""
+    found = [matmul.Probe({"highest": 2.0, "medium": 1.0}, {"highest": 2e-7, "medium": 4e-7}, 0.5)]
+    monkeypatch.setattr(matmul, "probe", lambda: found[0])
+    return found
+
+
+def test_auto_takes_the_fastest_products_with_the_error_of_float32(probed: list[matmul.Probe]) -> None:
+    assert matmul.choose("auto") == "medium"
+    assert "medium runs 2.0 times as fast" in matmul.describe()
+    probed[0] = matmul.Probe({"highest": 2.0, "medium": 0.3}, {"highest": 2e-7, "medium": 3e-3}, 0.3)  # AMX
+    assert matmul.choose("auto") == "highest"
+    assert probed[0].bfloat16_speedup == pytest.approx(2.0 / 0.3)
+    probed[0] = matmul.Probe({"highest": 1.0, "medium": 0.99}, {"highest": 2e-7, "medium": 4e-7}, 0.3)
+    assert matmul.choose("auto") == "highest"
+    assert matmul.choose("bf16") == "bf16"
+    assert matmul.choose("auto", "cuda") == "highest"
+    with pytest.raises(ValueError, match="no matrix products 'fast'; there are auto, highest, medium, bf16"):
+        matmul.choose("fast")
+
+
+def test_a_resumed_run_keeps_its_products_where_they_are_exact(probed: list[matmul.Probe]) -> None:
+    assert matmul.resumed("medium", "auto") == "medium"
+    probed[0] = matmul.Probe({"highest": 2.0, "medium": 0.3}, {"highest": 2e-7, "medium": 3e-3}, 0.3)
+    assert matmul.resumed("medium", "medium") == "medium"
+    assert matmul.resumed("highest", "auto") == "highest"
+    with pytest.warns(UserWarning, match="relative error here is 3e-03: it goes on with highest"):
+        assert matmul.resumed("medium", "auto") == "highest"
+
+
+def test_what_the_probe_finds_here_is_the_error_of_float32() -> None:
+    found = matmul.probe()
+    assert found.error["highest"] < 1e-6
+    assert found.error[found.best] <= matmul.FLOAT32_ERROR
+    assert min(*found.seconds.values(), found.bfloat16_s) > 0
+
+
+def test_products_are_switched_inside_and_put_back() -> None:
+    a, b = random(0, 300, 200), random(1, 200, 100)
+    exact = a.double() @ b.double()
+
+    def error(found: Tensor) -> float:
+        return ((found - exact).norm() / exact.norm()).item()
+
+    before = torch.get_float32_matmul_precision()
+    out = torch.empty(300, 100)
+    with matmul.using("bf16"):
+        narrow = error(matmul.product(out, a, b))
+        summed = error(matmul.add_product_(torch.ones(300, 100), a, b) - 1)
+        with matmul.using("highest"):
+            assert error(matmul.product(out, a, b)) < 1e-6
+        assert matmul.factor(a).dtype == torch.bfloat16
+    assert 1e-3 < narrow < 5e-3
+    assert 1e-3 < summed < 5e-3
+    assert error(matmul.product(out, a, b)) < 1e-6
+    assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(RuntimeError, match="stop"), matmul.using("medium"):
+        raise RuntimeError("stop")
+    assert torch.get_float32_matmul_precision() == before
+    assert matmul.factor(a) is a
