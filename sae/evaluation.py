@@ -1,9 +1,8 @@
-"""Evaluation on the frozen held-out split: fidelity, sparsity, and what the model loses with x̂ in place of x."""
+"""Evaluation on the frozen held-out split: fidelity, sparsity, domains, and the model's losses with x̂ in place of x."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,63 +11,30 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae import metrics
-from sae.lm import LanguageModel, Splice
+from sae.firings import Firings, by_density, density_histogram, firing_summary
+from sae.lab.domains import domain_quality
+from sae.lab.geometry import beside_a1, geometry
+from sae.lm import LanguageModel
 from sae.model import SAE
 from sae.progress import progress
+from sae.replacement import replaced_losses, splice_identity_error
 
 EVAL_FORMAT = 1
+DONOR_SEED = 0
+HALVES = 2
 
 
 class Block(NamedTuple):
-    """Some whole contexts with their activations; `domain` numbers each position's domain (-1: padding)."""
+    """Some whole contexts with their activations.
+
+    `domain` and `document` number each position's domain and document (-1: padding).
+    """
 
     acts: Float[Tensor, "contexts pos d_in"]
     tokens: Int[Tensor, "contexts pos"]
     keep: Bool[Tensor, "contexts pos"]
     domain: Int[np.ndarray, "contexts pos"]
-
-
-@dataclass
-class Firings:
-    """Counts and values of every activation, collected over the held-out rows."""
-
-    count: np.ndarray
-    largest: np.ndarray
-    features: list[np.ndarray]
-    values: list[np.ndarray]
-
-    @classmethod
-    def empty(cls, d_sae: int) -> Firings:
-        return cls(np.zeros(d_sae, np.int64), np.zeros(d_sae, np.float32), [], [])
-
-    def add(self, features: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> None:
-        """Activations of kept rows, in any order; what is not positive is none."""
-        fired = values > 0
-        self.features.append(features[fired].numpy().astype(np.uint32))
-        self.values.append(values[fired].float().numpy())
-        self.count += np.bincount(self.features[-1], minlength=len(self.count))
-        np.maximum.at(self.largest, self.features[-1], self.values[-1])
-
-    def statistics(self) -> dict[str, Tensor]:
-        """count, max, mean and P99 (both over the firings) per feature; zero where a feature never fired."""
-        features = np.concatenate(self.features) if self.features else np.empty(0, np.uint32)
-        values = np.concatenate(self.values) if self.values else np.empty(0, np.float32)
-        order = np.lexsort((values, features))
-        features, values = features[order], values[order]
-        ends = np.cumsum(self.count)
-        fired = self.count > 0
-        p99 = np.zeros_like(self.largest)
-        # The smallest value with at least 99% of the firings at or below it.
-        place = (ends - self.count + np.ceil(0.99 * self.count).astype(np.int64) - 1)[fired]
-        p99[fired] = values[place]
-        sums = np.bincount(features, values, minlength=len(self.count)).astype(np.float64)  # int64 of nothing
-        mean = np.divide(sums, self.count, out=np.zeros_like(sums), where=fired)
-        return {
-            "count": torch.from_numpy(self.count.copy()),
-            "max": torch.from_numpy(self.largest.copy()),
-            "mean": torch.from_numpy(mean.astype(np.float32)),
-            "p99": torch.from_numpy(p99),
-        }
+    document: Int[np.ndarray, "contexts pos"]
 
 
 @torch.inference_mode()
@@ -80,12 +46,14 @@ def evaluate(
     hook_point: str,
     heldout_mean: np.ndarray,
     train_mean: np.ndarray,
+    donors: Float[Tensor, "n d_in"],
     domains: list[str],
     kept_tokens: int,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content of eval.json and of feature_stats.safetensors.
 
     x is replaced at kept positions only; a prediction counts when the token it is made from and its target are kept.
+    `donors` are training rows: resample ablation puts one of them, drawn at random, in place of each x.
     Raises: ValueError when there is no held-out token.
     """
     if kept_tokens < 1:
@@ -93,43 +61,56 @@ def evaluate(
             "evaluation: the store has no held-out tokens. One document in twenty is held out, by its hash; "
             "harvest more documents."
         )
-    per_context: dict[str, list[np.ndarray]] = {name: [] for name in metrics.SUMS}
-    per_domain = {name: np.zeros(len(domains)) for name in metrics.SUMS}
-    firings = Firings.empty(sae.d_sae)
+    sums = ContextSums(len(domains))
+    firings = Firings(sae.d_sae, n_places=HALVES * len(domains))
+    tokens_of = np.zeros((len(domains), HALVES), np.int64)
     identity_error = 0.0
     centre = torch.from_numpy(heldout_mean.astype(np.float32))
-    replacements = {"zero": torch.zeros(sae.d_in), "mean": torch.from_numpy(train_mean.astype(np.float32))}
+    baseline = {"zero": torch.zeros(sae.d_in), "mean": torch.from_numpy(train_mean.astype(np.float32))}
+    draw = np.random.default_rng(DONOR_SEED)
     with progress("eval", kept_tokens, "tok") as bar:
         for number, block in enumerate(blocks):
             x = block.acts
             acts = sae.feature_acts(x.flatten(0, 1)).sparse()
             x_hat = sae.output(acts, x.flatten(0, 1)).view_as(x)
-            kept = block.keep.flatten()[acts.support.rows]
-            firings.add(acts.support.features[kept], acts.values[kept])
-            l0 = torch.bincount(acts.support.rows[kept & (acts.values > 0)], minlength=block.keep.numel())
-            l0 = l0.view(block.keep.shape)
-            losses = _losses(model, block, hook_point, x_hat, replacements)
+            rows = acts.support.rows
+            kept = block.keep.flatten()[rows]
+            place = (block.domain * HALVES + block.document % HALVES).reshape(-1)
+            firings.add(acts.support.features[kept], acts.values[kept], place[rows[kept].numpy()])
+            l0 = torch.bincount(rows[kept & (acts.values > 0)], minlength=block.keep.numel()).view(block.keep.shape)
+            firings.add_rows(l0[block.keep])
+            tokens_of += np.bincount(place[block.keep.flatten().numpy()], minlength=tokens_of.size).reshape(-1, HALVES)
+            given = donors[torch.from_numpy(draw.integers(len(donors), size=block.keep.shape))]
+            losses = replaced_losses(
+                model, block.tokens, block.keep, hook_point, {"sae": x_hat, **baseline, "resample": given},
+                divergence_of="sae",
+            )  # fmt: skip
             if number == 0:
-                identity_error = _splice_identity_error(model, block, hook_point, x_hat)
-            sums = _position_sums(block, x, x_hat, centre, l0, losses)
-            for name, positions in sums.items():
-                per_context[name].append(positions.sum(1))
-                known = block.domain >= 0
-                per_domain[name] += np.bincount(block.domain[known], positions[known], minlength=len(domains))
+                identity_error = splice_identity_error(model, block.tokens, hook_point, x_hat)
+            sums.add(block, _position_sums(block, x, x_hat, centre, l0, losses))
             bar.update(int(block.keep.sum()))
-    sums = {name: np.concatenate(parts) for name, parts in per_context.items()}
-    found = metrics.summarise(sums) | metrics.firing_summary(firings.count, kept_tokens)
+    found = metrics.summarise(sums.by_context()) | firing_summary(firings.count, kept_tokens)
     gap = _ablation_gap(found)
     norms = sae.W_dec.norm(dim=-1)
-    grouped = metrics.by_group(per_domain)
+    d_dot_e = (sae.W_enc.T * sae.W_dec).sum(-1) if sae.d_in == sae.d_out else torch.zeros(sae.d_sae)
     result = {
         "format": EVAL_FORMAT,
         "tokens": kept_tokens,
         "metrics": found,
         "by_domain": {
-            domain: {"tokens": int(per_domain["rows"][i]), **grouped[str(i)]} for i, domain in enumerate(domains)
+            domain: {"tokens": int(tokens_of[i].sum()), **entry}
+            for i, (domain, entry) in enumerate(zip(domains, sums.by_domain(), strict=True))
         },
-        "density": metrics.density_histogram(firings.count, kept_tokens),
+        "l0": firings.l0(),
+        "density": density_histogram(firings.count, kept_tokens),
+        "by_density": by_density(firings.count, kept_tokens, sae.b_enc.numpy(), d_dot_e.numpy()),
+        "domains": domain_quality(
+            firings.by_place().reshape(sae.d_sae, len(domains), HALVES), tokens_of, domains
+        ),
+        "decoder": geometry(sae.W_dec, firings.count > 0),
+        "beside_a1": beside_a1(
+            firings.count, kept_tokens, firings.largest, sae.W_dec, found["ce_loss_score_zero"]["value"]
+        ),
         "checks": {
             "splice_identity_error": metrics.number(identity_error),
             "decoder_norm_min": norms.min().item(),
@@ -137,7 +118,7 @@ def evaluate(
             "ablation_gap_nats": gap,
             "scores_are_noise": gap is None or gap < metrics.MIN_ABLATION_GAP_NATS,
         },
-    }
+    }  # fmt: skip
     return result, firings.statistics()
 
 
@@ -147,49 +128,60 @@ def _ablation_gap(found: dict[str, dict[str, Any]]) -> float | None:
     return None if zero is None or clean is None else zero - clean
 
 
-def _losses(
-    model: LanguageModel, block: Block, hook_point: str, x_hat: Tensor, replacements: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Next-token losses, aligned to the position they are predicted from; the last position has none (0)."""
-    splices: dict[str, Splice | None] = {"clean": None, "sae": _splice(block.keep, x_hat)}
-    splices |= {name: _splice(block.keep, row.expand_as(x_hat)) for name, row in replacements.items()}
-    found = {}
-    for name, splice in splices.items():
-        losses = model.token_losses(block.tokens, hook_point if splice else None, splice)
-        found[name] = torch.nn.functional.pad(losses, (0, 1))
-    return found
+class ContextSums:
+    """What each context adds to each sum, domain by domain: kept only for the domains a context has."""
 
+    def __init__(self, n_domains: int) -> None:
+        self.n_domains, self.n_contexts = n_domains, 0
+        self._context: list[np.ndarray] = []
+        self._domain: list[np.ndarray] = []
+        self._sums: dict[str, list[np.ndarray]] = {name: [] for name in metrics.SUMS}
 
-def _splice(keep: Tensor, replacement: Tensor) -> Splice:
-    return lambda x: torch.where(keep[..., None].to(x.device), replacement.to(x.device), x)
+    def add(self, block: Block, positions: metrics.Sums) -> None:
+        """`positions[name]` is [contexts, pos], zero where a position does not count."""
+        known = block.domain >= 0
+        context = np.broadcast_to(np.arange(len(block.domain))[:, None], known.shape)[known]
+        cells, cell = np.unique(context * self.n_domains + block.domain[known], return_inverse=True)
+        self._context.append(cells // self.n_domains + self.n_contexts)
+        self._domain.append(cells % self.n_domains)
+        for name, values in positions.items():
+            self._sums[name].append(np.bincount(cell, values[known], minlength=len(cells)))
+        self.n_contexts += len(block.domain)
 
+    def by_context(self) -> metrics.Sums:
+        context, _, sums = self._joined()
+        return {name: np.bincount(context, values, minlength=self.n_contexts) for name, values in sums.items()}
 
-def _splice_identity_error(model: LanguageModel, block: Block, hook_point: str, x_hat: Tensor) -> float:
-    """max |loss(x̂ + (x − x̂)) − loss(x)|: near zero when the splice replaces what it should and nothing else."""
-    clean = model.token_losses(block.tokens)
-    back = model.token_losses(block.tokens, hook_point, lambda x: x_hat.to(x.device) + (x - x_hat.to(x.device)))
-    return (clean - back).abs().max().item()
+    def by_domain(self) -> list[dict[str, Any]]:
+        context, domain, sums = self._joined()
+        return metrics.by_group(sums, context, domain, self.n_domains, metrics.Bootstrap(self.n_contexts))
+
+    def _joined(self) -> tuple[np.ndarray, np.ndarray, metrics.Sums]:
+        context, domain = (np.concatenate([np.empty(0, np.int64), *part]) for part in (self._context, self._domain))
+        return context, domain, {name: np.concatenate([np.empty(0), *parts]) for name, parts in self._sums.items()}
 
 
 def _position_sums(
     block: Block, x: Tensor, x_hat: Tensor, centre: Tensor, l0: Tensor, losses: dict[str, Tensor]
-) -> dict[str, np.ndarray]:
+) -> metrics.Sums:
     """What each position adds to each sum: float64 [contexts, pos], zero where it does not count."""
     keep = block.keep
     predicts = keep & torch.nn.functional.pad(keep[:, 1:], (0, 1))
     x, x_hat = x.double(), x_hat.double()
-    dot = (x * x_hat).sum(-1)
+    dot, norm, norm_hat = (x * x_hat).sum(-1), x.norm(dim=-1), x_hat.norm(dim=-1)
     values = {
         "rows": torch.ones_like(dot),
         "l0": l0.double(),
         "error": (x - x_hat).pow(2).sum(-1),
         "variance": (x - centre.double()).pow(2).sum(-1),
-        "cosine": dot / (x.norm(dim=-1) * x_hat.norm(dim=-1)).clamp_min(1e-12),
-        "hat_hat": x_hat.pow(2).sum(-1),
+        "cosine": dot / (norm * norm_hat).clamp_min(1e-12),
+        "hat_hat": norm_hat.pow(2),
         "x_hat": dot,
+        "norm": norm,
+        "norm_hat": norm_hat,
     }
     sums = {name: torch.where(keep, value, 0.0).numpy() for name, value in values.items()}
     sums["predictions"] = predicts.double().numpy()
     for name, loss in losses.items():
-        sums[f"ce_{name}"] = torch.where(predicts, loss.double().cpu(), 0.0).numpy()
+        sums[name] = torch.where(predicts, loss.double(), 0.0).numpy()
     return sums

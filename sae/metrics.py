@@ -1,4 +1,4 @@
-"""Every number of eval.json: its formula, its version, and how it follows from sums over contexts.
+"""The metrics of eval.json that are ratios of sums over contexts: their formulas, their versions, their intervals.
 
 All sums are float64; a ratio is taken once, over the whole data set, never averaged over batches.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 MIN_ABLATION_GAP_NATS = 0.2
-ULTRA_LOW_DENSITY = 1e-5
+RESAMPLES = 1000
+MAX_GROUPS = 16_384  # contexts resampled one by one up to here; beyond, groups of neighbouring ones
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,19 @@ def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
         return np.where(bottom == 0, np.nan, top / np.where(bottom == 0, 1, bottom))
 
 
+CE = {
+    "clean": "the model as it is",
+    "sae": "x replaced by x̂",
+    "zero": "x replaced by 0",
+    "mean": "x replaced by the mean training row",
+    "resample": "x replaced by that of a training token drawn at random",
+}
+ABLATIONS = ("zero", "mean", "resample")
+
+
 def _ce(which: str) -> Metric:
-    what = {
-        "clean": "the model as it is",
-        "sae": "x replaced by x̂",
-        "zero": "x replaced by 0",
-        "mean": "x replaced by the mean training row",
-    }[which]
     return Metric(
-        f"mean next-token cross-entropy in nats over kept tokens, {what}",
+        f"mean next-token cross-entropy in nats over kept tokens, {CE[which]}",
         lambda s: _ratio(s[f"ce_{which}"], s["predictions"]),
     )
 
@@ -52,86 +58,90 @@ METRICS: dict[str, Metric] = {
     "l0": Metric("mean number of features with f > 0 per kept token", lambda s: _ratio(s["l0"], s["rows"])),
     "fvu": Metric("Σ‖x−x̂‖² / Σ‖x−μ‖², μ the mean held-out row", lambda s: _ratio(s["error"], s["variance"])),
     "cosine": Metric("mean of x·x̂ / (‖x‖‖x̂‖) over rows", lambda s: _ratio(s["cosine"], s["rows"])),
+    "relative_norm": Metric("Σ‖x̂‖ / Σ‖x‖; below 1: shrinkage", lambda s: _ratio(s["norm_hat"], s["norm"])),
     "shrinkage": Metric(
-        "Σ‖x̂‖² / Σ x·x̂; 1 means no shrinkage (Rajamanoharan et al. 2024)", lambda s: _ratio(s["hat_hat"], s["x_hat"])
+        "γ = Σ‖x̂‖² / Σ x·x̂; 1 means no shrinkage (Rajamanoharan et al. 2024)",
+        lambda s: _ratio(s["hat_hat"], s["x_hat"]),
     ),
-    "ce_clean": _ce("clean"),
-    "ce_sae": _ce("sae"),
-    "ce_zero": _ce("zero"),
-    "ce_mean": _ce("mean"),
+    **{f"ce_{which}": _ce(which) for which in CE},
     "delta_ce": Metric("ce_sae − ce_clean, nats", lambda s: _ratio(s["ce_sae"] - s["ce_clean"], s["predictions"])),
-    "ce_loss_score_zero": _score("zero"),
-    "ce_loss_score_mean": _score("mean"),
+    "kl": Metric(
+        "mean KL(model as it is ‖ x replaced by x̂) of the next-token distributions, nats",
+        lambda s: _ratio(s["kl"], s["predictions"]),
+    ),
+    **{f"ce_loss_score_{ablation}": _score(ablation) for ablation in ABLATIONS},
 }
 SUMS = (
-    "rows", "predictions", "l0", "error", "variance", "cosine", "hat_hat", "x_hat",
-    "ce_clean", "ce_sae", "ce_zero", "ce_mean",
+    "rows", "predictions", "l0", "error", "variance", "cosine", "hat_hat", "x_hat", "norm", "norm_hat",
+    *(f"ce_{which}" for which in CE), "kl",
 )  # fmt: skip
+Sums = dict[str, np.ndarray]
 
 
-def summarise(sums: dict[str, np.ndarray], *, resamples: int = 1000, seed: int = 0) -> dict[str, dict[str, object]]:
+class Bootstrap:
+    """Draws of contexts with replacement, shared by every metric and group: seeded, all at once.
+
+    Above MAX_GROUPS contexts neighbours are drawn together: that bounds memory and, if anything, widens intervals.
+    """
+
+    def __init__(self, n_contexts: int, *, resamples: int = RESAMPLES, seed: int = 0) -> None:
+        self.together = -(-n_contexts // MAX_GROUPS)
+        groups = -(-n_contexts // max(1, self.together))
+        rng = np.random.default_rng(seed)
+        self._weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=resamples).astype(np.float64)
+
+    def drawn(self, sums: Sums, context: np.ndarray) -> Sums:
+        """The sums of each draw; `sums[name][i]` belongs to context `context[i]`."""
+        group, column = np.unique(context // max(1, self.together), return_inverse=True)
+        weights = self._weights[:, group]
+        return {name: weights @ np.bincount(column, values, minlength=len(group)) for name, values in sums.items()}
+
+
+def summarise(sums: Sums, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Values with 95% bootstrap intervals over contexts. `sums[name]` is [n_contexts]."""
     n_contexts = len(sums["rows"])
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(n_contexts, np.full(n_contexts, 1 / n_contexts), size=resamples).astype(np.float64)
-    drawn = {name: weights @ per_context for name, per_context in sums.items()}
+    intervals = _intervals(sums, np.arange(n_contexts), Bootstrap(n_contexts, resamples=resamples, seed=seed))
     whole = {name: per_context.sum() for name, per_context in sums.items()}
-    result: dict[str, dict[str, object]] = {}
+    return {
+        name: {
+            "value": number(metric.of(whole)),
+            "ci95": intervals[name],
+            "formula": metric.formula,
+            "version": metric.version,
+        }
+        for name, metric in METRICS.items()
+    }
+
+
+def by_group(
+    sums: Sums, context: np.ndarray, group: np.ndarray, n_groups: int, bootstrap: Bootstrap
+) -> list[dict[str, Any]]:
+    """Metric values of each group, with their intervals under "ci95".
+
+    `sums[name][i]` is what context `context[i]` adds to group `group[i]`.
+    """
+    found: list[dict[str, Any]] = []
+    for number_of_group in range(n_groups):
+        mine = group == number_of_group
+        part = {name: values[mine] for name, values in sums.items()}
+        whole = {name: values.sum() for name, values in part.items()}
+        values = {name: number(metric.of(whole)) for name, metric in METRICS.items()}
+        found.append(values | {"ci95": _intervals(part, context[mine], bootstrap)})
+    return found
+
+
+def _intervals(sums: Sums, context: np.ndarray, bootstrap: Bootstrap) -> dict[str, list[float | None]]:
+    drawn = bootstrap.drawn(sums, context)
+    found: dict[str, list[float | None]] = {}
     for name, metric in METRICS.items():
         values = metric.of(drawn)
         defined = values[np.isfinite(values)]
         low, high = np.percentile(defined, [2.5, 97.5]) if len(defined) else (np.nan, np.nan)
-        result[name] = {
-            "value": number(metric.of(whole)),
-            "ci95": [number(low), number(high)],
-            "formula": metric.formula,
-            "version": metric.version,
-        }
-    return result
+        found[name] = [number(low), number(high)]
+    return found
 
 
 def number(value: object) -> float | None:
     """A JSON number: NaN (nothing to divide by) becomes null."""
     found = float(np.asarray(value))
     return found if np.isfinite(found) else None
-
-
-def by_group(sums: dict[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
-    """Metric values from plain sums of each group (`sums[name]` is [n_groups]), one dict per group."""
-    values = {name: metric.of(sums) for name, metric in METRICS.items()}
-    return {
-        str(group): {name: number(column[group]) for name, column in values.items()}
-        for group in range(len(sums["rows"]))
-    }
-
-
-def firing_summary(count: np.ndarray, tokens: int) -> dict[str, dict[str, object]]:
-    """dead_share and ultra_low_share from how often each feature fired over `tokens` kept tokens."""
-    density = count / max(1, tokens)
-    dead = count == 0
-    return {
-        "dead_share": {
-            "value": float(dead.mean()),
-            "ci95": None,
-            "formula": f"share of features with no firing in these {tokens:,} kept held-out tokens",
-            "version": 1,
-        },
-        "ultra_low_share": {
-            "value": float((~dead & (density < ULTRA_LOW_DENSITY)).mean()),
-            "ci95": None,
-            "formula": f"share of features that fired, with density < {ULTRA_LOW_DENSITY:g} firings per kept token",
-            "version": 1,
-        },
-    }
-
-
-def density_histogram(count: np.ndarray, tokens: int, *, per_decade: int = 4) -> dict[str, list[float]]:
-    """Histogram of log10 density of the features that fired, from 1e-8 to 1, plus the number of dead ones."""
-    edges = np.linspace(-8, 0, 8 * per_decade + 1)
-    density = count[count > 0] / max(1, tokens)
-    counts, _ = np.histogram(np.log10(density), bins=edges) if len(density) else (np.zeros(len(edges) - 1), None)
-    return {
-        "log10_density_edges": edges.tolist(),
-        "features": [int(c) for c in counts],
-        "dead": [int((count == 0).sum())],
-    }

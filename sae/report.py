@@ -5,29 +5,52 @@ from __future__ import annotations
 from typing import Any
 
 SHOWN = (
-    "l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "ce_clean", "ce_sae", "ce_zero", "ce_mean",
-    "cosine", "shrinkage", "dead_share", "ultra_low_share",
+    "l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "ce_loss_score_resample", "delta_ce", "kl", "ce_clean",
+    "ce_sae", "ce_zero", "ce_mean", "ce_resample", "cosine", "relative_norm", "shrinkage", "dead_share",
+    "ultra_low_share",
 )  # fmt: skip
 
 
 def eval_table(result: dict[str, Any]) -> str:
-    """The metrics of an eval.json with their intervals and formulas, then the domains, most tokens first."""
+    """The metrics of an eval.json with their intervals and formulas, the domains, and the paper's A/1 beside."""
     lines = [f"held-out tokens: {result['tokens']:,}", ""]
     for name in SHOWN:
         entry = result["metrics"][name]
         interval = "" if not entry["ci95"] else f"[{_number(entry['ci95'][0])}, {_number(entry['ci95'][1])}]"
-        lines.append(f"{name:20} {_number(entry['value']):>9}  {interval:20} {entry['formula']}")
+        lines.append(f"{name:22} {_number(entry['value']):>9}  {interval:20} {entry['formula']}")
     if result["checks"]["scores_are_noise"]:
         gap = _number(result["checks"]["ablation_gap_nats"])
         lines.append(f"note: zero-ablation costs only {gap} nats here, so the loss scores are noise")
-    lines += ["", f"{'domain':20} {'tokens':>9} {'l0':>7} {'fvu':>8} {'delta_ce':>9} {'score':>7}"]
-    domains = sorted(result["by_domain"].items(), key=lambda item: -item[1]["tokens"])
-    for domain, entry in domains:
+    quantiles = "  ".join(f"{name} {value}" for name, value in result["l0"]["quantiles"].items())
+    lines += ["", f"active features per token: {quantiles}"]
+    return "\n".join([*lines, "", *_domain_lines(result), "", *_a1_lines(result["beside_a1"])])
+
+
+def _domain_lines(result: dict[str, Any]) -> list[str]:
+    """One line per domain, most tokens first."""
+    quality = result["domains"]
+    lines = [
+        f"{'domain':20} {'tokens':>9} {'l0':>7} {'fvu':>8} {'delta_ce':>9} {'score':>7} {'best F1':>8} {'pure':>5}"
+    ]
+    for domain, entry in sorted(result["by_domain"].items(), key=lambda item: -item[1]["tokens"]):
+        best = quality["best_feature"][domain]
         lines.append(
             f"{domain:20} {entry['tokens']:>9,} {_number(entry['l0']):>7} {_number(entry['fvu']):>8} "
-            f"{_number(entry['delta_ce']):>9} {_number(entry['ce_loss_score_zero']):>7}"
+            f"{_number(entry['delta_ce']):>9} {_number(entry['ce_loss_score_zero']):>7} "
+            f"{_number(best and best['f1']):>8} {quality['pure_by_domain'][domain]:>5}"
         )
-    return "\n".join(lines)
+    return [
+        *lines,
+        f"features of one domain: {quality['pure_features']:,}; mean best F1 {_number(quality['mean_f1'])}",
+        quality["formula"],
+    ]
+
+
+def _a1_lines(beside: dict[str, Any]) -> list[str]:
+    lines = [f"{'':22} {'here':>9} {'A/1':>9}  {beside['source']}"]
+    for name, entry in beside["statistics"].items():
+        lines.append(f"{name:22} {_small(entry['value']):>9} {_small(entry['a1']):>9}  {entry['formula']}")
+    return lines
 
 
 def compare_table(result: dict[str, Any]) -> str:
@@ -63,6 +86,10 @@ def description(found: dict[str, Any], indent: int = 0) -> str:
         else:
             lines.append(f"{pad}{name}: {value}")
     return "\n".join(lines)
+
+
+def _small(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _number(value: float | None) -> str:

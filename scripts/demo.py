@@ -34,6 +34,9 @@ def check(result: dict[str, Any], minutes: int) -> list[str]:
     lines = []
     for name in ("ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "fvu", "l0", "dead_share", "ultra_low_share"):
         value = result["metrics"][name]["value"]
+        if value is None:
+            lines.append(f"{name:20}         –   {result['metrics'][name]['formula']}")
+            continue
         line = f"{name:20} {value:9.4f}"
         if name in known:
             median, sd, better = known[name]["median"], known[name]["sd"], known[name]["better"]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sae.lab.domains import f1, scores
 from store.features import FeatureIndex
 
 SCRIPT_BLOCKS = {
@@ -122,31 +123,26 @@ class DomainTable:
         return float(np.corrcoef(acts[chosen], values.reshape(-1)[chosen])[0, 1])
 
 
-def f1(precision: np.ndarray | float, recall: np.ndarray | float) -> np.ndarray:
-    return 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sae", type=Path, help="directory of an indexed dictionary")
     args = parser.parse_args()
     table = DomainTable(FeatureIndex.open(args.sae / "features.zarr"))
     fired, present = table.counts(~table.heldout)
-    precisions = fired / np.maximum(fired.sum(1, keepdims=True), 1)
-    best = f1(precisions, fired / np.maximum(present, 1)).argmax(0)
+    best = f1(*scores(fired, present)).argmax(0)
     held, totals = table.counts(table.heldout)
+    precision, recall = scores(held, totals)
     print(f"{'domain':16} {'tokens':>8} {'feature':>8} {'precision':>9} {'recall':>7} {'F1':>6} {'proxy r':>8}")
     for number, domain in enumerate(table.index.domains):
         if totals[number] < 200:
             continue
         feature = int(best[number])
-        precision = held[feature, number] / max(1, held[feature].sum())
-        recall = held[feature, number] / totals[number]
+        here = precision[feature, number], recall[feature, number]
         values = proxy(domain, table.tokens, table.keep, table.vocabulary)
         pearson = "" if values is None else f"{table.pearson(feature, values, table.heldout):8.2f}"
         print(
-            f"{domain:16} {totals[number]:8,} {feature:8} {precision:9.2f} {recall:7.2f} "
-            f"{f1(precision, recall):6.2f} {pearson}"
+            f"{domain:16} {totals[number]:8,} {feature:8} {here[0]:9.2f} {here[1]:7.2f} "
+            f"{f1(*here):6.2f} {pearson}"
         )
     return 0
 

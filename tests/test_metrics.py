@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from sae import metrics
-from sae.report import description, eval_table
+from sae import firings, metrics
+from sae.report import description
 
 
 def sums_of(n_contexts: int = 40, rows_each: int = 25, seed: int = 0) -> tuple[dict[str, np.ndarray], dict]:
@@ -17,7 +17,8 @@ def sums_of(n_contexts: int = 40, rows_each: int = 25, seed: int = 0) -> tuple[d
     raw = {
         "x": rng.normal(1, 2, (n_contexts, rows_each, 3)), "l0": rng.integers(0, 9, (n_contexts, rows_each)),
         **{f"ce_{name}": rng.gamma(2, size, (n_contexts, rows_each))
-           for name, size in {"clean": 1.0, "sae": 1.2, "zero": 2.0, "mean": 1.9}.items()},
+           for name, size in {"clean": 1.0, "sae": 1.2, "zero": 2.0, "mean": 1.9, "resample": 2.1}.items()},
+        "kl": rng.gamma(1, 0.1, (n_contexts, rows_each)),
     }  # fmt: skip
     raw["x_hat"] = raw["x"] * 0.9 + rng.normal(0, 0.3, raw["x"].shape)
     x, x_hat = raw["x"], raw["x_hat"]
@@ -27,7 +28,8 @@ def sums_of(n_contexts: int = 40, rows_each: int = 25, seed: int = 0) -> tuple[d
         "l0": raw["l0"].sum(1).astype(float), "error": ((x - x_hat) ** 2).sum((1, 2)),
         "variance": ((x - x.mean((0, 1))) ** 2).sum((1, 2)),
         "cosine": (dot / np.linalg.norm(x, axis=-1) / np.linalg.norm(x_hat, axis=-1)).sum(1),
-        "hat_hat": (x_hat**2).sum((1, 2)), "x_hat": dot.sum(1),
+        "hat_hat": (x_hat**2).sum((1, 2)), "x_hat": dot.sum(1), "kl": raw["kl"].sum(1),
+        "norm": np.linalg.norm(x, axis=-1).sum(1), "norm_hat": np.linalg.norm(x_hat, axis=-1).sum(1),
         **{name: raw[name].sum(1) for name in raw if name.startswith("ce_")},
     }  # fmt: skip
     assert sums.keys() == set(metrics.SUMS)
@@ -38,16 +40,19 @@ def test_values_are_ratios_over_the_whole_data_set() -> None:
     sums, raw = sums_of()
     found = {name: entry["value"] for name, entry in metrics.summarise(sums, resamples=10).items()}
     x, x_hat = raw["x"].reshape(-1, 3), raw["x_hat"].reshape(-1, 3)
-    ce = {name: raw[f"ce_{name}"].mean() for name in ("clean", "sae", "zero", "mean")}
+    ce = {name: raw[f"ce_{name}"].mean() for name in ("clean", "sae", "zero", "mean", "resample")}
     wanted = {
         "l0": raw["l0"].mean(),
         "fvu": ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
         "cosine": np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(x, x_hat, strict=True)]),
         "shrinkage": (x_hat**2).sum() / (x * x_hat).sum(),
         **{f"ce_{name}": value for name, value in ce.items()},
+        "relative_norm": sum(map(np.linalg.norm, x_hat)) / sum(map(np.linalg.norm, x)),
         "delta_ce": ce["sae"] - ce["clean"],
+        "kl": raw["kl"].mean(),
         "ce_loss_score_zero": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
         "ce_loss_score_mean": (ce["mean"] - ce["sae"]) / (ce["mean"] - ce["clean"]),
+        "ce_loss_score_resample": (ce["resample"] - ce["sae"]) / (ce["resample"] - ce["clean"]),
     }
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -102,54 +107,68 @@ def test_nothing_to_divide_by_is_null_and_not_nan() -> None:
     mixed, _ = sums_of(n_contexts=2)
     for column in mixed.values():
         column[1] = 0
-    one, none = metrics.by_group(mixed).values()
+    one, none = grouped(mixed)
     assert all(value is not None for value in one.values())
-    assert set(none.values()) == {None}
+    assert {value for name, value in none.items() if name != "ci95"} == {None}
     json.dumps(metrics.summarise(mixed), allow_nan=False)
 
 
 def test_groups_are_the_values_of_their_own_sums() -> None:
     sums, _ = sums_of(n_contexts=4)
-    for i, group in enumerate(metrics.by_group(sums).values()):
+    for i, group in enumerate(grouped(sums)):
         alone = metrics.summarise({name: column[i : i + 1] for name, column in sums.items()}, resamples=2)
-        for name, value in group.items():
-            assert value == pytest.approx(alone[name]["value"], rel=1e-12)
+        for name in metrics.METRICS:
+            assert group[name] == pytest.approx(alone[name]["value"], rel=1e-12)
+
+
+def test_a_group_in_every_context_has_the_intervals_of_the_whole() -> None:
+    sums, _ = sums_of(n_contexts=60)
+    context = np.repeat(np.arange(60), 2)
+    group = np.tile([0, 1], 60)
+    halves = {name: np.repeat(column, 2) for name, column in sums.items()}
+    whole = metrics.summarise(sums)
+    for part in metrics.by_group(halves, context, group, 2, metrics.Bootstrap(60)):
+        for name, entry in whole.items():
+            assert part["ci95"][name] == pytest.approx(entry["ci95"], rel=1e-9), name
+
+
+def test_many_contexts_are_drawn_in_groups_and_the_width_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums, _ = sums_of(n_contexts=1000, rows_each=3)
+    alone = metrics.summarise(sums)["ce_sae"]["ci95"]
+    monkeypatch.setattr(metrics, "MAX_GROUPS", 300)
+    together = metrics.summarise(sums)["ce_sae"]["ci95"]
+    assert np.diff(together) == pytest.approx(np.diff(alone), rel=0.15)
+    assert together != alone
+
+
+def grouped(sums: dict[str, np.ndarray]) -> list[dict]:
+    """Each context a group of its own."""
+    each = np.arange(len(sums["rows"]))
+    return metrics.by_group(sums, each, each, len(each), metrics.Bootstrap(len(each)))
 
 
 def test_dead_and_ultra_low_shares() -> None:
     count = np.array([0, 0, 1, 9, 10, 11, 500_000])
-    found = metrics.firing_summary(count, 1_000_000)
+    found = firings.firing_summary(count, 1_000_000)
     assert found["dead_share"]["value"] == pytest.approx(2 / 7)
     assert found["ultra_low_share"]["value"] == pytest.approx(2 / 7)  # 1e-6 and 9e-6; 1e-5 itself is not below
     assert "1,000,000 kept held-out tokens" in found["dead_share"]["formula"]
+    few = firings.firing_summary(count, 65_536)["ultra_low_share"]
+    assert few["value"] is None  # one firing is more than 1e-5 of so few tokens
+    assert "needs more than 100,000 tokens" in few["formula"]
 
 
 def test_density_histogram_counts_every_feature_once() -> None:
     count = np.array([0, 1, 10, 99, 1000, 1000, 10_000])
-    found = metrics.density_histogram(count, 10_000)
+    found = firings.density_histogram(count, 10_000)
     assert found["dead"] == [1]
     assert sum(found["features"]) == 6
     edges = np.array(found["log10_density_edges"])
     assert (edges[0], edges[-1], len(edges)) == (-8, 0, len(found["features"]) + 1)
     wanted, _ = np.histogram(np.log10(count[1:] / 10_000), bins=edges)
     assert found["features"] == wanted.tolist()
-    assert sum(metrics.density_histogram(np.zeros(4, int), 10)["features"]) == 0
+    assert sum(firings.density_histogram(np.zeros(4, int), 10)["features"]) == 0
 
 
-def test_the_table_shows_values_intervals_and_missing_ones() -> None:
-    sums, _ = sums_of(n_contexts=3)
-    found = metrics.summarise(sums) | metrics.firing_summary(np.array([0, 3]), 75)
-    groups = metrics.by_group({**sums, "predictions": np.array([25.0, 0.0, 25.0])})
-    result = {
-        "tokens": 75,
-        "metrics": found,
-        "by_domain": {f"domain-{i}": {"tokens": 10 + int(i), **entry} for i, entry in groups.items()},
-        "checks": {"scores_are_noise": True, "ablation_gap_nats": None},
-    }
-    table = eval_table(result)
-    assert f"{found['fvu']['value']:.4f}" in table
-    assert "–" in table  # domain 1 predicted nothing
-    assert "the loss scores are noise" in table
-    lines = table.splitlines()
-    assert [line.split()[0] for line in lines[-3:]] == ["domain-2", "domain-1", "domain-0"]  # most tokens first
+def test_descriptions_are_indented() -> None:
     assert description({"a": {"b": 1}, "c": "d"}) == "a:\n  b: 1\nc: d"

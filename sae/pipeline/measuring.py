@@ -13,10 +13,12 @@ from sae.checkpoint import read_header, write_json, write_tensors
 from sae.documents import HELD_OUT, TRAIN
 from sae.lm import LanguageModel
 from sae.model import SAE
-from sae.pipeline.pairing import model_of, opened, store_of
+from sae.pipeline.pairing import PipelineError, model_of, opened, store_of
 from sae.tokenizer import token_bytes
 from store.activations import ActivationStore
 from store.features import FeatureWriter
+
+DONORS, DONOR_SHARDS = 4096, 8
 
 
 def evaluate(
@@ -39,6 +41,7 @@ def evaluate(
         hook_point=hook,
         heldout_mean=heldout.mean,
         train_mean=acts.totals(TRAIN, hook).mean,
+        donors=_donors(acts, hook),
         domains=domains,
         kept_tokens=heldout.kept_rows,
     )
@@ -63,7 +66,22 @@ def _eval_blocks(store: ActivationStore, hook_point: str, domains: list[str]) ->
             torch.from_numpy(contexts.tokens.astype(np.int64)),
             torch.from_numpy(contexts.keep),
             lookup[contexts.document],
+            contexts.document,
         )
+
+
+def _donors(store: ActivationStore, hook_point: str) -> torch.Tensor:
+    """Training rows for resample ablation, drawn from the first shards: those hold documents in a random order."""
+    rows: list[np.ndarray] = []
+    for shard in sorted(store.markers(TRAIN))[:DONOR_SHARDS]:
+        kept = store.read_contexts(TRAIN, shard).keep.reshape(-1)
+        if kept.any():
+            rows.append(store.read_acts(TRAIN, shard, hook_point)[kept])
+    if not rows:
+        raise PipelineError(f"{store.path} holds no training rows yet; finish the harvest.")
+    pool = np.concatenate(rows)
+    chosen = np.random.default_rng(0).permutation(len(pool))[:DONORS]
+    return torch.from_numpy(pool[chosen])
 
 
 def index(

@@ -1,0 +1,71 @@
+"""What the model loses at each token when the activations at a hook are replaced by something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae.lm import LanguageModel, Splice
+
+# Logits held at once: few enough to stay in the allocator's hands (a larger block is mapped anew each time).
+LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 28}
+
+
+@torch.inference_mode()
+def replaced_losses(
+    model: LanguageModel,
+    tokens: Int[Tensor, "contexts pos"],
+    keep: Bool[Tensor, "contexts pos"],
+    hook_point: str,
+    replacements: Mapping[str, Float[Tensor, "*contexts_pos d_in"]],
+    *,
+    divergence_of: str,
+) -> dict[str, Float[Tensor, "contexts pos"]]:
+    """Next-token cross-entropy in nats: `ce_clean`, and `ce_<name>` with x replaced at kept positions.
+
+    `kl` is KL(clean ‖ the replacement `divergence_of`). Each stands at the position that predicts; the last has 0.
+    """
+    room = LOGITS_AT_ONCE.get(model.device.type, LOGITS_AT_ONCE["cpu"])
+    at_once = max(1, room // (tokens.shape[1] * model.d_vocab))
+    names = ["ce_clean", *(f"ce_{name}" for name in replacements), "kl"]
+    found = {name: torch.zeros(tokens.shape) for name in names}
+    for start in range(0, len(tokens), at_once):
+        here = slice(start, start + at_once)
+        targets = tokens[here, 1:, None].long().to(model.device)
+
+        def log_p(splice: Splice | None, here: slice = here) -> Tensor:
+            logits = model.logits(tokens[here], hook_point if splice else None, splice)
+            return logits[:, :-1].float().log_softmax(-1)
+
+        def record(name: str, values: Tensor, here: slice = here) -> None:
+            found[name][here, :-1] = values.cpu()
+
+        clean = log_p(None)
+        record("ce_clean", -clean.gather(-1, targets).squeeze(-1))
+        for name, replacement in replacements.items():
+            part = replacement[here] if replacement.dim() == 3 else replacement
+            replaced = log_p(splice(keep[here], part))
+            record(f"ce_{name}", -replaced.gather(-1, targets).squeeze(-1))
+            if name == divergence_of:
+                record("kl", torch.linalg.vecdot(clean.exp(), clean - replaced))
+    return found
+
+
+def splice(keep: Bool[Tensor, "contexts pos"], replacement: Float[Tensor, "*contexts_pos d_in"]) -> Splice:
+    """Puts the replacement where tokens are kept; BOS and padding stay as they are."""
+    return lambda x: torch.where(keep[..., None].to(x.device), replacement.to(x.device), x)
+
+
+def splice_identity_error(
+    model: LanguageModel,
+    tokens: Int[Tensor, "contexts pos"],
+    hook_point: str,
+    x_hat: Float[Tensor, "contexts pos d_in"],
+) -> float:
+    """max |loss(x̂ + (x − x̂)) − loss(x)|: near zero when the splice replaces what it should and nothing else."""
+    clean = model.token_losses(tokens)
+    back = model.token_losses(tokens, hook_point, lambda x: x_hat.to(x.device) + (x - x_hat.to(x.device)))
+    return (clean - back).abs().max().item()
