@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae import metrics
 from sae.firings import Firings, by_density, density_histogram, firing_summary
+from sae.kernels.acts import SparseActs
 from sae.lab.domains import domain_quality
 from sae.lab.geometry import beside_a1, geometry
 from sae.lm import LanguageModel
@@ -21,20 +22,15 @@ from sae.replacement import replaced_losses, splice_identity_error
 
 EVAL_FORMAT = 1
 DONOR_SEED = 0
-HALVES = 2
 
 
 class Block(NamedTuple):
-    """Some whole contexts with their activations.
-
-    `domain` and `document` number each position's domain and document (-1: padding).
-    """
+    """Some whole contexts with their activations; `domain` numbers each position's domain (-1: none of those named)."""
 
     acts: Float[Tensor, "contexts pos d_in"]
     tokens: Int[Tensor, "contexts pos"]
     keep: Bool[Tensor, "contexts pos"]
     domain: Int[np.ndarray, "contexts pos"]
-    document: Int[np.ndarray, "contexts pos"]
 
 
 @torch.inference_mode()
@@ -43,6 +39,7 @@ def evaluate(
     model: LanguageModel,
     blocks: Iterable[Block],
     *,
+    training: Iterable[Block],
     hook_point: str,
     heldout_mean: np.ndarray,
     train_mean: np.ndarray,
@@ -53,6 +50,7 @@ def evaluate(
     """The content of eval.json and of feature_stats.safetensors.
 
     x is replaced at kept positions only; a prediction counts when the token it is made from and its target are kept.
+    `training` blocks choose each domain's feature, which the held-out ones judge.
     `donors` are training rows: resample ablation puts one of them, drawn at random, in place of each x.
     Raises: ValueError when there is no held-out token.
     """
@@ -62,8 +60,7 @@ def evaluate(
             "harvest more documents."
         )
     sums = ContextSums(len(domains))
-    firings = Firings(sae.d_sae, n_places=HALVES * len(domains))
-    tokens_of = np.zeros((len(domains), HALVES), np.int64)
+    firings = Firings(sae.d_sae, n_places=len(domains) + 1)
     identity_error = 0.0
     centre = torch.from_numpy(heldout_mean.astype(np.float32))
     baseline = {"zero": torch.zeros(sae.d_in), "mean": torch.from_numpy(train_mean.astype(np.float32))}
@@ -73,13 +70,7 @@ def evaluate(
             x = block.acts
             acts = sae.feature_acts(x.flatten(0, 1)).sparse()
             x_hat = sae.output(acts, x.flatten(0, 1)).view_as(x)
-            rows = acts.support.rows
-            kept = block.keep.flatten()[rows]
-            place = (block.domain * HALVES + block.document % HALVES).reshape(-1)
-            firings.add(acts.support.features[kept], acts.values[kept], place[rows[kept].numpy()])
-            l0 = torch.bincount(rows[kept & (acts.values > 0)], minlength=block.keep.numel()).view(block.keep.shape)
-            firings.add_rows(l0[block.keep])
-            tokens_of += np.bincount(place[block.keep.flatten().numpy()], minlength=tokens_of.size).reshape(-1, HALVES)
+            l0 = _record(firings, acts, block)
             given = donors[torch.from_numpy(draw.integers(len(donors), size=block.keep.shape))]
             losses = replaced_losses(
                 model, block.tokens, block.keep, hook_point, {"sae": x_hat, **baseline, "resample": given},
@@ -98,14 +89,14 @@ def evaluate(
         "tokens": kept_tokens,
         "metrics": found,
         "by_domain": {
-            domain: {"tokens": int(tokens_of[i].sum()), **entry}
-            for i, (domain, entry) in enumerate(zip(domains, sums.by_domain(), strict=True))
+            domain: {"tokens": tokens, **entry}
+            for domain, tokens, entry in zip(domains, firings.tokens.tolist(), sums.by_domain(), strict=False)
         },
         "l0": firings.l0(),
         "density": density_histogram(firings.count, kept_tokens),
         "by_density": by_density(firings.count, kept_tokens, sae.b_enc.numpy(), d_dot_e.numpy()),
         "domains": domain_quality(
-            firings.by_place().reshape(sae.d_sae, len(domains), HALVES), tokens_of, domains
+            _domain_counts(sae, training, len(domains)), (firings.by_place(), firings.tokens), domains
         ),
         "decoder": geometry(sae.W_dec, firings.count > 0),
         "beside_a1": beside_a1(
@@ -126,6 +117,25 @@ def _ablation_gap(found: dict[str, dict[str, Any]]) -> float | None:
     """ce_zero − ce_clean, nats; None when nothing could be predicted."""
     zero, clean = found["ce_zero"]["value"], found["ce_clean"]["value"]
     return None if zero is None or clean is None else zero - clean
+
+
+def _record(firings: Firings, acts: SparseActs, block: Block) -> Int[Tensor, "contexts pos"]:
+    """Adds what fires on kept tokens, by domain (tokens of no named domain last); returns how many do by position."""
+    rows = acts.support.rows
+    kept = block.keep.flatten()[rows]
+    place = np.where(block.domain < 0, firings.n_places - 1, block.domain).reshape(-1)
+    firings.add(acts.support.features[kept], acts.values[kept], place[rows[kept].numpy()])
+    l0 = torch.bincount(rows[kept & (acts.values > 0)], minlength=block.keep.numel()).view(block.keep.shape)
+    firings.add_rows(l0[block.keep], place[block.keep.flatten().numpy()])
+    return l0
+
+
+def _domain_counts(sae: SAE, blocks: Iterable[Block], n_domains: int) -> tuple[np.ndarray, np.ndarray]:
+    """Firings [d_sae, domains + 1] and kept tokens [domains + 1] of some blocks."""
+    firings = Firings(sae.d_sae, n_places=n_domains + 1)
+    for block in blocks:
+        _record(firings, sae.feature_acts(block.acts.flatten(0, 1)).sparse(), block)
+    return firings.by_place(), firings.tokens
 
 
 class ContextSums:

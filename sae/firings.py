@@ -23,6 +23,7 @@ class Firings:
         self.n_places = n_places
         self.count = np.zeros(d_sae, np.int64)
         self.largest = np.zeros(d_sae, np.float32)
+        self.tokens = np.zeros(n_places, np.int64)  # kept tokens of each place
         self._features: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
         self._places: list[np.ndarray] = []
@@ -38,8 +39,9 @@ class Firings:
         self.count += np.bincount(self._features[-1], minlength=len(self.count))
         np.maximum.at(self.largest, self._features[-1], self._values[-1])
 
-    def add_rows(self, l0: Int[Tensor, " rows"]) -> None:
-        """Active features of each kept row."""
+    def add_rows(self, l0: Int[Tensor, " rows"], places: Int[np.ndarray, " rows"]) -> None:
+        """Active features and place of each kept row."""
+        self.tokens += np.bincount(places, minlength=self.n_places)
         self._l0.append(np.bincount(l0.numpy()))
 
     def by_place(self) -> np.ndarray:

@@ -140,10 +140,7 @@ def main() -> int:
         here = precision[feature, number], recall[feature, number]
         values = proxy(domain, table.tokens, table.keep, table.vocabulary)
         pearson = "" if values is None else f"{table.pearson(feature, values, table.heldout):8.2f}"
-        print(
-            f"{domain:16} {totals[number]:8,} {feature:8} {here[0]:9.2f} {here[1]:7.2f} "
-            f"{f1(*here):6.2f} {pearson}"
-        )
+        print(f"{domain:16} {totals[number]:8,} {feature:8} {here[0]:9.2f} {here[1]:7.2f} {f1(*here):6.2f} {pearson}")
     return 0
 
 

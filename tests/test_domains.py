@@ -11,45 +11,40 @@ from sae.lab.domains import best_features, domain_quality
 from sae.lab.geometry import A1_DENSITY, beside_a1, geometry, nearest_cosines
 
 
-def made_up(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Firings [features, domains, halves] and tokens: feature 0 is domain 0, feature 1 half of domain 1, rest noise."""
+def made_up(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Firings [features, domains] and tokens: feature 0 is domain 0, feature 1 half of domain 1, the rest noise."""
     rng = np.random.default_rng(seed)
-    tokens = np.array([[1000, 1200], [2000, 1800], [5000, 5000], [150, 900]])
-    fired = rng.binomial(tokens, 0.02, size=(30, 4, 2))
-    fired[0] = [[900, 1100], [10, 10], [20, 30], [0, 0]]
-    fired[1] = [[0, 0], [1000, 900], [0, 0], [0, 0]]
+    tokens = np.array([1000, 2000, 5000, 150])
+    fired = rng.binomial(tokens, 0.02, size=(30, 4))
+    fired[0] = [900, 10, 20, 0]
+    fired[1] = [0, 1000, 0, 0]
     return fired, tokens
 
 
-def test_the_best_features_are_found_and_judged_on_the_other_half() -> None:
-    fired, tokens = made_up()
-    table = best_features(fired, tokens)
-    assert table[0]["features"] == [0, 0]
-    precision, recall = 2000 / (2000 + 20 + 50), 2000 / 2200
+def test_the_best_features_are_found_and_judged_on_the_other_text() -> None:
+    chosen, judged = made_up(0), made_up(1)
+    judged[0][0] = [800, 30, 20, 0]
+    table = best_features(chosen, judged, 4)
+    assert table[0]["feature"] == 0
+    precision, recall = 800 / 850, 800 / 1000
     assert table[0]["precision"] == pytest.approx(precision)
     assert table[0]["recall"] == pytest.approx(recall)
     assert table[0]["f1"] == pytest.approx(2 / (1 / precision + 1 / recall))
-    assert table[1]["f1"] == pytest.approx(2 / (1 + 3800 / 1900))
-    assert table[3] is None  # too few tokens in one half
+    assert table[1]["f1"] == pytest.approx(2 / (1 + 2))
+    assert table[3] is None  # too few tokens
+    assert len(best_features(chosen, judged, 3)) == 3  # the fourth column is other text
 
 
-def test_choosing_on_one_half_does_not_reward_luck() -> None:
-    """Features that fire at random in one half each: chosen there, they are judged by chance in the other."""
-    fired = np.zeros((2, 2, 2), np.int64)
-    fired[0, 0, 0], fired[0, 1, 1] = 500, 500
-    fired[1, 1, 0], fired[1, 0, 1] = 500, 500
-    assert best_features(fired, np.full((2, 2), 500))[0]["f1"] == 0
+def test_luck_in_the_choosing_text_is_not_rewarded() -> None:
+    chosen, judged = np.array([[500, 0], [0, 500]]), np.array([[0, 500], [500, 0]])
+    tokens = np.array([500, 500])
+    assert [entry["f1"] for entry in best_features((chosen, tokens), (judged, tokens), 2)] == [0, 0]
 
 
 def test_pure_features() -> None:
-    fired, tokens = made_up()
-    quality = domain_quality(fired, tokens, ["a", "b", "c", "d"])
-    by_domain = fired.sum(2)
-    pure = [
-        f
-        for f in range(30)
-        if by_domain[f].sum() >= domains.MIN_FIRINGS and by_domain[f].max() > 0.8 * by_domain[f].sum()
-    ]  # noqa: E501
+    fired, tokens = made_up(0)
+    quality = domain_quality((fired, tokens), (fired, tokens), ["a", "b", "c", "d"])
+    pure = [f for f in range(30) if fired[f].sum() >= domains.MIN_FIRINGS and fired[f].max() > 0.8 * fired[f].sum()]
     assert {0, 1} <= set(pure)
     assert quality["pure_features"] == len(pure)
     assert quality["pure_by_domain"]["b"] >= 1
@@ -59,8 +54,10 @@ def test_pure_features() -> None:
 
 
 def test_no_domain_and_no_firing_are_no_error() -> None:
-    assert domain_quality(np.zeros((5, 0, 2), int), np.zeros((0, 2), int), [])["mean_f1"] is None
-    quality = domain_quality(np.zeros((5, 2, 2), int), np.full((2, 2), 300), ["a", "b"])
+    nothing = np.zeros((5, 1), int), np.zeros(1, int)
+    assert domain_quality(nothing, nothing, [])["mean_f1"] is None
+    silent = np.zeros((5, 2), int), np.full(2, 300)
+    quality = domain_quality(silent, silent, ["a", "b"])
     assert quality["pure_features"] == 0
     assert quality["mean_f1"] == 0
 

@@ -32,16 +32,14 @@ def make_blocks(model: NativeModel, per_block: int = 5) -> list[Block]:
     domain = np.zeros((CONTEXTS, SEQ_LEN), np.int64)
     domain[:, 9:] = 1
     keep[-3:, 15:], domain[-3:, 15:] = False, -1
-    document = np.where(domain < 0, -1, 2 * np.arange(CONTEXTS)[:, None] + domain)  # two of each context
-    document[::3] += 1
     acts = model.capture(tokens, HOOK_POINT)
-    arrays = (acts, tokens, keep, domain, document)
+    arrays = (acts, tokens, keep, domain)
     return [Block(*(array[i : i + per_block] for array in arrays)) for i in range(0, CONTEXTS, per_block)]
 
 
 def whole(blocks: list[Block]) -> Block:
-    acts, tokens, keep, domain, document = zip(*blocks, strict=True)
-    return Block(torch.cat(acts), torch.cat(tokens), torch.cat(keep), np.concatenate(domain), np.concatenate(document))
+    acts, tokens, keep, domain = zip(*blocks, strict=True)
+    return Block(torch.cat(acts), torch.cat(tokens), torch.cat(keep), np.concatenate(domain))
 
 
 def donors() -> torch.Tensor:
@@ -58,7 +56,7 @@ def run(sae: SAE, model: NativeModel, blocks: list[Block], train_mean: np.ndarra
     return evaluate(
         sae, model, blocks, hook_point=HOOK_POINT, heldout_mean=mean, domains=DOMAINS,
         train_mean=mean if train_mean is None else train_mean, kept_tokens=int(whole(blocks).keep.sum()),
-        donors=donors(),
+        donors=donors(), training=blocks,
     )  # fmt: skip
 
 
@@ -165,6 +163,29 @@ def test_every_figure_against_brute_force(tiny_model: NativeModel, kind: dict) -
     assert result["checks"]["decoder_norm_min"] == pytest.approx(norms.min())
     assert result["checks"]["decoder_norm_max"] == pytest.approx(norms.max())
     assert sum(result["density"]["features"]) + result["density"]["dead"][0] == sae.d_sae
+
+
+def test_domain_features_are_counted_on_kept_tokens(tiny_model: NativeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feature made for one domain's rows, chosen on one text and judged on another, against a count by hand."""
+    monkeypatch.setattr("sae.lab.domains.MIN_TOKENS", 5)
+    sae, blocks = random_sae(), make_blocks(tiny_model)
+    block = whole(blocks)
+    other = [b._replace(domain=np.where(b.domain == 1, -1, b.domain)) for b in blocks]  # prose is of no named domain
+    mean = kept_mean(blocks)
+    result, _ = evaluate(
+        sae, tiny_model, blocks, hook_point=HOOK_POINT, heldout_mean=mean, train_mean=mean, donors=donors(),
+        training=other, domains=["dna", "prose"], kept_tokens=int(block.keep.sum()),
+    )  # fmt: skip
+    keep = block.keep.numpy()
+    fired = (sae.encode(block.acts) > 0).numpy()
+    dna = keep & (block.domain == 0)
+    hits, firings = fired[dna].sum(0), fired[keep].sum(0)
+    precision, recall = hits / np.maximum(firings, 1), hits / dna.sum()
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    best = result["domains"]["best_feature"]
+    assert best["dna"]["f1"] == pytest.approx(f1.max())
+    assert best["dna"]["feature"] == f1.argmax()
+    assert best["prose"] is None  # none of it in the choosing text
 
 
 def test_domains_against_brute_force(tiny_model: NativeModel) -> None:
@@ -313,6 +334,8 @@ def test_firings_by_place_against_a_dense_count() -> None:
     for part in (slice(0, 70), slice(70, 200)):
         rows, features = acts[part].nonzero(as_tuple=True)
         firings.add(features, acts[part][rows, features], places[part][rows.numpy()])
+        firings.add_rows((acts[part] > 0).sum(1), places[part])
+    np.testing.assert_array_equal(firings.tokens, np.bincount(places))
     wanted = [[((acts[:, f] > 0).numpy() & (places == p)).sum() for p in range(4)] for f in range(6)]
     np.testing.assert_array_equal(firings.by_place(), wanted)
 
@@ -321,7 +344,7 @@ def test_no_held_out_tokens_is_refused(tiny_model: NativeModel) -> None:
     with pytest.raises(ValueError, match="no held-out tokens.*harvest more documents"):
         evaluate(
             identity(), tiny_model, [], hook_point=HOOK_POINT, heldout_mean=np.zeros(D_IN), train_mean=np.zeros(D_IN),
-            donors=donors(), domains=[], kept_tokens=0,
+            donors=donors(), training=[], domains=[], kept_tokens=0,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-MIN_TOKENS = 200  # of a domain, in either half
+MIN_TOKENS = 200  # of a domain, in the choosing and in the judging text
 MIN_FIRINGS = 10
 PURE = 0.8
 
@@ -22,41 +22,35 @@ def scores(fired: Int[np.ndarray, "features domains"], tokens: Int[np.ndarray, "
     return fired / np.maximum(fired.sum(1, keepdims=True), 1), fired / np.maximum(tokens, 1)
 
 
-def best_features(
-    fired: Int[np.ndarray, "features domains halves"], tokens: Int[np.ndarray, "domains halves"]
-) -> list[dict[str, Any] | None]:
-    """For each domain the feature with the best F1, chosen on one half of the documents and judged on the other.
+Counts = tuple[Int[np.ndarray, "features domains"], Int[np.ndarray, " domains"]]
 
-    Both ways round; precision and recall are over both halves together, each judged by the feature the other chose.
-    None where a half has fewer than MIN_TOKENS of the domain.
+
+def best_features(chosen_on: Counts, judged_on: Counts, n_domains: int) -> list[dict[str, Any] | None]:
+    """For each domain the feature with the best F1 on one text, judged on another: firings and tokens by domain.
+
+    Columns beyond `n_domains` are other text, which counts against precision. None where either has fewer than
+    MIN_TOKENS of the domain.
     """
-    chosen = [f1(*scores(fired[..., half], tokens[:, half])).argmax(0) for half in (0, 1)]
+    chosen = f1(*scores(*chosen_on)).argmax(0)
+    precision, recall = scores(*judged_on)
     found: list[dict[str, Any] | None] = []
-    for domain in range(len(tokens)):
-        if tokens[domain].min() < MIN_TOKENS:
+    for domain, feature in enumerate(chosen[:n_domains].tolist()):
+        if min(chosen_on[1][domain], judged_on[1][domain]) < MIN_TOKENS:
             found.append(None)
             continue
-        judged = [fired[chosen[1 - half][domain], :, half] for half in (0, 1)]
-        hits, firings = sum(int(j[domain]) for j in judged), sum(int(j.sum()) for j in judged)
-        precision, recall = hits / max(1, firings), hits / int(tokens[domain].sum())
+        here = precision[feature, domain], recall[feature, domain]
         found.append(
-            {
-                "features": [int(choice[domain]) for choice in chosen],
-                "precision": precision,
-                "recall": recall,
-                "f1": float(f1(np.array(precision), np.array(recall))),
-            }
+            {"feature": feature, "precision": float(here[0]), "recall": float(here[1]), "f1": float(f1(*here))}
         )
     return found
 
 
-def domain_quality(
-    fired: Int[np.ndarray, "features domains halves"], tokens: Int[np.ndarray, "domains halves"], domains: list[str]
-) -> dict[str, Any]:
+def domain_quality(chosen_on: Counts, judged_on: Counts, domains: list[str]) -> dict[str, Any]:
     """The domain table of an evaluation: best features, their mean F1, and how many features are pure."""
-    table = dict(zip(domains, best_features(fired, tokens), strict=True))
-    by_domain = fired.sum(2)
-    firings = by_domain.sum(1)
+    table = dict(zip(domains, best_features(chosen_on, judged_on, len(domains)), strict=True))
+    fired = judged_on[0]
+    firings = fired.sum(1)
+    by_domain = fired[:, : len(domains)]
     share = by_domain.max(1, initial=0) / np.maximum(firings, 1)
     pure = (firings >= MIN_FIRINGS) & (share > PURE)
     known = [entry["f1"] for entry in table.values() if entry]
@@ -69,8 +63,8 @@ def domain_quality(
         )
         if len(domains)
         else {},
-        "formula": f"F1 of 'the feature fires' for 'the token is of the domain', the feature chosen on one half of the "
-        f"documents and judged on the other, both ways; domains with {MIN_TOKENS} tokens in each half. Pure: fired on "
-        f"{MIN_FIRINGS} tokens or more, over {PURE:.0%} of them in one domain",
+        "formula": "F1 of 'the feature fires' for 'the token is of the domain', on held-out tokens, the feature chosen "
+        f"on {int(chosen_on[1].sum()):,} training tokens; domains with {MIN_TOKENS} tokens in each. Pure: fired on "
+        f"{MIN_FIRINGS} held-out tokens or more, over {PURE:.0%} of them in one domain",
         "version": 1,
     }

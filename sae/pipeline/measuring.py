@@ -19,6 +19,7 @@ from store.activations import ActivationStore
 from store.features import FeatureWriter
 
 DONORS, DONOR_SHARDS = 4096, 8
+CHOOSING_TOKENS = 65_536
 
 
 def evaluate(
@@ -37,7 +38,8 @@ def evaluate(
     result, stats = evaluation.evaluate(
         dictionary,
         lm,
-        _eval_blocks(acts, hook, domains),
+        _eval_blocks(acts, hook, domains, HELD_OUT, sorted(acts.markers(HELD_OUT))),
+        training=_eval_blocks(acts, hook, domains, TRAIN, _choosing_shards(acts)),
         hook_point=hook,
         heldout_mean=heldout.mean,
         train_mean=acts.totals(TRAIN, hook).mean,
@@ -51,14 +53,22 @@ def evaluate(
     return result
 
 
-def _eval_blocks(store: ActivationStore, hook_point: str, domains: list[str]) -> Iterator[evaluation.Block]:
-    number = {domain: i for i, domain in enumerate(domains)}
-    table = {n: number[entry[2]] for n, entry in store.documents(HELD_OUT).items()}
-    lookup = np.full(max(table, default=0) + 2, -1)
-    lookup[list(table)] = list(table.values())
-    for shard in sorted(store.markers(HELD_OUT)):
-        acts = store.read_acts(HELD_OUT, shard, hook_point)
-        contexts = store.read_contexts(HELD_OUT, shard)
+def _choosing_shards(store: ActivationStore) -> list[int]:
+    """Training shards on which each domain's feature is chosen."""
+    return sorted(store.markers(TRAIN))[: -(-CHOOSING_TOKENS // store.rows_per_shard)]
+
+
+def _eval_blocks(
+    store: ActivationStore, hook_point: str, domains: list[str], split: str, shards: list[int]
+) -> Iterator[evaluation.Block]:
+    markers = store.markers(split)
+    documents = {int(n): entry for shard in shards for n, entry in markers[shard].documents.items()}
+    lookup = np.full(max(documents, default=0) + 2, -1)
+    for number, entry in documents.items():
+        lookup[number] = domains.index(entry[2]) if entry[2] in domains else -1
+    for shard in shards:
+        acts = store.read_acts(split, shard, hook_point)
+        contexts = store.read_contexts(split, shard)
         if not len(contexts.tokens):  # the text was over before this shard
             continue
         yield evaluation.Block(
@@ -66,7 +76,6 @@ def _eval_blocks(store: ActivationStore, hook_point: str, domains: list[str]) ->
             torch.from_numpy(contexts.tokens.astype(np.int64)),
             torch.from_numpy(contexts.keep),
             lookup[contexts.document],
-            contexts.document,
         )
 
 
