@@ -95,6 +95,13 @@ def _explain_index(entry: SaeEntry, error: str) -> None:
     if entry.has_index:
         state.explain("This dictionary's index cannot be read", error, f"sae index {entry.path}")
         return
+    if entry.unfinished:
+        state.explain(
+            f"{entry.id} is not trained yet",
+            "The view Run shows how far it is. When training is over, evaluate it and build its index.",
+            f"sae eval {entry.path} && sae index {entry.path}",
+        )
+        return
     state.explain(
         f"{entry.id} has no feature index yet",
         "The pages draw from an index of every activation of every feature. One command builds "

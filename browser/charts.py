@@ -106,3 +106,44 @@ def curve_chart(curve: pd.DataFrame) -> alt.Chart:
         )
         .properties(height=150)
     )
+
+
+def training_chart(log: pd.DataFrame, name: str, resampled: list[int]) -> alt.LayerChart:
+    """One logged number by step; dashed rules where dead features were resampled."""
+    line = (
+        alt.Chart(log)
+        .mark_line(color=BLUE, strokeWidth=1.6)
+        .encode(
+            x=alt.X("step:Q", axis=alt.Axis(title=None, tickCount=5, grid=False, format="~s")),
+            y=alt.Y(f"{name}:Q", scale=alt.Scale(zero=False), axis=alt.Axis(title=None, tickCount=4, format=".3~g")),
+            tooltip=[alt.Tooltip("step:Q", format=","), alt.Tooltip(f"{name}:Q", format=".4g")],
+        )
+    )
+    rules = alt.Chart(pd.DataFrame({"step": resampled}, dtype=float)).mark_rule(
+        color=ORANGE, strokeDash=[3, 3], opacity=0.7
+    )
+    return (line + rules.encode(x="step:Q")).properties(height=HEIGHT)
+
+
+def density_chart(histogram: pd.DataFrame) -> alt.Chart:
+    """Features by log₁₀ density; the ultra-low and the dense ones coloured apart."""
+    colour = (
+        alt.when("datum.high <= -5").then(alt.value(VIOLET)).when("datum.low >= -1").then(alt.value(BLUE))
+        .otherwise(alt.value(ORANGE))
+    )  # fmt: skip
+    return _bars(histogram, "features", False).encode(color=colour)
+
+
+def frontier_chart(table: pd.DataFrame) -> alt.LayerChart:
+    """fvu by L0 (logarithmic), one line for each recipe and size; the run shown is ringed."""
+    series = table.assign(series=table["recipe"] + " " + table["d_sae"].astype(str))
+    base = alt.Chart(series).encode(
+        x=alt.X("l0:Q", scale=alt.Scale(type="log"), axis=alt.Axis(title="L0", grid=False, tickCount=6)),
+        y=alt.Y("fvu:Q", axis=alt.Axis(title="fvu", tickCount=5)),
+        color=alt.Color("series:N", legend=alt.Legend(title=None, orient="bottom")),
+        tooltip=["id", alt.Tooltip("l0:Q", format=".1f"), alt.Tooltip("fvu:Q", format=".4f"),
+                 alt.Tooltip("ce_loss_score:Q", format=".4f")],
+    )  # fmt: skip
+    lines, points = base.mark_line(opacity=0.5), base.mark_point(filled=True, size=45)
+    ring = base.transform_filter("datum.this").mark_point(size=180, strokeWidth=2)
+    return (lines + points + ring).properties(height=220)

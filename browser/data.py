@@ -24,7 +24,7 @@ TEXT_COLUMNS = ("label", "auto_label", "top_token", "top_logits", "domain")
 
 @dataclass(frozen=True)
 class SaeEntry:
-    """An SAE directory found below the root; `id` is its path under the root."""
+    """An SAE directory found below the root, trained or in training; `id` is its path under the root."""
 
     id: str
     path: Path
@@ -37,6 +37,11 @@ class SaeEntry:
     @property
     def has_index(self) -> bool:
         return self.index_path.is_dir()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether training has begun and has not ended."""
+        return bool(self.config.get("unfinished"))
 
     @property
     def d_sae(self) -> int:
@@ -76,7 +81,7 @@ def scan(root: Path) -> list[SaeEntry]:
 
 
 def _scan(root: Path, folder: Path, levels: int) -> Iterator[SaeEntry]:
-    config = read_config(folder / "config.json")
+    config = read_config(folder / "config.json") or _begun(folder)
     if config.get("kind") == "sae":
         yield SaeEntry(folder.relative_to(root).as_posix(), folder, config)
     if not levels:
@@ -88,6 +93,17 @@ def _scan(root: Path, folder: Path, levels: int) -> Iterator[SaeEntry]:
         return
     for entry in children:
         yield from _scan(root, Path(entry.path), levels - 1)
+
+
+def _begun(folder: Path) -> dict[str, Any]:
+    """What train.json says of a dictionary whose training has not ended; {} where none was begun."""
+    begun = read_config(folder / "train.json")
+    train, rows = begun.get("train"), begun.get("rows")
+    if not isinstance(train, dict):
+        return {}
+    provenance = rows if isinstance(rows, dict) else {}
+    shape = {"d_sae": train.get("d_sae"), "recipe": train.get("recipe")}
+    return {**provenance, **shape, "train": train, "kind": "sae", "unfinished": True}
 
 
 def _worth_entering(entry: os.DirEntry[str]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from browser.state import Page
-from browser.views import feature, features, steering
+from browser.views import feature, features, run, steering
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class View:
 
 
 VIEWS = {
+    "run": View("Run", run.show, needs_index=False),
     "features": View("Features", features.show),
     "feature": View("Feature", feature.show),
     "steering": View("Steering", steering.show),

@@ -208,6 +208,24 @@ def test_damaged_index_is_explained(visit: Any, tmp_path: Path) -> None:
     assert "cannot be read" in html(visit(tmp_path))
 
 
+def test_run_page_of_a_trained_dictionary_without_weights_or_index(visit: Any) -> None:
+    page = visit(view="Run", sae="demo/no-index")
+    assert "trained" in html(page)
+    assert "towards-monosemanticity" in html(page)
+    fidelity = page.dataframe[0].value
+    assert fidelity["metric"].tolist() == ["l0"]
+
+
+def test_run_page_of_a_run_that_has_just_begun(visit: Any, tmp_path: Path) -> None:
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "sae" / "train.json").write_text('{"train": {"recipe": "topk", "d_sae": 8, "tokens": 100}, "rows": {}}')
+    assert "Nothing has been logged yet" in html(visit(tmp_path, view="Run"))
+    assert "is not trained yet" in html(visit(tmp_path, view="Features"))
+    (tmp_path / "sae" / "metrics.jsonl").write_text('{"step": 25, "rows": 50, "fvu": 0.5, "l0": 3.0}\n')
+    page = visit(tmp_path, view="Run")
+    assert "training now" in html(page)
+
+
 def test_empty_root_is_explained(visit: Any, tmp_path: Path) -> None:
     page = visit(tmp_path)
     assert "No dictionaries here" in html(page)

@@ -1,0 +1,167 @@
+"""What a run directory says of itself: its log, evaluation, place in a sweep, cost; no Streamlit here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from browser.data import SaeEntry, read_config
+
+POINTS = 400  # of a curve
+QUIET_S = 600  # a log unchanged for so long is of a run that has stopped
+FIRST = (
+    "l0", "fvu", "delta_ce", "ce_loss_score_zero", "ce_loss_score_mean", "ce_clean", "ce_sae", "ce_zero", "ce_mean",
+    "dead_share", "ultra_low_share",
+)  # fmt: skip
+
+
+def read_log(path: Path, points: int = POINTS) -> pd.DataFrame:
+    """The entries of a metrics.jsonl, thinned evenly to `points` with the last one kept; a torn line is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return pd.DataFrame()
+    kept = (
+        np.unique(np.linspace(0, len(lines) - 1, min(points, len(lines))).round().astype(int)).tolist() if lines else []
+    )
+    entries = []
+    for i in kept:
+        try:
+            entry = json.loads(lines[i])
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            entries.append(entry)
+    return pd.DataFrame(entries)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: `state` is "trained", "training", "stopped" or "empty"; `rows` of `total` seen."""
+
+    state: str
+    rows: int
+    total: int
+    quiet_s: float
+
+
+def progress_of(entry: SaeEntry, log: pd.DataFrame, now: float | None = None) -> Progress:
+    """`training` means that the log grew within the last ten minutes."""
+    total = int((entry.config.get("train") or {}).get("tokens") or 0)
+    rows = int(log["rows"].iloc[-1]) if "rows" in log and len(log) else 0
+    try:
+        quiet = (now or time.time()) - (entry.path / "metrics.jsonl").stat().st_mtime
+    except OSError:
+        quiet = float("inf")
+    if not entry.unfinished:
+        return Progress("trained", rows, total, quiet)
+    if not len(log):
+        return Progress("empty", 0, total, quiet)
+    return Progress("training" if quiet < QUIET_S else "stopped", rows, total, quiet)
+
+
+def fidelity_table(report: dict[str, Any]) -> pd.DataFrame:
+    """metric, value, low, high (95% bootstrap), formula: the metrics of an eval.json, the main ones first."""
+    metrics = report.get("metrics") or {}
+    names = [name for name in FIRST if name in metrics] + sorted(set(metrics) - set(FIRST))
+    rows = []
+    for name in names:
+        entry = metrics[name] if isinstance(metrics[name], dict) else {"value": metrics[name]}
+        low, high = entry.get("ci95") or (None, None)
+        rows.append((name, entry.get("value"), low, high, entry.get("formula", "")))
+    return pd.DataFrame(rows, columns=["metric", "value", "low", "high", "formula"])
+
+
+def group_table(groups: dict[str, Any], named: str) -> pd.DataFrame:
+    """One row for each group of `{group: {metric: value or {"value": …}}}`: domains, controls."""
+    rows = []
+    for group, values in groups.items():
+        if isinstance(values, dict):
+            plain = {k: v.get("value") if isinstance(v, dict) else v for k, v in values.items()}
+            rows.append({named: group} | {k: v for k, v in plain.items() if isinstance(v, int | float | type(None))})
+    table = pd.DataFrame(rows)
+    return table.sort_values("tokens", ascending=False) if "tokens" in table else table
+
+
+def density_table(report: dict[str, Any]) -> pd.DataFrame:
+    """low, high (log₁₀ density), count: the histogram of an eval.json; empty where it has none."""
+    density = report.get("density") or {}
+    edges, counts = density.get("log10_density_edges") or [], density.get("features") or []
+    if len(edges) != len(counts) + 1:
+        return pd.DataFrame({"low": [], "high": [], "count": []})
+    return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "count": counts})
+
+
+def clusters(histogram: pd.DataFrame) -> list[tuple[float, float, int]]:
+    """(low, high, features) of the humps of a density histogram, parted at its deepest gaps.
+
+    A gap parts two humps where the smoothed count falls to a third of the lower hump beside it; the paper's ultra-low
+    cluster is such a hump.
+    """
+    if not histogram["count"].sum():
+        return []
+    count = histogram["count"].to_numpy(float)
+    smooth = np.convolve(np.pad(count, 1), [0.25, 0.5, 0.25], "valid")
+    bounds, start = [], 0
+    peaks = [i for i in range(len(smooth)) if smooth[i] == smooth[max(0, i - 2) : i + 3].max() and smooth[i] > 0]
+    peaks = [p for i, p in enumerate(peaks) if i == 0 or p - peaks[i - 1] > 2]
+    for left, right in zip(peaks, peaks[1:], strict=False):
+        valley = left + int(np.argmin(smooth[left : right + 1]))
+        if smooth[valley] <= min(smooth[start : valley + 1].max(), smooth[right]) / 3:
+            bounds.append((start, valley + 1))
+            start = valley + 1
+    bounds.append((start, len(count)))
+    found = []
+    for lo, hi in bounds:
+        filled = lo + np.flatnonzero(count[lo:hi])
+        if len(filled):
+            low, high = histogram["low"].iloc[filled[0]], histogram["high"].iloc[filled[-1]]
+            found.append((float(low), float(high), int(count[lo:hi].sum())))
+    return found
+
+
+def frontier(entry: SaeEntry, entries: Iterable[SaeEntry]) -> pd.DataFrame:
+    """id, recipe, d_sae, l0, fvu, ce_loss_score: the evaluated dictionaries in the same directory (a sweep)."""
+    rows = []
+    for other in entries:
+        if other.path.parent != entry.path.parent:
+            continue
+        metrics = read_config(other.path / "eval.json").get("metrics") or {}
+        values = {
+            name: (metrics.get(key) or {}).get("value")
+            for name, key in (("l0", "l0"), ("fvu", "fvu"), ("ce_loss_score", "ce_loss_score_zero"))
+        }
+        if values["l0"] is not None and values["fvu"] is not None:
+            recipe = str(other.config.get("recipe", "?"))
+            rows.append(
+                {"id": other.id, "recipe": recipe, "d_sae": other.d_sae, **values, "this": other.id == entry.id}
+            )
+    return pd.DataFrame(rows)
+
+
+def cost(entry: SaeEntry, log: pd.DataFrame) -> dict[str, str]:
+    """What the run took: time in training (from the logged pace), pace, files on disk."""
+    found = {}
+    if {"rows", "rows_per_s"} <= set(log.columns) and len(log):
+        steps = np.diff(log["rows"].to_numpy(float), prepend=0.0)
+        seconds = float((steps / log["rows_per_s"].clip(lower=1).to_numpy(float)).sum())
+        found["training"] = f"{seconds / 60:.1f} min"
+        found["pace"] = f"{log['rows'].iloc[-1] / max(seconds, 1e-9):,.0f} tokens/s"
+    for name in ("sae.safetensors", "state.safetensors", "features.zarr"):
+        size = _size(entry.path / name)
+        if size:
+            found[name] = f"{size / 1e6:,.1f} MB"
+    return found
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.is_file() else 0

@@ -1,0 +1,175 @@
+"""A run: where it comes from, how it trained, how faithful it is, what it cost."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from browser import charts, data, runs, state
+from browser.state import Page
+
+CURVES = {
+    "fvu": "fraction of the variance left unexplained, on the batch",
+    "l0": "active features per token",
+    "dead_share": "share of features that have not fired for long",
+    "loss": "training loss",
+    "rows_per_s": "tokens per second",
+    "lr": "learning rate",
+}
+
+
+def show(page: Page) -> None:
+    """Draws the run of `page.entry`, trained or not."""
+    log = runs.read_log(page.entry.path / "metrics.jsonl")
+    progress = runs.progress_of(page.entry, log)
+    _header(page, progress)
+    if progress.state == "empty":
+        state.explain(
+            "Nothing has been logged yet",
+            "The run was started, but its first lines are still to come (one every 25 steps). This page looks again "
+            "by itself. If it was killed before that, repeat the command it was started with.",
+        )
+    left, right = st.columns([0.5, 0.5], gap="medium")
+    with left:
+        if progress.state in ("training", "empty"):
+            st.fragment(_training, run_every=5)(page)
+        else:
+            _training(page)
+        _frontier(page)
+    with right:
+        report = data.read_config(page.entry.path / "eval.json")
+        _fidelity(page, report, progress)
+        _density(page, report)
+        _costs(page, log)
+    st.html('<i id="done" data-view="run"></i>')
+
+
+def _facts(facts: dict[str, str], title: str = "") -> str:
+    cells = "".join(f"<div><span>{html.escape(k)}</span><bdi>{html.escape(v)}</bdi></div>" for k, v in facts.items())
+    return f'<div class="mono-facts">{title}{cells}</div>'
+
+
+def _header(page: Page, progress: runs.Progress) -> None:
+    config = page.entry.config
+    model = config.get("model") or {}
+    store = config.get("store") or {}
+    train = config.get("train") or {}
+    facts = {
+        "recipe": str(config.get("recipe") or train.get("recipe") or "?"),
+        "features": f"{page.entry.d_sae:,}",
+        "d_in": str(config.get("d_in", "?")),
+        "model": f"{model.get('id', '?')} ({str(model.get('sha256', ''))[:10]}…)",
+        "hook point": str(config.get("hook_point", "?")),
+        "text": f"{store.get('text', '?')} ({str(store.get('text_sha256', ''))[:10]}…)",
+        "tokens trained": f"{int(train.get('tokens') or 0):,}",
+        "seed": str(train.get("seed", "?")),
+    }
+    badge = {
+        "trained": "trained", "training": "training now", "stopped": "stopped", "empty": "just started",
+    }[progress.state]  # fmt: skip
+    title = f'<div class="mono-title">{html.escape(page.entry.id)} <span class="mono-flag">{badge}</span></div>'
+    st.html(_facts({k: v for k, v in facts.items() if v != "?" and "? (" not in v}, title))
+    if progress.state in ("training", "stopped"):
+        share = progress.rows / max(1, progress.total)
+        st.progress(min(1.0, share), f"{progress.rows:,} of {progress.total:,} tokens")
+    if progress.state == "stopped":
+        state.explain(
+            "This run has stopped before its end",
+            f"Its log has not grown for {progress.quiet_s / 60:,.0f} minutes. Repeating the command it was started "
+            "with goes on from the last checkpoint, to the same result bit for bit.",
+        )
+
+
+def _training(page: Page) -> None:
+    log = runs.read_log(page.entry.path / "metrics.jsonl")
+    if not len(log):
+        st.caption("No training log (metrics.jsonl) here." if not page.entry.unfinished else "Waiting for the log …")
+        return
+    st.html('<div class="mono-head">Training</div>')
+    names = [name for name in CURVES if name in log and log[name].notna().any()]
+    events = [int(event["step"]) for event in page.entry.config.get("resample_events") or [] if "step" in event]
+    columns = st.columns(2)
+    for i, name in enumerate(names):
+        with columns[i % 2]:
+            st.caption(name.replace("_", " "), help=CURVES[name])
+            st.altair_chart(charts.training_chart(log, name, events), key=f"curve-{name}")
+
+
+def _fidelity(page: Page, report: dict[str, Any], progress: runs.Progress) -> None:
+    st.html('<div class="mono-head">Fidelity on held-out text</div>')
+    if not report:
+        if progress.state == "trained":
+            state.explain(
+                "Not evaluated yet", "One command measures it on the held-out split.", f"sae eval {page.entry.path}"
+            )
+        else:
+            st.caption("Measured when training is over (sae eval).")
+        return
+    checks = report.get("checks") or {}
+    st.caption(f"{int(report.get('tokens') or 0):,} held-out tokens; 95% bootstrap intervals over contexts.")
+    table = runs.fidelity_table(report)
+    number = st.column_config.NumberColumn
+    st.dataframe(
+        table, hide_index=True, height=min(440, 38 + 27 * len(table)), row_height=27, key="fidelity",
+        column_config={
+            "metric": st.column_config.TextColumn(width=130), "value": number(format="%.4f", width=70),
+            "low": number(format="%.4f", width=70), "high": number(format="%.4f", width=70),
+            "formula": st.column_config.TextColumn(width=300),
+        },
+    )  # fmt: skip
+    if checks.get("scores_are_noise"):
+        state.explain(
+            "The loss scores are noise here",
+            f"Zero-ablation costs only {checks.get('ablation_gap_nats')} nats at this hook point, so a share of it "
+            "means little; look at delta_ce.",
+        )
+    for key, title, named in (("by_domain", "By domain", "domain"), ("controls", "Controls", "control")):
+        groups = report.get(key)
+        if isinstance(groups, dict) and groups:
+            with st.expander(title, expanded=key == "controls"):
+                shown = runs.group_table(groups, named)
+                first = [c for c in (named, "tokens", "l0", "fvu", "delta_ce", "ce_loss_score_zero") if c in shown]
+                st.dataframe(
+                    shown[[*first, *(c for c in shown if c not in first)]], hide_index=True, key=f"table-{key}"
+                )
+
+
+def _density(page: Page, report: dict[str, Any]) -> None:
+    histogram = runs.density_table(report)
+    if histogram.empty:
+        return
+    dead = int(np.sum((report.get("density") or {}).get("dead") or 0))
+    st.html('<div class="mono-head">Density of the features</div>')
+    st.altair_chart(charts.density_chart(histogram), key="densities")
+    found = runs.clusters(histogram)
+    humps = "; ".join(f"{n:,} features from {10**low:.0e} to {10**high:.0e}" for low, high, n in found)
+    kinds = "one cluster" if len(found) == 1 else f"{len(found)} clusters"
+    st.caption(
+        f"log₁₀ of firings per held-out token. {kinds}: {humps}. {dead:,} features never fired. Ultra-low (violet) is "
+        f"below {data.ULTRA_LOW:g}, dense (blue) above {data.DENSE:g}."
+    )
+
+
+def _frontier(page: Page) -> None:
+    table = runs.frontier(page.entry, page.entries.values())
+    if len(table) < 2:
+        return
+    st.html('<div class="mono-head">Frontier of this sweep</div>')
+    st.caption(
+        f"{len(table)} evaluated dictionaries in the same directory; the ring is this one. Lower left is better."
+    )
+    st.altair_chart(charts.frontier_chart(table), key="frontier")
+
+
+def _costs(page: Page, log: pd.DataFrame) -> None:
+    found = runs.cost(page.entry, log)
+    if found:
+        st.html(f'<div class="mono-head">Cost</div>{_facts(found)}')
+    train = page.entry.config.get("train") or {}
+    settings = {k: str(v) for k, v in train.items() if k not in ("recipe", "d_sae", "tokens", "seed") and v}
+    if settings:
+        st.html(f'<div class="mono-head">Settings</div>{_facts(settings)}')
