@@ -60,12 +60,8 @@ class _ReLU(torch.autograd.Function):
         for start in range(0, len(f), ROWS):
             rows = slice(start, start + ROWS)
             block = d_pre[: len(f[rows])]
-            if d_f is None:
-                block.zero_()
-            else:
-                block.copy_(d_f[rows])
-            if d_sums is not None:
-                block.add_(d_sums)
+            of_f = d_f[rows] if d_f is not None else block.zero_()
+            torch.add(of_f, d_sums if d_sums is not None else 0.0, out=block)
             torch.ops.aten.threshold_backward.grad_input(block, f[rows], 0.0, grad_input=block)
             d_bias += block.sum(0)
             narrow = factor(block)

@@ -1,0 +1,140 @@
+"""Our trainer as a contender of `bench.py`: the real loop on batches in memory, one step at a time when it is told to.
+
+    python scripts/bench_worker.py --variant topk --d-sae 16384      # then lines `run N` on stdin, answers in JSON
+
+Also for the peers' own driver (`c_peers.py --who …`): it speaks the same protocol. BENCH_THREADS (2) and BENCH_MATMUL
+(`medium`: the product back end that the peers get too, whatever its error here) are read from the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae import optim, training
+from sae.kernels.support import BatchTopK
+from sae.model import SAE
+from sae.recipes import RECIPES, resolve
+from sae.rows import Batch
+
+D_IN = 512
+VARIANTS = {
+    "topk": "topk", "batchtopk": "batch-topk", "relu": "towards-monosemanticity",
+    "relu-sparse": "towards-monosemanticity",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """One shape of step; `l0` is k, or how many features `relu-sparse` leaves active."""
+
+    variant: str
+    d_sae: int
+    l0: int
+    batch_tokens: int
+    kernels: str = "auto"
+    matmul: str = "auto"
+
+
+class MadeUpRows:
+    """Four batches, ReLU-MLP-like: non-negative, about 30% positive, of rank 128; as the peers' benchmark has them."""
+
+    d_in = D_IN
+
+    def __init__(self, batch_tokens: int) -> None:
+        g = torch.Generator().manual_seed(0)
+        basis = torch.randn(128, D_IN, generator=g)
+        self.batches = [
+            torch.relu(torch.randn(batch_tokens, 128, generator=g) @ basis / 128**0.5 - 0.5) for _ in range(4)
+        ]
+
+    def batch(self, step: int) -> Batch:
+        return Batch(self.batches[step % 4])
+
+    def sample(self, n: int, seed: int) -> torch.Tensor:
+        return self.batches[0][:n]
+
+
+class Pace:
+    """Blocks the loop between turns, and reports how long each step took: wall clock, and (user, system) seconds."""
+
+    def __init__(self, out: Any) -> None:
+        self.out, self.left, self.began = out, 0, 0.0
+        self.times: list[float] = []
+        self.cpu: list[tuple[float, float]] = []
+
+    def turn(self) -> None:
+        if self.began:
+            used = os.times()
+            self.times.append(time.perf_counter() - self.began)
+            self.cpu.append((used.user - self.used.user, used.system - self.used.system))
+        while self.left == 0:
+            peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            answer = {"times": self.times, "rss_gib": peak_gib, "cpu": self.cpu}
+            print(json.dumps(answer), file=self.out, flush=True)
+            self.times, self.cpu = [], []
+            command = sys.stdin.readline().split()
+            if not command or command[0] == "quit":
+                os._exit(0)
+            self.left = int(command[1])
+        self.left -= 1
+        self.used, self.began = os.times(), time.perf_counter()
+
+
+def work(wanted: Work, out: Any) -> None:
+    """Trains until it is told to stop. The start is made quick (and for `relu-sparse` sparse); no step is changed."""
+    pace, step, initialise = Pace(out), training.train_step, optim.initialise_
+
+    def paced_step(*args: Any) -> Any:
+        pace.turn()
+        return step(*args)
+
+    def initialised(sae: SAE, sample: torch.Tensor, _: str, *args: Any, **named: Any) -> None:
+        initialise(sae, sample, "kaiming", *args, **named)
+        if wanted.variant == "relu-sparse":  # as after training: biases that leave l0 features active
+            with torch.no_grad():
+                pre = sae.pre_acts(sample[:256]).flatten()
+                sae.b_enc -= pre.kthvalue(round((1 - wanted.l0 / wanted.d_sae) * len(pre))).values
+
+    training.train_step, optim.initialise_ = paced_step, initialised
+    recipe = VARIANTS[wanted.variant]
+    if recipe not in RECIPES:  # BatchTopK before its recipe
+        recipe = "topk"
+        SAE.rule = property(lambda sae: BatchTopK(wanted.l0))  # type: ignore[method-assign, assignment]
+    settings: dict[str, Any] = {"resample_shares": (), "tokens": 10**11, "d_sae": wanted.d_sae, "lr": 1e-6}
+    settings |= {"batch_tokens": wanted.batch_tokens, "matmul": wanted.matmul}
+    settings |= {"l1": 1e-3} if wanted.variant.startswith("relu") else {"k": wanted.l0}
+    _, config = resolve(recipe, **settings)
+    with tempfile.TemporaryDirectory() as directory:
+        rows = MadeUpRows(wanted.batch_tokens)
+        training.train(rows, Path(directory) / "sae", config, save_minutes=1e9, kernels=wanted.kernels)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="topk", choices=list(VARIANTS))
+    parser.add_argument("--d-sae", type=int, default=4096)
+    parser.add_argument("--l0", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--matmul", default=os.environ.get("BENCH_MATMUL", "auto"))
+    args = parser.parse_args()
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what else is printed must not get between the answers
+    torch.set_num_threads(int(os.environ.get("BENCH_THREADS", "2")))
+    work(Work(args.variant, args.d_sae, args.l0, args.batch, args.kernels, args.matmul), out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""The benchmark's worker takes steps of our real trainer when told; its plot is what any browser shows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from bench_plot import line_plot  # noqa: E402
+
+
+@pytest.mark.parametrize("shape", [("relu-sparse", "7"), ("batchtopk", "3")], ids=lambda s: s[0])
+def test_the_worker_answers_with_the_time_of_each_step(shape: tuple[str, str]) -> None:
+    command = [sys.executable, SCRIPTS / "bench_worker.py", "--variant", shape[0], "--l0", shape[1]]
+    process = subprocess.Popen(
+        [*map(str, command), "--d-sae", "128", "--batch", "64"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    answers = [json.loads(process.stdout.readline())]
+    for steps in (3, 1):
+        process.stdin.write(f"run {steps}\n")
+        process.stdin.flush()
+        answers.append(json.loads(process.stdout.readline()))
+    process.stdin.write("quit\n")
+    process.stdin.flush()
+    assert process.wait(timeout=60) == 0
+    assert [len(answer["times"]) for answer in answers] == [0, 3, 1]
+    assert [len(answer["cpu"]) for answer in answers] == [0, 3, 1]
+    assert all(0 < seconds < 60 for answer in answers for seconds in answer["times"])
+    assert answers[-1]["rss_gib"] > 0.05
+
+
+def test_lines_fall_where_their_numbers_say() -> None:
+    lines = {"a <line>": [(1.0, 1.0), (10.0, 10.0), (100.0, 100.0)], "flat": [(1.0, 5.0), (100.0, 5.0)]}
+    root = ElementTree.fromstring(line_plot([("one", lines), ("two", lines)]))
+    drawn = [
+        [tuple(map(float, point.split(","))) for point in element.attrib["points"].split()]
+        for element in root.iter("{http://www.w3.org/2000/svg}polyline")
+    ]
+    assert len(drawn) == 4
+    (x0, y0), (x1, y1), (x2, y2) = drawn[0]
+    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.1)
+    assert y1 == pytest.approx((y0 + y2) / 2, abs=0.1)
+    assert y0 > y2  # upwards
+    assert drawn[1][0][1] == drawn[1][1][1]
+    assert drawn[2][0][0] > x2
