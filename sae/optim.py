@@ -170,7 +170,7 @@ def resample_(
     Source: Bricken et al. 2023, "Neuron resampling".
     """
     chosen = torch.multinomial(losses.double().pow(2), len(dead), replacement=True, generator=generator)
-    directions = torch.nn.functional.normalize(rows[chosen], dim=-1)
+    directions = torch.nn.functional.normalize(rows[chosen].to(sae.W_enc.device), dim=-1)
     alive = torch.ones(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
     alive[dead] = False
     encoder_norms = sae.W_enc.norm(dim=0)
@@ -198,9 +198,9 @@ def reseed_(
     assert sae.k is not None
     pool = min(POOL_PER_DEAD * len(dead), int((losses > 0).sum()))
     candidates = torch.multinomial(losses.double(), pool, replacement=False, generator=generator)
-    centred = rows[candidates] - sae.b_dec
+    centred = rows[candidates] - sae.b_dec.to(rows.device)
     chosen = candidates[spread_rows(torch.nn.functional.normalize(centred, dim=-1), len(dead), generator)]
-    dead, x = dead[: len(chosen)], rows[chosen]
+    dead, x = dead[: len(chosen)], rows[chosen].to(sae.W_enc.device)
     feature_acts = sae.encode(x)
     rank = (sae.k + 1) // 2
     middle = feature_acts.topk(rank, dim=-1).values[:, -1:]

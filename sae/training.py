@@ -19,7 +19,7 @@ from torch import Tensor
 from sae import losses, optim
 from sae.checkpoint import read_tensors, write_tensors
 from sae.config import TrainConfig
-from sae.kernels import choose, matmul, ops
+from sae.kernels import choose, device_named, matmul, ops
 from sae.kernels.acts import FeatureActs, l0
 from sae.kernels.support import Above
 from sae.model import SAE, fold_scale, save
@@ -46,6 +46,10 @@ class TrainState:
     resampled: list[dict[str, Any]] = field(default_factory=list)
     matmul: str = "highest"  # the dense products, chosen at the start and kept, so that a resumed run does as this one
 
+    @property
+    def device(self) -> torch.device:
+        return self.tokens_since_fired.device
+
 
 def train(
     rows: Rows,
@@ -55,16 +59,22 @@ def train(
     provenance: dict[str, Any] | None = None,
     save_minutes: float = 2.0,
     kernels: str = "auto",
+    device: str = "auto",
 ) -> SAE:
     """Trains a dictionary on `rows` into the directory `out`; repeat the call to go on after an interruption.
 
+    It goes on with the kernels and on the kind of device it began with, so that the result is the same bit for bit
+    (with `reference` kernels on a GPU not quite: torch adds there in no fixed order). The result is on the CPU.
     Writes sae.safetensors (scale folded in), config.json, metrics.jsonl; state.safetensors while it runs and after.
     Raises: ValueError when `out` holds a run with other settings or the loss is not finite; Interrupted on Ctrl-C.
     """
     out = Path(out)
     recipe = recipe_named(config.recipe)
     claim(out, "train.json", {"train": config.to_dict(), "rows": provenance or {}})
-    state = _restore(out, config, recipe, rows.d_in) or _start(rows, config, recipe, choose(kernels))
+    state = _restore(out, config, recipe, rows.d_in, device)
+    if state is None:
+        place = device_named(device)
+        state = _start(rows, config, recipe, choose(kernels, place), place)
     saved = time.monotonic()
     with (
         interruptible() as interrupt,
@@ -72,7 +82,7 @@ def train(
         (out / "metrics.jsonl").open("a") as log,
     ):
         logged_at, logged_step, stall_s = time.perf_counter(), state.step, 0.0
-        for batch, waited_s in prefetched(rows, state.step, config.steps):
+        for batch, waited_s in prefetched(rows, state.step, config.steps, pinned=state.device.type == "cuda"):
             with matmul.using(state.matmul):
                 metrics = train_step(state, batch.x, config)
             stall_s += waited_s
@@ -112,7 +122,7 @@ def train(
 def train_step(state: TrainState, raw: Float[Tensor, "batch d_in"], config: TrainConfig) -> dict[str, Tensor]:
     """One step: forward, losses, backward, projected Adam, renormalised decoder. Returns tensors to log."""
     sae = state.sae
-    x = raw * state.scale
+    x = raw.to(state.device, non_blocking=True) * state.scale
     acts = _feature_acts(state, x)
     x_hat = sae.output(acts, x)
     error = losses.squared_error(x, x_hat)
@@ -172,7 +182,9 @@ def _measured(metrics: dict[str, Tensor], state: TrainState, config: TrainConfig
 # --- start, resampling -----------------------------------------------------------------------------------------------
 
 
-def _start(rows: Rows, config: TrainConfig, recipe: Recipe, kernels: ops.Kernels) -> TrainState:
+def _start(
+    rows: Rows, config: TrainConfig, recipe: Recipe, kernels: ops.Kernels, device: str | torch.device = "cpu"
+) -> TrainState:
     sample = rows.sample(SCALE_ROWS, config.seed)
     mean_square = sample.double().pow(2).sum(-1).mean().item()
     if not mean_square > 0:
@@ -180,9 +192,9 @@ def _start(rows: Rows, config: TrainConfig, recipe: Recipe, kernels: ops.Kernels
     scale = math.sqrt(rows.d_in / mean_square)
     sae = SAE(rows.d_in, config.d_sae, activation=recipe.activation, k=config.k or None)
     optim.initialise_(sae, sample * scale, recipe.encoder_init, config.seed)
-    adam = optim.Adam(sae, kernels, beta1=config.beta1)
-    products = matmul.choose(config.matmul, sae.W_enc.device)
-    return TrainState(sae, adam, scale, torch.zeros(config.d_sae, dtype=torch.int64), matmul=products)
+    adam = optim.Adam(sae.to(device), kernels, beta1=config.beta1)
+    unfired = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
+    return TrainState(sae, adam, scale, unfired, matmul=matmul.choose(config.matmul, sae.W_enc.device))
 
 
 @torch.no_grad()
@@ -194,7 +206,8 @@ def _resample(state: TrainState, rows: Rows, config: TrainConfig, recipe: Recipe
         return
     seed = config.seed * 1_000_003 + state.step
     sample = rows.sample(config.resample_rows, seed) * state.scale
-    errors = torch.cat([_row_losses(state.sae, chunk, config) for chunk in sample.split(config.batch_tokens)])
+    chunks = sample.split(config.batch_tokens)
+    errors = torch.cat([_row_losses(state, chunk.to(state.device), config).cpu() for chunk in chunks])
     generator = torch.Generator().manual_seed(seed)
     restart = optim.reseed_ if recipe.resample == "rank" else optim.resample_
     parents = restart(state.sae, state.optimizer, dead, sample, errors, generator)
@@ -206,10 +219,10 @@ def _resample(state: TrainState, rows: Rows, config: TrainConfig, recipe: Recipe
     )
 
 
-def _row_losses(sae: SAE, x: Tensor, config: TrainConfig) -> Tensor:
-    acts = sae.feature_acts(x).sparse()
-    x_hat = sae.output(acts, x)
-    penalty = x.new_zeros(len(x)).index_add_(0, acts.support.rows, acts.values)
+def _row_losses(state: TrainState, x: Tensor, config: TrainConfig) -> Tensor:
+    acts = state.sae.feature_acts(x, state.optimizer.kernels).sparse()
+    x_hat = state.sae.output(acts, x)
+    penalty = acts.decode(x.new_ones(state.sae.d_sae, 1)).squeeze(-1)  # Σ f, in one order on every device
     return (x - x_hat).pow(2).sum(-1) + config.l1 * penalty
 
 
@@ -228,12 +241,14 @@ def save_state(out: Path, state: TrainState) -> None:
         "density": state.density,
         "kernels": state.optimizer.kernels.NAME,
         "matmul": state.matmul,
+        "device": state.device.type,
     }
     write_tensors(out / "state.safetensors", tensors, header)
 
 
-def _restore(out: Path, config: TrainConfig, recipe: Recipe, d_in: int) -> TrainState | None:
-    """The saved state, with metrics.jsonl cut to its step, on the kernels it began with; None when there is none."""
+def _restore(out: Path, config: TrainConfig, recipe: Recipe, d_in: int, device: str) -> TrainState | None:
+    """The saved state, with metrics.jsonl cut to its step, on the kernels and the kind of device it began with; None
+    when there is none. Raises: ValueError for another device."""
     log = out / "metrics.jsonl"
     if not (out / "state.safetensors").exists():
         log.unlink(missing_ok=True)
@@ -241,11 +256,18 @@ def _restore(out: Path, config: TrainConfig, recipe: Recipe, d_in: int) -> Train
     tensors, header = read_tensors(out / "state.safetensors")
     sae = SAE(d_in, config.d_sae, activation=recipe.activation, k=config.k or None)
     sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
-    adam = optim.Adam(sae, choose(header["kernels"]), beta1=config.beta1)
+    began_on = header.get("device", "cpu")
+    if device not in ("auto", began_on):
+        raise ValueError(
+            f"{out} was begun on {began_on}; on {device} it would not go on bit for bit. Say --device {began_on}, or "
+            "choose another --out."
+        )
+    place = device_named(began_on)
+    adam = optim.Adam(sae.to(place), choose(header["kernels"], place), beta1=config.beta1)
     adam.restore(tensors, header["step"])
     cut_log(log, header["step"])
     return TrainState(
-        sae, adam, header["scale"], tensors["tokens_since_fired"], header["step"], header["density"],
+        sae, adam, header["scale"], tensors["tokens_since_fired"].to(place), header["step"], header["density"],
         header["resampled"], matmul.resumed(header["matmul"], config.matmul),
     )  # fmt: skip
 
@@ -259,6 +281,7 @@ def _final_config(state: TrainState, config: TrainConfig, provenance: dict[str, 
         "input_scale": state.scale,
         "kernels": state.optimizer.kernels.NAME,
         "matmul": state.matmul,
+        "device": state.device.type,
         "lambda": {
             "scaled": config.l1,
             "raw": config.l1 / state.scale,

@@ -8,15 +8,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_kernels import active_by_rule, random, weights
 from torch import Tensor
 
-from sae.kernels import choose
+from sae import training
+from sae.kernels import choose, device_named
 from sae.kernels.support import Above, BatchTopK, NotSparse, Rule, Support, TopK
+from sae.recipes import resolve
+from sae.rows import Batch
 
 pytest.importorskip("triton")
 from sae.kernels import triton_screen, triton_select
@@ -27,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def on_the_device() -> object:
+def on_the_device() -> Iterator[None]:
     with torch.device(DEVICE):
         yield
 
@@ -166,3 +171,68 @@ def test_the_same_bits_on_every_run() -> None:
     for _ in range(3):
         for one, other in zip(first, everything(), strict=True):
             assert torch.equal(one, other)
+
+
+class FewRows:
+    """Made-up rows near a few directions, the same on every call."""
+
+    d_in = 8
+
+    def batch(self, step: int) -> Batch:
+        return Batch(self.sample(16, step))
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        g = torch.Generator().manual_seed(seed)
+        noise = torch.randn(n, 8, generator=g, device="cpu")
+        return noise + 3 * torch.eye(8, device="cpu")[torch.randint(8, (n,), generator=g, device="cpu")]
+
+
+@pytest.mark.parametrize(("recipe", "settings"), [
+    ("topk", {"k": 3, "resample_shares": (0.5,), "dead_tokens": 16}),
+    ("towards-monosemanticity", {"l1": 2.0, "resample_shares": (0.5,), "dead_tokens": 16}),
+])  # fmt: skip
+def test_the_trainer_does_with_them_what_it_does_with_the_reference(
+    recipe: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    _, config = resolve(recipe, d_sae=24, tokens=64, batch_tokens=16, **settings)
+    found = {
+        kernels: training.train(FewRows(), tmp_path / kernels, config, kernels=kernels, device=device)
+        for kernels, device in (("triton", DEVICE), ("reference", "cpu"))
+    }
+    for name, theirs in found["reference"].tensors().items():
+        torch.testing.assert_close(found["triton"].tensors()[name].cpu(), theirs, rtol=1e-3, atol=1e-4, msg=name)
+    assert found["triton"].config["kernels"] == "triton"
+    assert found["triton"].config["device"] == DEVICE
+
+
+def test_a_run_goes_on_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, config = resolve("topk", d_sae=24, tokens=32, batch_tokens=16, k=3, resample_shares=())
+    training.train(FewRows(), tmp_path / "cpu", config, kernels="reference", device="cpu")
+    with pytest.raises(ValueError, match="begun on cpu; on cuda it would not go on bit for bit. Say --device cpu"):
+        training.train(FewRows(), tmp_path / "cpu", config, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA device here"):
+        training.train(FewRows(), tmp_path / "cuda", config, device="cuda")
+    with pytest.raises(ValueError, match="runs on cpu or cuda, not on 'tpu'"):
+        device_named("tpu")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_resumed_run_on_the_gpu_is_the_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, config = resolve("topk", d_sae=96, tokens=640, batch_tokens=16, k=3, resample_shares=(0.5,), dead_tokens=32)
+    whole = training.train(FewRows(), tmp_path / "whole", config, device="cuda")
+    step = training.train_step
+
+    def broken(state: training.TrainState, *args: Any) -> Any:
+        if state.step == 25:
+            raise KeyboardInterrupt
+        return step(state, *args)
+
+    monkeypatch.setattr(training, "train_step", broken)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(FewRows(), tmp_path / "broken", config, device="cuda", save_minutes=0.0)
+    monkeypatch.setattr(training, "train_step", step)
+    again = training.train(FewRows(), tmp_path / "broken", config, device="cuda")
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(tensor, again.tensors()[name]), name

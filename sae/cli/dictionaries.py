@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from sae.cli.flags import add_dictionary, add_verb
+from sae.cli.flags import add_dictionary, add_kernels, add_verb
 
 
 def train(verbs: Any) -> None:
@@ -30,12 +30,7 @@ def train(verbs: Any) -> None:
         "--exact", action="store_true", default=None, help="the paper's resampling counts instead of shares of the run"
     )
     verb.add_argument("--hook-point", help="needed when the store holds several")
-    verb.add_argument(
-        "--kernels",
-        default="auto",
-        choices=["auto", "cpu", "reference"],
-        help="what computes (default: the fastest)",
-    )
+    add_kernels(verb)
     verb.add_argument(
         "--matmul",
         choices=["auto", "highest", "medium", "bf16"],
@@ -52,7 +47,7 @@ def _run_train(args: argparse.Namespace) -> int:
     pipeline.train(
         args.acts, args.out, recipe=args.recipe, d_sae=args.d_sae, tokens=args.tokens, seed=args.seed,
         config={name: value for name, value in settings.items() if value is not None}, hook_point=args.hook_point,
-        kernels=args.kernels,
+        kernels=args.kernels, device=args.device,
     )  # fmt: skip
     print(args.out)
     return 0

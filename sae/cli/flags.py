@@ -28,6 +28,14 @@ def add_device(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where the model runs")
 
 
+def add_kernels(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where the dictionary runs")
+    verb.add_argument(
+        "--kernels", default="auto", choices=["auto", "cpu", "reference", "triton"],
+        help="what computes (default: the fastest, or SAE_KERNELS)",
+    )  # fmt: skip
+
+
 def add_text(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--text",

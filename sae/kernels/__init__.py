@@ -44,5 +44,19 @@ def choose(name: str = "auto", device: str | torch.device = "cpu") -> ModuleType
     return importlib.import_module(BACKENDS[name])
 
 
+def device_named(name: str = "auto") -> torch.device:
+    """The device a dictionary is trained and run on: `auto` is a CUDA device where there is one.
+
+    Raises: ValueError for cuda where there is none, and for any other name.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"a dictionary runs on cpu or cuda, not on {name!r}.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here (torch.cuda.is_available() is false). Say --device cpu.")
+    return torch.device(name)
+
+
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None

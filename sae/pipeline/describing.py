@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.documents import HELD_OUT, TRAIN
-from sae.kernels import choose, matmul
+from sae.kernels import choose, device_named, matmul
 from sae.pipeline.pairing import PipelineError
 from store.activations import ActivationStore
 from store.features import FeatureIndex
@@ -22,7 +22,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     if (path / "config.json").is_file():
         config = json.loads((path / "config.json").read_text())
         if isinstance(config, dict) and config.get("kind") == "sae":
-            kernels = choose()
+            kernels = choose(device=device_named())
             here = {"kernels_here": f"{kernels.NAME}: {kernels.describe()}", "matmul_here": matmul.describe()}
             return {"kind": "sae", **{k: v for k, v in config.items() if k != "kind"}, **here}
         return {"kind": "model", **config}

@@ -51,6 +51,7 @@ def train(
     config: dict[str, Any] | None = None,
     hook_point: str | None = None,
     kernels: str = "auto",
+    device: str = "auto",
 ) -> SAE:
     """Trains a dictionary on a store (its path) or any `Rows`; `config` overrides the recipe's settings.
 
@@ -62,7 +63,7 @@ def train(
     tokens = overrides.pop("tokens", tokens)
     if not isinstance(rows, str | Path):
         _, resolved = recipes.resolve(recipe, tokens=tokens or TrainConfig.tokens, **overrides)
-        return training.train(rows, out, resolved, kernels=kernels)
+        return training.train(rows, out, resolved, kernels=kernels, device=device)
     store = ActivationStore.open(rows)
     hook = _hook_point(store, hook_point)
     kept_rows = store.totals(TRAIN, hook).kept_rows
@@ -79,7 +80,7 @@ def train(
             "kept_rows": kept_rows,
         },
     }
-    return training.train(source, out, resolved, provenance=provenance, kernels=kernels)
+    return training.train(source, out, resolved, provenance=provenance, kernels=kernels, device=device)
 
 
 def _hook_point(store: ActivationStore, asked: str | None) -> str:
