@@ -1,0 +1,280 @@
+"""Rows per second of the real training step on a CUDA device: ours, a plain dense torch step, and the roofline.
+
+    python scripts/bench_gpu.py
+    python scripts/bench_gpu.py --d-in 512,4096 --d-sae 16384,131072 --json gpu.json
+
+Needs torch, triton, numpy, safetensors and this tree, nothing else; rows lie on the device. All contenders take turns
+in one run; a step is timed with CUDA events, from handing out the batch to the optimiser's end, bookkeeping included.
+Without a CUDA device it says so and exits with 2.
+
+The roofline is a bound, from what a TopK step cannot avoid: the larger of bytes / bandwidth and operations / rate, both
+rates measured here (a copy, a float16 product). Bytes: Adam reads four numbers for each weight and writes three, its
+gradient is written and zeroed, the encoder is read for the dense product, active decoder rows twice (x̂, and the values'
+gradient), the batch three times; reads that the cache serves are not counted. Operations: the encoder's dense product,
+in float16 as ours is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+BATCHES = 4
+WARM_STEPS = 5
+
+
+def roofline(d_in: int, d_sae: int, k: int, rows: int, bytes_per_s: float, operations_per_s: float) -> dict[str, float]:
+    """Bytes and operations of one step, counted, and the seconds they take at these rates."""
+    moved = 4 * d_in * (2 * d_sae * (4 + 3 + 2) + d_sae + 2 * min(rows * k, d_sae) + 3 * rows)
+    operations = 2.0 * rows * d_in * d_sae
+    return {
+        "bytes": moved,
+        "operations": operations,
+        "seconds": max(moved / bytes_per_s, operations / operations_per_s),
+    }
+
+
+def dense_operations(d_in: int, d_sae: int, rows: int) -> float:
+    """Of a dense step: five products."""
+    return 10.0 * rows * d_in * d_sae
+
+
+def spare_the_package_its_small_dependencies() -> None:
+    """Stands in for jaxtyping (annotations) and tqdm (progress bars) where a bare GPU box has neither."""
+
+    class Anything:
+        def __class_getitem__(cls, item: Any) -> Any:
+            return Any
+
+    for name, attributes in (("jaxtyping", ("Float", "Int", "Bool")), ("tqdm", ("tqdm",))):
+        if find_spec(name) is None:
+            module = sys.modules[name] = ModuleType(name)
+            for attribute in attributes:
+                setattr(module, attribute, Anything)
+
+
+# --- contenders: each a function that takes one step ---
+
+
+def ours(kernels: str, variant: str, d_in: int, d_sae: int, k: int, batches: list[Any]) -> Callable[[], None]:
+    """`sae.training.train_step` as `sae train` calls it."""
+    from dataclasses import replace
+
+    from sae import training
+    from sae.kernels import choose
+    from sae.recipes import resolve
+
+    rows = len(batches[0])
+    settings: dict[str, Any] = {"d_sae": d_sae, "tokens": 10**10, "batch_tokens": rows, "lr": 1e-6, "k": k}
+    recipe, config = resolve("topk", **settings, resample_shares=())
+    # The start from data takes a while and changes no step.
+    recipe = replace(recipe, activation=variant, encoder_init="kaiming")
+    state = training._start(HeldRows(batches), config, recipe, choose(kernels, "cuda"), "cuda")
+    place = iter(range(10**9))
+
+    def step() -> None:
+        training.train_step(state, batches[next(place) % len(batches)], config)
+
+    return step
+
+
+def dense_torch(variant: str, d_in: int, d_sae: int, k: int, batches: list[Any]) -> Callable[[], None]:
+    """The step everyone writes first: dense float32 products, autograd, torch's fused Adam."""
+    import torch
+
+    W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, device="cuda"), dim=-1)
+    leaves = [W_dec.t().clone(), torch.zeros(d_sae, device="cuda"), W_dec, torch.zeros(d_in, device="cuda")]
+    W_enc, b_enc, W_dec, b_dec = (torch.nn.Parameter(leaf) for leaf in leaves)
+    adam = torch.optim.Adam([W_enc, b_enc, W_dec, b_dec], lr=1e-6, fused=True)
+    place = iter(range(10**9))
+
+    def step() -> None:
+        x = batches[next(place) % len(batches)]
+        pre = ((x - b_dec) @ W_enc + b_enc).relu()
+        flat = pre.flatten() if variant == "batchtopk" else pre
+        values, chosen = flat.topk(k * len(x) if variant == "batchtopk" else k, dim=-1, sorted=False)
+        f = torch.zeros_like(flat).scatter(-1, chosen, values).view_as(pre)
+        ((x - b_dec - f @ W_dec) ** 2).sum(-1).mean().backward()
+        with torch.no_grad():
+            W_dec.grad -= (W_dec.grad * W_dec).sum(-1, keepdim=True) * W_dec
+        adam.step()
+        adam.zero_grad()
+        with torch.no_grad():
+            W_dec.div_(W_dec.norm(dim=-1, keepdim=True))
+
+    return step
+
+
+class HeldRows:
+    """The batches, as a trainer's source of rows."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.d_in = batches, batches[0].shape[1]
+
+    def batch(self, step: int) -> Any:
+        from sae.rows import Batch
+
+        return Batch(self.batches[step % len(self.batches)])
+
+    def sample(self, n: int, seed: int) -> Any:
+        return self.batches[0][:n].cpu()
+
+
+# --- measuring ---
+
+
+def made_up(d_in: int, rows: int) -> list[Any]:
+    """ReLU-MLP-like batches of rank d_in / 4, as the CPU benchmark has them."""
+    import torch
+
+    g = torch.Generator("cuda").manual_seed(0)
+    rank = max(1, d_in // 4)
+    basis = torch.randn(rank, d_in, generator=g, device="cuda")
+    return [
+        torch.relu(torch.randn(rows, rank, generator=g, device="cuda") @ basis / rank**0.5 - 0.5)
+        for _ in range(BATCHES)
+    ]
+
+
+def seconds_of(work: Callable[[], Any], times: int) -> list[float]:
+    import torch
+
+    found = []
+    for _ in range(times):
+        started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        started.record()
+        work()
+        ended.record()
+        torch.cuda.synchronize()
+        found.append(started.elapsed_time(ended) / 1000)
+    return found
+
+
+def rates() -> tuple[float, float]:
+    """Bytes per second of a copy of 1 GiB (read and written), operations per second of a float16 product."""
+    import torch
+
+    a = torch.empty(2**28, device="cuda")
+    b = torch.empty_like(a)
+    x = torch.randn(8192, 8192, device="cuda").half()
+    for work in (lambda: b.copy_(a), lambda: x @ x):
+        seconds_of(work, 3)
+    copy, product = (min(seconds_of(work, 10)) for work in (lambda: b.copy_(a), lambda: x @ x))
+    return 2 * 4 * a.numel() / copy, 2 * 8192.0**3 / product
+
+
+def measure(
+    variant: str, d_in: int, d_sae: int, k: int, rows: int, steps: int, who: list[str], rate: tuple[float, float]
+) -> list[dict[str, Any]]:
+    """Every contender's seconds per step, in turn; one that does not fit into memory says so."""
+    import torch
+
+    batches = made_up(d_in, rows)
+    make: dict[str, Callable[[], Callable[[], None]]] = {
+        "monosem triton": lambda: ours("triton", variant, d_in, d_sae, k, batches),
+        "monosem reference": lambda: ours("reference", variant, d_in, d_sae, k, batches),
+        "dense torch": lambda: dense_torch(variant, d_in, d_sae, k, batches),
+    }
+    bound = roofline(d_in, d_sae, k, rows, *rate)
+    shape = {"variant": variant, "d_in": d_in, "d_sae": d_sae, "k": k, "rows": rows}
+    contenders: dict[str, tuple[Callable[[], None], list[float]]] = {}
+    found: list[dict[str, Any]] = []
+    for name in who:
+        try:
+            contenders[name] = make[name](), []
+            seconds_of(contenders[name][0], WARM_STEPS)
+        except torch.cuda.OutOfMemoryError:
+            contenders.pop(name, None)
+            found.append({**shape, "who": name, "problem": "out of memory", "roofline": bound})
+            torch.cuda.empty_cache()
+    for _ in range(steps):
+        for step, taken in contenders.values():
+            taken += seconds_of(step, 1)
+    return found + [{**shape, "who": n, "seconds": t, "roofline": bound} for n, (_, t) in contenders.items()]
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    shape, bound = found[0], found[0]["roofline"]
+    d_in, d_sae, rows = shape["d_in"], shape["d_sae"], shape["rows"]
+    plain = [statistics.median(f["seconds"]) for f in found if f["who"] == "dense torch" and "seconds" in f]
+    print(f"\n{shape['variant']} k = {shape['k']}, d_in {d_in:,}, d_sae {d_sae:,}, batch {rows:,}")
+    print(
+        f"roofline: {bound['bytes'] / 1e9:.2f} GB, {bound['operations'] / 1e12:.2f} TFLOP in float16 "
+        f"(a dense step: {dense_operations(d_in, d_sae, rows) / 1e12:.2f} TFLOP in float32), "
+        f"{1000 * bound['seconds']:.2f} ms, {rows / bound['seconds']:,.0f} rows/s"
+    )
+    print("| who | ms/step min | median | max | rows/s | dense torch / this | of the roofline |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for f in found:
+        if "problem" in f:
+            print(f"| {f['who']} | {f['problem']} | | | | | |")
+            continue
+        low, median, high = min(f["seconds"]), statistics.median(f["seconds"]), max(f["seconds"])
+        ratio = f"{plain[0] / median:.2f}" if plain else ""
+        print(
+            f"| {f['who']} | {1000 * low:.2f} | {1000 * median:.2f} | {1000 * high:.2f} | {f['rows'] / median:,.0f} "
+            f"| {ratio} | {bound['seconds'] / median:.0%} |"
+        )
+
+
+def hardware(rate: tuple[float, float]) -> dict[str, Any]:
+    import torch
+    import triton
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
+    return {
+        "gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(),
+        "copy_gb_per_s": round(rate[0] / 1e9), "float16_tflop_per_s": round(rate[1] / 1e12),
+        "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
+        "commit": commit.strip(), "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", default="topk,batchtopk", help="comma-separated")
+    parser.add_argument("--d-in", default="512,1024,4096", help="comma-separated")
+    parser.add_argument("--d-sae", default="16384,65536,131072", help="comma-separated")
+    parser.add_argument("--k", type=int, default=32, help="active features per row")
+    parser.add_argument("--batch", type=int, default=4096, help="rows per step")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each contender")
+    parser.add_argument("--who", default="monosem triton,dense torch", help="comma-separated; also monosem reference")
+    parser.add_argument("--json", type=Path, help="write all times here")
+    args = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("There is no CUDA device here, and this benchmark needs one.", file=sys.stderr)
+        return 2
+    spare_the_package_its_small_dependencies()
+    rate = rates()
+    machine = hardware(rate)
+    print(machine)
+    everything: list[dict[str, Any]] = []
+    for variant in args.variants.split(","):
+        for d_in in map(int, args.d_in.split(",")):
+            for d_sae in map(int, args.d_sae.split(",")):
+                found = measure(variant, d_in, d_sae, args.k, args.batch, args.steps, args.who.split(","), rate)
+                show(found)
+                sys.stdout.flush()
+                everything += found
+                if args.json:
+                    args.json.write_text(json.dumps({"hardware": machine, "results": everything}, indent=1) + "\n")
+                torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
