@@ -19,11 +19,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.kernels import memory
+
 NAMES = ("auto", "highest", "medium", "bf16")
 FLOAT32_ERROR = 2e-6  # relative, of a product over 512 terms; bfloat16's is about 3e-3
 WORTH = 1.3  # times as fast: where they differ, they differ by more, and chance must not decide
 
 PROBE_ROUNDS = 8
+
+_BFLOAT16 = torch.empty(0, dtype=torch.bfloat16)
 
 _narrow = False  # whether `product` rounds its factors to bfloat16
 
@@ -121,16 +125,24 @@ def using(name: str) -> Iterator[None]:
 
 def factor(a: Tensor) -> Tensor:
     """`a` as `product` multiplies it; convert here what takes part in several products."""
-    return a.bfloat16() if _narrow and a.dtype == torch.float32 else a
+    if not _narrow or a.dtype != torch.float32:
+        return a
+    if not a.is_contiguous() and a.t().is_contiguous():
+        return factor(a.t()).t()
+    return memory.empty(*a.shape, like=_BFLOAT16).copy_(a)
 
 
 def product(out: Float[Tensor, "n m"], a: Float[Tensor, "n d"], b: Float[Tensor, "d m"]) -> Tensor:
     """`out = a b`."""
     a, b = factor(a), factor(b)
-    return torch.mm(a, b, out=out) if a.dtype == out.dtype else out.copy_(torch.mm(a, b))
+    return torch.mm(a, b, out=out) if a.dtype == out.dtype else out.copy_(_narrow_product(a, b))
 
 
 def add_product_(out: Float[Tensor, "n m"], a: Float[Tensor, "n d"], b: Float[Tensor, "d m"]) -> Tensor:
     """`out += a b`."""
     a, b = factor(a), factor(b)
-    return out.addmm_(a, b) if a.dtype == out.dtype else out.add_(torch.mm(a, b))
+    return out.addmm_(a, b) if a.dtype == out.dtype else out.add_(_narrow_product(a, b))
+
+
+def _narrow_product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b, out=memory.empty(len(a), b.shape[1], like=a))
