@@ -15,7 +15,7 @@ from torch import Tensor
 from sae.kernels import memory
 from sae.kernels.matmul import add_product_, factor, product
 
-ROWS = 512  # at once
+ROWS = 512  # at once, on a CPU
 
 
 def relu(
@@ -38,10 +38,10 @@ class _ReLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         centred, W = x - b_dec, factor(W_enc)
         f = memory.empty(len(x), len(b_enc), like=x)
-        positive = memory.empty(min(len(x), ROWS), len(b_enc), like=x)
+        positive = memory.empty(_at_once(x), len(b_enc), like=x)
         sums, active = torch.zeros_like(b_enc), x.new_zeros(())
-        for x_rows, f_rows in zip(centred.split(ROWS), f.split(ROWS), strict=True):
-            product(f_rows, x_rows, W).add_(b_enc).relu_()
+        for rows in _blocks(x):
+            f_rows = product(f[rows], centred[rows], W).add_(b_enc).relu_()
             sums += f_rows.sum(0)
             active += torch.gt(f_rows, 0, out=positive[: len(f_rows)]).sum()
         ctx.weight = W_enc
@@ -53,12 +53,11 @@ class _ReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_f: Tensor | None, d_sums: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         centred, f, W_enc = ctx.saved_tensors
-        d_pre = memory.empty(min(len(f), ROWS), f.shape[1], like=f)
+        d_pre = memory.empty(_at_once(f), f.shape[1], like=f)
         d_W, returned = _accumulator(ctx.weight, ctx.needs_input_grad[1])
         d_bias = f.new_zeros(f.shape[1])
         d_x = torch.empty_like(centred) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(f), ROWS):
-            rows = slice(start, start + ROWS)
+        for rows in _blocks(f):
             block = d_pre[: len(f[rows])]
             of_f = d_f[rows] if d_f is not None else block.zero_()
             torch.add(of_f, d_sums if d_sums is not None else 0.0, out=block)
@@ -78,8 +77,8 @@ class _Decode(torch.autograd.Function):
         ctx.weight = W_dec
         ctx.save_for_backward(values, W_dec)
         out, W = values.new_empty((len(values), W_dec.shape[1])), factor(W_dec)
-        for v_rows, out_rows in zip(values.split(ROWS), out.split(ROWS), strict=True):
-            product(out_rows, v_rows, W)
+        for rows in _blocks(values):
+            product(out[rows], values[rows], W)
         return out
 
     @staticmethod
@@ -88,14 +87,23 @@ class _Decode(torch.autograd.Function):
         d_values = memory.empty(*values.shape, like=values) if ctx.needs_input_grad[0] else None
         d_W, returned = _accumulator(ctx.weight, ctx.needs_input_grad[1])
         W = factor(W_dec).t()
-        for start in range(0, len(values), ROWS):
-            rows = slice(start, start + ROWS)
+        for rows in _blocks(values):
             d_rows = factor(d_out[rows])
             if d_values is not None:
                 product(d_values[rows], d_rows, W)
             if d_W is not None:
                 add_product_(d_W, values[rows].t(), d_rows)
         return d_values, returned
+
+
+def _at_once(matrix: Tensor) -> int:
+    return min(len(matrix), ROWS) if matrix.device.type == "cpu" else len(matrix)
+
+
+def _blocks(matrix: Tensor) -> list[slice]:
+    """The rows, by blocks."""
+    step = max(1, _at_once(matrix))
+    return [slice(start, start + step) for start in range(0, len(matrix), step)]
 
 
 def _accumulator(weight: Tensor, needed: bool) -> tuple[Tensor | None, Tensor | None]:

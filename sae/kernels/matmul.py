@@ -2,8 +2,9 @@
 
 `highest` is PyTorch's default. `medium` lets PyTorch use oneDNN, which on some processors (AMD's) multiplies in float32
 and runs twice as fast, and on others (with AMX) rounds to bfloat16: so `auto` takes it only where its error is
-float32's. `bf16` rounds the factors of a dictionary's dense products to bfloat16 everywhere; sums and weights stay
-float32. The names are those of `torch.set_float32_matmul_precision`.
+float32's. `bf16` rounds the factors and results of a dictionary's dense products to bfloat16 (relative error 3e-3) on
+every processor, and is `medium` in all others; sums, weights and what is chosen sparsely stay float32. The names are
+those of `torch.set_float32_matmul_precision`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ FLOAT32_ERROR = 2e-6  # relative, of a product over 512 terms; bfloat16's is abo
 WORTH = 1.3  # times as fast: where they differ, they differ by more, and chance must not decide
 
 PROBE_ROUNDS = 8
-
-_BFLOAT16 = torch.empty(0, dtype=torch.bfloat16)
 
 _narrow = False  # whether `product` rounds its factors to bfloat16
 
@@ -129,7 +128,7 @@ def factor(a: Tensor) -> Tensor:
         return a
     if not a.is_contiguous() and a.t().is_contiguous():
         return factor(a.t()).t()
-    return memory.empty(*a.shape, like=_BFLOAT16).copy_(a)
+    return memory.empty(*a.shape, like=a.new_empty(0, dtype=torch.bfloat16)).copy_(a)
 
 
 def product(out: Float[Tensor, "n m"], a: Float[Tensor, "n d"], b: Float[Tensor, "d m"]) -> Tensor:
