@@ -17,6 +17,7 @@ from sae.lab.domains import domain_quality
 from sae.lab.geometry import beside_a1, geometry
 from sae.lm import LanguageModel
 from sae.model import SAE
+from sae.placed import Placed
 from sae.progress import progress
 from sae.replacement import replaced_losses, splice_identity_error
 
@@ -46,12 +47,15 @@ def evaluate(
     donors: Float[Tensor, "n d_in"],
     domains: list[str],
     kept_tokens: int,
+    device: str = "auto",
+    kernels: str = "auto",
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content of eval.json and of feature_stats.safetensors.
 
     x is replaced at kept positions only; a prediction counts when the token it is made from and its target are kept.
     `training` blocks choose each domain's feature, which the held-out ones judge.
     `donors` are training rows: resample ablation puts one of them, drawn at random, in place of each x.
+    The dictionary runs on `device`; statistics are counted on the CPU.
     Raises: ValueError when there is no held-out token.
     """
     if kept_tokens < 1:
@@ -59,6 +63,7 @@ def evaluate(
             "evaluation: the store has no held-out tokens. One document in twenty is held out, by its hash; "
             "harvest more documents."
         )
+    placed = Placed(sae, device, kernels)
     sums = ContextSums(len(domains))
     firings = Firings(sae.d_sae, n_places=len(domains) + 1)
     identity_error = 0.0
@@ -68,8 +73,8 @@ def evaluate(
     with progress("eval", kept_tokens, "tok") as bar:
         for number, block in enumerate(blocks):
             x = block.acts
-            acts = sae.feature_acts(x.flatten(0, 1)).sparse()
-            x_hat = sae.output(acts, x.flatten(0, 1)).view_as(x)
+            acts, x_hat = placed.reconstruct(x.flatten(0, 1))
+            x_hat = x_hat.view_as(x)
             l0 = _record(firings, acts, block)
             given = donors[torch.from_numpy(draw.integers(len(donors), size=block.keep.shape))]
             losses = replaced_losses(
@@ -96,7 +101,7 @@ def evaluate(
         "density": density_histogram(firings.count, kept_tokens),
         "by_density": by_density(firings.count, kept_tokens, sae.b_enc.numpy(), d_dot_e.numpy()),
         "domains": domain_quality(
-            _domain_counts(sae, training, len(domains)), (firings.by_place(), firings.tokens), domains
+            _domain_counts(placed, sae.d_sae, training, len(domains)), (firings.by_place(), firings.tokens), domains
         ),
         "decoder": geometry(sae.W_dec, firings.count > 0),
         "beside_a1": beside_a1(
@@ -130,11 +135,13 @@ def _record(firings: Firings, acts: SparseActs, block: Block) -> Int[Tensor, "co
     return l0
 
 
-def _domain_counts(sae: SAE, blocks: Iterable[Block], n_domains: int) -> tuple[np.ndarray, np.ndarray]:
+def _domain_counts(
+    placed: Placed, d_sae: int, blocks: Iterable[Block], n_domains: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Firings [d_sae, domains + 1] and kept tokens [domains + 1] of some blocks."""
-    firings = Firings(sae.d_sae, n_places=n_domains + 1)
+    firings = Firings(d_sae, n_places=n_domains + 1)
     for block in blocks:
-        _record(firings, sae.feature_acts(block.acts.flatten(0, 1)).sparse(), block)
+        _record(firings, placed.encode(block.acts.flatten(0, 1)), block)
     return firings.by_place(), firings.tokens
 
 

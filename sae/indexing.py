@@ -15,6 +15,7 @@ from sae import effects, labels, layout, together
 from sae.kernels.acts import SparseActs
 from sae.lm import LanguageModel
 from sae.model import SAE
+from sae.placed import Placed
 from sae.progress import progress
 from sae.together import Firings
 
@@ -59,17 +60,17 @@ class IndexSink(Protocol):
 @torch.inference_mode()
 def index(
     sae: SAE, model: LanguageModel, blocks: Iterable[IndexBlock], sink: IndexSink, *, hook_point: str, tokens: int,
-    resampled: Sequence[Mapping[str, Any]] = (),
+    resampled: Sequence[Mapping[str, Any]] = (), device: str = "auto", kernels: str = "auto",
 ) -> Path:  # fmt: skip
     """Encodes every block once, then adds logit weights, neurons, neighbours, what fires together, labels and Δloss.
 
     `resampled` are the run's events ({"step", "features"}); `stats/resampled_step` keeps a feature's last (-1: never).
     """
-    correlation = Correlation(sae.d_sae, sae.d_in)
+    correlation, placed = Correlation(sae.d_sae, sae.d_in), Placed(sae, device, kernels)
     with progress("index", tokens, "tok") as bar:
         for block in blocks:
             kept = torch.from_numpy(block.keep.reshape(-1))
-            acts = sae.feature_acts(block.acts).sparse()
+            acts = placed.encode(block.acts)
             acts = acts.where(kept[acts.support.rows] & (acts.values > 0))
             first_row = block.first_context * block.tokens.shape[1]
             sink.append(

@@ -122,7 +122,7 @@ class LanguageModel(ABC):
         """Cross-entropy in nats of each token but the first, given those before it."""
         logits = self.logits(tokens, hook_point, splice)[:, :-1]
         losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), tokens[:, 1:].flatten().long(), reduction="none"
+            logits.flatten(0, 1), tokens[:, 1:].flatten().long().to(logits.device), reduction="none"
         )
         return losses.view(tokens.shape[0], -1)
 

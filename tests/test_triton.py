@@ -20,6 +20,8 @@ from torch import Tensor
 from sae import training
 from sae.kernels import choose, device_named
 from sae.kernels.support import Above, BatchTopK, NotSparse, Rule, Support, TopK
+from sae.model import SAE
+from sae.placed import Placed
 from sae.recipes import resolve
 from sae.rows import Batch
 
@@ -236,3 +238,20 @@ def test_a_resumed_run_on_the_gpu_is_the_unbroken_one(tmp_path: Path, monkeypatc
     again = training.train(FewRows(), tmp_path / "broken", config, device="cuda")
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, again.tensors()[name]), name
+
+
+@pytest.mark.parametrize("settings", [{"activation": "topk", "k": 3}, {"activation": "relu"}], ids=str)
+def test_a_placed_dictionary_answers_on_the_cpu_what_it_would_say_there(settings: dict[str, Any]) -> None:
+    with torch.device("cpu"):
+        sae = SAE(8, 40, **settings).requires_grad_(False)
+        for number, parameter in enumerate(sae.parameters()):
+            parameter.copy_(random(number, *parameter.shape) * 0.5)
+        x = FewRows().sample(20, 0)
+        acts, x_hat = Placed(sae, "cpu", "reference").reconstruct(x)
+        found, theirs = Placed(sae, DEVICE, "triton").reconstruct(x)
+        assert x_hat.abs().amax() > 1
+        torch.testing.assert_close(theirs, x_hat, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.dense(), acts.dense(), rtol=1e-4, atol=1e-5)
+        assert Placed(sae, DEVICE, "triton").encode(x).values.device.type == "cpu"
+        with pytest.raises(ValueError, match="no kernels 'fast'"):
+            Placed(sae, "cpu", "fast")

@@ -56,6 +56,7 @@ def _run_train(args: argparse.Namespace) -> int:
 def evaluate(verbs: Any) -> None:
     verb = add_verb(verbs, "eval", _run_eval, "measure a dictionary on the frozen held-out split")
     add_dictionary(verb)
+    add_kernels(verb)
     verb.add_argument("--json", action="store_true", help="print eval.json")
 
 
@@ -63,7 +64,7 @@ def _run_eval(args: argparse.Namespace) -> int:
     from sae import pipeline
     from sae.report import eval_table
 
-    result = pipeline.evaluate(args.sae, store=args.acts, model=args.model)
+    result = pipeline.evaluate(args.sae, store=args.acts, model=args.model, device=args.device, kernels=args.kernels)
     print(json.dumps(result, indent=2) if args.json else eval_table(result))
     return 0
 
@@ -71,13 +72,17 @@ def _run_eval(args: argparse.Namespace) -> int:
 def index(verbs: Any) -> None:
     verb = add_verb(verbs, "index", _run_index, "build the feature index that the browser reads")
     add_dictionary(verb)
+    add_kernels(verb)
     verb.add_argument("--tokens", type=int, default=1_000_000, help="tokens to index, held-out ones first")
 
 
 def _run_index(args: argparse.Namespace) -> int:
     from sae import pipeline
 
-    print(pipeline.index(args.sae, store=args.acts, model=args.model, tokens=args.tokens))
+    path = pipeline.index(
+        args.sae, store=args.acts, model=args.model, tokens=args.tokens, device=args.device, kernels=args.kernels
+    )
+    print(path)
     return 0
 
 

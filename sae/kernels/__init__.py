@@ -14,6 +14,8 @@ import torch
 
 BACKENDS = {"reference": "sae.kernels.reference", "cpu": "sae.kernels.cpu", "triton": "sae.kernels.triton_backend"}
 
+FASTEST = {"cpu": ("cpu", "numba"), "cuda": ("triton", "triton")}  # on a device: the kernels, and what they need
+
 
 def choose(name: str = "auto", device: str | torch.device = "cpu") -> ModuleType:
     """The kernels of that name; `auto` takes the fastest that run on the device.
@@ -22,10 +24,9 @@ def choose(name: str = "auto", device: str | torch.device = "cpu") -> ModuleType
     that cannot run here.
     """
     name = os.environ.get("SAE_KERNELS") or "auto" if name == "auto" else name
-    kind = torch.device(device).type
     if name == "auto":
-        fastest = {"cpu": ("cpu", "numba"), "cuda": ("triton", "triton")}.get(kind)
-        name = fastest[0] if fastest and _installed(fastest[1]) else "reference"
+        return fastest(device)
+    kind = torch.device(device).type
     if name not in BACKENDS:
         raise ValueError(f"no kernels {name!r}; there are auto, {', '.join(BACKENDS)}.")
     if name == "cpu" and kind != "cpu":
@@ -42,6 +43,12 @@ def choose(name: str = "auto", device: str | torch.device = "cpu") -> ModuleType
             "--kernels auto."
         )
     return importlib.import_module(BACKENDS[name])
+
+
+def fastest(device: str | torch.device = "cpu") -> ModuleType:
+    """The fastest kernels that run on the device, whatever SAE_KERNELS says."""
+    name, needs = FASTEST.get(torch.device(device).type, ("reference", "torch"))
+    return importlib.import_module(BACKENDS[name if _installed(needs) else "reference"])
 
 
 def device_named(name: str = "auto") -> torch.device:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.kernels import choose, dense
+from sae.kernels import choose, dense, fastest
 from sae.kernels.ops import Kernels, decode
 from sae.kernels.support import Support
 
@@ -45,6 +45,13 @@ class SparseActs:
 
     def sparse(self) -> SparseActs:
         return self
+
+    def to(self, device: str | torch.device) -> SparseActs:
+        """The same on another device, with the fastest kernels there."""
+        if torch.device(device) == self.values.device:
+            return self
+        support = Support(self.support.features.to(device), self.support.offsets.to(device), self.support.d_sae)
+        return SparseActs(self.values.to(device), support, fastest(device))
 
     def where(self, kept: Bool[Tensor, " nnz"]) -> SparseActs:
         """Only the activations for which `kept` is true."""

@@ -11,6 +11,7 @@ import torch
 from sae import evaluation, indexing
 from sae.checkpoint import read_header, write_json, write_tensors
 from sae.documents import HELD_OUT, TRAIN
+from sae.kernels import device_named
 from sae.lm import LanguageModel
 from sae.model import SAE
 from sae.pipeline.pairing import PipelineError, model_of, opened, store_of
@@ -23,7 +24,12 @@ CHOOSING_TOKENS = 65_536
 
 
 def evaluate(
-    sae: SAE | str | Path, *, store: str | Path | None = None, model: LanguageModel | str | None = None
+    sae: SAE | str | Path,
+    *,
+    store: str | Path | None = None,
+    model: LanguageModel | str | None = None,
+    device: str = "auto",
+    kernels: str = "auto",
 ) -> dict:
     """Evaluates a dictionary on the store's held-out split; writes eval.json and feature_stats.safetensors beside it.
 
@@ -31,7 +37,7 @@ def evaluate(
     """
     dictionary, directory = opened(sae)
     acts = store_of(dictionary, directory, store)
-    lm = model_of(dictionary, model)
+    lm = model_of(dictionary, model, str(device_named(device)))
     hook = dictionary.config["hook_point"]
     heldout = acts.totals(HELD_OUT, hook)
     domains = sorted({entry[2] for entry in acts.documents(HELD_OUT).values()})
@@ -46,6 +52,8 @@ def evaluate(
         donors=_donors(acts, hook),
         domains=domains,
         kept_tokens=heldout.kept_rows,
+        device=device,
+        kernels=kernels,
     )
     if directory:
         write_json(directory / "eval.json", result)
@@ -100,6 +108,8 @@ def index(
     model: LanguageModel | str | None = None,
     tokens: int = 1_000_000,
     out: str | Path | None = None,
+    device: str = "auto",
+    kernels: str = "auto",
 ) -> Path:
     """Builds the feature index (`features.zarr` beside the dictionary) over `tokens` tokens, held-out ones first.
 
@@ -137,6 +147,7 @@ def index(
     try:
         return indexing.index(
             dictionary, lm, blocks, writer, hook_point=hook, tokens=contexts * acts.seq_len,
+            device=device, kernels=kernels,
             resampled=read_header(directory / "state.safetensors").get("resampled", []) if directory else [],
         )  # fmt: skip
     except BaseException:

@@ -34,13 +34,13 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
     return store
 
 
-def model_of(sae: SAE, asked: LanguageModel | str | None) -> LanguageModel:
+def model_of(sae: SAE, asked: LanguageModel | str | None, device: str = "cpu") -> LanguageModel:
     if isinstance(asked, LanguageModel):
         return asked
     ours = sae.config.get("model", {})
     if asked is None and "id" not in ours:
         raise PipelineError("this dictionary does not say which model it belongs to; name one (--model).")
-    lm = load_model(asked or ours["id"])
+    lm = load_model(asked or ours["id"], device=device)
     if asked is None and lm.weights_sha256 != ours["sha256"]:
         raise PipelineError(
             f"the model {lm.id} has changed since the dictionary was trained: weights {lm.weights_sha256[:12]}…, "
