@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from browser.state import Page
-from browser.views import feature, features, run, steering
+from browser.views import attention, compare, feature, features, map, microscope, run, steering, token
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ VIEWS = {
     "run": View("Run", run.show, needs_index=False),
     "features": View("Features", features.show),
     "feature": View("Feature", feature.show),
+    "microscope": View("Microscope", microscope.show),
     "steering": View("Steering", steering.show),
+    "map": View("Map", map.show),
+    "compare": View("Compare", compare.show, needs_index=False),
+    "token": View("Token", token.show),
+    "attention": View("Attention", attention.show),
 }
 DEFAULT = "features"

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
 from browser import data
 from browser.data import SaeEntry
+from browser.tokens import label
 from store.features import FeatureIndex
 from store.schema import StoreError
 
 ROOT_VARIABLE = "MONOSEM_ROOT"
+EDITS = "edits"  # the steering set, as text
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,16 @@ def _feature_table(_index: FeatureIndex, path: Path, stamp: int) -> pd.DataFrame
     return data.feature_table(_index)
 
 
+def panel_of(page: Page, name: str) -> np.ndarray:
+    """A whole panel of the page's index, read once; callers must not change it."""
+    return _panel(page.index, page.index.path, _stamp(page.index.path), name)
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _panel(_index: FeatureIndex, path: Path, stamp: int, name: str) -> np.ndarray:
+    return _index.column(name)
+
+
 def _stamp(path: Path) -> int:
     """When the index at `path` was made; a rebuilt one has another."""
     try:
@@ -76,11 +89,23 @@ def _stamp(path: Path) -> int:
         raise StoreError(f"{path}: no feature index here") from error
 
 
+def token_label(index: FeatureIndex, feature: int) -> str:
+    """The token a feature fires on most, made visible; "dead" for one that never fires."""
+    top = int(index.stats["top_token"][feature])
+    return label(index.token_bytes(top)) if top >= 0 else "dead"
+
+
 def open_feature(feature: int) -> None:
     """Shows a feature: for callbacks only, before the widgets of the next run exist."""
     st.session_state["feature"] = feature
     st.session_state["view"] = "feature"
     st.session_state["range"] = ""  # of the feature left behind
+
+
+def open_feature_of(sae_id: str, feature: int) -> None:
+    """Shows a feature of another dictionary: for callbacks only."""
+    st.session_state["sae"] = sae_id
+    open_feature(feature)
 
 
 def step_feature(by: int, d_sae: int) -> None:
@@ -94,6 +119,18 @@ def leave_table() -> None:
     st.session_state["range"] = ""
     if st.session_state.get("view") == "features":
         st.session_state["view"] = "feature"
+
+
+def add_edit(feature: int, edit: str = "set:5") -> None:
+    """Puts a feature into the steering set, unless it is there: for callbacks only."""
+    edits = str(st.session_state.get(EDITS, "")).split()
+    if not any(each.startswith(f"{feature}:") for each in edits):
+        set_edits(" ".join([*edits, f"{feature}:{edit}"]))
+
+
+def set_edits(text: str) -> None:
+    """Makes `text` the steering set: for callbacks only."""
+    st.session_state[EDITS] = text
 
 
 def explain(title: str, text: str, command: str = "") -> None:

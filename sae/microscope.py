@@ -138,3 +138,12 @@ def _frozen_gradient(
     gradient = torch.zeros_like(x, dtype=torch.float64)
     gradient[0, -1] = push if out is None else out.double() @ push
     return x, gradient
+
+
+@torch.inference_mode()
+def predictions(model: LanguageModel, ids: Sequence[int], n: int) -> list[tuple[int, float]]:
+    """The `n` likeliest tokens after `ids` with their probabilities, likeliest first."""
+    with model.lock:
+        logits = model.logits(torch.tensor([list(ids)]))[0, -1]
+    found = logits.double().softmax(-1).topk(min(n, len(logits)))
+    return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))

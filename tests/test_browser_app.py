@@ -10,13 +10,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from browser_fixture import DEAD, DNA, HOSTILE, HOSTILE_TOKENS, build_root, write_sae_directory
 from streamlit.testing.v1 import AppTest
@@ -24,9 +21,8 @@ from streamlit.testing.v1 import AppTest
 import browser
 from browser import data, launch, live
 from browser.live.ablation import Effect, Effects
-from browser.live.steering import steer
 from browser.state import ROOT_VARIABLE
-from browser.views import feature_examples, steering
+from browser.views import feature_examples
 from store.features import FeatureIndex
 
 APP = Path(browser.__file__).with_name("app.py")
@@ -232,42 +228,6 @@ def test_empty_root_is_explained(visit: Any, tmp_path: Path) -> None:
     assert "sae train" in html(page)
 
 
-@dataclass
-class Result:
-    """The parts of sae.steering.Steered the page draws."""
-
-    prompt_ids: list[int]
-    base_ids: list[int] = field(default_factory=list)
-    steered_ids: list[int] = field(default_factory=list)
-    base_text: str = ""
-    steered_text: str = ""
-    kl: list[float] = field(default_factory=list)
-    first_divergence: int | None = None
-
-
-def test_steering_shows_both_texts_and_where_they_part(visit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
-
-    def steer(loaded: object, prompt: str, **settings: Any) -> Iterator[Result]:
-        asked.update(settings, prompt=prompt)
-        yield Result([0, 98], [99, 100], [99, 101], "bc", "bd", [0.0, 0.5], 1)
-
-    monkeypatch.setattr(live, "load", lambda entry: object())
-    monkeypatch.setattr(steering, "steer", steer)
-    page = visit(view="Steering", feature="4", mode="add", value="2.5", seed="7", new="2")
-    next(b for b in page.button if b.label == "Generate").click().run()
-    assert not page.exception
-    assert asked["feature"] == 4
-    assert (asked["mode"], asked["value"], asked["seed"], asked["new_tokens"]) == ("add", 2.5, 7, 2)
-    base, steered = tokens_of(page)
-    assert base["groups"][0]["title"] == "Base"
-    assert steered["groups"][0]["note"] == "differs from new token 2 on"
-    (example,) = steered["groups"][0]["examples"]
-    assert (example["dim"], example["first"]) == (1, 2)  # the BOS is left out
-    shown = ["".join(t for _, t in steered["vocab"][v][1]) for v in example["v"]]
-    assert shown == ["a", "b", "d"]
-
-
 def test_steering_explains_what_is_missing(visit: Any) -> None:
     page = visit(view="Steering", feature="4")
     assert "has no sae.safetensors" in html(page)
@@ -284,25 +244,6 @@ def test_missing_model_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     entry.config["model"] = {"id": "no-such-model"}
     with pytest.raises(live.LiveError, match="'no-such-model' of tm could not be loaded: no model"):
         live.load(entry)
-
-
-def test_steering_keeps_its_limits_whatever_the_page_sends() -> None:
-    call: dict[str, Any] = {
-        "feature": 0,
-        "mode": "set",
-        "value": 1.0,
-        "seed": 0,
-        "new_tokens": 5,
-        "feature_max": np.array([1.0, 0.0]),
-    }
-    for prompt, change, message in (
-        ("x" * 2001, {}, "2,001 characters; at most 2,000"),
-        (" ", {}, "prompt is empty"),
-        ("x", {"new_tokens": 129}, "at most 128"),
-        ("x", {"feature": 1}, "Feature 1 never fired"),
-    ):
-        with pytest.raises(live.LiveError, match=message):
-            next(steer(live.Live(None, None), prompt, **(call | change)))
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a list: `share` in [0, 1] is the bar; `open` is the feature a click opens.
+    """One row of a list: `share` in [0, 1] is the bar; `open` is the feature a click opens, `add` a button for it.
 
     `prefix` and `label` are kept apart, so that right-to-left text does not swap them.
     """
@@ -65,6 +65,7 @@ class Row:
     prefix: str = ""
     negative: bool = False
     open: int | None = None
+    add: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,13 +193,23 @@ def draw_line(title: str, note: str, line: Line, *, key: str) -> None:
     _tokens(data={"max": 1.0, "vocab": vocabulary.entries, "groups": [group]}, key=key)
 
 
-def draw_lists(lists: Sequence[RowList], *, key: str, two: bool = False, on_open: Callable[[int], Any] | None) -> None:
-    """Lists in one or `two` columns; a click on a row calls `on_open` with its feature."""
+def draw_lists(
+    lists: Sequence[RowList],
+    *,
+    key: str,
+    two: bool = False,
+    on_open: Callable[[int], Any] | None,
+    on_add: Callable[[int], Any] | None = None,
+) -> None:
+    """Lists in one or `two` columns; a click on a row calls `on_open` with its feature, one on its + `on_add`."""
 
-    def opened() -> None:
-        feature = getattr(st.session_state.get(key), "open", None)
-        if feature is not None and on_open is not None:
-            on_open(int(feature))
+    def sent(name: str, call: Callable[[int], Any] | None) -> Callable[[], None]:
+        def changed() -> None:
+            feature = getattr(st.session_state.get(key), name, None)
+            if feature is not None and call is not None:
+                call(int(feature))
+
+        return changed
 
     payload = [
         {
@@ -210,7 +221,12 @@ def draw_lists(lists: Sequence[RowList], *, key: str, two: bool = False, on_open
         }
         for each in lists
     ]
-    _lists(data={"two": two, "lists": payload}, key=key, on_open_change=opened)
+    _lists(
+        data={"two": two, "lists": payload},
+        key=key,
+        on_open_change=sent("open", on_open),
+        on_add_change=sent("add", on_add),
+    )
 
 
 def _example(example: Example, vocabulary: _Vocabulary) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-// Draws short lists of label, bar and number; a row that opens a feature triggers "open".
+// Draws short lists of label, bar and number; a row that opens a feature triggers "open", its + "add".
 // data: {two, lists: [{title, help, colour, empty,
-//                      rows: [{prefix, label, value, extra, share, negative, open}]}]}
+//                      rows: [{prefix, label, value, extra, share, negative, open, add}]}]}
 function element(tag, name, text) {
   const node = document.createElement(tag);
   if (name) node.className = name;
@@ -18,6 +18,16 @@ function drawRow(row, colour, setTriggerValue) {
   if (row.prefix) line.append(element("span", "prefix", row.prefix));
   line.append(element("span", "label", row.label), value);
   if (row.open !== null) line.onclick = () => setTriggerValue("open", row.open);
+  if (row.add) {
+    const add = element("button", "add", "+");
+    add.title = "Put into the steering set";
+    add.onclick = (event) => {
+      event.stopPropagation();
+      add.textContent = "✓";
+      setTriggerValue("add", row.open);
+    };
+    line.append(add);
+  }
   return line;
 }
 

@@ -33,8 +33,14 @@ def load(entry: SaeEntry) -> Live:
             "or copy the file back into its directory."
         )
     model = entry.config.get("model")
-    name = str(model.get("id", "")) if isinstance(model, dict) else ""
-    return _load(entry.id, str(entry.path), name, weights.stat().st_mtime_ns)
+    name, sha256 = (str(model.get(key, "")) for key in ("id", "sha256")) if isinstance(model, dict) else ("", "")
+    found = _load(entry.id, str(entry.path), name, weights.stat().st_mtime_ns)
+    if sha256 and found.model.weights_sha256 != sha256:
+        raise LiveError(
+            f"The language model {name!r} has changed since {entry.id} was trained: its weights are "
+            f"{found.model.weights_sha256[:12]}…, expected {sha256[:12]}…. What it computed would be wrong here."
+        )
+    return found
 
 
 @st.cache_resource(max_entries=2, show_spinner="Loading the model …")

@@ -2,52 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from browser.live import MAX_PROMPT, Live, LiveError
+from browser.live import Live, LiveError
+from browser.live.prompts import check_prompt
 
 MAX_NEW_TOKENS = 128
+MAX_FEATURES = 16
+MAX_STRENGTHS = 6
+SWEEP = (0.0, 1.0, 2.0, 5.0, 10.0)
+PINNED_PROMPT = "1,2,3,4,5,6,7,8,9,10"
 MODES = ("set", "add", "scale", "ablate")
+UNITS = ("max", "p99")
 
 
-def steer(
+def parse(text: str) -> list[Any]:
+    """Edits written as `FEATURE:MODE[:VALUE][:p99][:active]`, parted by spaces or commas. Raises LiveError."""
+    from sae.steering import Edit
+
+    try:
+        edits = [Edit.parse(part) for part in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise LiveError(str(error).removeprefix("steering: ")) from error
+    if len(edits) > MAX_FEATURES:
+        raise LiveError(f"{len(edits)} edits asked for; at most {MAX_FEATURES} at once.")
+    return edits
+
+
+def edit(feature: int, mode: str, value: float, unit: str, only_active: bool) -> Any:
+    """One edit from the table of the page. Raises LiveError."""
+    from sae.steering import Edit
+
+    try:
+        return Edit(feature, mode, value, unit, only_active)
+    except ValueError as error:
+        raise LiveError(str(error).removeprefix("steering: ")) from error
+
+
+def sweep(
     live: Live,
     prompt: str,
+    edits: Sequence[Any],
+    factors: Sequence[float],
     *,
-    feature: int,
-    mode: str,
-    value: float,
     seed: int,
     new_tokens: int,
-    feature_max: np.ndarray,
-) -> Iterator[Any]:
-    """`sae.steering.steer_stream` with one edit, within the app's limits.
+    temperature: float,
+    units: dict[str, Any],
+) -> Iterator[list[Any]]:
+    """`sae.steering.sweep_stream` within the app's limits: the growing rows, one for each factor, after each token.
 
-    `value` is in multiples of the feature's maximum for "set" and "add", a factor for "scale".
-    Yields the growing result after each token. Raises LiveError beyond the limits.
+    Raises LiveError beyond the limits.
     """
-    if not prompt.strip():
-        raise LiveError("The prompt is empty: write a few words for the model to continue.")
-    if len(prompt) > MAX_PROMPT:
-        raise LiveError(f"The prompt has {len(prompt):,} characters; at most {MAX_PROMPT:,}.")
+    check_prompt(prompt)
+    if not edits:
+        raise LiveError("Nothing is steered yet: add a feature to the table, or write an edit such as 12:set:5.")
+    if len(edits) > MAX_FEATURES:
+        raise LiveError(f"{len(edits)} edits asked for; at most {MAX_FEATURES} at once.")
     if not 1 <= new_tokens <= MAX_NEW_TOKENS:
         raise LiveError(f"{new_tokens} new tokens asked for; at most {MAX_NEW_TOKENS}.")
-    if mode in ("set", "add") and not feature_max[feature] > 0:
-        raise LiveError(
-            f"Feature {feature} never fired in the indexed text, so there is no maximum to "
-            f"measure {mode!r} in. Choose scale or ablate, or another feature."
-        )
-    from sae.steering import Edit, steer_stream
+    if not 1 <= len(factors) <= MAX_STRENGTHS:
+        raise LiveError(f"{len(factors)} strengths asked for; 1 to {MAX_STRENGTHS}.")
+    from sae.steering import sweep_stream
 
-    yield from steer_stream(
-        live.model,
-        live.sae,
-        prompt,
-        [Edit(feature, mode, value)],
-        seed=seed,
-        max_new_tokens=new_tokens,
-        feature_max=feature_max,
-    )
+    try:
+        rows = sweep_stream(
+            live.model, live.sae, prompt, edits, factors, seed=seed, max_new_tokens=new_tokens,
+            temperature=temperature, **units,
+        )  # fmt: skip
+    except ValueError as error:
+        raise LiveError(str(error).removeprefix("steering: ")) from error
+    yield from rows
+
+
+def next_tokens(live: Live, ids: Sequence[int], edits: Sequence[Any], *, n: int, units: dict[str, Any]) -> Any:
+    """`sae.steering.next_tokens`: the distributions after `ids`, without and with the edits."""
+    from sae.steering import next_tokens as found
+
+    return found(live.model, live.sae, ids, edits, n=n, **units)
+
+
+def as_command(path: str, prompt: str, edits: Sequence[Any], asked: dict[str, Any]) -> str:
+    """The `sae steer` command that writes the same text."""
+    import shlex
+
+    words = ["sae", "steer", path, *(w for e in edits for w in ("--edit", str(e))), "--prompt", prompt]
+    words += ["--seed", str(asked["seed"]), "--max-new-tokens", str(asked["new_tokens"])]
+    if asked["temperature"] != 1.0:
+        words += ["--temperature", f"{asked['temperature']:g}"]
+    if asked["factors"] != [1.0]:
+        words += ["--sweep", ",".join(f"{f:g}" for f in asked["factors"])]
+    return shlex.join(words)
+
+
+def as_python(path: str, prompt: str, edits: Sequence[Any], asked: dict[str, Any]) -> str:
+    """The Python that writes the same text."""
+    made = ", ".join(repr(e) for e in edits)
+    steer = f"seed={asked['seed']}, max_new_tokens={asked['new_tokens']}, temperature={asked['temperature']:g}"
+    lines = [
+        "from sae import pipeline",
+        "from sae.steering import Edit, sweep_stream",
+        "",
+        f"sae, model = pipeline.open_pair({path!r})",
+        f"units = pipeline.feature_units({path!r})",
+        f"edits = [{made}]",
+        f"factors = {asked['factors']!r}",
+        f"*_, rows = sweep_stream(model, sae, {prompt!r}, edits, factors, {steer}, **units)",
+        "for factor, row in zip(factors, rows):",
+        "    print(factor, row.steered_text, row.steered_perplexity)",
+    ]
+    return "\n".join(lines)

@@ -1,163 +1,284 @@
-"""Steering: the same prompt continued twice with the same randomness, once with an edit."""
+"""Steering: one prompt continued with the same randomness, without and with several features changed."""
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import streamlit as st
 
-from browser import charts, data, live, state
+from browser import charts, live, state, steering_charts
 from browser.components import Line, draw_line
 from browser.live import Live, LiveError
-from browser.live.steering import MAX_NEW_TOKENS, MODES, steer
+from browser.live import steering as run
 from browser.state import Page
 from browser.tokens import label, pieces
+from browser.views.prompt_box import prompt_box
 
-PROMPT = "In the morning"
 HELP = {
-    "mode": "The edit is made in delta form, x + (v − a)·decoder, at every position: set pins the "
-    "activation a to v, add raises it by v, scale multiplies it by the factor, ablate takes it to "
-    "0. What the dictionary does not explain of x stays in place.",
-    "value": "For set and add in multiples of the feature's largest activation in the index, so "
-    "that strengths compare between features; for scale a plain factor; ablate needs none.",
-    "seed": "Both columns draw from the same random stream, so they differ only where the edit "
-    "changed the distribution.",
+    "edits": "The features to change. The edit is made in delta form, x + Σ (v − a)·decoder, at every position: set "
+    "pins the activation a to v, add raises it by v, scale multiplies it by the factor, ablate takes it to 0. What the "
+    "dictionary does not explain of x stays in place. Values of set and add are in multiples of the feature's largest "
+    "(max) or 99th-percentile (p99) activation in the index, so that strengths compare between features. "
+    "Where active: only at positions where the feature fires by itself.",
+    "spec": "The same table as text, FEATURE:MODE[:VALUE][:p99][:active] parted by spaces; it is what the address of "
+    "this page and `sae steer --edit` hold.",
+    "seed": "All texts draw from the same random stream, so they differ only where the edit changed the distribution.",
+    "sweep": "One text for each factor on the values of all edits, ×0 to ×10, in one pass. Ablate has no strength.",
+    "pinned": "Pinned feature sampling of Bricken et al. 2023: the prompt 1,2,…,10, the feature held at its largest "
+    "observed activation at every position.",
     "kl": "KL(steered ‖ base) of the next-token distributions at each new token, both given the steered text so far.",
+    "surprisal": "−log p of each new token under the base model, in nats: of the steered text, and of the base text.",
+    "next": "Next-token probabilities after the prompt, at temperature 1, without and with the edits.",
 }
+DEFAULT_VALUE = 5.0
 
 
 def show(page: Page) -> None:
-    """Draws the form and the two continuations."""
-    st.html(_facts(page))
+    """Draws the steering set, the settings and the texts."""
     try:
         loaded = live.load(page.entry)
     except LiveError as error:
         state.explain("Steering needs the model", str(error))
         return
-    asked = _form()
-    if asked is not None:
-        _generate(page, loaded, asked)
+    left, right = st.columns([0.52, 0.48], gap="medium")
+    with left:
+        edits = _steering_set(page)
+    with right:
+        asked = _settings()
+    if edits is not None and asked is not None:
+        _generate(page, loaded, edits, asked)
     found = st.session_state.get("steered")
     if found is not None and found["entry"] == page.entry.id:
-        _compare(page, found)
+        _results(page, loaded, found)
 
 
-def _facts(page: Page) -> str:
-    """The feature in a line: its number, maximum, density and what it fires on."""
-    stats, feature = page.index.stats, page.feature
-    top = int(stats["top_token"][feature])
-    facts = {
-        "max": [f"{stats['max'][feature]:.3f}"],
-        "density": [f"{data.density(page.index)[feature]:.3g}"],
-        "fires most on": [label(page.index.token_bytes(top)) if top >= 0 else "nothing: dead"],
-    }
-    if page.index.has("logits/top_id"):
-        ids = page.index.panel("logits/top_id", feature)[:5].tolist()
-        facts["raises"] = [label(page.index.token_bytes(i)) for i in ids]
-    cells = "".join(
-        # bdi: a right-to-left token does not turn its neighbours round
-        f"<div><span>{name}</span>" + " ".join(f"<bdi>{html.escape(t)}</bdi>" for t in texts) + "</div>"
-        for name, texts in facts.items()
+# --- what is steered -------------------------------------------------------------------------------------------------
+
+
+def _steering_set(page: Page) -> list[Any] | None:
+    """The edits: a table, and the same as text in the address; None where the text cannot be read."""
+    head, add = st.columns([0.62, 0.38], vertical_alignment="bottom")
+    head.html('<div class="mono-head">Steering set</div>')
+    add.button(
+        f"Add feature {page.feature:,}", icon=":material/add:", on_click=state.add_edit, args=(page.feature,),
+        width="stretch",
+    )  # fmt: skip
+    place = st.container()  # the table stands above the text it is made of
+    text = st.text_input(
+        "Edits as text", key=state.EDITS, bind="query-params", help=HELP["spec"], max_chars=600,
+        placeholder=f"{page.feature}:set:5   7:ablate   9:add:2:p99:active",
+    )  # fmt: skip
+    with place:
+        try:
+            edits = run.parse(text)
+        except LiveError as error:
+            state.explain("The steering set cannot be read", str(error))
+            return None
+        _table(page, edits, text)
+    return edits
+
+
+def _table(page: Page, edits: list[Any], text: str) -> None:
+    frame = pd.DataFrame(  # every type is said, for a table of no rows
+        {
+            "feature": pd.array([e.feature for e in edits], dtype="Int64"),
+            "fires on": pd.array([_fires_on(page, e.feature) for e in edits], dtype="string"),
+            "mode": pd.array([e.mode for e in edits], dtype="string"),
+            "value": np.array([e.value if e.mode != "ablate" else np.nan for e in edits], np.float64),
+            "unit": pd.array([e.unit for e in edits], dtype="string"),
+            "where active": np.array([e.only_active for e in edits], np.bool_),
+        }
     )
-    title = f'<div class="mono-title">Steer feature {feature:,}</div>'
-    return f'<div class="mono-facts">{title}{cells}</div>'
+    key = f"edits-table-{text}"  # the table starts anew from each text, so that no change is counted twice
+
+    def changed() -> None:
+        state.set_edits(_as_text(page, frame, st.session_state[key]))
+
+    column = st.column_config
+    st.data_editor(
+        frame,
+        key=key,
+        on_change=changed,
+        num_rows="dynamic",
+        hide_index=True,
+        height=min(36 * (len(frame) + 2), 250),
+        disabled=["fires on"],
+        column_config={
+            "feature": column.NumberColumn("feature", min_value=0, max_value=page.index.d_sae - 1, step=1, width=70),
+            "fires on": column.TextColumn("fires on", width=110),
+            "mode": column.SelectboxColumn(
+                "mode", options=list(run.MODES), default="set", width=80, help=HELP["edits"]
+            ),
+            "value": column.NumberColumn("value", min_value=-100.0, max_value=100.0, default=DEFAULT_VALUE, width=64),
+            "unit": column.SelectboxColumn("unit", options=list(run.UNITS), default="max", width=64),
+            "where active": column.CheckboxColumn("where active", default=False, width=92),
+        },
+    )
 
 
-def _form() -> dict[str, Any] | None:
+def _fires_on(page: Page, feature: int) -> str:
+    return state.token_label(page.index, feature) if feature < page.index.d_sae else "no such feature"
+
+
+def _as_text(page: Page, frame: pd.DataFrame, changes: dict[str, Any]) -> str:
+    """The edits of a table after what was changed in it; a row without a feature takes the page's."""
+    rows = frame.to_dict("records")
+    for number, cells in changes.get("edited_rows", {}).items():
+        rows[int(number)] |= cells
+    gone = set(changes.get("deleted_rows", []))
+    kept = [row for number, row in enumerate(rows) if number not in gone] + changes.get("added_rows", [])
+    found = []
+    for row in kept:
+        feature, value = row.get("feature"), row.get("value")
+        found.append(
+            run.edit(
+                page.feature if feature is None or pd.isna(feature) else int(feature),
+                str(row.get("mode") or "set"),
+                DEFAULT_VALUE if value is None or pd.isna(value) else float(value),
+                str(row.get("unit") or "max"),
+                bool(row.get("where active") or False),
+            )
+        )
+    return " ".join(str(e) for e in found)
+
+
+# --- how the text is written -----------------------------------------------------------------------------------------
+
+
+def _settings() -> dict[str, Any] | None:
     """The settings when Generate was pressed."""
-    with st.form("steer", border=True, enter_to_submit=False):
-        prompt = st.text_area(
-            "Prompt",
-            PROMPT,
-            key="prompt",
-            bind="query-params",
-            max_chars=live.MAX_PROMPT,
-            height=84,
-        )
-        mode, value, seed, count, go = st.columns([0.32, 0.18, 0.18, 0.17, 0.15], vertical_alignment="bottom")
-        mode_now = mode.segmented_control(
-            "Edit",
-            list(MODES),
-            default="set",
-            required=True,
-            key="mode",
-            bind="query-params",
-            help=HELP["mode"],
-        )
-        value_now = value.number_input(
-            "Value, × max", -50.0, 50.0, 5.0, 0.5, key="value", bind="query-params",
-            help=HELP["value"],
-        )  # fmt: skip
-        seed_now = seed.number_input("Seed", 0, 2**31 - 1, 0, key="seed", bind="query-params", help=HELP["seed"])
-        count_now = count.number_input("New tokens", 1, MAX_NEW_TOKENS, 48, key="new", bind="query-params")
-        pressed = go.form_submit_button("Generate", type="primary", width="stretch")
-    if not pressed:
+    prompt = prompt_box(height=76)
+    seed, count, temperature, mode = st.columns([0.22, 0.22, 0.24, 0.32], vertical_alignment="bottom")
+    seed_now = seed.number_input("Seed", 0, 2**31 - 1, 0, key="seed", bind="query-params", help=HELP["seed"])
+    count_now = count.number_input("New tokens", 1, run.MAX_NEW_TOKENS, 48, key="new", bind="query-params")
+    warmth = temperature.number_input("Temperature", 0.0, 5.0, 1.0, 0.1, key="temperature", bind="query-params")
+    sweep = mode.toggle("Sweep ×0 … ×10", key="sweep", bind="query-params", help=HELP["sweep"])
+    go, pinned = st.columns(2)
+    pressed = go.button("Generate", type="primary", width="stretch", shortcut="Ctrl+Enter")
+    pinned.button("The paper's pinned sampling", width="stretch", help=HELP["pinned"], on_click=_pin)
+    if not (pressed or st.session_state.pop("pinned", False)):
         return None
     return {
         "prompt": prompt,
-        "mode": str(mode_now),
-        "value": float(value_now),
         "seed": int(seed_now),
         "new_tokens": int(count_now),
+        "temperature": float(warmth),
+        "factors": list(run.SWEEP) if sweep else [1.0],
     }
 
 
-def _generate(page: Page, loaded: Live, asked: dict[str, Any]) -> None:
-    """Runs the model, showing both texts as they grow; the result is kept for later runs."""
+def _pin() -> None:
+    """The paper's prompt, and the chosen feature alone at its maximum."""
+    state.set_edits(f"{st.session_state['feature']}:set:1")
+    st.session_state["prompt"] = run.PINNED_PROMPT
+    st.session_state["pinned"] = True
+
+
+def _generate(page: Page, loaded: Live, edits: list[Any], asked: dict[str, Any]) -> None:
+    """Runs the model, showing the texts as they grow; the result is kept for later runs."""
     st.session_state.pop("steered", None)
+    stats = page.index.stats
+    units = {"feature_max": stats["max"], "feature_p99": stats["p99"]}
     place = st.empty()
     with place.container():
         progress = st.progress(0.0)
         base, steered = (column.empty() for column in st.columns(2, gap="medium"))
-    result = None
+    rows: list[Any] = []
     try:
-        maxima = page.index.stats["max"]
-        for result in steer(loaded, feature=page.feature, feature_max=maxima, **asked):
-            progress.progress(len(result.base_ids) / asked["new_tokens"])
-            base.text(result.base_text)
-            steered.text(result.steered_text)
+        for rows in run.sweep(loaded, edits=edits, units=units, **asked):
+            progress.progress(len(rows[0].base_ids) / asked["new_tokens"])
+            base.text(rows[0].base_text)
+            steered.text("\n\n".join(row.steered_text for row in rows))
+        following = run.next_tokens(loaded, rows[0].prompt_ids, edits, n=10, units=units)
     except ValueError as error:  # LiveError, and what sae.steering refuses
         place.empty()
         state.explain("Nothing was generated", str(error))
         return
     place.empty()
     st.session_state["steered"] = {
-        "entry": page.entry.id,
-        "feature": page.feature,
-        "asked": asked,
-        "result": result,
-    }
+        "entry": page.entry.id, "path": str(page.entry.path), "edits": edits, "asked": asked, "rows": rows,
+        "next": following,
+    }  # fmt: skip
 
 
-def _compare(page: Page, found: dict[str, Any]) -> None:
-    result, asked = found["result"], found["asked"]
-    first = result.first_divergence
-    edit = {
-        "set": "set to {:g} × max",
-        "add": "raised by {:g} × max",
-        "scale": "scaled by {:g}",
-        "ablate": "ablated",
-    }[asked["mode"]].format(asked["value"])
+# --- what came of it -------------------------------------------------------------------------------------------------
+
+
+def _results(page: Page, loaded: Live, found: dict[str, Any]) -> None:
+    if len(found["rows"]) == 1:
+        _side_by_side(page, found)
+    else:
+        _sweep_grid(page, found)
     left, right = st.columns(2, gap="medium")
+    factor = found["asked"]["factors"][-1]
+    strongest = "" if len(found["rows"]) == 1 else f" of the text at × {factor:g}"
     with left:
-        _column(page, "Base", f"seed {asked['seed']}", result, result.base_ids, "base")
+        st.caption("Next token after the prompt", help=HELP["next"])
+        st.altair_chart(_next_chart(page, found["next"]), key="next-tokens")
     with right:
-        title = f"Steered: feature {found['feature']} {edit}"
-        note = "the same text" if first is None else f"differs from new token {first + 1} on"
-        _column(page, title, note, result, result.steered_ids, "steered")
-    if result.kl:
-        st.caption("Divergence from the base model, nats", help=HELP["kl"])
-        st.altair_chart(charts.divergence_chart([float(k) for k in result.kl]), key="kl")
+        row = found["rows"][-1]
+        st.caption(f"Surprisal under the base model, nats{strongest}", help=HELP["surprisal"])
+        st.altair_chart(steering_charts.surprisal_chart(row.base_surprisal, row.steered_surprisal), key="surprisal")
+        if any(row.kl):
+            st.caption(f"KL(steered ‖ base), nats{strongest}", help=HELP["kl"])
+            st.altair_chart(charts.divergence_chart([float(k) for k in row.kl]), key="kl")
+    with st.expander("Copy as a command or as Python"):
+        asked = found["asked"]
+        st.code(run.as_command(found["path"], asked["prompt"], found["edits"], asked), language="bash")
+        st.code(run.as_python(found["path"], asked["prompt"], found["edits"], asked), language="python")
     st.html('<i id="steered-done"></i>')
 
 
-def _column(page: Page, title: str, note: str, result: Any, new_ids: list[int], key: str) -> None:
-    prompt_ids = list(result.prompt_ids)
+def _side_by_side(page: Page, found: dict[str, Any]) -> None:
+    (row,) = found["rows"]
+    first = row.first_divergence
+    left, right = st.columns(2, gap="medium")
+    with left:
+        note = f"seed {found['asked']['seed']} · perplexity {row.base_perplexity:.1f}"
+        _column(page, "Base", note, row, row.base_ids, "base")
+    with right:
+        parts = "the same text" if first is None else f"differs from new token {first + 1} on"
+        title = "Steered: " + ", ".join(_in_words(e) for e in found["edits"])
+        note = f"{parts} · perplexity {row.steered_perplexity:.1f} under the base model"
+        _column(page, title, note, row, row.steered_ids, "steered")
+
+
+def _sweep_grid(page: Page, found: dict[str, Any]) -> None:
+    base = found["rows"][0]
+    note = f"seed {found['asked']['seed']} · perplexity {base.base_perplexity:.1f}"
+    _column(page, "Base", note, base, base.base_ids, "base")
+    for factor, row in zip(found["asked"]["factors"], found["rows"], strict=True):
+        first = row.first_divergence
+        parts = "the same text" if first is None else f"differs from new token {first + 1} on"
+        kl = sum(row.kl) / len(row.kl)
+        note = f"{parts} · KL {kl:.2f} nats a token · perplexity {row.steered_perplexity:.1f}"
+        _column(page, f"× {factor:g}", note, row, row.steered_ids, f"x{factor:g}")
+
+
+def _in_words(e: Any) -> str:
+    unit = {"max": "max", "p99": "P99"}[e.unit]
+    done = {
+        "set": f"set to {e.value:g} × {unit}",
+        "add": f"raised by {e.value:g} × {unit}",
+        "scale": f"scaled by {e.value:g}",
+        "ablate": "ablated",
+    }[e.mode]
+    return f"{e.feature} {done}" + (" where active" if e.only_active else "")
+
+
+def _next_chart(page: Page, following: Any) -> Any:
+    names = [label(page.index.token_bytes(i)) for i in following.ids]
+    return steering_charts.next_token_chart(names, following.base, following.steered)
+
+
+def _column(page: Page, title: str, note: str, row: Any, new_ids: list[int], key: str) -> None:
+    prompt_ids = list(row.prompt_ids)
     if prompt_ids and prompt_ids[0] == page.index.attributes.get("bos"):
         prompt_ids = prompt_ids[1:]
     ids = [*prompt_ids, *new_ids]
-    first = result.first_divergence
+    first = row.first_divergence if new_ids is row.steered_ids else None
     draw_line(
         title,
         note,

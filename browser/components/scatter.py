@@ -1,0 +1,73 @@
+"""A map of all features on one canvas: as quick for 131,072 points as for a hundred."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import streamlit as st
+
+from browser.components import _source
+
+_scatter = st.components.v2.component("monosem_scatter", css=_source("scatter.css"), js=_source("scatter.js"))
+
+
+@dataclass(frozen=True)
+class Name:
+    """A text on the map."""
+
+    x: float
+    y: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the colour says: its name, and what stands at both ends."""
+
+    title: str
+    low: str
+    high: str
+
+
+def draw_scatter(
+    xy: np.ndarray,
+    colour: np.ndarray,
+    faint: np.ndarray,
+    *,
+    scale: Scale,
+    notes: Sequence[tuple[str, Sequence[str]]],
+    names: Sequence[Name],
+    chosen: int,
+    height: int,
+    key: str,
+    on_open: Callable[[int], Any],
+) -> None:
+    """Points `xy` [n, 2] coloured by `colour` [n] in 0 … 1 (nan: grey), some `faint`; a click calls `on_open`.
+
+    `notes` are lines of the tip, (name, one text for each point).
+    """
+
+    def opened() -> None:
+        feature = getattr(st.session_state.get(key), "open", None)
+        if feature is not None:
+            on_open(int(feature))
+
+    data = {
+        "xy": _packed(xy, "<f4"),
+        "colour": _packed(colour, "<f4"),
+        "faint": _packed(faint, "u1"),
+        "notes": [[name, list(texts)] for name, texts in notes],
+        "names": [vars(name) for name in names],
+        "scale": vars(scale),
+        "chosen": chosen,
+        "height": height,
+    }
+    _scatter(data=data, key=key, on_open_change=opened)
+
+
+def _packed(array: np.ndarray, dtype: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(array, dtype=dtype).tobytes()).decode()

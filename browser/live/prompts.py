@@ -1,0 +1,99 @@
+"""One prompt under the dictionary, for the microscope and the attention page, within the app's limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import streamlit as st
+
+from browser.data import SaeEntry
+from browser.live import MAX_PROMPT, Live, LiveError
+
+MAX_PROMPT_TOKENS = 256
+KEPT_PROMPTS = 24
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises LiveError for an empty or too long prompt."""
+    if not prompt.strip():
+        raise LiveError("The prompt is empty: write a few words.")
+    if len(prompt) > MAX_PROMPT:
+        raise LiveError(f"The prompt has {len(prompt):,} characters; at most {MAX_PROMPT:,}.")
+
+
+def encode(live: Live, prompt: str) -> list[int]:
+    """Token ids of a prompt, BOS first where the model has one. Raises LiveError for one that is empty or too long."""
+    check_prompt(prompt)
+    ids = live.model.encode_prompt(prompt)
+    most = min(MAX_PROMPT_TOKENS, live.model.context_tokens)
+    if len(ids) > most:
+        raise LiveError(
+            f"The prompt has {len(ids):,} tokens; at most {most:,} (the model's context, and what a page shows)."
+        )
+    return ids
+
+
+def hook_point(entry: SaeEntry) -> str:
+    """The hook point of the dictionary, or LiveError."""
+    found = entry.config.get("hook_point")
+    if not isinstance(found, str):
+        raise LiveError(
+            f"{entry.id} does not say which hook point it was trained on, so no prompt can be shown under it."
+        )
+    return found
+
+
+def inspect(live: Live, entry: SaeEntry, ids: list[int]) -> Any:
+    """`sae.microscope.inspect`, kept for the last prompts."""
+    weights = (entry.path / "sae.safetensors").stat().st_mtime_ns
+    return _inspect(live, str(entry.path), weights, live.model.weights_sha256, tuple(ids), hook_point(entry))
+
+
+@st.cache_resource(max_entries=KEPT_PROMPTS, show_spinner=False)
+def _inspect(_live: Live, sae: str, weights: int, model: str, ids: tuple[int, ...], hook: str) -> Any:
+    from sae.microscope import inspect
+
+    return inspect(_live.model, _live.sae, ids, hook_point=hook)
+
+
+def attribute(live: Live, entry: SaeEntry, ids: list[int], position: int, token: int) -> Any:
+    """`sae.microscope.attribute`. Raises LiveError for what does not exist."""
+    from sae.microscope import attribute
+
+    try:
+        return attribute(live.model, live.sae, ids, position=position, token=token, hook_point=hook_point(entry))
+    except ValueError as error:
+        raise LiveError(str(error)) from error
+
+
+def predictions(live: Live, ids: list[int], n: int) -> list[tuple[int, float]]:
+    """The `n` likeliest next tokens after `ids`, with their probabilities."""
+    from sae.microscope import predictions
+
+    return predictions(live.model, ids, n)
+
+
+def patterns(live: Live, entry: SaeEntry, ids: list[int]) -> Any:
+    """Attention pattern [head, dst, src] of the hook point's block. Raises LiveError where there is none to show."""
+    from sae.attention import patterns
+    from sae.lm import layer_of
+
+    try:
+        return patterns(live.model, ids, layer=layer_of(hook_point(entry)))
+    except ValueError as error:
+        raise LiveError(str(error)) from error
+
+
+def paths(live: Live, entry: SaeEntry, ids: list[int], *, feature: int, position: int) -> Any:
+    """`sae.attention.paths`. Raises LiveError where the model cannot be taken apart."""
+    from sae.attention import paths
+
+    try:
+        return paths(live.model, live.sae, ids, feature=feature, position=position, hook_point=hook_point(entry))
+    except ValueError as error:
+        raise LiveError(str(error)) from error
+
+
+def token_ids(live: Live, text: str) -> list[int]:
+    """The tokens of a text, without BOS."""
+    return list(live.model.tokenizer.encode(text, add_special_tokens=False).ids)

@@ -1,0 +1,179 @@
+"""Attention: where each head looks, and which source tokens and paths push the chosen feature's pre-activation."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import numpy as np
+import streamlit as st
+
+from browser import live, state
+from browser.components import Row, RowList, draw_lists
+from browser.components.grid import Bars, Cells, Column, draw_grid
+from browser.live import LiveError, prompts
+from browser.state import Page
+from browser.tokens import label, pieces
+from browser.views.prompt_box import position_box, prompt_box
+
+SHOWN = {"push": "Push on the feature, by head and source", "pattern": "Pattern of one head, every destination"}
+HELP = {
+    "exact": "Exact: with the attention pattern, the norms' scales and which ReLU neurons are on held at their values, "
+    "the pre-activation is linear in what enters the block, and these parts and the biases sum to it.",
+    "slope": "Gradient × input: the model's activation function is not piecewise linear, so its slope stands for it. "
+    "Pattern and norm scales are held. The parts do not sum to the pre-activation; what is left out is in the rest.",
+    "pattern": "softmax(q·k/√d_head): how much the head at the row's token reads from the column's.",
+    "weight": "How much all heads together look at this token from the chosen one, Σ over heads of the pattern.",
+}
+
+
+def show(page: Page) -> None:
+    """Draws the prompt, and the paths into the chosen feature at the chosen token."""
+    try:
+        loaded = live.load(page.entry)
+    except LiveError as error:
+        state.explain("Attention needs the model", str(error))
+        return
+    prompt = prompt_box(height=76)
+    try:
+        ids = prompts.encode(loaded, prompt)
+        pattern = np.asarray(prompts.patterns(loaded, page.entry, ids))
+        shown, head, at = _settings(len(pattern), len(ids))
+        paths = prompts.paths(loaded, page.entry, ids, feature=page.feature, position=at)
+        acts = _activation(prompts.inspect(loaded, page.entry, ids), page.feature, len(ids))
+    except LiveError as error:
+        state.explain("This prompt cannot be taken apart", str(error))
+        return
+    _facts(page, ids, paths, acts, at)
+    left, right = st.columns([0.66, 0.34], gap="medium")
+    with left:
+        if shown == "push":
+            _pushes(page, ids, pattern, paths, acts, at)
+        else:
+            _pattern(page, ids, pattern[head], at)
+    with right:
+        _lists(page, ids, paths, at)
+    st.html(f'<i id="attention-done" data-at="{at}" data-feature="{page.feature}"></i>')
+
+
+def _activation(found: Any, feature: int, n_tokens: int) -> np.ndarray:
+    acts = np.zeros(n_tokens)
+    own = np.asarray(found.features) == feature
+    acts[np.asarray(found.positions)[own]] = np.asarray(found.acts)[own]
+    return acts
+
+
+def _settings(n_heads: int, n_tokens: int) -> tuple[str, int, int]:
+    what, which, where = st.columns([0.6, 0.2, 0.2], vertical_alignment="bottom")
+    shown = what.segmented_control(
+        "Show", list(SHOWN), format_func=SHOWN.__getitem__, default="push", required=True, key="paths",
+        bind="query-params",
+    )  # fmt: skip
+    head = which.number_input(
+        "Head", 0, max(1, n_heads - 1), 0, key="head", bind="query-params", disabled=shown == "push"
+    )
+    with where:
+        at = position_box(n_tokens)
+    return str(shown), min(int(head), n_heads - 1), at
+
+
+def _facts(page: Page, ids: list[int], paths: Any, acts: np.ndarray, at: int) -> None:
+    name = html.escape(label(page.index.token_bytes(ids[at])))
+    top = html.escape(state.token_label(page.index, page.feature))
+    facts = {
+        "fires on": f"<bdi>{top}</bdi>",
+        "at": f"{at} <bdi>{name}</bdi>",
+        "pre-activation": f"{paths.pre_act:+.3f}",
+        "activation": f"{acts[at]:.3f}",
+        "through heads": f"{float(paths.heads.sum()):+.3f}",
+        "direct": f"{float(paths.direct.sum()):+.3f}",
+        "biases" if paths.exact else "biases and curvature": f"{paths.rest:+.3f}",
+    }
+    cells = "".join(f"<div><span>{key}</span>{value}</div>" for key, value in facts.items())
+    st.html(f'<div class="mono-facts"><div class="mono-title">Into feature {page.feature:,}</div>{cells}</div>')
+
+
+def _pushes(page: Page, ids: list[int], pattern: np.ndarray, paths: Any, acts: np.ndarray, at: int) -> None:
+    """Rows: source tokens. Columns: the direct path, then each head through OV."""
+    heads = np.asarray(paths.heads).sum(0).T  # [source, head]
+    table = np.zeros((len(ids), 1 + heads.shape[1]))
+    table[: at + 1, 1:] = heads
+    table[at, 0] = float(paths.direct.sum())
+    rows, columns = np.nonzero(table)
+    looked = np.zeros(len(ids))
+    looked[: at + 1] = pattern[:, at, : at + 1].sum(0)
+    own = np.where(acts > 0, acts, np.nan)
+    draw_grid(
+        ids,
+        pieces([page.index.token_bytes(i) for i in ids]),
+        bars=[
+            Bars("activation", own, f"Activation of feature {page.feature} on this token."),
+            Bars("looked at", looked, HELP["weight"]),
+            Bars("push, all heads", table[:, 1:].sum(1)),
+        ],
+        columns=[Column("direct"), *(Column(f"head {h}") for h in range(heads.shape[1]))],
+        cells=Cells(rows, columns, table[rows, columns], np.full(table.shape[1], np.abs(table).max() or 1.0)),
+        unit="push",
+        floor=0.02,
+        selected=at,
+        key="attention",
+        on_row=_choose,
+        height=600,
+    )
+    st.caption("Orange pushes up, blue down; a click on a token makes it the destination.", help=_help(paths))
+
+
+def _help(paths: Any) -> str:
+    return HELP["exact" if paths.exact else "slope"]
+
+
+def _pattern(page: Page, ids: list[int], pattern: np.ndarray, at: int) -> None:
+    shown = pieces([page.index.token_bytes(i) for i in ids])
+    rows, columns = np.nonzero(pattern > 0.005)
+    draw_grid(
+        ids,
+        shown,
+        bars=[],
+        columns=[Column(str(i), label(page.index.token_bytes(token))) for i, token in enumerate(ids)],
+        cells=Cells(rows, columns, pattern[rows, columns], np.ones(len(ids))),
+        unit="weight",
+        selected=at,
+        key="pattern",
+        on_row=_choose,
+        height=600,
+    )
+    st.caption("Rows read from columns; weights above 0.005.", help=HELP["pattern"])
+
+
+def _choose(position: int) -> None:
+    st.session_state["at"] = position
+
+
+def _lists(page: Page, ids: list[int], paths: Any, at: int) -> None:
+    heads, direct = np.asarray(paths.heads), np.asarray(paths.direct)
+    how = "exact" if paths.exact else "gradient × input"
+    found = [(f"direct: {part}", float(push), at) for part, push in zip(paths.parts, direct, strict=True)]
+    found += [
+        (f"head {h}: {part}", float(heads[p, h, s]), s)
+        for p, part in enumerate(paths.parts)
+        for h in range(heads.shape[1])
+        for s in range(heads.shape[2])
+    ]
+    found.sort(key=lambda each: -abs(each[1]))
+    most = max(abs(found[0][1]), 1e-9)
+    rows = [
+        Row(
+            label(page.index.token_bytes(ids[source])), f"{push:+.3f}", abs(push) / most, name,
+            prefix=str(source), negative=push < 0,
+        )
+        for name, push, source in found[:16]
+    ]  # fmt: skip
+    by_head = heads.sum((0, 2))
+    largest = float(np.abs(by_head).max()) or 1.0
+    order = np.argsort(-np.abs(by_head), kind="stable")
+    head_rows = [
+        Row(f"head {h}", f"{by_head[h]:+.3f}", abs(float(by_head[h])) / largest, negative=bool(by_head[h] < 0))
+        for h in order.tolist()
+    ]
+    lists = [RowList(f"Strongest paths ({how})", rows, _help(paths)), RowList("By head, all sources", head_rows)]
+    draw_lists(lists, key="paths-lists", on_open=None)

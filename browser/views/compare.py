@@ -1,0 +1,271 @@
+"""Two dictionaries: which features of one are features of the other, which split, which stand alone."""
+
+from __future__ import annotations
+
+import altair as alt
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from browser import comparison, state
+from browser.comparison import Comparison
+from browser.components import Row, RowList, draw_lists
+from browser.data import SaeEntry
+from browser.live import LiveError
+from browser.live.comparing import cosine_table
+from browser.state import Page
+from browser.style import BLUE, ORANGE
+from store.features import FeatureIndex
+from store.schema import StoreError
+
+LISTS = {"matched": "Matched", "unmatched": "Unmatched in A", "alone": "Unmatched in B", "splits": "Splitting"}
+HELP = {
+    "histogram": "For each feature of A with enough firings the largest Pearson correlation of activations with any "
+    "feature of B on the same tokens; the same with B's tokens shuffled (what the largest of many gives by chance); "
+    "and with A's own neurons. The lines are the means the paper reports, 0.72 for features and 0.46 for neurons "
+    "(A/1 against B/1, two models of another size and text): published figures, not ours.",
+    "matched": "The one-to-one matching with the largest sum of correlations. best is the best partner without that "
+    "constraint. cosine: of the decoder directions, where both read the same activations.",
+    "unmatched": "Features with enough firings that got no partner, or only one below the matching's floor.",
+    "splits": "Features of A that go with several of B. masked: correlation over the tokens where the child (or the "
+    "parent) fires, which is high when one is a part of the other.",
+}
+SHOWN = 2000
+
+
+def show(page: Page) -> None:
+    """Draws what is known about the dictionary and another one."""
+    others = [name for name in page.entries if name != page.entry.id]
+    if not others:
+        state.explain(
+            "There is nothing to compare with",
+            "This root holds one dictionary. Train another (another seed, size or recipe) beside it:",
+            "sae train --acts runs/a/acts.zarr --seed 1 --out runs/a/other",
+        )
+        return
+    pick, which = st.columns([0.4, 0.6], vertical_alignment="bottom")
+    name = str(pick.selectbox("Compare this dictionary (A) with B", others, key="other", bind="query-params"))
+    other = page.entries[name]
+    found = _find(page.entry, other)
+    if found is None:
+        _by_weights(page, other)
+        return
+    chosen = which.segmented_control(
+        "Features", list(LISTS), format_func=LISTS.__getitem__, default="matched", required=True, key="side",
+        bind="query-params",
+    )  # fmt: skip
+    _facts(page, other, found)
+    left, right = st.columns([0.62, 0.38], gap="medium")
+    with left:
+        _table(page, other, found, str(chosen))
+    with right:
+        st.caption("Universality: the best correlation of each feature", help=HELP["histogram"])
+        st.altair_chart(_histogram(found), key="universality")
+        _children(page, other, found)
+    st.html(f'<i id="compare-done" data-list="{chosen}"></i>')
+
+
+def _find(a: SaeEntry, b: SaeEntry) -> Comparison | None:
+    """`comparison.find`, read again only when one was written."""
+    folders = [comparison.folder_of(*pair) for pair in ((a, b), (b, a))]
+    stamps = [(f / "compare.json").stat().st_mtime_ns if (f / "compare.json").is_file() else 0 for f in folders]
+    return _read(a, b, str(a.path), str(b.path), *stamps)
+
+
+@st.cache_resource(max_entries=4, show_spinner="Reading the comparison …")
+def _read(_a: SaeEntry, _b: SaeEntry, a: str, b: str, forth: int, back: int) -> Comparison | None:
+    return comparison.find(_a, _b)
+
+
+def _index_of(entry: SaeEntry) -> FeatureIndex | None:
+    try:
+        return state.open_index(entry)
+    except StoreError:
+        return None
+
+
+def _labels(entry: SaeEntry, features: pd.Series) -> list[str]:
+    """What each feature fires on most; "" without an index or a feature."""
+    index = _index_of(entry)
+    known = [-1 if pd.isna(f) else int(f) for f in features]
+    if index is None:
+        return [""] * len(known)
+    return [state.token_label(index, f) if 0 <= f < index.d_sae else "" for f in known]
+
+
+def _facts(page: Page, other: SaeEntry, found: Comparison) -> None:
+    a, b = found.a["correlation"].dropna(), found.b["correlation"].dropna()
+    matched = found.a["matched"].notna().sum()
+    facts = {
+        "tokens": f"{found.summary.get('tokens', 0):,}",
+        "A analysed": f"{len(a):,} of {len(found.a):,}",
+        "B analysed": f"{len(b):,} of {len(found.b):,}",
+        "matched pairs": f"{matched:,}",
+        "mean best A→B": f"{a.mean():.3f}",
+        "mean best B→A": f"{b.mean():.3f}",
+        "by chance": f"{found.a['shuffled_correlation'].mean():.3f}",
+        "decoder cosine": f"{found.a['cosine'].mean():.3f}" if found.a["cosine"].notna().any() else "other space",
+    }
+    cells = "".join(f"<div><span>{key}</span>{value}</div>" for key, value in facts.items())
+    st.html(f'<div class="mono-facts">{cells}</div>')
+
+
+def _table(page: Page, other: SaeEntry, found: Comparison, chosen: str) -> None:
+    least = 0.5
+    if chosen == "splits":
+        least = float(st.slider("Masked correlation, at least", 0.4, 1.0, 0.6, 0.05, key="masked", bind="query-params"))
+        table = comparison.splits(found, least).head(SHOWN)
+        table.insert(1, "fires on", _labels(page.entry, table["feature"]))
+        of, help_ = page.entry, HELP["splits"]
+    elif chosen == "matched":
+        table = found.a[found.a["matched"].notna()].sort_values("matched_correlation", ascending=False).head(SHOWN)
+        table = pd.DataFrame(
+            {
+                "feature": table["feature"],
+                "fires on": _labels(page.entry, table["feature"]),
+                "B": table["matched"].astype("Int64"),
+                "B fires on": _labels(other, table["matched"]),
+                "correlation": table["matched_correlation"],
+                "best": table["correlation"],
+                "cosine": table["cosine"],
+                "density": table["density"],
+            }
+        )
+        of, help_ = page.entry, HELP["matched"]
+    else:
+        of, rows = (page.entry, found.a) if chosen == "unmatched" else (other, found.b)
+        rows = rows[rows["matched"].isna() & rows["correlation"].notna()].sort_values("density", ascending=False)
+        rows = rows.head(SHOWN)
+        partner = other if chosen == "unmatched" else page.entry
+        table = pd.DataFrame(
+            {
+                "feature": rows["feature"],
+                "fires on": _labels(of, rows["feature"]),
+                "nearest": rows["best"].astype("Int64"),
+                "it fires on": _labels(partner, rows["best"]),
+                "correlation": rows["correlation"],
+                "density": rows["density"],
+            }
+        )
+        help_ = HELP["unmatched"]
+    _draw(table, of, f"compare-{chosen}", help_)
+
+
+def _draw(table: pd.DataFrame, entry: SaeEntry, key: str, help_: str) -> None:
+    if table.empty:
+        state.explain("None", "No feature is in this list.")
+        return
+    numbers = table["feature"].to_numpy()
+
+    def opened() -> None:
+        rows = st.session_state[key]["selection"]["rows"]
+        if rows and rows[0] < len(numbers):
+            state.open_feature_of(entry.id, int(numbers[rows[0]]))
+
+    number = st.column_config.NumberColumn
+    bar = st.column_config.ProgressColumn("correlation", format="%.3f", min_value=0, max_value=1, width=120)
+    st.dataframe(
+        table, key=key, height=540, row_height=27, hide_index=True, lazy=False, on_select=opened,
+        selection_mode="single-row",
+        column_config={
+            "feature": number("feature", format="%d", width=66, pinned=True),
+            "correlation": bar,
+            "best": number("best", format="%.3f", width=60),
+            "cosine": number("cosine", format="%.3f", width=64),
+            "masked": number("masked", format="%.3f", width=66),
+            "density": number("density", format="%.1e", width=72),
+            "into": number("into", format="%d", width=50),
+        },
+    )  # fmt: skip
+    st.caption(f"{len(table):,} features; a row opens its feature.", help=help_)
+
+
+def _histogram(found: Comparison) -> alt.Chart:
+    domain = ["features", "shuffled tokens", "neurons of A"]
+    bars = (
+        alt.Chart(comparison.histograms(found))
+        .mark_area(interpolate="step", opacity=0.45)
+        .encode(
+            x=alt.X("low:Q", axis=alt.Axis(title="Pearson correlation", grid=False), scale=alt.Scale(domain=[-0.2, 1])),
+            y=alt.Y("share:Q", stack=None, axis=alt.Axis(title="share of features", format="%", tickCount=4)),
+            color=alt.Color(
+                "what:N", scale=alt.Scale(domain=domain, range=[ORANGE, "#9a9a9a", BLUE]),
+                legend=alt.Legend(title=None, orient="top"),
+            ),
+            tooltip=["what", alt.Tooltip("low:Q", format=".2f"), alt.Tooltip("share:Q", format=".1%")],
+        )
+    )  # fmt: skip
+    paper = pd.DataFrame(
+        {"at": [comparison.PAPER["features_a_to_b"], comparison.PAPER["neurons_a_to_b"]],
+         "text": ["paper, features 0.72", "paper, neurons 0.46"], "colour": [ORANGE, BLUE]}
+    )  # fmt: skip
+    rule = alt.Chart(paper).mark_rule(strokeDash=[4, 3], strokeWidth=1.6).encode(
+        x="at:Q", color=alt.Color("colour:N", scale=None), tooltip=["text"]
+    )  # fmt: skip
+    text = alt.Chart(paper).mark_text(angle=270, align="right", dy=-6, dx=-4, fontSize=10).encode(
+        x="at:Q", y=alt.value(4), text="text", color=alt.Color("colour:N", scale=None)
+    )  # fmt: skip
+    return (bars + rule + text).properties(height=240)
+
+
+def _children(page: Page, other: SaeEntry, found: Comparison) -> None:
+    """The splitting tree of the chosen feature: what it goes with in B."""
+    below = comparison.children(found, page.feature, 0.4).head(14)
+    labels = _labels(other, below["b"])
+    rows = [
+        Row(
+            text, f"{masked:.3f}", float(masked), f"r {correlation:.2f}", prefix=f"└ {b}", open=int(b),
+        )
+        for text, masked, correlation, b in zip(labels, below["masked"], below["correlation"], below["b"], strict=True)
+    ]  # fmt: skip
+    (own,) = _labels(page.entry, pd.Series([page.feature]))
+    title = f"Feature {page.feature} {own} in {other.id}"
+    draw_lists(
+        [RowList(title, rows, HELP["splits"], empty="goes with no feature of B")], key="children",
+        on_open=lambda feature: state.open_feature_of(other.id, feature),
+    )  # fmt: skip
+
+
+def _by_weights(page: Page, other: SaeEntry) -> None:
+    """Without a comparison on text: decoder cosines, where the two have the same space."""
+    command = f"sae compare {page.entry.path} {other.path}"
+    same = all(page.entry.config.get(key) == other.config.get(key) for key in ("model", "hook_point", "d_in"))
+    if not same:
+        state.explain(
+            "These two read different activations",
+            "Their decoders lie in different spaces, so only activations on the same tokens can be compared:", command,
+        )  # fmt: skip
+        return
+    state.explain(
+        "Compared by decoder directions only",
+        "Matching by activations, splitting and universality come from one command on the same tokens:", command,
+    )  # fmt: skip
+    try:
+        table = cosine_table(page.entry, other)
+    except LiveError as error:
+        state.explain("The decoders cannot be compared", str(error))
+        return
+    shown = pd.DataFrame(
+        {
+            "feature": table["feature"],
+            "fires on": _labels(page.entry, table["feature"]),
+            "B": table["cosine_best"],
+            "B fires on": _labels(other, table["cosine_best"]),
+            "cosine": table["cosine"],
+        }
+    ).sort_values("cosine", ascending=False, kind="stable")
+    left, right = st.columns([0.62, 0.38], gap="medium")
+    with left:
+        _draw(shown, page.entry, "compare-cosine", "The nearest feature of B by decoder cosine, for each of A.")
+    with right:
+        counts, edges = np.histogram(table["cosine"], 40, (-1, 1))
+        st.caption(f"Largest decoder cosine with B; mean {table['cosine'].mean():.3f}")
+        bars = pd.DataFrame({"low": edges[:-1], "high": edges[1:], "features": counts})
+        st.altair_chart(
+            alt.Chart(bars).mark_bar(color=ORANGE).encode(
+                x=alt.X("low:Q", bin="binned", axis=alt.Axis(title="cosine")), x2="high:Q", y="features:Q",
+                tooltip=[alt.Tooltip("low:Q", format=".2f"), "features"],
+            ).properties(height=240),
+            key="cosines",
+        )  # fmt: skip
+    st.html('<i id="compare-done" data-list="cosine"></i>')

@@ -1,0 +1,116 @@
+"""The map: every decoder direction in two dimensions, coloured by any statistic; a click opens the feature."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from browser import state
+from browser.components.scatter import Name, Scale, draw_scatter
+from browser.state import Page
+
+LAYOUTS = {"map/umap": "UMAP", "map/pca": "PCA"}
+LOGARITHMIC = ("density", "max", "mean", "logit_kurtosis")
+HELP = {
+    "layout": "UMAP of the decoder directions by cosine keeps neighbours together and says nothing of large distances; "
+    "PCA is the two directions of largest variance, exact and linear, but a small share of it.",
+    "colour": "Any number of the feature table. Colours follow ranks where the values span decades (log scale).",
+    "find": "Part of a token: features that fire on it most stay bright, the others fade.",
+}
+CLUSTER_TOKENS = 3
+
+
+def show(page: Page) -> None:
+    """Draws the map and what colours it."""
+    index = page.index
+    layouts = [name for name in LAYOUTS if index.has(name)]
+    if not layouts:
+        state.explain(
+            "This index has no map", "It was built before maps were. Build it again:", f"sae index {page.entry.path}"
+        )
+        return
+    table = state.table_of(page)
+    layout, colour, find, least = st.columns([0.18, 0.26, 0.34, 0.22], vertical_alignment="bottom")
+    chosen = layout.segmented_control(
+        "Layout", layouts, format_func=LAYOUTS.__getitem__, default=layouts[0], required=True, key="layout",
+        bind="query-params", help=HELP["layout"],
+    )  # fmt: skip
+    statistics = [name for name in table.columns if name != "feature" and pd.api.types.is_numeric_dtype(table[name])]
+    by = colour.selectbox(
+        "Colour", statistics, key="colour", bind="query-params", help=HELP["colour"],
+        format_func=lambda name: name.replace("_", " "),
+    )  # fmt: skip
+    text = find.text_input("Find", key="find", bind="query-params", help=HELP["find"], max_chars=60)
+    clusters = least.toggle("Name clusters", value=True, key="named", bind="query-params")
+    xy = state.panel_of(page, str(chosen))
+    dead = (table["flag"] == "dead").to_numpy()
+    faint = dead | ~_found(table, text or "")
+    values, scale = _colours(table[str(by)].to_numpy(float), str(by), dead)
+    draw_scatter(
+        xy, values, faint, scale=scale, chosen=page.feature, height=660, key="map", on_open=state.open_feature,
+        notes=[
+            ("fires on", table["top_token"].tolist()),
+            ("raises", table["top_logits"].tolist() if "top_logits" in table else [""] * len(table)),
+            ("density", [f"{d:.2e}" for d in table["density"]]),
+            (str(by).replace("_", " "), [f"{v:.3g}" for v in table[str(by)]]),
+        ],
+        names=_names(page, xy, table, dead) if clusters else [],
+    )  # fmt: skip
+    st.caption(
+        f"{len(table):,} features, {int(dead.sum()):,} of them dead (faint). Hover for what a feature fires on, click "
+        "to open it, wheel to zoom, drag to move, double click for the whole map. Clusters (k-means of the directions) "
+        "carry the tokens their features fire on most, against the whole dictionary."
+    )
+
+
+def _found(table: pd.DataFrame, text: str) -> np.ndarray:
+    if not text:
+        return np.ones(len(table), bool)
+    return table["top_token"].str.casefold().str.contains(text.replace(" ", "␣").casefold(), regex=False).to_numpy()
+
+
+def _colours(values: np.ndarray, name: str, dead: np.ndarray) -> tuple[np.ndarray, Scale]:
+    """Values as 0 … 1 between their 1st and 99th percentile, logarithmic where they span decades; dead ones are nan."""
+    known = np.isfinite(values) & ~dead
+    logarithmic = name in LOGARITHMIC and known.any() and values[known].min() > 0
+    seen = np.log10(np.where(known, values, 1.0)) if logarithmic else np.where(known, values, 0.0)
+    if not known.any():
+        return np.full(len(values), np.nan), Scale(name.replace("_", " "), "–", "–")
+    low, high = np.percentile(seen[known], [1, 99])
+    shown = np.clip((seen - low) / max(high - low, 1e-12), 0, 1)
+    ends = [10**end if logarithmic else end for end in (low, high)]
+    title = name.replace("_", " ") + (" (log)" if logarithmic else "")
+    return np.where(known, shown, np.nan), Scale(title, f"{ends[0]:.2g}", f"{ends[1]:.2g}")
+
+
+def _names(page: Page, xy: np.ndarray, table: pd.DataFrame, dead: np.ndarray) -> list[Name]:
+    """Clusters at their features' median place, named by the tokens their features fire on most, largest first."""
+    if not page.index.has("map/cluster"):
+        return []
+    cluster = state.panel_of(page, "map/cluster")
+    tokens = table["top_token"].to_numpy()
+    everywhere = Counter(tokens[~dead].tolist())
+    found = []
+    for number in range(int(cluster.max()) + 1):
+        own = (cluster == number) & ~dead
+        if own.sum() >= 4:
+            x, y = np.median(xy[own], axis=0)
+            found.append(Name(float(x), float(y), "  ".join(_typical(tokens[own].tolist(), everywhere))))
+    return found
+
+
+def _typical(tokens: list[str], everywhere: Counter[str]) -> list[str]:
+    """The tokens most of these features fire on, more than the dictionary does: count · log lift, best first."""
+    total = sum(everywhere.values())
+    counts = Counter(tokens)
+
+    def score(token: str) -> float:
+        lift = counts[token] / len(tokens) * total / everywhere[token]
+        return counts[token] * float(np.log(max(lift, 1.0)))
+
+    best: list[Any] = sorted(counts, key=lambda token: (-score(token), token))
+    return [token for token in best[:CLUSTER_TOKENS] if token]

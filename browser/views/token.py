@@ -1,0 +1,198 @@
+"""One token: the features that fire on it, those that fire before it, and those whose weights raise it."""
+
+from __future__ import annotations
+
+import html
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from browser import data, state
+from browser.components import Row, RowList, draw_lists
+from browser.state import Page
+from browser.tokens import label
+from store.schema import StoreError
+
+LISTS = {"on": "Fire on it", "before": "Fire just before it", "raise": "Raise its logit"}
+HELP = {
+    "on": "precision: share of the feature's firings that are on this token. recall: share of the token's occurrences "
+    "on which the feature fires. F1: their harmonic mean.",
+    "before": "The features that predict it in the indexed text. precision: share of the feature's firings that this "
+    "token follows. recall: share of the token's occurrences with the feature firing just before. lift: precision over "
+    "how often any kept token is this one.",
+    "others": "Other tokens of the vocabulary with this text in them, most frequent first; the number at the left is "
+    "the token's id. A click chooses one.",
+    "raise": "Features with this token among the twenty they raise most, by logit weight (direct path, median token at "
+    "0). The other columns say whether it then really follows.",
+}
+SORTS = {"f1": "F1", "precision": "precision", "recall": "recall", "mean": "mean activation"}
+SUGGESTED = 12
+
+
+def show(page: Page) -> None:
+    """Draws the token's search and the three lists."""
+    text, which, sort, least = st.columns([0.3, 0.4, 0.16, 0.14], vertical_alignment="bottom")
+    wanted = text.text_input(
+        "Token", " the", key="token", bind="query-params", max_chars=60,
+        help="The token as it stands in the text: a leading space counts. #123 asks for the token of that id.",
+    )  # fmt: skip
+    chosen = which.segmented_control(
+        "Features that", list(LISTS), format_func=LISTS.__getitem__, default="on", required=True, key="list",
+        bind="query-params",
+    )  # fmt: skip
+    by = sort.selectbox("Sort by", list(SORTS), format_func=SORTS.__getitem__, key="tokensort", bind="query-params")
+    few = least.number_input("Firings, at least", 1, 10_000, 5, key="least", bind="query-params")
+    token_id, others = find_token(page, wanted or "")
+    if token_id is None:
+        _suggest(page, wanted or "", others)
+        return
+    _facts(page, token_id)
+    try:
+        table = TABLES[str(chosen)](page, token_id)
+    except StoreError as error:
+        state.explain("This index cannot say", str(error), f"sae index {page.entry.path}")
+        return
+    table = table[table["firings"] >= few]
+    if by in table:
+        table = table.sort_values(str(by), ascending=False, kind="stable")
+    left, right = st.columns([0.76, 0.24], gap="medium")
+    with left:
+        _draw(table, str(chosen))
+    with right:
+        if others:
+            _others(page, others)
+    st.html(f'<i id="token-done" data-token="{token_id}" data-rows="{len(table)}"></i>')
+
+
+def find_token(page: Page, text: str) -> tuple[int | None, list[int]]:
+    """The id of the token that is exactly `text` (or #id), and ids of others that hold it, most frequent first."""
+    if text.startswith("#") and text[1:].isdecimal() and int(text[1:]) < page.index.d_vocab:
+        return int(text[1:]), []
+    raw = text.encode()
+    ids = range(page.index.d_vocab)
+    exact = next((i for i in ids if page.index.token_bytes(i) == raw), None) if raw else None
+    needle = raw.strip().lower()
+    holds = [i for i in ids if needle and needle in page.index.token_bytes(i).lower() and i != exact]
+    counts = page.index.token_counts
+    return exact, sorted(holds, key=lambda i: (-int(counts[i]), i))[:SUGGESTED]
+
+
+def _choose(token_id: int) -> None:
+    st.session_state["token"] = f"#{token_id}"
+
+
+def _suggest(page: Page, text: str, others: list[int]) -> None:
+    state.explain(
+        f"No token is exactly “{text}”",
+        "A word may be several tokens, and most words begin with a space. These hold it:" if others else
+        "None of the vocabulary holds it either.",
+    )  # fmt: skip
+    if others:
+        _others(page, others)
+
+
+def _others(page: Page, ids: list[int]) -> None:
+    counts = page.index.token_counts
+    most = max(1, *(int(counts[i]) for i in ids))
+    rows = [
+        Row(label(page.index.token_bytes(i)), f"{counts[i]:,}", int(counts[i]) / most, prefix=str(i), open=i)
+        for i in ids
+    ]
+    draw_lists([RowList("Tokens that hold it", rows, HELP["others"])], key="other-tokens", on_open=_choose)
+
+
+def _facts(page: Page, token_id: int) -> None:
+    count = int(page.index.token_counts[token_id])
+    name = html.escape(label(page.index.token_bytes(token_id)))
+    facts = {
+        "id": str(token_id),
+        "occurs": f"{count:,}",
+        "of all tokens": f"{count / max(1, page.index.kept_tokens):.3%}",
+        "bytes": page.index.token_bytes(token_id).hex(" "),
+    }
+    cells = "".join(f"<div><span>{key}</span>{value}</div>" for key, value in facts.items())
+    st.html(f'<div class="mono-facts"><div class="mono-title">Token <bdi>{name}</bdi></div>{cells}</div>')
+
+
+def _counted(page: Page, token_id: int, feature: np.ndarray, count: np.ndarray, total: np.ndarray) -> pd.DataFrame:
+    """Precision, recall and F1 of features against the token's occurrences."""
+    firings = page.index.stats["count"][feature].astype(np.int64)
+    occurs = max(1, int(page.index.token_counts[token_id]))
+    precision, recall = count / np.maximum(1, firings), count / occurs
+    return pd.DataFrame(
+        {
+            "feature": feature,
+            "fires on": [state.token_label(page.index, int(f)) for f in feature],
+            "precision": precision,
+            "recall": recall,
+            "f1": 2 * precision * recall / np.maximum(precision + recall, 1e-12),
+            "together": count.astype(np.int64),
+            "mean": total / np.maximum(1, count),
+            "firings": firings,
+            "density": data.density(page.index)[feature],
+        }
+    )
+
+
+def firing_on(page: Page, token_id: int) -> pd.DataFrame:
+    """The features that fire on the token."""
+    feature, count, total, _ = page.index.features_of_token(token_id)
+    return _counted(page, token_id, feature, count, total)
+
+
+def firing_before(page: Page, token_id: int) -> pd.DataFrame:
+    """The features that fire just before the token. Raises StoreError for an older index."""
+    feature, count, total, _ = page.index.features_before_token(token_id)
+    table = _counted(page, token_id, feature, count, total)
+    share = int(page.index.token_counts[token_id]) / max(1, page.index.kept_tokens)
+    table.insert(5, "lift", table["precision"] / max(share, 1e-12))
+    return table
+
+
+def raising(page: Page, token_id: int) -> pd.DataFrame:
+    """The features with the token among those they raise most, with how often it then follows."""
+    ids, weights = page.index.column("logits/top_id"), page.index.column("logits/top_value")
+    feature, place = np.nonzero(ids == token_id)
+    before, count, total, _ = page.index.features_before_token(token_id)
+    at = np.searchsorted(before, feature)
+    known = (at < len(before)) & (before[np.minimum(at, max(0, len(before) - 1))] == feature) if len(before) else at < 0
+    counts, totals = np.zeros(len(feature), np.int64), np.zeros(len(feature))
+    counts[known], totals[known] = count[at[known]], total[at[known]]
+    table = _counted(page, token_id, feature, counts, totals)
+    table.insert(2, "logit weight", weights[feature, place])
+    table.insert(3, "rank", place + 1)
+    return table.sort_values("logit weight", ascending=False, kind="stable")
+
+
+TABLES = {"on": firing_on, "before": firing_before, "raise": raising}
+
+
+def _draw(table: pd.DataFrame, chosen: str) -> None:
+    if table.empty:
+        state.explain("No feature does", "Lower the least number of firings, or choose another list.")
+        return
+    numbers = table["feature"].to_numpy()
+
+    def opened() -> None:
+        rows = st.session_state[f"token-table-{chosen}"]["selection"]["rows"]
+        if rows and rows[0] < len(numbers):
+            state.open_feature(int(numbers[rows[0]]))
+
+    number, share = st.column_config.NumberColumn, st.column_config.ProgressColumn
+    shares = {name: share(name, format="%.3f", min_value=0, max_value=1, width=120) for name in ("precision", "recall")}
+    st.dataframe(
+        table, key=f"token-table-{chosen}", height=560, row_height=27, hide_index=True, lazy=False, on_select=opened,
+        selection_mode="single-row",
+        column_config={
+            **shares,
+            "feature": number("feature", format="%d", width=70, pinned=True),
+            "f1": share("F1", format="%.3f", min_value=0, max_value=1, width=120),
+            "mean": number("mean activation", format="%.2f", width=112),
+            "lift": number("lift", format="%.1f", width=70),
+            "logit weight": number("logit weight", format="%.2f", width=94),
+            "together": number("together", format="%d", width=76, help="how often both"),
+            "density": number("density", format="%.1e", width=76),
+        },
+    )  # fmt: skip
+    st.caption(f"{len(table):,} features. Select a row to open its feature.", help=HELP[chosen])
