@@ -25,7 +25,7 @@ def line_plot(panels: list[tuple[str, dict[str, Points]]]) -> str:
 
 def _panel(n: int, title: str, lines: dict[str, Points], low: float, high: float) -> str:
     xs = sorted({x for points in lines.values() for x, _ in points})
-    left, right, top, bottom = n * WIDTH + MARGIN, (n + 1) * WIDTH - 10, 24, HEIGHT - 30
+    left, right, top, bottom = n * WIDTH + MARGIN, (n + 1) * WIDTH - 18, 24, HEIGHT - 30
 
     def at_x(x: float) -> float:
         return left + (right - left) * math.log(x / xs[0]) / math.log(xs[-1] / xs[0])
