@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 
@@ -25,11 +25,17 @@ class Recorder:
 
     def add(self, acts: FeatureActs, kept: Bool[Tensor, " rows"]) -> None:
         found = acts.sparse()
-        counted = kept[found.support.rows] & (found.values > 0)
-        rows = found.support.rows[counted]
-        self._features.append(found.support.features[counted].cpu().numpy().astype(np.int32))
-        self._values.append(found.values[counted].float().cpu().numpy())
-        self._per_row.append(torch.bincount(rows, minlength=len(kept))[kept].cpu().numpy())
+        self.add_entries(found.support.features, found.values, found.support.rows, kept)
+
+    def add_entries(
+        self, features: Int[Tensor, " n"], values: Float[Tensor, " n"], rows: Int[Tensor, " n"],
+        kept: Bool[Tensor, " rows"],
+    ) -> None:  # fmt: skip
+        """The same from entries in the order of their rows."""
+        counted = kept[rows] & (values > 0)
+        self._features.append(features[counted].cpu().numpy().astype(np.int32))
+        self._values.append(values[counted].float().cpu().numpy())
+        self._per_row.append(torch.bincount(rows[counted], minlength=len(kept))[kept].cpu().numpy())
 
     @property
     def recorded(self) -> int:

@@ -1,0 +1,68 @@
+"""Planted rows: their law, their purity as a function of (seed, step), and a dictionary that is the planted one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae import pipeline
+from sae.lab.planted import PlantedRows, judge
+from sae.model import SAE
+
+SMALL = PlantedRows(n_truths=24, d_in=64, active=2.0, decay=0.97, noise=0.0, batch_tokens=512)
+
+
+def test_the_rows_obey_their_law() -> None:
+    x, strengths = SMALL.rows(20_000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x, strengths @ SMALL.truths)
+    on = strengths > 0
+    assert on.float().sum(1).mean().item() == pytest.approx(2.0, rel=0.02)
+    torch.testing.assert_close(on.float().mean(0), SMALL.probabilities, atol=0.01, rtol=0)
+    assert SMALL.probabilities[9] / SMALL.probabilities[8] == pytest.approx(0.97, rel=1e-5)
+    assert strengths[on].mean().item() == pytest.approx(0.5, abs=0.01)
+    noisy = PlantedRows(n_truths=24, d_in=64, active=2.0, noise=0.3)
+    x, strengths = noisy.rows(5000, torch.Generator().manual_seed(0))
+    assert (x - strengths @ noisy.truths).pow(2).sum(-1).mean().item() == pytest.approx(0.09, rel=0.05)
+    torch.testing.assert_close(noisy.truths.norm(dim=-1), torch.ones(24))
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step() -> None:
+    again = PlantedRows(n_truths=24, d_in=64, active=2.0, decay=0.97, noise=0.0, batch_tokens=512)
+    assert torch.equal(SMALL.batch(3).x, again.batch(3).x)
+    assert torch.equal(SMALL.sample(5000, 1), again.sample(5000, 1))
+    assert not torch.equal(SMALL.batch(3).x, SMALL.batch(4).x)
+    assert not torch.equal(SMALL.batch(3).x, PlantedRows(24, 64, 2.0, 0.97, 0.0, 512, seed=1).batch(3).x)
+    assert SMALL.sample(5000, 1).shape == (5000, 64)
+
+
+def test_a_probability_above_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="probability above 1"):
+        PlantedRows(n_truths=10, active=8.0, decay=0.5)
+
+
+def test_the_truth_itself_is_judged_perfect() -> None:
+    orthogonal = PlantedRows(n_truths=24, d_in=64, active=2.0, decay=0.97, noise=0.0)
+    object.__setattr__(orthogonal, "truths", torch.eye(64)[:24])
+    sae = SAE(64, 24)
+    with torch.no_grad():
+        sae.W_dec.copy_(orthogonal.truths)
+        sae.W_enc.copy_(orthogonal.truths.T)
+    found = judge(sae.requires_grad_(False), orthogonal)
+    assert found["mcc"] == found["mmcs_truth"] == found["recovered"] == 1
+    assert found["f_correlation"] == pytest.approx(1, abs=1e-6)
+    assert found["fvu"] == pytest.approx(0, abs=1e-9)
+    assert found["l0"] == pytest.approx(2, rel=0.05)
+    assert found["dead_share"] == 0
+
+
+def test_training_finds_the_planted_dictionary(tmp_path: Path) -> None:
+    sae = pipeline.train(
+        SMALL, tmp_path / "topk", recipe="topk", d_sae=24, tokens=300_000, seed=0, config={"k": 2, "batch_tokens": 512}
+    )
+    found = judge(sae, SMALL)
+    random = judge(SAE(64, 24).requires_grad_(False), SMALL)
+    assert found["mcc"] > 0.9
+    assert random["mcc"] < 0.1
+    assert random["dead_share"] == 1
