@@ -13,6 +13,7 @@ _HOME = {
     "evaluate": "sae.pipeline",
     "index": "sae.pipeline",
     "compare": "sae.pipeline",
+    "controls": "sae.pipeline",
     "export": "sae.pipeline",
     "load": "sae.model",
     "SAE": "sae.model",

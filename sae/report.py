@@ -76,6 +76,25 @@ def compare_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"paper: median, {result['published']['source']}", f"written: {result['path']}"])
 
 
+def controls_table(result: dict[str, Any]) -> str:
+    """One line per dictionary of a controls.json, the measured one first, then what each control is."""
+    names = ("l0", "fvu", "ce_loss_score_zero", "delta_ce", "dead_share", "mean_f1", "top_neuron", "nearest_cosine")
+    lines = [
+        f"{result['tokens']:,} held-out tokens; controls keep {result['k']} active features",
+        "",
+        f"{'':15} {'features':>8} " + " ".join(f"{name[:10]:>10}" for name in names) + f" {'pure':>5} probe k=1, 2, 5",
+    ]
+    for name, entry in result["measured"].items():
+        lines.append(
+            f"{name:15} {entry['features']:>8,} "
+            + " ".join(f"{_number(entry[column]):>10}" for column in names)
+            + f" {entry['pure_features']:>5,} "
+            + " ".join(_number(value) for value in entry["probe"].values())
+        )
+    meanings = [f"{name}: {meaning}" for name, meaning in {**result["meaning"], **result["skipped"]}.items()]
+    return "\n".join([*lines, "", *meanings])
+
+
 def description(found: dict[str, Any], indent: int = 0) -> str:
     """A nested description as indented lines."""
     lines = []

@@ -15,7 +15,20 @@ from fakes import HOOK_POINT
 from sae.cli import build_parser, main
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ("pretrain", "harvest", "train", "eval", "index", "browse", "steer", "compare", "export", "info", "verify")
+VERBS = (
+    "pretrain",
+    "harvest",
+    "train",
+    "eval",
+    "index",
+    "browse",
+    "steer",
+    "compare",
+    "controls",
+    "export",
+    "info",
+    "verify",
+)
 
 
 # --- help ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The pipeline as functions: one per verb of the `sae` command, to call from scripts. The only importer of `store`."""
 
 from sae.pipeline.comparing import compare
+from sae.pipeline.controls import controls
 from sae.pipeline.describing import describe
 from sae.pipeline.dictionaries import EXPORT_FORMATS, export, feature_max, feature_units, train
 from sae.pipeline.measuring import evaluate, index
@@ -13,6 +14,7 @@ __all__ = [
     "Forecast",
     "PipelineError",
     "compare",
+    "controls",
     "describe",
     "evaluate",
     "export",

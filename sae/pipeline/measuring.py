@@ -44,12 +44,12 @@ def evaluate(
     result, stats = evaluation.evaluate(
         dictionary,
         lm,
-        _eval_blocks(acts, hook, domains, HELD_OUT, sorted(acts.markers(HELD_OUT))),
-        training=_eval_blocks(acts, hook, domains, TRAIN, _choosing_shards(acts)),
+        eval_blocks(acts, hook, domains, HELD_OUT, sorted(acts.markers(HELD_OUT))),
+        training=eval_blocks(acts, hook, domains, TRAIN, _choosing_shards(acts)),
         hook_point=hook,
         heldout_mean=heldout.mean,
         train_mean=acts.totals(TRAIN, hook).mean,
-        donors=_donors(acts, hook),
+        donors=donors(acts, hook),
         domains=domains,
         kept_tokens=heldout.kept_rows,
         device=device,
@@ -66,7 +66,7 @@ def _choosing_shards(store: ActivationStore) -> list[int]:
     return sorted(store.markers(TRAIN))[: -(-CHOOSING_TOKENS // store.rows_per_shard)]
 
 
-def _eval_blocks(
+def eval_blocks(
     store: ActivationStore, hook_point: str, domains: list[str], split: str, shards: list[int]
 ) -> Iterator[evaluation.Block]:
     markers = store.markers(split)
@@ -87,7 +87,7 @@ def _eval_blocks(
         )
 
 
-def _donors(store: ActivationStore, hook_point: str) -> torch.Tensor:
+def donors(store: ActivationStore, hook_point: str) -> torch.Tensor:
     """Training rows for resample ablation, drawn from the first shards: those hold documents in a random order."""
     rows: list[np.ndarray] = []
     for shard in sorted(store.markers(TRAIN))[:DONOR_SHARDS]:

@@ -1,0 +1,179 @@
+"""A dictionary beside its controls, every one measured by the same code on the same tokens: `controls`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sae import evaluation, training
+from sae.checkpoint import write_json
+from sae.config import TrainConfig, with_overrides
+from sae.documents import HELD_OUT, TRAIN
+from sae.lab import controls as lab
+from sae.lab.probing import Labelled, probe
+from sae.lab.sample import Recorder
+from sae.lm import LanguageModel
+from sae.model import SAE
+from sae.pipeline.measuring import donors, eval_blocks
+from sae.pipeline.pairing import model_of, opened, store_of
+from store.activations import ActivationStore
+
+CONTROLS_FORMAT = 1
+BASIS_ROWS = 65_536
+METRICS = ("l0", "fvu", "delta_ce", "ce_loss_score_zero", "dead_share")
+
+
+def controls(
+    sae: str | Path,
+    *,
+    store: str | Path | None = None,
+    model: LanguageModel | str | None = None,
+    tokens: int = 65_536,
+    train_tokens: int = 1_000_000,
+    only: Sequence[str] | None = None,
+    seed: int = 0,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measures a dictionary and its controls (`lab.controls.MEANING`) on held-out tokens; writes controls.json.
+
+    Features are chosen (for domains and probes) on as many training tokens. `shuffled_model` trains a dictionary by the
+    same recipe, on `train_tokens` rows, and keeps it in `controls/`: repeat the command to go on with it.
+    Raises: PipelineError when the store or model is not the dictionary's; ValueError for an unknown control.
+    """
+    dictionary, directory = opened(sae)
+    assert directory is not None
+    wanted = list(only) if only is not None else list(lab.MEANING)
+    if unknown := [name for name in wanted if name not in lab.MEANING]:
+        raise ValueError(f"controls: no control {unknown[0]!r}; there are {', '.join(lab.MEANING)}.")
+    acts, lm = store_of(dictionary, directory, store), model_of(dictionary, model)
+    setup = Setup(acts, lm, dictionary.config["hook_point"], tokens)
+    report(forecast(setup, dictionary, wanted, train_tokens))
+    measured = {"dictionary": setup.measure(dictionary)}
+    k = max(1, round(measured["dictionary"]["l0"] or 1))
+    basis = lab.made_without_training(setup.training_rows(BASIS_ROWS), dictionary.d_sae, k, seed)
+    for name, control in basis.items():
+        if name in wanted:
+            measured[name] = setup.measure(control)
+    skipped = {}
+    if "shuffled_model" in wanted:
+        with lab.shuffled_weights(lm, seed) as shuffled:
+            there = Setup(acts, shuffled, setup.hook_point, tokens, live=True)
+            try:
+                control = _trained_on(there, dictionary, directory / "controls" / "shuffled_model", train_tokens)
+            except NoRecipe as error:
+                skipped["shuffled_model"] = str(error)
+            else:
+                measured["shuffled_model"] = there.measure(control)
+    result = {
+        "format": CONTROLS_FORMAT,
+        "tokens": setup.kept_tokens,
+        "train_tokens": train_tokens,
+        "k": k,
+        "seed": seed,
+        "measured": measured,
+        "meaning": {name: meaning for name, meaning in lab.MEANING.items() if name in measured},
+        "skipped": skipped,
+    }
+    write_json(directory / "controls.json", result)
+    return result
+
+
+class NoRecipe(ValueError):
+    """The dictionary's recipe cannot be followed on the shuffled model; the message says why."""
+
+
+def forecast(setup: Setup, sae: SAE, wanted: Sequence[str], train_tokens: int) -> str:
+    """What the work comes to, before it starts."""
+    rows = min(train_tokens, setup.trainable_rows) if "shuffled_model" in wanted else 0
+    gigabytes = (rows * sae.d_in * 2 + BASIS_ROWS * sae.d_in * 12) / 1e9
+    return (
+        f"forecast: {len(wanted) + 1} dictionaries evaluated on {setup.kept_tokens:,} tokens each, "
+        f"{train_tokens if rows else 0:,} rows of training, about {gigabytes:.1f} GB of memory"
+    )
+
+
+class Setup:
+    """One text and one model: what every control is measured on. `live` runs the model instead of reading the store."""
+
+    def __init__(
+        self, store: ActivationStore, model: LanguageModel, hook_point: str, tokens: int, *, live: bool = False
+    ) -> None:
+        self.store, self.model, self.hook_point, self.live = store, model, hook_point, live
+        n_shards = max(1, -(-tokens // store.rows_per_shard))
+        self.shards = {split: sorted(store.markers(split))[:n_shards] for split in (HELD_OUT, TRAIN)}
+        documents = (store.markers(HELD_OUT)[shard].documents for shard in self.shards[HELD_OUT])
+        self.domains = sorted({entry[2] for table in documents for entry in table.values()})
+        self.kept_tokens = sum(store.markers(HELD_OUT)[shard].kept_rows for shard in self.shards[HELD_OUT])
+        self.trainable_rows = sum(marker.kept_rows for marker in store.markers(TRAIN).values())
+
+    def blocks(self, split: str, shards: list[int] | None = None) -> Iterator[evaluation.Block]:
+        shards = self.shards[split] if shards is None else shards
+        for block in eval_blocks(self.store, self.hook_point, self.domains, split, shards):
+            if self.live:
+                seen = self.model.capture(block.tokens, self.hook_point).float().cpu()
+                block = block._replace(acts=seen)
+            yield block
+
+    def training_rows(self, n: int) -> torch.Tensor:
+        """The first n kept training rows (documents are in a random order)."""
+        rows: list[torch.Tensor] = []
+        for block in self.blocks(TRAIN, sorted(self.store.markers(TRAIN))):
+            kept = block.acts[block.keep]
+            rows.append(kept.half() if n > BASIS_ROWS else kept)  # many are held in 16 bits
+            if sum(map(len, rows)) >= n:
+                break
+        return torch.cat(rows)[:n]
+
+    def measure(self, sae: SAE) -> dict[str, Any]:
+        """One line of the table."""
+        mean = torch.stack([block.acts[block.keep].double().sum(0) for block in self.blocks(HELD_OUT)]).sum(0)
+        given = self.training_rows(4096) if self.live else donors(self.store, self.hook_point)
+        found, _ = evaluation.evaluate(
+            sae, self.model, self.blocks(HELD_OUT), training=self.blocks(TRAIN), hook_point=self.hook_point,
+            heldout_mean=(mean / self.kept_tokens).numpy(), train_mean=given.double().mean(0).numpy(), donors=given,
+            domains=self.domains, kept_tokens=self.kept_tokens,
+        )  # fmt: skip
+        probed = probe(self._labelled(sae, TRAIN), self._labelled(sae, HELD_OUT), self.domains)
+        return {
+            "features": sae.d_sae,
+            **{name: found["metrics"][name]["value"] for name in METRICS},
+            "mean_f1": found["domains"]["mean_f1"],
+            "pure_features": found["domains"]["pure_features"],
+            "probe": probed["mean"],
+            "top_neuron": found["decoder"]["top_neuron"]["median"],
+            "nearest_cosine": found["decoder"]["nearest_cosine"]["median"],
+            "best_f1": {
+                domain: entry and entry["f1"] for domain, entry in found["domains"]["best_feature"].items()
+            },
+            "probe_by_domain": probed["classes"],
+        }  # fmt: skip
+
+    def _labelled(self, sae: SAE, split: str) -> Labelled:
+        recorder, labels = Recorder(sae.d_sae), []
+        for block in self.blocks(split):
+            keep = block.keep.flatten()
+            recorder.add(sae.feature_acts(block.acts.flatten(0, 1)), keep)
+            labels.append(block.domain.reshape(-1)[keep.numpy()])
+        return Labelled(recorder.matrix(), np.concatenate(labels))
+
+
+def _trained_on(setup: Setup, sae: SAE, out: Path, train_tokens: int) -> SAE:
+    """A dictionary by the recipe and settings of `sae`, on rows of the setup's model held in memory."""
+    settings = sae.config.get("train")
+    if settings is None:
+        raise NoRecipe("the dictionary does not say how it was trained")
+    try:
+        config = with_overrides(TrainConfig(), {**_plain(settings), "tokens": train_tokens})
+        rows = lab.HeldRows(setup.training_rows(train_tokens), batch_tokens=config.batch_tokens, seed=config.seed)
+        return training.train(rows, out, config, provenance={"control": "shuffled_model"})
+    except ValueError as error:  # too few tokens for its schedule, or a recipe that asks more of a batch than rows
+        raise NoRecipe(str(error)) from error
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as config.json holds them: lists for tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
