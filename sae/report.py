@@ -82,13 +82,15 @@ def controls_table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['tokens']:,} held-out tokens; controls keep {result['k']} active features",
         "",
-        f"{'':15} {'features':>8} " + " ".join(f"{name[:10]:>10}" for name in names) + f" {'pure':>5} probe k=1, 2, 5",
+        f"{'':15} {'features':>8} "
+        + " ".join(f"{name[:10]:>10}" for name in names)
+        + f" {'pure':>5} {'absorbed':>8} probe k=1, 2, 5",
     ]
     for name, entry in result["measured"].items():
         lines.append(
             f"{name:15} {entry['features']:>8,} "
             + " ".join(f"{_number(entry[column]):>10}" for column in names)
-            + f" {entry['pure_features']:>5,} "
+            + f" {entry['pure_features']:>5,} {_number((entry['absorption'] or {}).get('mean')):>8} "
             + " ".join(_number(value) for value in entry["probe"].values())
         )
     meanings = [f"{name}: {meaning}" for name, meaning in {**result["meaning"], **result["skipped"]}.items()]

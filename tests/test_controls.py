@@ -137,6 +137,7 @@ def test_probes_find_the_planted_features_and_nothing_where_nothing_is() -> None
 def test_the_table_end_to_end(tmp_path: Path, tiny_store: Path, tiny_model_dir: Path, capsys, monkeypatch) -> None:  # noqa: ANN001
     monkeypatch.setattr("sae.lab.probing.MIN_TOKENS", 20)
     monkeypatch.setattr("sae.lab.domains.MIN_TOKENS", 20)
+    monkeypatch.setattr("sae.lab.absorption.MIN_TOKENS", 20)
     (tmp_path / "acts.zarr").symlink_to(tiny_store)
     out = tmp_path / "topk"
     pipeline.train(tmp_path / "acts.zarr", out, d_sae=48, tokens=20_000, config={"k": 4, "batch_tokens": 256})
@@ -153,6 +154,9 @@ def test_the_table_end_to_end(tmp_path: Path, tiny_store: Path, tiny_model_dir: 
     assert measured["dictionary"]["fvu"] < measured["random"]["fvu"]
     assert measured["pca"]["l0"] <= result["k"]
     assert measured["shuffled_model"]["features"] == 48
+    assert measured["random"]["absorption"] is None
+    assert measured["dictionary"]["absorption"]["kinds"]
+    assert 0 <= measured["dictionary"]["absorption"]["mean"] <= 1
     evaluated = pipeline.evaluate(out)
     assert result["tokens"] == evaluated["tokens"]
     assert measured["dictionary"]["l0"] == evaluated["metrics"]["l0"]["value"]

@@ -14,12 +14,14 @@ from sae.checkpoint import write_json
 from sae.config import TrainConfig, with_overrides
 from sae.documents import HELD_OUT, TRAIN
 from sae.lab import controls as lab
+from sae.lab.absorption import Tokens, absorption, kinds_of_token
 from sae.lab.probing import Labelled, probe
 from sae.lab.sample import Recorder
 from sae.lm import LanguageModel
 from sae.model import SAE
 from sae.pipeline.measuring import donors, eval_blocks
 from sae.pipeline.pairing import model_of, opened, store_of
+from sae.tokenizer import token_bytes
 from store.activations import ActivationStore
 
 CONTROLS_FORMAT = 1
@@ -52,7 +54,7 @@ def controls(
     acts, lm = store_of(dictionary, directory, store), model_of(dictionary, model)
     setup = Setup(acts, lm, dictionary.config["hook_point"], tokens)
     report(forecast(setup, dictionary, wanted, train_tokens))
-    measured = {"dictionary": setup.measure(dictionary)}
+    measured = {"dictionary": setup.measure(dictionary, learned=True)}
     k = max(1, round(measured["dictionary"]["l0"] or 1))
     basis = lab.made_without_training(setup.training_rows(BASIS_ROWS), dictionary.d_sae, k, seed)
     for name, control in basis.items():
@@ -67,7 +69,7 @@ def controls(
             except NoRecipe as error:
                 skipped["shuffled_model"] = str(error)
             else:
-                measured["shuffled_model"] = there.measure(control)
+                measured["shuffled_model"] = there.measure(control, learned=True)
     result = {
         "format": CONTROLS_FORMAT,
         "tokens": setup.kept_tokens,
@@ -128,8 +130,8 @@ class Setup:
                 break
         return torch.cat(rows)[:n]
 
-    def measure(self, sae: SAE) -> dict[str, Any]:
-        """One line of the table."""
+    def measure(self, sae: SAE, *, learned: bool = False) -> dict[str, Any]:
+        """One line of the table; absorption is asked of `learned` dictionaries alone."""
         mean = torch.stack([block.acts[block.keep].double().sum(0) for block in self.blocks(HELD_OUT)]).sum(0)
         given = self.training_rows(4096) if self.live else donors(self.store, self.hook_point)
         found, _ = evaluation.evaluate(
@@ -137,7 +139,7 @@ class Setup:
             heldout_mean=(mean / self.kept_tokens).numpy(), train_mean=given.double().mean(0).numpy(), donors=given,
             domains=self.domains, kept_tokens=self.kept_tokens,
         )  # fmt: skip
-        probed = probe(self._labelled(sae, TRAIN), self._labelled(sae, HELD_OUT), self.domains)
+        probed = probe(*(self._labelled(sae, split) for split in (TRAIN, HELD_OUT)), self.domains)
         return {
             "features": sae.d_sae,
             **{name: found["metrics"][name]["value"] for name in METRICS},
@@ -150,6 +152,7 @@ class Setup:
                 domain: entry and entry["f1"] for domain, entry in found["domains"]["best_feature"].items()
             },
             "probe_by_domain": probed["classes"],
+            "absorption": self._absorption(sae) if learned else None,
         }  # fmt: skip
 
     def _labelled(self, sae: SAE, split: str) -> Labelled:
@@ -159,6 +162,19 @@ class Setup:
             recorder.add(sae.feature_acts(block.acts.flatten(0, 1)), keep)
             labels.append(block.domain.reshape(-1)[keep.numpy()])
         return Labelled(recorder.matrix(), np.concatenate(labels))
+
+    def _absorption(self, sae: SAE) -> dict[str, Any]:
+        kinds = kinds_of_token(token_bytes(self.model.tokenizer))
+        return absorption(*(self._tokens(sae, split) for split in (TRAIN, HELD_OUT)), kinds, sae.W_dec.numpy())
+
+    def _tokens(self, sae: SAE, split: str) -> Tokens:
+        recorder = Recorder(sae.d_sae)
+        ids, x = [], []
+        for block in self.blocks(split):
+            recorder.add(sae.feature_acts(block.acts.flatten(0, 1)), block.keep.flatten())
+            ids.append(block.tokens[block.keep].numpy())
+            x.append(block.acts[block.keep].float().numpy())
+        return Tokens(np.concatenate(ids), np.concatenate(x), recorder.matrix())
 
 
 def _trained_on(setup: Setup, sae: SAE, out: Path, train_tokens: int) -> SAE:
