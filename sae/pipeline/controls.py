@@ -139,7 +139,7 @@ class Setup:
             heldout_mean=(mean / self.kept_tokens).numpy(), train_mean=given.double().mean(0).numpy(), donors=given,
             domains=self.domains, kept_tokens=self.kept_tokens,
         )  # fmt: skip
-        probed = probe(*(self._labelled(sae, split) for split in (TRAIN, HELD_OUT)), self.domains)
+        probed = probe(self._labelled(sae, TRAIN), self._labelled(sae, HELD_OUT), self.domains)
         return {
             "features": sae.d_sae,
             **{name: found["metrics"][name]["value"] for name in METRICS},
@@ -165,7 +165,7 @@ class Setup:
 
     def _absorption(self, sae: SAE) -> dict[str, Any]:
         kinds = kinds_of_token(token_bytes(self.model.tokenizer))
-        return absorption(*(self._tokens(sae, split) for split in (TRAIN, HELD_OUT)), kinds, sae.W_dec.numpy())
+        return absorption(self._tokens(sae, TRAIN), self._tokens(sae, HELD_OUT), kinds, sae.W_dec.numpy())
 
     def _tokens(self, sae: SAE, split: str) -> Tokens:
         recorder = Recorder(sae.d_sae)
