@@ -150,7 +150,7 @@ def test_the_table_end_to_end(tmp_path: Path, tiny_store: Path, tiny_model_dir: 
     assert list(measured) == ["dictionary", "ica", "neurons", "neurons_topk", "pca", "random", "shuffled_model"]
     assert all(name in said.out for name in measured)
     assert measured["neurons"]["fvu"] == pytest.approx(0, abs=1e-9)
-    assert measured["neurons"]["ce_loss_score_zero"] == pytest.approx(1, abs=1e-5)
+    assert measured["neurons"]["ce_loss_score_zero"] == pytest.approx(1, abs=1e-2)  # the store is in 16 bits
     assert measured["dictionary"]["fvu"] < measured["random"]["fvu"]
     assert measured["pca"]["l0"] <= result["k"]
     assert measured["shuffled_model"]["features"] == 48
