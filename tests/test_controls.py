@@ -138,6 +138,7 @@ def test_the_table_end_to_end(tmp_path: Path, tiny_store: Path, tiny_model_dir: 
     monkeypatch.setattr("sae.lab.probing.MIN_TOKENS", 20)
     monkeypatch.setattr("sae.lab.domains.MIN_TOKENS", 20)
     monkeypatch.setattr("sae.lab.absorption.MIN_TOKENS", 20)
+    monkeypatch.setattr("sae.lab.absorption.MIN_PROBE_ACCURACY", 0.5)
     (tmp_path / "acts.zarr").symlink_to(tiny_store)
     out = tmp_path / "topk"
     pipeline.train(tmp_path / "acts.zarr", out, d_sae=48, tokens=20_000, config={"k": 4, "batch_tokens": 256})
