@@ -134,9 +134,11 @@ def test_probes_find_the_planted_features_and_nothing_where_nothing_is() -> None
     assert probe(labelled(0, 30), labelled(1, 30), ["one"])["mean"] == {"k1": None, "k2": None, "k5": None}
 
 
+@pytest.mark.slow
 def test_the_table_end_to_end(tmp_path: Path, tiny_store: Path, tiny_model_dir: Path, capsys, monkeypatch) -> None:  # noqa: ANN001
     monkeypatch.setattr("sae.lab.probing.MIN_TOKENS", 20)
     monkeypatch.setattr("sae.lab.domains.MIN_TOKENS", 20)
+    monkeypatch.setattr("sae.lab.controls.ICA_ITERATIONS", 3)
     monkeypatch.setattr("sae.lab.absorption.MIN_TOKENS", 20)
     monkeypatch.setattr("sae.lab.absorption.MIN_PROBE_ACCURACY", 0.5)
     (tmp_path / "acts.zarr").symlink_to(tiny_store)
