@@ -5,11 +5,13 @@ Without a GPU they run in Triton's interpreter, and are compiled for two GPUs to
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -255,3 +257,49 @@ def test_a_placed_dictionary_answers_on_the_cpu_what_it_would_say_there(settings
         assert Placed(sae, DEVICE, "triton").encode(x).values.device.type == "cpu"
         with pytest.raises(ValueError, match="no kernels 'fast'"):
             Placed(sae, "cpu", "fast")
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "scripts" / "bench_gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_gpu_benchmark_says_so_where_there_is_no_gpu(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py"])
+    assert benchmark.main() == 2
+    assert capsys.readouterr().err == "There is no CUDA device here, and this benchmark needs one.\n"
+
+
+def test_the_roofline_is_the_slower_of_bytes_and_operations(benchmark: ModuleType) -> None:
+    """Per input dimension: 9 numbers for each of 2 · 8 weights, 8 for the product, 2 · 6 active, 3 · 3 of the batch."""
+    bound = benchmark.roofline(10, 8, 2, 3, bytes_per_s=1e3, operations_per_s=1e9)
+    assert bound["bytes"] == 4 * 10 * (9 * 16 + 8 + 12 + 9)
+    assert bound["operations"] == 2 * 3 * 10 * 8
+    assert bound["seconds"] == bound["bytes"] / 1e3
+    assert benchmark.roofline(10, 8, 2, 3, 1e12, 1.0)["seconds"] == 480.0
+    assert benchmark.dense_operations(10, 8, 3) == 5 * 480
+
+
+def test_the_gpu_benchmarks_contender_takes_real_steps(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":  # what it asks of a GPU, here in the interpreter
+        choose_there, start_there = choose, training._start
+        monkeypatch.setattr("sae.kernels.choose", lambda name, device: choose_there(name, "cpu"))
+        monkeypatch.setattr(training, "_start", lambda *args: start_there(*args[:-1], "cpu"))
+    steps: list[Any] = []
+    take = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda *args: steps.append(take(*args)))
+    batches = [FewRows().sample(16, seed).to(DEVICE) for seed in range(2)]
+    for variant in ("topk", "batchtopk"):
+        step = benchmark.ours("triton", variant, 8, 32, 3, batches)
+        step()
+        step()
+    assert len(steps) == 4
+    assert all(metrics["loss"] > 0 for metrics in steps)
