@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from math import isfinite
@@ -13,6 +13,10 @@ from sae.kernels import matmul
 PAPER_RESAMPLE_STEPS = (25_000, 50_000, 75_000, 100_000)
 PAPER_DEAD_STEPS = 12_500
 PAPER_RESAMPLE_ROWS = 819_200
+NOT_NEGATIVE = (
+    "l1", "k", "aux_coefficient", "dead_tokens", "seed", "target_l0", "l0_penalty", "clip", "bandwidth",
+    "threshold_init", "multi_k",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,8 @@ class TrainConfig:
 
     `l1` is λ in scaled units, where inputs have E‖x‖² = d_in: loss = ‖x − x̂‖² (sum over d_in, mean over the batch)
     + λ Σ f. Divide by the input scale (in config.json) for raw units, and by d_in for the paper's mean-squared form.
+    `l0_penalty` is λ of a penalty on L0 itself. `target_l0` asks for a sparsity instead: k is set to it, or λ is found
+    while training (`sae.penalty`), starting from the value given here. Shares are of the run's steps.
     `matmul` names the dense products, see `sae.kernels.matmul`.
     """
 
@@ -40,8 +46,25 @@ class TrainConfig:
     seed: int = 0
     exact: bool = False
     matmul: str = "auto"
+    target_l0: float = 0.0
+    l0_penalty: float = 0.0
+    penalty_warmup_share: float = 0.0  # λ rises linearly from 0
+    rewarm_share: float = 0.0  # after each resampling the learning rate rises from a tenth
+    clip: float = 0.0  # of the gradient's norm over all parameters; 0: none
+    bandwidth: float = 0.0  # ε of the thresholds' pseudo-gradients
+    threshold_init: float = 0.0
+    multi_k: int = 0  # Multi-TopK: also the loss with this many times k, at 1/8
+    prefix_shares: tuple[float, ...] = ()  # of d_sae, rising to 1
+    p_end: float = 1.0
+    p_from_share: float = 0.0  # where p starts to fall from 1
+    skip: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # 3 and 3.0 are one setting, and are written as one
+            if field.type == "float":
+                object.__setattr__(self, field.name, float(getattr(self, field.name)))
+        if self.matmul not in matmul.NAMES:
+            raise ValueError(f"training: matmul is one of {', '.join(matmul.NAMES)}; got {self.matmul!r}.")
         for name in ("d_sae", "tokens", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training: {name} must be at least 1, got {getattr(self, name)}.")
@@ -53,18 +76,26 @@ class TrainConfig:
             raise ValueError(f"training: lr must be positive and finite, got {self.lr}.")
         if not 0 <= self.beta1 < 1:
             raise ValueError(f"training: beta1 is Adam's momentum, at least 0 and below 1; got {self.beta1}.")
-        for name in ("warmup_share", "decay_share"):
+        for name in ("warmup_share", "decay_share", "penalty_warmup_share", "rewarm_share", "p_from_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"training: {name} is a share of the run between 0 and 1, got {getattr(self, name)}.")
-        for name in ("l1", "k", "aux_coefficient", "dead_tokens", "seed"):
+        for name in NOT_NEGATIVE:
             if not (getattr(self, name) >= 0 and isfinite(getattr(self, name))):
                 raise ValueError(f"training: {name} must not be negative, and finite; got {getattr(self, name)}.")
         if not all(0 < share < 1 for share in self.resample_shares):
             raise ValueError(f"training: resample_shares lie between 0 and 1, got {self.resample_shares}.")
-        if self.matmul not in matmul.NAMES:
-            raise ValueError(f"training: matmul is one of {', '.join(matmul.NAMES)}; got {self.matmul!r}.")
         if self.k > self.d_sae:
             raise ValueError(f"training: k = {self.k} is more than d_sae = {self.d_sae:,}.")
+        if self.target_l0 > self.d_sae:
+            raise ValueError(f"training: target_l0 = {self.target_l0:g} is more than d_sae = {self.d_sae:,}.")
+        if self.prefix_shares and not (
+            sorted(set(self.prefix_shares)) == list(self.prefix_shares)
+            and self.prefix_shares[0] > 0
+            and self.prefix_shares[-1] == 1
+        ):
+            raise ValueError(f"training: prefix_shares rise from above 0 to 1, got {self.prefix_shares}.")
+        if not 0 < self.p_end <= 1:
+            raise ValueError(f"training: p_end must be above 0 and at most 1, got {self.p_end}.")
 
     @property
     def steps(self) -> int:
@@ -86,6 +117,11 @@ class TrainConfig:
         return PAPER_RESAMPLE_STEPS if self.exact else tuple(max(1, int(self.steps * s)) for s in self.resample_shares)
 
     @property
+    def prefix_sizes(self) -> tuple[int, ...]:
+        """Numbers of features in the prefixes that are trained to stand alone."""
+        return tuple(sorted({max(1, round(share * self.d_sae)) for share in self.prefix_shares}))
+
+    @property
     def resample_window_steps(self) -> int:
         """Dead for resampling: no firing in this many steps before the event (the paper: an eightieth of its run)."""
         return PAPER_DEAD_STEPS if self.exact else max(1, self.dead_after_tokens // self.batch_tokens)
@@ -99,12 +135,44 @@ class TrainConfig:
         return asdict(self)
 
 
+def parsed(assignments: Sequence[str]) -> dict[str, Any]:
+    """Settings from texts like `multi_k=4`, `exact=true` or `resample_shares=0.1,0.5`, each of its setting's type.
+
+    Raises: ValueError for an unknown setting, naming the nearest, and for a value that is not of its type.
+    """
+    types = {field.name: str(field.type) for field in fields(TrainConfig)}
+    found: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"expected NAME=VALUE, such as lr=0.001; got {assignment!r}.")
+        _check_known(name)
+        try:
+            found[name] = _READ[types[name]](text)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"training: {name} is of type {types[name]}; got {text!r}.") from error
+    return found
+
+
+_READ: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": lambda text: {"true": True, "false": False}[text],
+    "tuple[float, ...]": lambda text: tuple(float(part) for part in text.split(",") if part),
+}
+
+
 def with_overrides(config: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
     """A copy with some fields replaced. Raises: ValueError for an unknown field, naming the nearest one."""
-    known = [field.name for field in fields(TrainConfig)]
     for name in overrides:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Known are {', '.join(known)}."
-            raise ValueError(f"training has no setting {name!r}.{hint}")
+        _check_known(name)
     return replace(config, **overrides)
+
+
+def _check_known(name: str) -> None:
+    known = [field.name for field in fields(TrainConfig)]
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else f" Known are {', '.join(known)}."
+        raise ValueError(f"training has no setting {name!r}.{hint}")

@@ -78,6 +78,13 @@ class LanguageModel(ABC):
     def to_residual(self, hook_point: str) -> Float[Tensor, "d_in d_model"] | None:
         """The linear map from `hook_point` into the residual stream (W_out for hook_post); None means identity."""
 
+    def downstream(self, hook_point: str) -> Callable[[Tensor, Tensor], Tensor]:
+        """`(x, resid) → logits`, row by row: what the model computes from `hook_point` on, resid being hook_resid_mid.
+
+        Raises: ModelError where other positions or layers come in after the hook point.
+        """
+        raise ModelError(f"{self.id}: only a native one-layer model goes on from a hook point row by row.")
+
     @abstractmethod
     def unembedding(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model d_vocab"], bool]:
         """Final norm weight, W_U, and whether the norm subtracts the mean (LayerNorm) or not (RMS)."""
@@ -221,6 +228,12 @@ class NativeModel(LanguageModel):
     @property
     def norm_eps(self) -> float:
         return self.module.ln_final.eps
+
+    def downstream(self, hook_point: str) -> Callable[[Tensor, Tensor], Tensor]:
+        if self.module.config.n_layers != 1 or hook_point != "blocks.0.mlp.hook_post":
+            raise ModelError(f"{self.id}: end to end goes from blocks.0.mlp.hook_post of one layer, not {hook_point}.")
+        out = self.module.blocks[0].get_submodule("mlp.out")
+        return lambda x, resid: self.module.unembed(self.module.ln_final(resid + out(x)))
 
     def bridge(self) -> Any:
         """The same weights as a TransformerLens `TransformerBridge`: the slow twin, with every TransformerLens tool."""

@@ -10,15 +10,52 @@ from sae.kernels.acts import FeatureActs
 from sae.kernels.ops import take_features
 from sae.model import SAE
 
+LP_EPSILON = 1e-2  # in scaled units, where active features are about 1 to 10
+
 
 def squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     """`mean over rows of ‖x − x̂‖²`."""
     return (x - x_hat).pow(2).sum(-1).mean()
 
 
-def l1_norm(acts: FeatureActs) -> Float[Tensor, ""]:
-    """`mean over rows of Σ f`; f is non-negative. Source: Bricken et al. 2023."""
-    return acts.total() / acts.n_rows
+def l1_norm(acts: FeatureActs, weights: Float[Tensor, " d_sae"] | None = None) -> Float[Tensor, ""]:
+    """`mean over rows of Σ w f`; f is non-negative, w is 1 or one number per feature (decoder norms, for one).
+
+    Source: Bricken et al. 2023; with w = ‖d‖ Anthropic's April 2024 update.
+    """
+    total = acts.total() if weights is None else (acts.values * acts.of_feature(weights)).sum()
+    return total / acts.n_rows
+
+
+def lp_norm(acts: FeatureActs, p: float) -> Float[Tensor, ""]:
+    """`mean over rows of Σ (f + ε)^p − ε^p` with ε = LP_EPSILON, which keeps the slope at 0 finite; p = 1 is L1.
+
+    Source: Karvonen et al. 2024 (arXiv 2408.00113), Σ f^p.
+    """
+    return ((acts.values + LP_EPSILON).pow(p) - LP_EPSILON**p).sum() / acts.n_rows
+
+
+def jump(pre: FeatureActs, threshold: Float[Tensor, " d_sae"], bandwidth: float) -> tuple[FeatureActs, Tensor]:
+    """JumpReLU activations `pre · H(pre − θ)` and the mean L0 `Σ H(pre − θ)`, with pseudo-gradients for θ.
+
+    With K(u) = 1 for |u| < ½: `∂f/∂θ = −(θ/ε) K((pre − θ)/ε)`, `∂H/∂θ = −(1/ε) K((pre − θ)/ε)`, ε the bandwidth in the
+    units of pre; pre has the ordinary gradient of f and none of H. The entries must hold all with pre > θ − ε/2.
+    Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), eq. 11 and 12.
+    """
+    mine = pre.of_feature(threshold)
+    fixed, at = mine.detach(), pre.values.detach()
+    near = ((at - fixed).abs() < bandwidth / 2).to(at.dtype) / bandwidth
+    ste = near * (fixed - mine)  # zero, with the gradient −K/ε
+    active = (at > fixed).to(at.dtype)
+    return pre.with_values(pre.values * active + fixed * ste), (active + ste).sum() / pre.n_rows
+
+
+def kl_divergence(
+    clean_logits: Float[Tensor, "rows d_vocab"], logits: Float[Tensor, "rows d_vocab"]
+) -> Float[Tensor, ""]:
+    """`Σ over rows of KL(p_clean ‖ p)` in nats."""
+    clean, found = clean_logits.log_softmax(-1), logits.log_softmax(-1)
+    return torch.nn.functional.kl_div(found, clean, reduction="sum", log_target=True)
 
 
 def aux_k_loss(
@@ -40,7 +77,7 @@ def aux_k_loss(
         return x.new_zeros(())
     # Dense over the dead alone: so many of them are taken that a sparse product would cost more.
     W_enc, W_dec = take_features(sae.W_enc, features, 1), take_features(sae.W_dec, features, 0)
-    acts = (x @ W_enc + (sae.b_enc[features] - sae.b_dec @ W_enc)).relu()
+    acts = (x @ W_enc + (sae.b_enc[features] - sae.input_bias @ W_enc)).relu()
     k_aux = min(sae.d_in // 2, len(features))
     if k_aux < len(features):
         values, columns = acts.topk(k_aux, dim=-1, sorted=False)

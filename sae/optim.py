@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,28 +15,45 @@ from sae.model import SAE
 ENCODER_SHARE_OF_ALIVE_NORM = 0.2
 MEDIAN_ROWS = 16_384
 SEED_ROWS = 32_768
+THRESHOLD_ROWS = 2048
 POOL_PER_DEAD = 4
 ROWS_DRAWN_AT_ONCE = 128
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up over `warmup_share`, constant, linear to zero over the last `decay_share` of the run."""
+    """Linear warm-up over `warmup_share`, constant, linear to zero over the last `decay_share` of the run.
+
+    With `rewarm_share`, after each resampling also from a tenth back to the whole along a cosine.
+    Source: for the latter Rajamanoharan et al. 2024 (arXiv 2404.16014), appendix.
+    """
     warmup_steps = config.warmup_share * config.steps
     decay_steps = config.decay_share * config.steps
     rise = (step + 1) / warmup_steps if warmup_steps > step else 1.0
     fall = (config.steps - step) / decay_steps if decay_steps > config.steps - step else 1.0
-    return config.lr * min(1.0, rise, fall)
+    return config.lr * min(1.0, rise, fall) * _rewarmed(step, config)
+
+
+def _rewarmed(step: int, config: TrainConfig) -> float:
+    since = [step - event for event in config.resample_steps if step >= event]
+    rewarm_steps = config.rewarm_share * config.steps
+    if not since or min(since) >= rewarm_steps:
+        return 1.0
+    return 1.0 - 0.45 * (1 + math.cos(math.pi * min(since) / rewarm_steps))
 
 
 class Adam:
-    """Adam on a dictionary's parameters, the decoder's rows kept at unit norm, in one pass of the kernels per matrix.
+    """Adam on a dictionary's parameters, in one pass of the kernels per matrix; with `unit_norm` decoder rows keep it.
 
     It owns the gradients: `.grad` exists from the start and is zero before each step, so that backward adds in place.
     Source: Kingma and Ba 2015; for the decoder Bricken et al. 2023, appendix (gradient parallel to a row removed).
     """
 
-    def __init__(self, sae: SAE, kernels: Kernels, *, beta1: float, beta2: float = 0.999, eps: float = 1e-8) -> None:
+    def __init__(
+        self, sae: SAE, kernels: Kernels, *, beta1: float, beta2: float = 0.999, eps: float = 1e-8,
+        unit_norm: bool = True, clip: float = 0.0,
+    ) -> None:  # fmt: skip
         self.sae, self.kernels, self.beta1, self.beta2, self.eps = sae, kernels, beta1, beta2, eps
+        self.unit_norm, self.clip = unit_norm, clip
         self.step_count = 0
         self.moments = {
             name: {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
@@ -45,23 +64,29 @@ class Adam:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Moves every parameter by its gradient, and zeroes the gradients."""
+        """Moves every parameter by its gradient (of norm `clip` at most), and zeroes the gradients."""
         self.step_count += 1
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.clip)
         for name, parameter in self.sae.named_parameters():
             assert parameter.grad is not None
             rows = [_rows(name, t) for t in (parameter, parameter.grad, *self.moments[name].values())]
             self.kernels.adam_(
                 *rows, step=self.step_count, lr=lr, beta1=self.beta1, beta2=self.beta2, eps=self.eps,
-                unit_rows=name == "W_dec",
+                unit_rows=name == "W_dec" and self.unit_norm,
             )  # fmt: skip
             parameter.grad.zero_()
+            if name == "threshold":
+                parameter.clamp_(min=0.0)
 
     def forget(self, features: Int[Tensor, " n"]) -> None:
-        """Zeroes the moments of some features: their encoder columns, decoder rows and biases."""
-        for moment in ("exp_avg", "exp_avg_sq"):
-            self.moments["W_enc"][moment][:, features] = 0.0
-            self.moments["W_dec"][moment][features] = 0.0
-            self.moments["b_enc"][moment][features] = 0.0
+        """Zeroes the moments of some features: their encoder columns, decoder rows, biases, gates and thresholds."""
+        for name, moments in self.moments.items():
+            for moment in moments.values():
+                if name == "W_enc":
+                    moment[:, features] = 0.0
+                elif name not in ("b_dec", "W_skip"):
+                    moment[features] = 0.0
 
     def tensors(self) -> dict[str, Tensor]:
         """The state as named tensors: `adam.<parameter>.<moment>`."""
@@ -103,29 +128,60 @@ def geometric_median(
 
 
 @torch.no_grad()
-def initialise_(sae: SAE, sample: Float[Tensor, "n d_in"], encoder_init: str, seed: int) -> None:
-    """b_dec at the geometric median, b_enc at zero, unit decoder rows, and one of two weight initialisations.
+def initialise_(
+    sae: SAE,
+    sample: Float[Tensor, "n d_in"],
+    encoder_init: str,
+    seed: int,
+    *,
+    target: Float[Tensor, "n d_out"] | None = None,
+    decoder_norm: float = 1.0,
+    threshold: float = 0.0,
+    l0: float = 0.0,
+) -> None:
+    """b_dec at the geometric median of the targets (x itself by default), b_enc at zero, and one of three weights.
 
     `kaiming`: PyTorch's uniform weights, encoder and decoder independent (Bricken et al. 2023).
     `data`: decoder rows spread over the data's directions, encoder = α · decoderᵀ, with the α that reconstructs best.
     Every feature then has inputs of its own from the first step; under TopK, random rows lose to the first that learn.
+    `tied`: random decoder rows of norm `decoder_norm` (else 1), encoder = decoderᵀ, b_dec = 0 (Anthropic, April 2024).
+    A JumpReLU's thresholds start at `threshold`, or all where the sample has `l0` features active on average.
     """
     generator = torch.Generator().manual_seed(seed)
-    sae.b_dec.copy_(geometric_median(sample[:MEDIAN_ROWS]))
+    sae.b_dec.copy_(geometric_median((sample if target is None else target)[:MEDIAN_ROWS]))
     sae.b_enc.zero_()
     sae.W_dec.uniform_(-1.0, 1.0, generator=generator)
     normalise_decoder_(sae)
+    if encoder_init == "tied":
+        sae.b_dec.zero_()
+        sae.W_dec.mul_(decoder_norm)
+        sae.W_enc.copy_(sae.W_dec.T)
+        return
     if encoder_init == "data":
         directions = torch.nn.functional.normalize(sample[:SEED_ROWS] - sae.b_dec, dim=-1)
         chosen = spread_rows(directions, sae.d_sae, generator)
         sae.W_dec[: len(chosen)] = directions[chosen]
         sae.W_enc.copy_(sae.W_dec.T)
+        if sae.activation == "jumprelu":
+            pre = (sample[:THRESHOLD_ROWS] - sae.b_dec) @ sae.W_enc
+            sae.threshold.fill_(_least_of_largest(pre, l0) if l0 else threshold)
+        if not sae.pre_bias:  # as with one, to start
+            sae.b_enc.copy_(-sae.b_dec @ sae.W_enc)
         x = sample[:MEDIAN_ROWS] - sae.b_dec
         x_hat = sae.reconstruct(sample[:MEDIAN_ROWS]) - sae.b_dec
-        sae.W_enc.mul_((x * x_hat).sum() / x_hat.pow(2).sum().clamp_min(1e-12))
+        best = (x * x_hat).sum() / x_hat.pow(2).sum().clamp_min(1e-12)
+        sae.W_enc.mul_(best)
+        if sae.activation == "jumprelu":
+            sae.threshold.mul_(best)
+            sae.b_enc.mul_(best)
         return
     bound = sae.d_in**-0.5
     sae.W_enc.uniform_(-bound, bound, generator=generator)
+
+
+def _least_of_largest(pre: Float[Tensor, "n d_sae"], per_row: float) -> float:
+    """The least of the `per_row` · n largest values, at least 0."""
+    return max(0.0, pre.flatten().topk(min(pre.numel(), max(1, round(per_row * len(pre))))).values[-1].item())
 
 
 def spread_rows(directions: Float[Tensor, "n d_in"], count: int, generator: torch.Generator) -> Int[Tensor, " chosen"]:
@@ -214,4 +270,7 @@ def _restart(sae: SAE, optimizer: Adam, features: Tensor, encoder: Tensor, decod
     sae.W_enc[:, features] = encoder.T
     sae.W_dec[features] = decoder
     sae.b_enc[features] = 0.0
+    if sae.activation == "gated":  # the magnitude is the gate's value again, as at the start
+        sae.r_mag[features] = 0.0
+        sae.b_mag[features] = 0.0
     optimizer.forget(features)

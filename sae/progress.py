@@ -1,4 +1,4 @@
-"""What long work shows and how it stops: a bar with rate and ETA, and a flag set by Ctrl-C or SIGTERM."""
+"""What long work shows and how it stops: a bar with rate and ETA, and a flag set by a signal to stop."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ def progress(description: str, total: int, unit: str, *, initial: int = 0) -> It
         yield bar
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
 class Interrupt:
-    """`requested` turns true on the first Ctrl-C or SIGTERM; a second Ctrl-C stops at once."""
+    """`requested` turns true on the first Ctrl-C, SIGTERM or SIGUSR1 (pre-emption); a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -36,10 +39,10 @@ class Interrupt:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Inside, Ctrl-C and SIGTERM set a flag instead of killing (main thread only; elsewhere it is never set)."""
+    """Inside, Ctrl-C, SIGTERM and SIGUSR1 set a flag instead of killing (main thread only; elsewhere never set)."""
     interrupt = Interrupt()
     try:
-        previous = {s: signal.signal(s, interrupt._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        previous = {s: signal.signal(s, interrupt._handle) for s in STOPPING}
     except ValueError:  # not the main thread: signals go to whoever owns it
         yield interrupt
         return

@@ -1,4 +1,4 @@
-"""Training one dictionary: resumable bit for bit, interruptible at any step.
+"""Training dictionaries: resumable bit for bit, interruptible at any step, several on one pass over the rows.
 
 Imports torch, numpy and safetensors alone, so it runs on a bare GPU box.
 """
@@ -6,49 +6,31 @@ Imports torch, numpy and safetensors alone, so it runs on a bare GPU box.
 from __future__ import annotations
 
 import json
-import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae import losses, optim
-from sae.checkpoint import read_tensors, write_tensors
+from sae import losses, optim, penalty
 from sae.config import TrainConfig
-from sae.kernels import choose, device_named, matmul, ops
+from sae.kernels import choose, device_named, matmul
 from sae.kernels.acts import FeatureActs, l0
-from sae.kernels.support import Above
-from sae.model import SAE, fold_scale, save
+from sae.model import SAE, fold_decoder_norms, fold_scale, save
+from sae.objectives import Now, Scaled
 from sae.progress import Interrupted, interruptible, progress
 from sae.recipes import Recipe, recipe_named
-from sae.rows import Rows, prefetched
+from sae.rows import Batch, Rows, prefetched
 from sae.rundir import claim, cut_log
+from sae.trainstate import TrainState, restore, save_state, start
 
-SCALE_ROWS = 65_536
 LOG_STEPS = 25
 SPARSE_BELOW_DENSITY = 1 / 20  # about where the four sparse products cost what dense ones do
-
-
-@dataclass
-class TrainState:
-    """Everything that changes while training; functions hold no state."""
-
-    sae: SAE  # on scaled inputs
-    optimizer: optim.Adam
-    scale: float
-    tokens_since_fired: Int[Tensor, " d_sae"]
-    step: int = 0
-    density: float = 1.0  # share of features active at the last step: decides between dense and sparse products
-    resampled: list[dict[str, Any]] = field(default_factory=list)
-    matmul: str = "highest"  # the dense products, chosen at the start and kept, so that a resumed run does as this one
-
-    @property
-    def device(self) -> torch.device:
-        return self.tokens_since_fired.device
+THRESHOLD_RATE = 0.01  # of the running mean that becomes batch-topk's threshold
 
 
 def train(
@@ -58,6 +40,7 @@ def train(
     *,
     provenance: dict[str, Any] | None = None,
     save_minutes: float = 2.0,
+    keep: int = 1,
     kernels: str = "auto",
     device: str = "auto",
 ) -> SAE:
@@ -65,110 +48,241 @@ def train(
 
     It goes on with the kernels and on the kind of device it began with, so that the result is the same bit for bit
     (with `reference` kernels on a GPU not quite: torch adds there in no fixed order). The result is on the CPU.
-    Writes sae.safetensors (scale folded in), config.json, metrics.jsonl; state.safetensors while it runs and after.
+    Writes sae.safetensors (scale folded in), config.json, metrics.jsonl, resampled.jsonl; state.safetensors while it
+    runs and after, and with `keep` > 1 the states before it as state-<step>.safetensors.
     Raises: ValueError when `out` holds a run with other settings or the loss is not finite; Interrupted on Ctrl-C.
     """
-    out = Path(out)
+    plan = Plan(Path(out), config, provenance or {})
+    return train_together(rows, [plan], save_minutes=save_minutes, keep=keep, kernels=kernels, device=device)[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One dictionary to train: where, how, and what is to be known of where its rows come from."""
+
+    out: Path
+    config: TrainConfig
+    provenance: dict[str, Any]
+
+
+def train_together(
+    rows: Rows, plans: Sequence[Plan], *, save_minutes: float = 2.0, keep: int = 1, kernels: str = "auto",
+    device: str = "auto",
+) -> list[SAE]:  # fmt: skip
+    """Trains several dictionaries on one pass over the rows, each bit for bit as `train` would alone.
+
+    Their seeds and batches must be those the rows were made for. Raises: as `train`.
+    """
+    for plan in plans:
+        claim(plan.out, "train.json", {"train": plan.config.to_dict(), "rows": plan.provenance})
+    with ExitStack() as open_files, interruptible() as interrupt:
+        runs = [Run(rows, plan, kernels, device, open_files) for plan in plans]
+        first, last = min(run.state.step for run in runs), max(run.config.steps for run in runs)
+        behind = sum((run.state.step - first) * run.config.batch_tokens for run in runs)
+        total = sum((last - first) * run.config.batch_tokens for run in runs)
+        saved, pinned = time.monotonic(), any(run.state.device.type == "cuda" for run in runs)
+        with progress("train", total, "tok", initial=behind) as bar:
+            for step, (batch, waited_s) in enumerate(prefetched(rows, first, last, pinned=pinned), first):
+                saving = interrupt.requested or time.monotonic() - saved > 60 * save_minutes
+                for run in runs:
+                    if run.state.step == step < run.config.steps:
+                        shown = run.advance(batch, rows, waited_s, saving, keep)
+                        bar.update(run.config.batch_tokens)
+                        if shown:
+                            bar.set_postfix_str(shown)
+                if saving:
+                    saved = time.monotonic()
+                unfinished = [run for run in runs if run.state.step < run.config.steps]
+                if saving and interrupt.requested and unfinished:
+                    run = unfinished[0]
+                    raise Interrupted(
+                        f"stopped at step {run.state.step:,} of {run.config.steps:,}, saved in {run.out}. "
+                        "Repeat the command to go on."
+                    )
+        return [run.finish() for run in runs]
+
+
+class Run:
+    """One dictionary on its way through the rows: a step, and what is logged, checked, revived and saved around it."""
+
+    def __init__(self, rows: Rows, plan: Plan, kernels: str, device: str, open_files: ExitStack) -> None:
+        self.out, self.config, self.provenance = plan.out, plan.config, plan.provenance
+        self.recipe = recipe_named(plan.config.recipe)
+        restored = restore(self.out, rows, self.config, self.recipe, device)
+        self.state = restored or _started(rows, self.config, self.recipe, kernels, device)
+        self.log, self.events = (self._log(name, open_files) for name in ("metrics.jsonl", "resampled.jsonl"))
+        self.logged_at, self.logged_step, self.stall_s = time.perf_counter(), self.state.step, 0.0
+
+    def _log(self, name: str, open_files: ExitStack) -> TextIO:
+        """A log, cut to the step the run goes on from."""
+        if self.state.step:
+            cut_log(self.out / name, self.state.step)
+        else:
+            (self.out / name).unlink(missing_ok=True)
+        return open_files.enter_context((self.out / name).open("a"))
+
+    def advance(self, batch: Batch, rows: Rows, waited_s: float, saving: bool, keep: int) -> str:
+        """One step and what is due after it; returns what to show, if anything."""
+        state, config = self.state, self.config
+        with matmul.using(state.matmul):
+            metrics = train_step(state, batch, config)
+        self.stall_s += waited_s
+        last = state.step == config.steps
+        if self.recipe.resample and state.step in config.resample_steps:
+            self._log_event(_resample(state, rows, config, self.recipe))
+        shown = self._log_metrics(metrics) if state.step % LOG_STEPS == 0 or last else ""
+        if saving or last:
+            _check_weights(state, config)
+            save_state(self.out, state, keep=keep)
+        return shown
+
+    def _log_metrics(self, metrics: dict[str, Tensor]) -> str:
+        state, config = self.state, self.config
+        _check_weights(state, config)
+        seconds = time.perf_counter() - self.logged_at
+        pace = {
+            "rows_per_s": round(config.batch_tokens * (state.step - self.logged_step) / seconds),
+            "stall_share": round(self.stall_s / seconds, 4),
+        }
+        self.logged_at, self.logged_step, self.stall_s = time.perf_counter(), state.step, 0.0
+        entry = _measured(metrics, state, config)
+        self.log.write(json.dumps(entry | pace) + "\n")
+        self.log.flush()
+        return f"fvu={entry['fvu']:.4f}, l0={entry['l0']:.1f}, dead={entry['dead_share']:.1%}"
+
+    def _log_event(self, event: dict[str, Any] | None) -> None:
+        """One line per feature given a new start."""
+        if event is not None:
+            for feature, row, age in zip(event["features"], event["sample_rows"], event["silent_tokens"], strict=True):
+                line = {"step": event["step"], "feature": feature, "parent_row": row, "silent_tokens": age}
+                self.events.write(json.dumps(line) + "\n")
+            self.events.flush()
+
+    def finish(self) -> SAE:
+        """The trained dictionary on raw rows, written beside its state."""
+        state = self.state
+        sae = fold_scale(state.sae, state.scale, state.target_scale)
+        if not self.recipe.unit_norm:
+            sae = fold_decoder_norms(sae)
+        sae.config = _final_config(state, self.config, self.recipe, self.provenance)
+        save(sae, self.out, sae.config)
+        return sae.eval().requires_grad_(False)
+
+
+def _started(rows: Rows, config: TrainConfig, recipe: Recipe, kernels: str, device: str) -> TrainState:
+    place = device_named(device)
+    return start(rows, config, recipe, choose(kernels, place), place)
+
+
+# --- a step ----------------------------------------------------------------------------------------------------------
+
+
+def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
+    """One step: the recipe's loss, backward, Adam under its constraints, counters. Returns tensors to log.
+
+    Raises: ValueError when the loss is not finite; nothing has moved then.
+    """
     recipe = recipe_named(config.recipe)
-    claim(out, "train.json", {"train": config.to_dict(), "rows": provenance or {}})
-    state = _restore(out, config, recipe, rows.d_in, device)
-    if state is None:
-        place = device_named(device)
-        state = _start(rows, config, recipe, choose(kernels, place), place)
-    saved = time.monotonic()
-    with (
-        interruptible() as interrupt,
-        progress("train", config.tokens, "tok", initial=state.step * config.batch_tokens) as bar,
-        (out / "metrics.jsonl").open("a") as log,
-    ):
-        logged_at, logged_step, stall_s = time.perf_counter(), state.step, 0.0
-        for batch, waited_s in prefetched(rows, state.step, config.steps, pinned=state.device.type == "cuda"):
-            with matmul.using(state.matmul):
-                metrics = train_step(state, batch.x, config)
-            stall_s += waited_s
-            last = state.step == config.steps
-            resampling = recipe.resample and state.step in config.resample_steps
-            logging = state.step % LOG_STEPS == 0 or last
-            saving = interrupt.requested or last or time.monotonic() - saved > 60 * save_minutes
-            if resampling or logging or saving:
-                _check_finite(metrics["loss"], state, config)
-            if resampling:
-                _resample(state, rows, config, recipe)
-            bar.update(config.batch_tokens)
-            if logging:
-                seconds = time.perf_counter() - logged_at
-                pace = {
-                    "rows_per_s": round(config.batch_tokens * (state.step - logged_step) / seconds),
-                    "stall_share": round(stall_s / seconds, 4),
-                }
-                logged_at, logged_step, stall_s = time.perf_counter(), state.step, 0.0
-                entry = _measured(metrics, state, config)
-                log.write(json.dumps(entry | pace) + "\n")
-                log.flush()
-                bar.set_postfix(fvu=f"{entry['fvu']:.4f}", l0=f"{entry['l0']:.1f}", dead=f"{entry['dead_share']:.1%}")
-            if saving:
-                save_state(out, state)
-                saved = time.monotonic()
-            if saving and interrupt.requested and not last:
-                raise Interrupted(
-                    f"stopped at step {state.step:,} of {config.steps:,}, saved in {out}. Repeat the command to go on."
-                )
-    sae = fold_scale(state.sae, state.scale)
-    sae.config = _final_config(state, config, provenance or {})
-    save(sae, out, sae.config)
-    return sae.eval().requires_grad_(False)
-
-
-def train_step(state: TrainState, raw: Float[Tensor, "batch d_in"], config: TrainConfig) -> dict[str, Tensor]:
-    """One step: forward, losses, backward, projected Adam, renormalised decoder. Returns tensors to log."""
-    sae = state.sae
-    x = raw.to(state.device, non_blocking=True) * state.scale
-    acts = _feature_acts(state, x)
-    x_hat = sae.output(acts, x)
-    error = losses.squared_error(x, x_hat)
-    loss = error
-    if config.l1:
-        loss = loss + config.l1 * losses.l1_norm(acts)
-    if config.aux_coefficient:
-        dead = state.tokens_since_fired >= config.dead_after_tokens
-        loss = loss + config.aux_coefficient * _aux(state, x, x_hat, dead)
-    loss.backward()
+    x = batch.x.to(state.device, non_blocking=True) * state.scale
+    scaled = Scaled(x, x, None if batch.resid is None else batch.resid.to(state.device))
+    if recipe.needs == "y":
+        scaled = scaled._replace(target=_required(batch.y, recipe).to(state.device) * state.target_scale)
+    now = _now(state, config, recipe)
+    outcome = recipe.objective(state.sae, scaled, now)
+    _check_loss(outcome.loss, batch, state, config)
+    outcome.loss.backward()
     state.optimizer.step(optim.learning_rate(state.step, config))
+    acts = outcome.acts
     active = l0(acts)
-    state.density = active.item() / sae.d_sae
-    state.tokens_since_fired += len(x)
+    state.density = active.item() / state.sae.d_sae
+    state.tokens_since_fired += len(scaled.x)
     state.tokens_since_fired[acts.fired()] = 0
+    if recipe.activation == "batchtopk":
+        _estimate_threshold(state, acts)
+    if recipe.coefficient:
+        penalty.search_(state.penalty, active.item(), state.step, config)
+    if config.p_end < 1:
+        _hold_penalty(state, acts, config)
     state.step += 1
-    return {"loss": loss.detach(), "error": error.detach(), "l0": active, "x": x.detach()}
+    return {
+        "loss": outcome.loss.detach(), "error": outcome.error.detach(), "l0": active, "x": scaled.target.detach(),
+    }  # fmt: skip
 
 
-def _feature_acts(state: TrainState, x: Tensor) -> FeatureActs:
-    """Sparse where that is cheaper, which the last step's density tells: so a resumed run does as the unbroken one."""
-    if isinstance(state.sae.rule, Above) and state.density >= SPARSE_BELOW_DENSITY:
-        return state.sae.encode_dense(x)
-    return state.sae.feature_acts(x, state.optimizer.kernels)
+def _now(state: TrainState, config: TrainConfig, recipe: Recipe) -> Now:
+    return Now(
+        config,
+        state.optimizer.kernels,
+        penalty.coefficient_at(state.penalty, state.step, config) if recipe.coefficient else 0.0,
+        # By the last step's density, so that a resumed run does as the unbroken one.
+        sparse=state.density < SPARSE_BELOW_DENSITY,
+        dead=state.tokens_since_fired >= config.dead_after_tokens,
+        p=penalty.p_at(state.step, config),
+        scale=state.scale,
+        downstream=state.downstream,
+    )
 
 
-def _aux(state: TrainState, x: Tensor, x_hat: Tensor, dead: Tensor) -> Tensor:
-    # Gao et al. weigh AuxK against a squared error normalised by the variance; ours is not: multiply it back.
-    variance = (x - x.mean(0)).pow(2).sum(-1).mean()
-    return losses.aux_k_loss(state.sae, x, x - x_hat, dead) * variance.detach()
+def _required(y: Tensor | None, recipe: Recipe) -> Tensor:
+    if y is None:
+        raise ValueError(f"recipe {recipe.name} learns y from x; these rows have no y. Name a target hook point.")
+    return y
 
 
-def _check_finite(loss: Tensor, state: TrainState, config: TrainConfig) -> None:
-    """Stops a run that has gone wrong before anything of it is saved or resampled from."""
-    if not (loss.isfinite() and all(tensor.isfinite().all() for tensor in state.sae.tensors().values())):
-        raise ValueError(
-            f"training: the loss is {loss.item()} at step {state.step:,}. The last checkpoint is kept; "
-            f"likely cause: lr = {config.lr:g} is too high, or rows that are not finite (`sae verify` the store)."
-        )
+@torch.no_grad()
+def _estimate_threshold(state: TrainState, acts: FeatureActs) -> None:
+    """Batch-topk's threshold for inference: the running mean of the least activation kept in a batch.
+
+    Source: Bussmann et al. 2024 (arXiv 2412.06410), §3: θ = E over batches of min{z : z > 0}.
+    """
+    positive = acts.values.detach()
+    positive = positive[positive > 0]
+    if len(positive):
+        rate = THRESHOLD_RATE if state.step else 1.0
+        state.sae.threshold.lerp_(positive.min().expand_as(state.sae.threshold), rate)
+
+
+@torch.no_grad()
+def _hold_penalty(state: TrainState, acts: FeatureActs, config: TrainConfig) -> None:
+    """Rescales λ so that the next step's Σ f^p weighs on this batch what this step's did.
+
+    Source: Karvonen et al. 2024 (arXiv 2408.00113), which does so over ten batches at each of some changes of p.
+    """
+    p, p_next = penalty.p_at(state.step, config), penalty.p_at(state.step + 1, config)
+    if p_next < p:
+        after = losses.lp_norm(acts, p_next).item()
+        if after > 0:
+            state.penalty.annealing *= losses.lp_norm(acts, p).item() / after
+
+
+def _check_loss(loss: Tensor, batch: Batch, state: TrainState, config: TrainConfig) -> None:
+    """Stops a run that has gone wrong before anything moves."""
+    if not loss.isfinite():
+        _refuse(loss.item(), state.step + 1, config, rows_are_finite=bool(batch.x.isfinite().all()))
+
+
+def _check_weights(state: TrainState, config: TrainConfig) -> None:
+    """Weights can overflow while the loss still does not: checked before anything is logged or saved."""
+    if not all(tensor.isfinite().all() for tensor in state.sae.tensors().values()):
+        _refuse(float("nan"), state.step, config, rows_are_finite=True)
+
+
+def _refuse(loss: float, step: int, config: TrainConfig, *, rows_are_finite: bool) -> None:
+    cause = (
+        f"lr = {config.lr:g} is too high"
+        if rows_are_finite
+        else "rows of this batch are not finite (`sae verify` the store)"
+    )
+    raise ValueError(
+        f"training: the loss is {loss} at step {step:,}. The last checkpoint is kept; likely cause: {cause}."
+    )
 
 
 def _measured(metrics: dict[str, Tensor], state: TrainState, config: TrainConfig) -> dict[str, Any]:
     """The logged line; fvu is relative to the batch's own variance (0 where all its rows are equal)."""
     x = metrics["x"]
     variance = (x - x.mean(0)).pow(2).sum(-1).mean()
-    return {
+    entry = {
         "step": state.step,
         "rows": state.step * config.batch_tokens,
         "loss": metrics["loss"].item(),
@@ -177,104 +291,51 @@ def _measured(metrics: dict[str, Tensor], state: TrainState, config: TrainConfig
         "dead_share": (state.tokens_since_fired >= config.dead_after_tokens).float().mean().item(),
         "lr": optim.learning_rate(state.step - 1, config),
     }
+    if recipe_named(config.recipe).coefficient:
+        entry["coefficient"] = penalty.coefficient_at(state.penalty, state.step, config)
+    return entry
 
 
-# --- start, resampling -----------------------------------------------------------------------------------------------
-
-
-def _start(
-    rows: Rows, config: TrainConfig, recipe: Recipe, kernels: ops.Kernels, device: str | torch.device = "cpu"
-) -> TrainState:
-    sample = rows.sample(SCALE_ROWS, config.seed)
-    mean_square = sample.double().pow(2).sum(-1).mean().item()
-    if not mean_square > 0:
-        raise ValueError("training: every sampled activation is zero; is the hook point right?")
-    scale = math.sqrt(rows.d_in / mean_square)
-    sae = SAE(rows.d_in, config.d_sae, activation=recipe.activation, k=config.k or None)
-    optim.initialise_(sae, sample * scale, recipe.encoder_init, config.seed)
-    adam = optim.Adam(sae.to(device), kernels, beta1=config.beta1)
-    unfired = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
-    return TrainState(sae, adam, scale, unfired, matmul=matmul.choose(config.matmul, sae.W_enc.device))
+# --- resampling ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _resample(state: TrainState, rows: Rows, config: TrainConfig, recipe: Recipe) -> None:
+def _resample(state: TrainState, rows: Rows, config: TrainConfig, recipe: Recipe) -> dict[str, Any] | None:
     """The paper's resampling event; what was done is kept per feature for the log."""
     window_tokens = config.resample_window_steps * config.batch_tokens
     dead = (state.tokens_since_fired >= window_tokens).nonzero().squeeze(-1)
     if not len(dead):
-        return
+        return None
+    _check_weights(state, config)
     seed = config.seed * 1_000_003 + state.step
     sample = rows.sample(config.resample_rows, seed) * state.scale
+    # λ of Σ f in this loss, where the recipe has one
+    l1 = _now(state, config, recipe).coefficient if recipe.coefficient == "l1" else 0.0
     chunks = sample.split(config.batch_tokens)
-    errors = torch.cat([_row_losses(state, chunk.to(state.device), config).cpu() for chunk in chunks])
+    errors = torch.cat([_row_losses(state, chunk.to(state.device), l1).cpu() for chunk in chunks])
     generator = torch.Generator().manual_seed(seed)
     restart = optim.reseed_ if recipe.resample == "rank" else optim.resample_
     parents = restart(state.sae, state.optimizer, dead, sample, errors, generator)
     dead = dead[: len(parents)]
     ages = state.tokens_since_fired[dead].tolist()
     state.tokens_since_fired[dead] = 0
-    state.resampled.append(
-        {"step": state.step, "features": dead.tolist(), "sample_rows": parents.tolist(), "silent_tokens": ages}
-    )
+    event = {"step": state.step, "features": dead.tolist(), "sample_rows": parents.tolist(), "silent_tokens": ages}
+    state.resampled.append(event)
+    return event
 
 
-def _row_losses(state: TrainState, x: Tensor, config: TrainConfig) -> Tensor:
+def _row_losses(state: TrainState, x: Tensor, l1: float) -> Tensor:
     acts = state.sae.feature_acts(x, state.optimizer.kernels).sparse()
-    x_hat = state.sae.output(acts, x)
-    penalty = acts.decode(x.new_ones(state.sae.d_sae, 1)).squeeze(-1)  # Σ f, in one order on every device
-    return (x - x_hat).pow(2).sum(-1) + config.l1 * penalty
+    total = acts.decode(x.new_ones(state.sae.d_sae, 1)).squeeze(-1)  # Σ f, in one order on every device
+    return (x - state.sae.output(acts, x)).pow(2).sum(-1) + l1 * total
 
 
-# --- state on disk ---------------------------------------------------------------------------------------------------
+# --- what a finished run says of itself ------------------------------------------------------------------------------
 
 
-def save_state(out: Path, state: TrainState) -> None:
-    """Everything needed to go on, in one file, by one atomic rename."""
-    tensors = {f"sae.{name}": tensor for name, tensor in state.sae.tensors().items()}
-    tensors |= state.optimizer.tensors()
-    tensors["tokens_since_fired"] = state.tokens_since_fired
-    header = {
-        "step": state.step,
-        "scale": state.scale,
-        "resampled": state.resampled,
-        "density": state.density,
-        "kernels": state.optimizer.kernels.NAME,
-        "matmul": state.matmul,
-        "device": state.device.type,
-    }
-    write_tensors(out / "state.safetensors", tensors, header)
-
-
-def _restore(out: Path, config: TrainConfig, recipe: Recipe, d_in: int, device: str) -> TrainState | None:
-    """The saved state, with metrics.jsonl cut to its step, on the kernels and the kind of device it began with; None
-    when there is none. Raises: ValueError for another device."""
-    log = out / "metrics.jsonl"
-    if not (out / "state.safetensors").exists():
-        log.unlink(missing_ok=True)
-        return None
-    tensors, header = read_tensors(out / "state.safetensors")
-    sae = SAE(d_in, config.d_sae, activation=recipe.activation, k=config.k or None)
-    sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
-    began_on = header.get("device", "cpu")
-    if device not in ("auto", began_on):
-        raise ValueError(
-            f"{out} was begun on {began_on}; on {device} it would not go on bit for bit. Say --device {began_on}, or "
-            "choose another --out."
-        )
-    place = device_named(began_on)
-    adam = optim.Adam(sae.to(place), choose(header["kernels"], place), beta1=config.beta1)
-    adam.restore(tensors, header["step"])
-    cut_log(log, header["step"])
-    return TrainState(
-        sae, adam, header["scale"], tensors["tokens_since_fired"].to(place), header["step"], header["density"],
-        header["resampled"], matmul.resumed(header["matmul"], config.matmul),
-    )  # fmt: skip
-
-
-def _final_config(state: TrainState, config: TrainConfig, provenance: dict[str, Any]) -> dict[str, Any]:
+def _final_config(state: TrainState, config: TrainConfig, recipe: Recipe, provenance: dict[str, Any]) -> dict[str, Any]:
     """config.json: the resolved settings, and λ in every convention in use."""
-    d_in = state.sae.d_in
+    found = penalty.coefficient_at(state.penalty, state.step, config) if recipe.coefficient else 0.0
     return {
         "recipe": config.recipe,
         "train": config.to_dict(),
@@ -282,13 +343,7 @@ def _final_config(state: TrainState, config: TrainConfig, provenance: dict[str, 
         "kernels": state.optimizer.kernels.NAME,
         "matmul": state.matmul,
         "device": state.device.type,
-        "lambda": {
-            "scaled": config.l1,
-            "raw": config.l1 / state.scale,
-            "raw_mean_squared": config.l1 / state.scale / d_in,
-            "meaning": "raw: ‖x−x̂‖² summed over d_in, mean over the batch, + λ Σ f in the model's units; "
-            "raw_mean_squared: the same with the squared error averaged over d_in (the paper's convention)",
-        },
+        "lambda": penalty.in_every_convention(found, recipe.penalised, state.target_scale, state.sae.d_out),
         "resample_events": [{"step": event["step"], "features": len(event["features"])} for event in state.resampled],
         **provenance,
     }

@@ -75,17 +75,19 @@ def ours(kernels: str, variant: str, d_in: int, d_sae: int, k: int, batches: lis
     from sae import training
     from sae.kernels import choose
     from sae.recipes import resolve
+    from sae.rows import Batch
 
     rows = len(batches[0])
     settings: dict[str, Any] = {"d_sae": d_sae, "tokens": 10**10, "batch_tokens": rows, "lr": 1e-6, "k": k}
-    recipe, config = resolve("topk", **settings, resample_shares=())
+    name = {"topk": "topk", "batchtopk": "batch-topk"}[variant]
+    recipe, config = resolve(name, **settings, resample_shares=())
     # The start from data takes a while and changes no step.
-    recipe = replace(recipe, activation=variant, encoder_init="kaiming")
-    state = training._start(HeldRows(batches), config, recipe, choose(kernels, "cuda"), "cuda")
+    recipe = replace(recipe, encoder_init="kaiming")
+    state = training.start(HeldRows(batches), config, recipe, choose(kernels, "cuda"), "cuda")
     place = iter(range(10**9))
 
     def step() -> None:
-        training.train_step(state, batches[next(place) % len(batches)], config)
+        training.train_step(state, Batch(batches[next(place) % len(batches)]), config)
 
     return step
 

@@ -19,6 +19,7 @@ VERBS = (
     "pretrain",
     "harvest",
     "train",
+    "sweep",
     "eval",
     "index",
     "browse",

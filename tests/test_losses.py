@@ -14,8 +14,11 @@ from sae.kernels import BACKENDS, choose
 from sae.kernels.acts import DenseActs
 from sae.model import SAE
 from sae.optim import Adam, initialise_
+from sae.penalty import Penalty
 from sae.recipes import resolve
-from sae.training import TrainState, train_step
+from sae.rows import Batch
+from sae.training import train_step
+from sae.trainstate import TrainState
 
 D_IN, D_SAE, BATCH = 6, 20, 50
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -133,7 +136,8 @@ def state_of(config: TrainConfig, kernels: str, density: float, seed: int = 0) -
     with torch.no_grad():
         sae.b_enc.copy_(torch.linspace(-0.3, 0.3, D_SAE))
     adam = Adam(sae, choose(kernels), beta1=config.beta1)
-    return TrainState(sae, adam, 0.8, torch.zeros(D_SAE, dtype=torch.int64), density=density)
+    tokens = torch.zeros(D_SAE, dtype=torch.int64)
+    return TrainState(sae, adam, 0.8, tokens, density=density, penalty=Penalty(config.l1))
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
@@ -165,7 +169,7 @@ def test_a_step_is_adam_on_the_dense_gradient_with_its_parallel_part_removed(
             loss = loss + config.aux_coefficient * variance * dense_aux(twin, pre, x - x_hat, DEAD[dead])
         grads = gradients(twin, loss)
         state.density = 1.0 if dense else 0.0
-        logged = train_step(state, raw.float(), config)
+        logged = train_step(state, Batch(raw.float()), config)
         assert logged["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
         assert logged["l0"].item() == pytest.approx((f > 0).sum().item() / BATCH, rel=1e-6)
         rate = config.lr * min(1.0, (step + 1) / (0.02 * 8))

@@ -18,7 +18,7 @@ from sae.recipes import RECIPES, recipe_named, resolve
     [
         ("towards-monosemanticty", "Did you mean 'towards-monosemanticity'"),
         ("top-k", "Did you mean 'topk'"),
-        ("zzz", "Recipes: towards-monosemanticity, topk"),
+        ("zzz", "Recipes: towards-monosemanticity, anthropic-2024-04, gated"),
     ],
 )
 def test_an_unknown_recipe_names_the_nearest(name: str, message: str) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from sae import __version__
 from sae.cli.comparing import compare, controls
-from sae.cli.dictionaries import evaluate, export, index, train
+from sae.cli.dictionaries import evaluate, export, index, sweep, train
 from sae.cli.flags import with_config_file
 from sae.cli.looking import browse, info
 from sae.cli.models import pretrain
 from sae.cli.steering import steer
 from sae.cli.stores import harvest, verify
 
-VERBS = (pretrain, harvest, train, evaluate, index, browse, steer, compare, controls, export, info, verify)
+VERBS = (pretrain, harvest, train, sweep, evaluate, index, browse, steer, compare, controls, export, info, verify)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

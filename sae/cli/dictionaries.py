@@ -13,43 +13,70 @@ def train(verbs: Any) -> None:
     verb = add_verb(verbs, "train", _run_train, "learn a dictionary from an activation store")
     verb.add_argument("--acts", required=True, help="the activation store")
     verb.add_argument("--out", required=True, help="directory of the dictionary, by custom runs/<run>/<name>")
-    verb.add_argument("--recipe", default="topk", help="towards-monosemanticity or topk")
+    verb.add_argument(
+        "--recipe", default="topk", help="such as topk, jumprelu, towards-monosemanticity; see the README"
+    )
     verb.add_argument("--d-sae", type=int, default=4096, help="number of features")
+    verb.add_argument("--l0", type=float, help="active features per token wanted: sets k, or finds λ while training")
     verb.add_argument("--tokens", type=int, help="rows seen (default: four epochs of the store)")
     verb.add_argument("--batch-tokens", type=int, help="rows per step")
     verb.add_argument("--lr", type=float, help="peak learning rate")
     verb.add_argument("--l1", type=float, help="λ on inputs scaled to E‖x‖² = d_in (config.json has other conventions)")
-    verb.add_argument("--k", type=int, help="active features per token (topk)")
-    verb.add_argument(
-        "--dead-tokens",
-        type=int,
-        help="silent for this many rows = dead (default: an eightieth of the run, 100,000 to 10M)",
-    )
+    verb.add_argument("--k", type=int, help="active features per token, where the recipe has k")
     verb.add_argument("--seed", type=int, default=0, help="of initialisation and row order")
     verb.add_argument(
-        "--exact", action="store_true", default=None, help="the paper's resampling counts instead of shares of the run"
+        "--set", action="append", metavar="NAME=VALUE", help="any other setting, e.g. exact=true or multi_k=4; repeats"
     )
-    verb.add_argument("--hook-point", help="needed when the store holds several")
-    add_kernels(verb)
     verb.add_argument(
-        "--matmul",
-        choices=["auto", "highest", "medium", "bf16"],
-        help="dense products: auto is the fastest with float32's error; bf16 rounds their factors to bfloat16",
+        "--hook-point", action="append", help="needed when the store holds several; x then y for a transcoder"
     )
+    verb.add_argument("--keep", type=int, default=1, help="saved states to keep, the last one included")
+    add_kernels(verb)
 
 
 def _run_train(args: argparse.Namespace) -> int:
     from sae import pipeline
+    from sae.config import parsed
 
-    settings = {
-        name: getattr(args, name) for name in ("batch_tokens", "lr", "l1", "k", "dead_tokens", "exact", "matmul")
-    }
+    settings = {name: getattr(args, name) for name in ("batch_tokens", "lr", "l1", "k")} | {"target_l0": args.l0}
+    given = {name: value for name, value in settings.items() if value is not None}
+    hook_point, target_hook_point = (*(args.hook_point or []), None, None)[:2]
     pipeline.train(
         args.acts, args.out, recipe=args.recipe, d_sae=args.d_sae, tokens=args.tokens, seed=args.seed,
-        config={name: value for name, value in settings.items() if value is not None}, hook_point=args.hook_point,
-        kernels=args.kernels, device=args.device,
+        config=given | parsed(args.set or []), hook_point=hook_point, target_hook_point=target_hook_point,
+        kernels=args.kernels, device=args.device, keep=args.keep,
     )  # fmt: skip
     print(args.out)
+    return 0
+
+
+def sweep(verbs: Any) -> None:
+    verb = add_verb(verbs, "sweep", _run_sweep, "train and evaluate a grid of dictionaries; draws their frontier")
+    verb.add_argument("--acts", required=True, help="the activation store")
+    verb.add_argument("--out", required=True, help="directory of the sweep, by custom runs/<run>/<sweep>")
+    verb.add_argument("--recipe", action="append", required=True, help="may repeat")
+    verb.add_argument("--d-sae", type=int, action="append", required=True, help="number of features; may repeat")
+    verb.add_argument("--l0", type=float, action="append", required=True, help="active features per token; may repeat")
+    verb.add_argument("--seed", type=int, action="append", help="of initialisation and row order; may repeat (0)")
+    verb.add_argument("--tokens", type=int, help="rows each run sees (default: four epochs of the store)")
+    verb.add_argument("--batch-tokens", type=int, help="rows per step")
+    verb.add_argument("--set", action="append", metavar="NAME=VALUE", help="any other setting of every run; repeats")
+    verb.add_argument("--hook-point", help="needed when the store holds several")
+    verb.add_argument("--memory-gb", type=float, help="for runs trained at once (default: half of what is free)")
+    add_kernels(verb)
+
+
+def _run_sweep(args: argparse.Namespace) -> int:
+    from sae import pipeline
+    from sae.config import parsed
+
+    batch = {"batch_tokens": args.batch_tokens} if args.batch_tokens else {}
+    frontier = pipeline.sweep(
+        args.acts, args.out, names=args.recipe, d_sae=args.d_sae, l0=args.l0, seeds=args.seed or [0],
+        tokens=args.tokens, config=batch | parsed(args.set or []), hook_point=args.hook_point, kernels=args.kernels,
+        device=args.device, memory_gb=args.memory_gb,
+    )  # fmt: skip
+    print(frontier)
     return 0
 
 

@@ -35,6 +35,19 @@ class SparseActs:
     def n_active(self) -> Float[Tensor, ""]:
         return (self.values.detach() > 0).sum(dtype=torch.float32)
 
+    def of_feature(self, vector: Float[Tensor, " d_sae"]) -> Float[Tensor, " nnz"]:
+        """Each entry's own element of a vector that has one per feature."""
+        return vector[self.support.features.long()]
+
+    def with_values(self, values: Float[Tensor, " nnz"]) -> SparseActs:
+        """Other values on the same support."""
+        return SparseActs(values, self.support, self.kernels)
+
+    def prefix(self, start: int, stop: int) -> SparseActs:
+        """Only the features start … stop − 1."""
+        features = self.support.features
+        return self.where((features >= start) & (features < stop))
+
     def fired(self) -> Bool[Tensor, " d_sae"]:
         found = torch.zeros(self.support.d_sae, dtype=torch.bool, device=self.values.device)
         found[self.support.features[self.values.detach() > 0].long()] = True
@@ -56,6 +69,17 @@ class SparseActs:
     def where(self, kept: Bool[Tensor, " nnz"]) -> SparseActs:
         """Only the activations for which `kept` is true."""
         return SparseActs(self.values[kept], self.support.where(kept), self.kernels)
+
+    def largest_of_rows(self, k: int) -> SparseActs:
+        """Only the k largest of each row."""
+        support = self.support
+        width = int(support.offsets.diff().max())
+        places = torch.arange(len(self.values), device=self.values.device) - support.offsets[support.rows]
+        padded = self.values.new_full((self.n_rows, width), -torch.inf)
+        padded[support.rows, places] = self.values.detach()
+        kept = torch.zeros_like(padded, dtype=torch.bool)
+        kept.scatter_(-1, padded.topk(min(k, width), dim=-1, sorted=False).indices, True)
+        return self.where(kept[support.rows, places])
 
 
 @dataclass(frozen=True)
@@ -84,6 +108,17 @@ class DenseActs:
         # As float32, and not as truth values, whose sum PyTorch takes one by one.
         return (self.values.detach() > 0).float().sum() if self.active is None else self.active
 
+    def of_feature(self, vector: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+        return vector
+
+    def with_values(self, values: Float[Tensor, "rows d_sae"]) -> DenseActs:
+        return DenseActs(values)
+
+    def prefix(self, start: int, stop: int) -> DenseActs:
+        outside = torch.ones(self.values.shape[1], dtype=torch.bool, device=self.values.device)
+        outside[start:stop] = False
+        return DenseActs(self.values.masked_fill(outside, 0.0))
+
     def fired(self) -> Bool[Tensor, " d_sae"]:
         return (self.values.detach() > 0).any(0) if self.sums is None else self.sums.detach() > 0
 
@@ -91,6 +126,10 @@ class DenseActs:
         """The positive ones alone (no gradient flows)."""
         active = self.values.detach() > 0
         return SparseActs(self.values.detach()[active], Support.of(active), choose(device=self.values.device))
+
+    def largest_of_rows(self, k: int) -> DenseActs:
+        values, features = self.values.topk(k, dim=-1, sorted=False)
+        return DenseActs(torch.zeros_like(self.values).scatter(-1, features, values))
 
 
 FeatureActs = SparseActs | DenseActs

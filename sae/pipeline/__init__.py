@@ -7,6 +7,7 @@ from sae.pipeline.dictionaries import EXPORT_FORMATS, export, feature_max, featu
 from sae.pipeline.measuring import evaluate, index
 from sae.pipeline.pairing import PipelineError, open_pair
 from sae.pipeline.stores import DEFAULT_HOOK_POINT, Forecast, forecast_harvest, harvest, verify
+from sae.pipeline.sweeping import sweep
 
 __all__ = [
     "DEFAULT_HOOK_POINT",
@@ -24,6 +25,7 @@ __all__ = [
     "harvest",
     "index",
     "open_pair",
+    "sweep",
     "train",
     "verify",
 ]

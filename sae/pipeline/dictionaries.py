@@ -16,7 +16,9 @@ from sae.checkpoint import read_tensors
 from sae.config import TrainConfig
 from sae.documents import TRAIN
 from sae.interop import saelens
+from sae.lm import load_model
 from sae.model import SAE, save
+from sae.objectives import Downstream
 from sae.pipeline.pairing import PipelineError, opened
 from sae.rows import Batch, Rows
 from store.activations import ActivationStore
@@ -27,17 +29,38 @@ EXPORT_FORMATS = ("native", "sae-lens")
 
 
 class StoreRows:
-    """Training rows from an activation store."""
+    """Training rows from an activation store: x, and what a recipe needs beside it from the same tokens."""
 
-    def __init__(self, store: ActivationStore, hook_point: str, *, batch_tokens: int, seed: int) -> None:
-        self._rows = ShuffledRows(store, hook_point, batch_rows=batch_tokens, seed=seed)
+    def __init__(
+        self, store: ActivationStore, hook_point: str, *, batch_tokens: int, seed: int,
+        target_hook_point: str | None = None, resid_hook_point: str | None = None, downstream: Downstream | None = None,
+    ) -> None:  # fmt: skip
+        def rows(hook: str, pool_shards: int | None = None) -> ShuffledRows:
+            return ShuffledRows(store, hook, batch_rows=batch_tokens, seed=seed, pool_shards=pool_shards)
+
+        self._rows = rows(hook_point)
+        # Read in the pools of x, so that row n of each is of the same token.
+        self._targets = rows(target_hook_point, self._rows.pool_shards) if target_hook_point else None
+        self._resid = rows(resid_hook_point, self._rows.pool_shards) if resid_hook_point else None
         self.d_in, self.n_rows = self._rows.d_in, self._rows.n_rows
+        self.d_out = self._targets.d_in if self._targets else self.d_in
+        self.downstream = downstream
 
     def batch(self, step: int) -> Batch:
-        return Batch(torch.from_numpy(self._rows.batch(step)))
+        x, y, resid = (
+            torch.from_numpy(rows.batch(step)) if rows else None for rows in (self._rows, self._targets, self._resid)
+        )
+        assert x is not None
+        return Batch(x, y, resid)
 
     def sample(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
         return torch.from_numpy(self._rows.sample(min(n, self.n_rows), seed))
+
+    def sample_targets(self, n: int, seed: int) -> Float[Tensor, "n d_out"]:
+        """y of the rows that `sample` draws."""
+        if self._targets is None:
+            raise PipelineError("this recipe learns y from x: name x's hook point and then y's.")
+        return torch.from_numpy(self._targets.sample(min(n, self.n_rows), seed))
 
 
 def train(
@@ -50,12 +73,15 @@ def train(
     seed: int = 0,
     config: dict[str, Any] | None = None,
     hook_point: str | None = None,
+    target_hook_point: str | None = None,
     kernels: str = "auto",
     device: str = "auto",
+    keep: int = 1,
 ) -> SAE:
     """Trains a dictionary on a store (its path) or any `Rows`; `config` overrides the recipe's settings.
 
-    `tokens` is the number of rows seen (default: four epochs of a store, 4M of other rows).
+    `tokens` is the number of rows seen (default: four epochs of a store, 4M of other rows); `keep` the number of saved
+    states that stay. A transcoder wants a `target_hook_point` too.
     Repeat the call to go on after an interruption: the result is the same bit for bit.
     Raises: ValueError for wrong settings, before any work; Interrupted on Ctrl-C or SIGTERM.
     """
@@ -63,27 +89,54 @@ def train(
     tokens = overrides.pop("tokens", tokens)
     if not isinstance(rows, str | Path):
         _, resolved = recipes.resolve(recipe, tokens=tokens or TrainConfig.tokens, **overrides)
-        return training.train(rows, out, resolved, kernels=kernels, device=device)
+        return training.train(rows, out, resolved, kernels=kernels, device=device, keep=keep)
     store = ActivationStore.open(rows)
-    hook = _hook_point(store, hook_point)
+    hook = hook_point_of(store, hook_point)
     kept_rows = store.totals(TRAIN, hook).kept_rows
     _, resolved = recipes.resolve(recipe, tokens=tokens or 4 * kept_rows, **overrides)
-    source = StoreRows(store, hook, batch_tokens=resolved.batch_tokens, seed=resolved.seed)
-    provenance = {
+    source = rows_for(store, hook, resolved, target_hook_point)
+    provenance = provenance_of(store, hook, out, target_hook_point)
+    return training.train(source, out, resolved, provenance=provenance, kernels=kernels, device=device, keep=keep)
+
+
+def rows_for(store: ActivationStore, hook: str, config: TrainConfig, target_hook_point: str | None) -> StoreRows:
+    """The rows that a recipe trains on. Raises: PipelineError for a hook point that it needs and is not there."""
+    needs = recipes.recipe_named(config.recipe).needs
+    if (needs == "y") != bool(target_hook_point):
+        wants = "learns y from x: name a second hook point, y's" if needs == "y" else "takes one hook point, x's"
+        raise PipelineError(f"recipe {config.recipe} {wants} (the store has {', '.join(store.hook_points)}).")
+    resid, downstream = None, None
+    if needs == "resid":
+        lm = load_model(store.provenance["model"]["id"])
+        downstream = lm.downstream(hook)
+        resid = hook_point_of(store, f"{hook.split('.mlp.')[0]}.hook_resid_mid")
+    return StoreRows(
+        store, hook, batch_tokens=config.batch_tokens, seed=config.seed,
+        target_hook_point=hook_point_of(store, target_hook_point) if target_hook_point else None,
+        resid_hook_point=resid, downstream=downstream,
+    )  # fmt: skip
+
+
+def provenance_of(
+    store: ActivationStore, hook: str, out: str | Path, target_hook_point: str | None = None
+) -> dict[str, Any]:
+    """Where a dictionary's rows come from, for its config.json."""
+    return {
         "hook_point": hook,
+        **({"target_hook_point": target_hook_point} if target_hook_point else {}),
         "model": store.provenance["model"],
         "store": {
             "path": os.path.relpath(store.path, out),
             "tokenizer_sha256": store.provenance["tokenizer_sha256"],
             "text": store.provenance["text"],
             "text_sha256": store.provenance["text_sha256"],
-            "kept_rows": kept_rows,
+            "kept_rows": store.totals(TRAIN, hook).kept_rows,
         },
     }
-    return training.train(source, out, resolved, provenance=provenance, kernels=kernels, device=device)
 
 
-def _hook_point(store: ActivationStore, asked: str | None) -> str:
+def hook_point_of(store: ActivationStore, asked: str | None) -> str:
+    """The hook point asked for, or the store's only one. Raises: PipelineError when it is not there or not clear."""
     names = list(store.hook_points)
     if asked is None and len(names) == 1:
         return names[0]

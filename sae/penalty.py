@@ -1,0 +1,100 @@
+"""The sparsity penalty's coefficient λ over a run: warmed up, annealed, or found so that a wanted L0 is met."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from sae.config import TrainConfig
+
+MEAN_L0_STEPS = 10  # L0 is averaged over about this many steps before it is compared
+SEARCH_SHARES = (0.1, 0.95)  # of the run, in which λ is searched; before it rises, so that features find inputs
+GAIN = 10.0  # e-folds of λ over a whole run in which L0 is off by a factor of e
+RESPONSE = 0.5  # λ answers at once to L0 by this power, which damps the search: L0 follows λ with a delay
+LARGEST_RATIO = 2.0  # what L0 is off by counts as no more than this, either way
+USUAL_L0 = 15.0  # about what a recipe's own λ leads to; L0 goes about as 1/λ
+
+
+@dataclass
+class Penalty:
+    """λ of a running training and what its search needs to remember; in the checkpoint."""
+
+    coefficient: float
+    mean_l0: float = 0.0
+    response: float = 1.0  # to how far L0 is off at the moment; 1 where nothing is searched
+    annealing: float = 1.0  # keeps λ Σ f^p the same while p falls
+
+
+def at_start(coefficient: float, config: TrainConfig) -> Penalty:
+    """λ as given; where an L0 is wanted, the search starts from the λ that may lead there."""
+    return Penalty(coefficient * USUAL_L0 / config.target_l0 if config.target_l0 else coefficient)
+
+
+def coefficient_at(penalty: Penalty, step: int, config: TrainConfig) -> float:
+    """λ of a step: `coefficient · response · annealing`, rising linearly over the warm-up."""
+    share = max(config.penalty_warmup_share, SEARCH_SHARES[0] if config.target_l0 else 0.0)
+    warmup_steps = share * config.steps
+    rise = (step + 1) / warmup_steps if warmup_steps > step else 1.0
+    return penalty.coefficient * penalty.response * penalty.annealing * rise
+
+
+def p_at(step: int, config: TrainConfig) -> float:
+    """The exponent of Σ f^p: 1, then falling linearly to `p_end` at the last step."""
+    start = config.p_from_share * config.steps
+    share = (step - start) / max(1.0, config.steps - 1 - start)
+    return 1.0 - (1.0 - config.p_end) * min(1.0, max(0.0, share))
+
+
+def search_(penalty: Penalty, l0: float, step: int, config: TrainConfig) -> None:
+    """Moves λ after a step towards the one at which L0 is `target_l0`: a proportional and integral controller.
+
+    `log λ = ∫ gain · off + response · off`, `off = log(mean L0 / target)`, bounded either way.
+    """
+    if not config.target_l0:
+        return
+    start, stop = (share * config.steps for share in SEARCH_SHARES)
+    penalty.mean_l0 += (l0 - penalty.mean_l0) / min(MEAN_L0_STEPS, step + 1)
+    bound = math.log(LARGEST_RATIO)
+    off = min(bound, max(-bound, math.log(max(penalty.mean_l0, 1e-9) / config.target_l0)))
+    if start <= step < stop:
+        penalty.response = math.exp(RESPONSE * off)
+        penalty.coefficient *= math.exp(GAIN / config.steps * off)
+    else:
+        penalty.response = 1.0
+
+
+def in_every_convention(found: float, penalised: str, scale: float, d_in: int) -> dict[str, Any]:
+    """λ of a finished run in our units and in the peers' (their settings on the same rows, in their normalisation).
+
+    Scaled and raw losses differ by the factor scale²; a squared error averaged over d_in by another factor d_in.
+    """
+    if penalised == "λ · L0":
+        return {
+            "of": penalised,
+            "scaled": found,
+            "raw": found / scale**2,
+            "sae_lens": found,
+            "meaning": "scaled: ‖x−x̂‖² summed over d_in with E‖x‖² = d_in, mean over the batch, + λ L0 (SAELens' "
+            "l0_coefficient under normalize_activations, and the paper's); raw: the same on x in the model's units",
+        }
+    if penalised == "λ · Σ f beside KL":
+        return {
+            "of": penalised,
+            "scaled": found,
+            "raw": found * scale,
+            "meaning": "scaled: KL in nats, mean over the batch, + λ Σ f with E‖x‖² = d_in; raw: the same with f in "
+            "the model's units",
+        }
+    return {
+        "of": penalised,
+        "scaled": found,
+        "raw": found / scale,
+        "raw_mean_squared": found / scale / d_in,
+        "sae_lens": found,
+        "dictionary_learning": found / math.sqrt(d_in),
+        "meaning": "raw: ‖x−x̂‖² summed over d_in, mean over the batch, + λ Σ f in the model's units; "
+        "raw_mean_squared: the same with the squared error averaged over d_in (the paper's convention); "
+        "sae_lens: l1_coefficient with normalised activations (E‖x‖ = √d_in); "
+        "dictionary_learning: l1_penalty with E‖x‖² = 1",
+    }

@@ -1,0 +1,71 @@
+"""A sweep: every run as alone, bit for bit; gone on with; its frontier as its evaluations say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from sae import pipeline
+from sae.lm import NativeModel
+from sae.pipeline import PipelineError, sweeping
+
+GRID = {"names": ["topk", "towards-monosemanticity"], "d_sae": [24], "l0": [2.0, 4.0], "seeds": [1]}
+RUN = {"tokens": 30 * 64, "config": {"batch_tokens": 64}}
+FILES = ("sae.safetensors", "state.safetensors", "config.json", "train.json")
+
+
+@pytest.fixture(scope="module")
+def store(tiny_model: NativeModel, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "acts.zarr"
+    return pipeline.harvest(tiny_model, tiny_text, out, tokens=2048, heldout_tokens=256)
+
+
+@pytest.fixture(autouse=True)
+def no_model_to_load(tiny_model: NativeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeping, "evaluate", lambda path: pipeline.evaluate(path, model=tiny_model))
+
+
+@pytest.mark.parametrize("memory_gb", [1.0, 1e-9], ids=["all at once", "one by one"])
+def test_each_run_is_the_run_alone_and_the_frontier_says_what_was_measured(
+    store: Path, tmp_path: Path, memory_gb: float
+) -> None:
+    out = store.parent / f"sweep-{memory_gb:g}"
+    path = pipeline.sweep(store, out, **GRID, **RUN, memory_gb=memory_gb)
+    frontier = json.loads(path.read_text())
+    names = [f"{r}-24-l0_{n}-s1" for r in GRID["names"] for n in (2, 4)]
+    assert [run["id"] for run in frontier["runs"]] == names
+    for name, run in zip(names, frontier["runs"], strict=True):
+        recipe, _, l0, _ = name.rsplit("-", 3)
+        settings = {"target_l0": float(l0.removeprefix("l0_")), **RUN["config"]}
+        alone = store.parent / f"alone-{memory_gb:g}" / name
+        pipeline.train(store, alone, recipe=recipe, d_sae=24, tokens=RUN["tokens"], seed=1, config=settings)
+        for file in FILES:
+            assert (out / name / file).read_bytes() == (alone / file).read_bytes(), file
+        metrics = json.loads((out / name / "eval.json").read_text())["metrics"]
+        assert all(run[metric] == metrics[metric]["value"] for metric in sweeping.MEASURED)
+        assert (run["rows"], run["target_l0"]) == (RUN["tokens"], settings["target_l0"])
+    ElementTree.fromstring((out / "frontier.svg").read_text())
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("sae.safetensors")}
+    pipeline.sweep(store, out, **GRID, **RUN)  # again: nothing is left to do
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("sae.safetensors")} == before
+
+
+def test_runs_share_a_pass_only_where_rows_and_memory_allow() -> None:
+    points = sweeping.grid(["topk", "batch-topk"], [64], [2.0], [0, 1], tokens=8192)
+    assert [[p.config.seed for p in group] for group in sweeping._groups(points, 16, 1e9)] == [[0, 0], [1, 1]]
+    assert all(len(group) == 1 for group in sweeping._groups(points, 16, 1.0))
+
+
+def test_a_wrong_grid_is_refused_before_any_work(store: Path, tmp_path: Path) -> None:
+    for wrong, message in (
+        ({"names": ["topk", "tpk"]}, "Did you mean 'topk'"),
+        ({"l0": [2.5]}, "whole number"),
+        ({"seeds": [1, 1]}, "twice"),
+        ({"names": ["transcoder"]}, "another target"),
+    ):
+        with pytest.raises((ValueError, PipelineError), match=message):
+            pipeline.sweep(store, tmp_path / "x", **(GRID | wrong), **RUN)
+    assert not (tmp_path / "x").exists()
