@@ -12,8 +12,8 @@ from sae.config import TrainConfig, with_overrides
 
 # Settings that only some recipes have a use for; the others refuse them.
 OPTIONAL = (
-    "k", "l1", "l0_penalty", "aux_coefficient", "bandwidth", "threshold_init", "multi_k", "prefix_shares", "p_end",
-    "p_from_share", "skip", "exact",
+    "k", "l1", "l0_penalty", "aux_coefficient", "bandwidth", "threshold_init", "multi_k", "min_density",
+    "prefix_shares", "p_end", "p_from_share", "skip", "exact",
 )  # fmt: skip
 
 
@@ -148,7 +148,19 @@ RECIPES = {
             objective=objectives.topk,
             encoder_init="data",
             resample="rank",
+            uses=("min_density",),
             defaults=K_RESEEDED,
+        ),
+        Recipe(
+            name="balanced",
+            summary="batch-topk in which no feature may fall silent: what fires too rarely is ranked higher",
+            loss="‖x − x̂‖²",
+            when="first: the best reconstruction at a given L0 we have measured, with hardly a dead feature",
+            source="Bussmann et al. 2024 (arXiv 2412.06410); the balance from Wang et al. 2024 (arXiv 2408.15664)",
+            activation="batchtopk",
+            objective=objectives.topk,
+            encoder_init="data",
+            defaults={"k": 20, "min_density": 1e-4},
         ),
         Recipe(
             name="matryoshka",
@@ -160,6 +172,7 @@ RECIPES = {
             objective=objectives.matryoshka,
             encoder_init="data",
             resample="rank",
+            uses=("min_density",),
             defaults={**K_RESEEDED, "prefix_shares": (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)},
         ),
         Recipe(
@@ -237,6 +250,11 @@ def resolve(name: str, **overrides: Any) -> tuple[Recipe, TrainConfig]:
         )
     if "k" in recipe.settings and config.k < 1:
         raise ValueError(f"recipe {name}: k must be at least 1, got {config.k}.")
+    if config.min_density * config.d_sae >= config.k > 0:
+        raise ValueError(
+            f"recipe {name}: {config.d_sae:,} features on min_density = {config.min_density:g} of the rows each would "
+            f"fill k = {config.k}. Give a min_density well below k / d_sae = {config.k / config.d_sae:.1g}."
+        )
     if "bandwidth" in recipe.settings and not config.bandwidth > 0:
         raise ValueError(f"recipe {name}: bandwidth must be above 0, got {config.bandwidth}.")
     if recipe.coefficient and config.target_l0 and not getattr(config, recipe.coefficient) > 0:

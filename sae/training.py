@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from sae import losses, optim, penalty
+from sae import losses, optim, penalty, thresholds
 from sae.config import TrainConfig
 from sae.kernels import choose, device_named, matmul
 from sae.kernels.acts import FeatureActs, l0
@@ -30,7 +30,6 @@ from sae.trainstate import TrainState, restore, save_state, start
 
 LOG_STEPS = 25
 SPARSE_BELOW_DENSITY = 1 / 20  # about where the four sparse products cost what dense ones do
-THRESHOLD_RATE = 0.01  # of the running mean that becomes batch-topk's threshold
 
 
 def train(
@@ -198,7 +197,7 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     state.tokens_since_fired += len(scaled.x)
     state.tokens_since_fired[acts.fired()] = 0
     if recipe.activation == "batchtopk":
-        _estimate_threshold(state, acts)
+        thresholds.settle_(state.sae.threshold, acts, state.step, config)
     if recipe.coefficient:
         penalty.search_(state.penalty, active.item(), state.step, config)
     if config.p_end < 1:
@@ -227,19 +226,6 @@ def _required(y: Tensor | None, recipe: Recipe) -> Tensor:
     if y is None:
         raise ValueError(f"recipe {recipe.name} learns y from x; these rows have no y. Name a target hook point.")
     return y
-
-
-@torch.no_grad()
-def _estimate_threshold(state: TrainState, acts: FeatureActs) -> None:
-    """Batch-topk's threshold for inference: the running mean of the least activation kept in a batch.
-
-    Source: Bussmann et al. 2024 (arXiv 2412.06410), §3: θ = E over batches of min{z : z > 0}.
-    """
-    positive = acts.values.detach()
-    positive = positive[positive > 0]
-    if len(positive):
-        rate = THRESHOLD_RATE if state.step else 1.0
-        state.sae.threshold.lerp_(positive.min().expand_as(state.sae.threshold), rate)
 
 
 @torch.no_grad()

@@ -1,0 +1,115 @@
+"""Batch-topk's thresholds: the level is the mean least activation kept, and what fires too rarely lies below it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae import training
+from sae.config import TrainConfig
+from sae.kernels.acts import DenseActs
+from sae.recipes import resolve
+from sae.rows import Batch
+from sae.thresholds import LEVEL_RATE, PATIENCE, settle_
+from sae.trainstate import TrainState
+
+D_SAE, ROWS = 6, 50
+
+
+def batches(seed: int, n: int) -> list[torch.Tensor]:
+    """Activations of some batches; feature 0 is never on, feature 1 once in the last."""
+    rng = np.random.default_rng(seed)
+    found = rng.gamma(2.0, size=(n, ROWS, D_SAE)) * (rng.random((n, ROWS, D_SAE)) < 0.3)
+    found[..., 0] = found[..., 1] = 0.0
+    found[-1, 0, 1] = 0.05
+    return list(torch.from_numpy(found).float())
+
+
+def by_hand(activations: list[torch.Tensor], min_density: float) -> np.ndarray:
+    """The docstring's recurrence, entry by entry in float64."""
+    level, lift = 0.0, np.zeros(D_SAE)
+    for step, acts in enumerate(activations):
+        dense = acts.double().numpy()
+        least = min(dense[row, f] + lift[f] for row, f in zip(*dense.nonzero(), strict=True))
+        level = least if step == 0 else (1 - LEVEL_RATE) * level + LEVEL_RATE * least
+        for f in range(D_SAE):
+            wanted = min_density * ROWS - (dense[:, f] > 0).sum()
+            lift[f] = min(level, max(0.0, lift[f] + (level / PATIENCE * wanted if min_density else 0.0)))
+        level, lift = level - lift.min(), lift - lift.min()  # only differences of lifts rank
+    return level - lift
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("min_density", [0.0, 0.1, 0.2])
+def test_the_recurrence(min_density: float, sparse: bool) -> None:
+    config = TrainConfig(min_density=min_density)
+    threshold = torch.zeros(D_SAE)
+    for step, acts in enumerate(found := batches(0, 40)):
+        settle_(threshold, DenseActs(acts).sparse() if sparse else DenseActs(acts), step, config)
+    np.testing.assert_allclose(threshold, by_hand(found, min_density), rtol=1e-4)
+    assert (threshold[0] < threshold[2]) == (min_density > 0)
+
+
+@given(st.integers(0, 1000), st.floats(0, 0.2))
+@settings(max_examples=25, deadline=None)
+def test_thresholds_lie_between_zero_and_the_level(seed: int, min_density: float) -> None:
+    threshold = torch.zeros(D_SAE)
+    for step, acts in enumerate(batches(seed, 12)):
+        settle_(threshold, DenseActs(acts), step, TrainConfig(min_density=min_density))
+        assert (threshold >= 0).all()
+        assert threshold.amax() > 0
+
+
+def test_a_batch_without_activations_moves_nothing() -> None:
+    threshold = torch.rand(D_SAE)
+    before = threshold.clone()
+    settle_(threshold, DenseActs(torch.zeros(ROWS, D_SAE)), 3, TrainConfig(min_density=0.1))
+    assert torch.equal(threshold, before)
+
+
+class Weak:
+    """Rows of 12 sparse directions, and as many features that start too small to be among the largest."""
+
+    d_in, n_rows = 8, 10_000
+
+    def __init__(self) -> None:
+        self.directions = torch.nn.functional.normalize(torch.randn(12, 8, generator=torch.Generator().manual_seed(0)))
+
+    def draw(self, n: int, seed: int) -> torch.Tensor:
+        g = torch.Generator().manual_seed(seed)
+        on = (torch.rand(n, 12, generator=g) < 0.15) * (1 + torch.rand(n, 12, generator=g))
+        return on @ self.directions + 0.05 * torch.randn(n, 8, generator=g)
+
+    def batch(self, step: int) -> Batch:
+        return Batch(self.draw(128, 1000 + step))
+
+    def sample(self, n: int, seed: int) -> torch.Tensor:
+        return self.draw(min(n, self.n_rows), seed)
+
+
+@pytest.mark.parametrize("min_density", [0.0, 0.01])
+def test_features_that_never_win_come_back_with_a_least_density_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, min_density: float
+) -> None:
+    """Where the encoder can still reach its bar: one that is negative everywhere no rank brings back."""
+    rows, start = Weak(), training.start
+
+    def start_half_weak(*args: object) -> TrainState:
+        state = start(*args)  # type: ignore[arg-type]
+        with torch.no_grad():
+            state.sae.W_enc[:, 12:] *= 0.02
+        return state
+
+    monkeypatch.setattr(training, "start", start_half_weak)
+    _, config = resolve("balanced", d_sae=24, k=2, tokens=128 * 800, batch_tokens=128, min_density=min_density)
+    sae = training.train(rows, tmp_path, config)
+    density = (sae.encode(rows.draw(20_000, 7)) > 0).double().mean(0)
+    if min_density:
+        assert (density > min_density / 3).sum() >= 22
+    else:
+        assert (density[12:] == 0).sum() >= 5
