@@ -54,10 +54,14 @@ class Planted:
         x = self.draw(self.batch_tokens, 1_000_000 + step)
         if step == self.bad_step:
             x[0, 0] = torch.nan
-        return Batch(x, (x @ self.to_y).relu(), x[:, :7] / self.size)
+        return Batch(x, self.target(x), x[:, :7] / self.size)
 
     def sample_targets(self, n: int, seed: int) -> Tensor:
-        return (self.draw(min(n, 4096), seed) @ self.to_y).relu()
+        return self.target(self.draw(min(n, 4096), seed))
+
+    def target(self, x: Tensor) -> Tensor:
+        # In float64, so that the float32 result is the same whatever a small product's order of summing is in a thread.
+        return (x.double() @ self.to_y.double()).relu().float()
 
     def downstream(self, x: Tensor, resid: Tensor) -> Tensor:
         """A stand-in for the rest of a model: logits."""
