@@ -221,6 +221,20 @@ def test_batch_topk(k: int) -> None:
     check(sae, run("batch-topk", sae, Scaled(x, x), now(settings("batch-topk", k=k), sparse=True, dead=dead)), exact)
 
 
+def test_balanced() -> None:
+    """Entries are ranked by their height over their own feature's threshold; the loss is the squared error alone."""
+    sae, x = dictionary("balanced", k=3), rows()
+    with torch.no_grad():
+        sae.threshold.copy_(torch.linspace(0, 0.8, D_SAE))
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    above = torch.where(pre > 0, pre - sae.threshold, -torch.inf)
+    bar = above.flatten().sort(descending=True).values[3 * len(x) - 1]
+    f = torch.where(above >= bar, pre, 0.0)
+    assert not torch.equal(f, keep_largest_of_batch(pre, 3))
+    step = now(settings("balanced", k=3), sparse=True, dead=torch.ones(D_SAE, dtype=torch.bool))
+    check(sae, run("balanced", sae, Scaled(x, x), step), square(x - f @ sae.W_dec - sae.b_dec))
+
+
 def test_matryoshka() -> None:
     sae, x = dictionary("matryoshka", k=3), rows()
     dead = torch.arange(D_SAE) % 4 == 1
@@ -281,7 +295,7 @@ def test_end_to_end(sparse: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_recipe_has_its_test_here() -> None:
     tested = {"towards-monosemanticity", "anthropic-2024-04", "p-anneal", "gated", "jumprelu", "topk", "batch-topk"}
-    assert set(RECIPES) == tested | {"matryoshka", "transcoder", "end-to-end"}
+    assert set(RECIPES) == tested | {"balanced", "matryoshka", "transcoder", "end-to-end"}
 
 
 def test_no_gradient_reaches_a_feature_that_is_off() -> None:
