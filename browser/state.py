@@ -18,6 +18,7 @@ import streamlit as st
 
 from browser import data
 from browser.data import SaeEntry
+from browser.notes import Notes, NotesError
 from browser.tokens import label
 from store.features import FeatureIndex
 from store.schema import StoreError
@@ -63,7 +64,16 @@ def _open_index(path: Path, stamp: int) -> FeatureIndex:
 
 def table_of(page: Page) -> pd.DataFrame:
     """`data.feature_table` of the page's index, made once; callers must not change it."""
-    return _feature_table(page.index, page.index.path, _stamp(page.index.path))
+    table = _feature_table(page.index, page.index.path, _stamp(page.index.path))
+    try:
+        said = {note.feature: note.label for note in Notes(page.entry.path).all() if note.label}
+    except NotesError:  # the feature's page says what is the matter
+        said = {}
+    if not said:
+        return table
+    table = table.copy(deep=False)
+    table.insert(1, "label", [said.get(feature, "") for feature in table["feature"].tolist()])
+    return table
 
 
 @st.cache_resource(max_entries=4, show_spinner="Reading the dictionary …")

@@ -77,6 +77,11 @@ def visible(text: str) -> str:
     return "".join(map(_visible, text))
 
 
+def plain_markdown(text: str) -> str:
+    """`text` with Markdown's signs disarmed, for the elements that read nothing else (captions, buttons)."""
+    return "".join(f"\\{character}" if character in "\\`*_{}[]<>()#+-.!$:~|" else character for character in text)
+
+
 def _visible(character: str) -> str:
     if character in _VISIBLE:
         return _VISIBLE[character]

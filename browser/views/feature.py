@@ -11,7 +11,7 @@ from browser import data, state
 from browser.components import Histogram, Row, RowList, draw_histograms, draw_lists
 from browser.state import Page
 from browser.tokens import label
-from browser.views import feature_examples, feature_rule
+from browser.views import feature_examples, feature_notes, feature_rule
 
 N_LIST = 10
 
@@ -41,6 +41,7 @@ def show(page: Page) -> None:
     """Draws the feature `page.feature`."""
     rows, values = page.index.firings(page.feature)
     _header(page)
+    feature_notes.show(page, provenance(page))
     if not len(rows):
         state.explain(
             f"Feature {page.feature} is dead",

@@ -14,7 +14,7 @@ from browser.components import Group, draw_effects, draw_examples
 from browser.live import LiveError
 from browser.live.ablation import effects
 from browser.state import Page
-from browser.tokens import Piece, pieces
+from browser.tokens import Piece, pieces, plain_markdown
 
 CONTEXTS = {"short": (10, 6), "medium": (22, 12), "whole": (1 << 20, 1 << 20)}
 N_TOP, PER_INTERVAL, N_BOTTOM, N_CONTROLS, N_RANGE = 20, 5, 20, 20, 20
@@ -111,7 +111,7 @@ def _underline(
         )  # fmt: skip
     except ValueError as error:  # LiveError, or a model that cannot be hooked there
         what = str(error) if isinstance(error, LiveError) else f"The model could not be run: {error}"
-        legend.caption(_plain(f"Orange: activation. No ablation underlines: {what}"))
+        legend.caption(plain_markdown(f"Orange: activation. No ablation underlines: {what}"))
         return
 
     def shown(token: int) -> list[Piece]:
@@ -124,8 +124,3 @@ def _underline(
         f"where it falls ({how}; {found.seconds:.1f} s)."
     )
     st.html(f'<i id="ablated" data-feature="{page.feature}"></i>')
-
-
-def _plain(text: str) -> str:
-    """Text with Markdown's signs disarmed, for the one element that cannot do without Markdown."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+\-.!$:~|])", r"\\\1", text)

@@ -21,6 +21,9 @@ SORTS = {
     "cos enc·dec": ("cos_enc_dec", False),
     "nearest cosine": ("nearest_cosine", False),
     "logit kurtosis": ("logit_kurtosis", False),
+    "Δloss when active": ("delta_loss", False),
+    "F1 of the label by rule": ("auto_f1", False),
+    "label": ("label", False),
 }
 FLAGS = ["alive", "dead", "ultra-low", "dense"]
 
@@ -36,13 +39,15 @@ def show(page: Page) -> None:
         f"{len(shown):,} of {len(table):,} features. Select a row to open its feature; a click on "
         "a column's head sorts."
     )
-    right.download_button(
-        "Download CSV",
-        data=lambda: data.to_csv(shown),
-        file_name=f"features-{page.entry.id.replace('/', '-')}.csv",
-        mime="text/csv",
-        width="stretch",
+    name = f"features-{page.entry.id.replace('/', '-')}"
+    csv, parquet = right.columns(2)
+    csv.download_button(
+        "CSV", data=lambda: data.to_csv(shown), file_name=f"{name}.csv", mime="text/csv", width="stretch"
     )
+    parquet.download_button(
+        "Parquet", data=lambda: shown.to_parquet(index=False), file_name=f"{name}.parquet", width="stretch",
+        mime="application/vnd.apache.parquet",
+    )  # fmt: skip
 
 
 def _summary(page: Page, table: pd.DataFrame) -> None:
@@ -169,6 +174,22 @@ def _columns() -> dict[str, Any]:
             width=82,
             help="largest decoder cosine with another feature; near 1 means a twin",
         ),
+        "label": text("label", width=130, help="your own label"),
+        "auto_label": text(
+            "label by rule",
+            width=150,
+            help="the short rule that tells best where it fires, found without a language model",
+        ),
+        "auto_f1": number(
+            "rule F1", format="%.2f", width=66, help="F1 of that rule on the half of the text it was not learned on"
+        ),
+        "delta_loss": number(
+            "Δloss",
+            format="%+.3f",
+            width=70,
+            help="mean rise of the next token's loss without the feature, over sampled firings (nats; > 0: it helps)",
+        ),
+        "resampled_step": number("resampled", format="%d", width=82, help="step of its last resampling; empty: never"),
         "logit_kurtosis": number(
             "kurtosis",
             format="%.1f",

@@ -1,0 +1,93 @@
+"""A person's labels, notes and bookmarks: SQLite beside the dictionary (`notes.sqlite`).
+
+The file is made by the first thing written; a browser that only looks leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+NAME = "notes.sqlite"
+MAX_LABEL, MAX_NOTE = 200, 10_000  # characters
+_TABLE = """CREATE TABLE IF NOT EXISTS notes (
+    feature INTEGER PRIMARY KEY, label TEXT NOT NULL DEFAULT '', note TEXT NOT NULL DEFAULT '',
+    bookmarked INTEGER NOT NULL DEFAULT 0, changed TEXT NOT NULL DEFAULT '') STRICT"""
+
+
+class NotesError(ValueError):
+    """The notes cannot be read or written; the message says which file and why."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a person said of one feature."""
+
+    feature: int
+    label: str = ""
+    note: str = ""
+    bookmarked: bool = False
+    changed: str = ""
+
+
+class Notes:
+    """The notes of one dictionary. Raises NotesError when the file is damaged or may not be written."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / NAME
+
+    def get(self, feature: int) -> Note:
+        """The note of a feature; an empty one where nothing was said."""
+        found = self._read("SELECT * FROM notes WHERE feature = ?", (feature,))
+        return found[0] if found else Note(feature)
+
+    def all(self) -> list[Note]:
+        """Every note, by feature."""
+        return self._read("SELECT * FROM notes ORDER BY feature", ())
+
+    def put(self, note: Note) -> None:
+        """Keeps `note` in place of what was said of that feature; an empty one is removed."""
+        label, text = note.label.strip()[:MAX_LABEL], note.note.strip()[:MAX_NOTE]
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._open(create=True) as database:
+            if not (label or text or note.bookmarked):
+                database.execute("DELETE FROM notes WHERE feature = ?", (note.feature,))
+                return
+            database.execute(
+                "INSERT OR REPLACE INTO notes (feature, label, note, bookmarked, changed) VALUES (?, ?, ?, ?, ?)",
+                (note.feature, label, text, int(note.bookmarked), now),
+            )
+
+    def export(self) -> list[dict[str, Any]]:
+        """Every note as plain values, for JSON."""
+        return [asdict(note) for note in self.all()]
+
+    def _read(self, query: str, values: tuple[Any, ...]) -> list[Note]:
+        if not self.path.is_file():
+            return []
+        with self._open(create=False) as database:
+            rows = database.execute(query, values).fetchall()
+        return [Note(r["feature"], r["label"], r["note"], bool(r["bookmarked"]), r["changed"]) for r in rows]
+
+    @contextlib.contextmanager
+    def _open(self, *, create: bool) -> Iterator[sqlite3.Connection]:
+        """A connection with one transaction: another session's write is waited for, a failed one leaves nothing."""
+        if self.path.is_symlink():
+            raise NotesError(f"{self.path} is a link; notes are kept in a file beside the dictionary.")
+        try:
+            database = sqlite3.connect(self.path, timeout=5)
+            try:
+                database.row_factory = sqlite3.Row
+                if create:
+                    database.execute(_TABLE)
+                with database:
+                    yield database
+            finally:
+                database.close()
+        except sqlite3.Error as error:
+            raise NotesError(f"{self.path}: {error}. Move the file away, or make its directory writable.") from error
