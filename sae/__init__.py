@@ -15,6 +15,7 @@ _HOME = {
     "compare": "sae.pipeline",
     "controls": "sae.pipeline",
     "export": "sae.pipeline",
+    "import_dictionary": "sae.pipeline",
     "load": "sae.model",
     "SAE": "sae.model",
     "load_model": "sae.lm",

@@ -39,10 +39,15 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str
 
 def write_json(path: str | Path, content: Any) -> None:
     """Writes JSON to `path` whole or not at all. Raises: ValueError for NaN and infinities, which JSON has not."""
+    write_bytes(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes `content` to `path` whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    temporary.write_bytes(content)
     _fsync(temporary)
     os.replace(temporary, path)
     _fsync(path.parent)

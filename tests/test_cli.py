@@ -27,6 +27,7 @@ VERBS = (
     "compare",
     "controls",
     "export",
+    "import",
     "info",
     "verify",
 )
@@ -90,7 +91,9 @@ def seen(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, object]:
 
 def test_a_config_file_gives_settings_and_flags_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "train.toml"
-    file.write_text('acts = "a"\nout = "o"\nd-sae = 128\ntokens = 4000\nlr = 0.5\nset = ["exact=true"]\nbatch_tokens = 64\n')
+    file.write_text(
+        'acts = "a"\nout = "o"\nd-sae = 128\ntokens = 4000\nlr = 0.5\nset = ["exact=true"]\nbatch_tokens = 64\n'
+    )
     call = seen(monkeypatch, "train", "--config", str(file), "--d-sae", "256", "--out=elsewhere")
     assert (call["acts"], call["out"], call["d_sae"], call["tokens"]) == ("a", "elsewhere", 256, 4000)
     assert call["config"] == {"lr": 0.5, "exact": True, "batch_tokens": 64}
@@ -163,6 +166,7 @@ def test_a_config_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[
         ("eval nowhere", "is not a dictionary"),
         ("index nowhere", "is not a dictionary"),
         ("export nowhere --out O", "is not a dictionary"),
+        ("import nowhere --out O", "nowhere: no such file or directory"),
         ("steer nowhere --feature 1 --ablate", "is not a dictionary"),
         ("steer nowhere --feature 1", "say what to do"),
         ("steer nowhere --feature 1 --set 5x --ablate", "say what to do"),

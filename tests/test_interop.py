@@ -1,4 +1,4 @@
-"""Exports: the native layout reads back the same, the SAELens layout has what its loader asks for."""
+"""Exports: every layout reads back the same, SAELens' is as its loader asks; what a peer cannot say is refused."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import ast
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sae import pipeline
-from sae.model import SAE, load, save
+from sae.cli import dictionaries as verbs
+from sae.interop import registry
+from sae.interop.files import InteropError
+from sae.model import ACTIVATIONS, SAE, load, save
 
-CHECK = Path(__file__).resolve().parent.parent / "scripts" / "check_saelens.py"
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 D_IN, D_SAE, K = 12, 40, 5
 
 
@@ -62,6 +67,7 @@ def test_the_sae_lens_export_has_the_files_and_keys_its_loader_asks_for(dictiona
     topk = load(dictionary).activation == "topk"
     config = json.loads((out / "cfg.json").read_text())
     metadata = config.pop("metadata")
+    assert "path" not in json.dumps(metadata["monosem"])  # no place on this machine goes out
     expected = {
         "architecture": "topk" if topk else "standard", "d_in": D_IN, "d_sae": D_SAE, "dtype": "float32",
         "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
@@ -109,22 +115,141 @@ def test_an_export_to_a_place_that_is_a_file_is_refused(dictionary: Path, tmp_pa
 
 
 def test_an_unknown_format_is_refused_with_those_there_are(dictionary: Path, tmp_path: Path) -> None:
-    with pytest.raises(pipeline.PipelineError, match="native, sae-lens; got 'pickle'"):
+    with pytest.raises(pipeline.PipelineError, match="native, sae-lens, .*; got 'pickle'"):
         pipeline.export(dictionary, "pickle", tmp_path / "out")
 
 
-def test_the_check_with_sae_lens_itself_uses_none_of_our_code() -> None:
-    """Else it would need our environment, and would compare us with ourselves."""
-    tree = ast.parse(CHECK.read_text())
+def test_the_commands_formats_are_the_pipelines() -> None:
+    assert verbs.EXPORT_FORMATS == pipeline.EXPORT_FORMATS
+    assert verbs.IMPORT_FORMATS == pipeline.IMPORT_FORMATS
+
+
+# --- there and back --------------------------------------------------------------------------------------------------
+
+
+def random_dictionary(activation: str, seed: int = 0, *, d_in: int = D_IN, d_sae: int = D_SAE, scale: float = 1.0,
+                      unit_norms: bool = True, **shape: Any) -> SAE:  # fmt: skip
+    """Random tensors; a batchtopk has one threshold for all features, as it is trained."""
+    sae = SAE(d_in, d_sae, activation=activation, k=K if "topk" in activation else None, **shape).eval()
+    g = torch.Generator().manual_seed(seed)
+    for name, tensor in sae.tensors().items():
+        tensor.copy_(torch.randn(tensor.shape, generator=g) * scale)
+        if name == "threshold":
+            tensor.copy_(tensor.abs() if activation == "jumprelu" else torch.full_like(tensor, 0.3 * scale))
+    if unit_norms:
+        sae.W_dec.data = torch.nn.functional.normalize(sae.W_dec.data, dim=-1)
+    sae.config = {
+        "recipe": "made up", "hook_point": "blocks.2.hook_resid_post", "train": {"tokens": 7, "lr": 1e-3},
+        "model": {"id": "owner/model", "sha256": "0" * 64, "kind": "transformer-bridge"}, "store": {"path": "../a"},
+    }  # fmt: skip
+    return sae.requires_grad_(False)
+
+
+CAN = {  # what goes out and comes back with every number as it was
+    "sae-lens": ACTIVATIONS,
+    "dictionary-learning": ACTIVATIONS,
+    "sparsify": ("topk",),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    case=st.sampled_from([(format, activation) for format, kinds in CAN.items() for activation in kinds]),
+    d_in=st.integers(1, 9),
+    d_sae=st.integers(K, 30),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    seed=st.integers(0, 99),
+)
+def test_what_goes_out_comes_back_the_same(
+    tmp_path_factory: pytest.TempPathFactory, case: tuple[str, str], d_in: int, d_sae: int, scale: float, seed: int
+) -> None:
+    format, activation = case
+    plain = activation == "jumprelu" and format == "dictionary-learning"  # subtracts nothing from its input there
+    sae = random_dictionary(activation, seed, d_in=d_in, d_sae=d_sae, scale=scale, pre_bias=not plain)
+    back = registry.read(pipeline.export(sae, format, tmp_path_factory.mktemp("peer") / "out"))
+    assert back.shape == sae.shape
+    for name, tensor in sae.tensors().items():
+        assert torch.equal(back.tensors()[name], tensor), name
+    for name in ("recipe", "hook_point", "train", "model"):
+        assert back.config[name] == sae.config[name]
+    assert "store" not in back.config
+    assert back.config["imported"]["format"] == format
+
+
+@pytest.mark.parametrize("format", ["sae-lens", "dictionary-learning"])
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_without_a_pre_bias(tmp_path: Path, format: str, activation: str) -> None:
+    sae = random_dictionary(activation, pre_bias=False)
+    back = registry.read(pipeline.export(sae, format, tmp_path / "out"))
+    x = torch.randn(50, D_IN)
+    assert not back.pre_bias
+    assert torch.equal(back.encode(x), sae.encode(x))
+
+
+@pytest.mark.parametrize(("activation", "unit_norms"), [("relu", False), ("jumprelu", True), ("batchtopk", True)])
+def test_what_dictionary_learning_would_change_goes_out_as_another_of_its_classes(
+    tmp_path: Path, activation: str, unit_norms: bool
+) -> None:
+    """Its AutoEncoder is rescaled on loading, its JumpReLU has no pre-bias, its BatchTopK one threshold for all."""
+    sae = random_dictionary(activation, unit_norms=unit_norms)
+    if activation == "batchtopk":
+        sae.threshold[3] = 0.7
+    out = pipeline.export(sae, "dictionary-learning", tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["trainer"]["dict_class"] == "JumpReluAutoEncoder"
+    x = 3 * torch.randn(200, D_IN, generator=torch.Generator().manual_seed(1))
+    back = registry.read(out)
+    for theirs, ours in ((back.encode(x), sae.encode(x)), (back.reconstruct(x), sae.reconstruct(x))):
+        assert (theirs - ours).abs().max() <= 1e-5 * max(1, ours.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("format", "sae", "reason"),
+    [
+        *(("sparsify", random_dictionary(name), "takes the k largest") for name in ACTIVATIONS if name != "topk"),
+        ("sparsify", random_dictionary("topk", pre_bias=False), "takes the k largest"),
+        ("dictionary-learning", random_dictionary("topk", pre_bias=False), "subtracts the decoder bias"),
+        ("dictionary-learning", random_dictionary("gated", pre_bias=False), "subtracts the decoder bias"),
+        ("dictionary-learning", random_dictionary("relu", d_out=3, pre_bias=False), "transcoder"),
+        ("sae-lens", random_dictionary("relu", d_out=3, pre_bias=False), "transcoder"),
+        ("sae-lens", random_dictionary("relu", skip=True), "transcoder"),
+    ],
+)
+def test_what_a_peer_cannot_say_is_refused(tmp_path: Path, format: str, sae: SAE, reason: str) -> None:
+    with pytest.raises(InteropError, match=f"cannot be exported as {format}: .*{reason}"):
+        pipeline.export(sae, format, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- the check with the peers' own packages --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", sorted((SCRIPTS / "peers").glob("*.py")), ids=lambda path: path.name)
+def test_the_peers_sides_use_none_of_our_code(side: Path) -> None:
+    """Else they would need our environment, and would compare us with ourselves."""
+    tree = ast.parse(side.read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert "sae_lens" in names
     assert not {name.split(".")[0] for name in names} & {"sae", "store", "browser"}
 
 
-@pytest.mark.skipif(find_spec("sae_lens") is not None, reason="sae-lens is installed here")
-def test_the_check_with_sae_lens_itself_does_not_pass_where_that_is_missing() -> None:
-    done = subprocess.run([sys.executable, CHECK, "exported", "native"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert "sae-lens" in done.stderr
-    assert "Traceback" not in done.stderr
+def check_peers(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, SCRIPTS / "check_peers.py", *arguments], capture_output=True, text=True, timeout=300,
+        cwd=SCRIPTS.parent,
+    )  # fmt: skip
+
+
+def fake_environment(directory: Path, package: str) -> None:
+    """An environment that check_peers takes for a finished one: this Python, in which no peer is installed."""
+    (directory / "bin").mkdir(parents=True)
+    (directory / "bin" / "python").symlink_to(sys.executable)
+    (directory / "installed").write_text(f"torch safetensors {package}")
+
+
+@pytest.mark.slow
+def test_the_check_does_not_pass_where_a_peer_cannot_be_asked(tmp_path: Path) -> None:
+    fake_environment(tmp_path / "sparsify", "eai-sparsify")
+    done = check_peers(tmp_path, "--peer", "sparsify")
+    assert done.returncode == 1
+    assert "No module named 'sparsify'" in done.stdout
+    assert "agrees" not in (tmp_path / "table.md").read_text()

@@ -10,14 +10,17 @@ from pathlib import Path
 
 from sae import __version__
 from sae.cli.comparing import compare, controls
-from sae.cli.dictionaries import evaluate, export, index, sweep, train
+from sae.cli.dictionaries import evaluate, export, import_dictionary, index, sweep, train
 from sae.cli.flags import with_config_file
 from sae.cli.looking import browse, info
 from sae.cli.models import pretrain
 from sae.cli.steering import steer
 from sae.cli.stores import harvest, verify
 
-VERBS = (pretrain, harvest, train, sweep, evaluate, index, browse, steer, compare, controls, export, info, verify)
+VERBS = (
+    pretrain, harvest, train, sweep, evaluate, index, browse, steer, compare, controls, export, import_dictionary, info,
+    verify,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

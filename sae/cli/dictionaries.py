@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 from sae.cli.flags import add_dictionary, add_kernels, add_verb
+
+# As in sae.pipeline, without its imports.
+EXPORT_FORMATS = ("native", "sae-lens", "dictionary-learning", "sparsify")
+IMPORT_FORMATS = ("sae-lens", "dictionary-learning", "sparsify", "llamascopium", "nanda", "openai")
 
 
 def train(verbs: Any) -> None:
@@ -114,9 +119,9 @@ def _run_index(args: argparse.Namespace) -> int:
 
 
 def export(verbs: Any) -> None:
-    verb = add_verb(verbs, "export", _run_export, "write a dictionary as safetensors for other tools")
+    verb = add_verb(verbs, "export", _run_export, "write a dictionary in another tool's layout")
     verb.add_argument("sae", help="directory of the dictionary")
-    verb.add_argument("--format", default="native", choices=["native", "sae-lens"], help="layout")
+    verb.add_argument("--format", default="native", choices=EXPORT_FORMATS, help="layout")
     verb.add_argument("--out", required=True, help="directory to write")
 
 
@@ -124,4 +129,27 @@ def _run_export(args: argparse.Namespace) -> int:
     from sae import pipeline
 
     print(pipeline.export(args.sae, args.format, args.out))
+    return 0
+
+
+def import_dictionary(verbs: Any) -> None:
+    verb = add_verb(verbs, "import", _run_import, "take another tool's dictionary, then use it as one of ours")
+    verb.add_argument("source", help="directory, file, or hub:owner/repo[/path][@revision] (downloads)")
+    verb.add_argument("--out", required=True, help="directory of the dictionary, by custom runs/<run>/<name>")
+    verb.add_argument("--format", choices=IMPORT_FORMATS, help="whose layout it is (default: as the files say)")
+    verb.add_argument("--model", help="directory, shipped name or hub id to check it against and record")
+    verb.add_argument("--hook-point", help="where it reads its activations (default: as the files say)")
+
+
+def _run_import(args: argparse.Namespace) -> int:
+    from sae import pipeline
+
+    sae = pipeline.import_dictionary(
+        args.source, args.out, format=args.format, model=args.model, hook_point=args.hook_point
+    )
+    place = f"{sae.config['model'].get('id', 'a model it does not name')} at {sae.config['hook_point']}"
+    print(f"{sae.config['imported']['format']}: {sae.show_shape()}, of {place}", file=sys.stderr)
+    for note in sae.config["imported"]["notes"]:
+        print(f"  {note}", file=sys.stderr)
+    print(args.out)
     return 0

@@ -3,19 +3,56 @@ environment (it needs an older transformer-lens)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sae.checkpoint import write_json, write_tensors
+from sae.interop import files, foreign
+from sae.interop.files import InteropError
+from sae.interop.hooks import hook_point
 from sae.model import SAE
 
-ARCHITECTURES = {"relu": "standard", "topk": "topk"}
+NAME = "sae-lens"
+FILES = "cfg.json and sae_weights.safetensors"
+ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu", "gated": "gated"}
 # Without a version its loader takes an old path that loses hook_name; the layout is the one introduced with 6.0.
 LAYOUT_VERSION = "6.0.0"
+UNKNOWN = "unknown"
+
+_PLAIN = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_TENSORS = {  # ours → theirs, by their architecture; the last two are checkpoints saved while training
+    "standard": _PLAIN,
+    "topk": _PLAIN,
+    "jumprelu": _PLAIN | {"threshold": "threshold"},
+    "gated": _PLAIN | {"b_enc": "b_gate", "b_mag": "b_mag", "r_mag": "r_mag"},
+    "batchtopk": _PLAIN | {"threshold": "topk_threshold"},
+    "matryoshka_batchtopk": _PLAIN | {"threshold": "topk_threshold"},
+}
+
+
+# --- write -----------------------------------------------------------------------------------------------------------
+
+
+def write(sae: SAE, out: Path) -> Path:
+    """Writes the layout into `out`; encode and decode are the same functions there, without loss.
+
+    Raises: InteropError for a transcoder.
+    """
+    foreign.refuse_export_unless(sae.d_out == sae.d_in and not sae.skip, NAME, "it is a transcoder.")
+    architecture = ARCHITECTURES[sae.activation]
+    tensors = sae.tensors()
+    write_tensors(
+        out / "sae_weights.safetensors", {theirs: tensors[ours] for ours, theirs in _TENSORS[architecture].items()}, {}
+    )
+    write_json(out / "cfg.json", config_of(sae))
+    return out
 
 
 def config_of(sae: SAE) -> dict[str, Any]:
-    """SAELens' cfg.json for a dictionary whose pre-bias is its decoder bias."""
+    """SAELens' cfg.json for a dictionary."""
     trained = sae.config.get("train", {})
     config: dict[str, Any] = {
         "architecture": ARCHITECTURES[sae.activation],
@@ -23,18 +60,19 @@ def config_of(sae: SAE) -> dict[str, Any]:
         "d_sae": sae.d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": sae.pre_bias,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {
             "sae_lens_version": LAYOUT_VERSION,
-            "model_name": sae.config.get("model", {}).get("id", "unknown"),
-            "hook_name": sae.config.get("hook_point", "unknown"),
+            "model_name": sae.config.get("model", {}).get("id", UNKNOWN),
+            "hook_name": sae.config.get("hook_point") or UNKNOWN,
             "hook_head_index": None,
             "prepend_bos": True,
-            "dataset_path": sae.config.get("store", {}).get("text", "unknown"),
+            "dataset_path": sae.config.get("store", {}).get("text", UNKNOWN),
             "training_tokens": trained.get("tokens"),
             "recipe": trained.get("recipe"),
+            foreign.OURS: {**foreign.carried(sae), "activation": sae.activation, "k": sae.k},
         },
     }
     if sae.activation == "topk":
@@ -42,8 +80,121 @@ def config_of(sae: SAE) -> dict[str, Any]:
     return config
 
 
-def write(sae: SAE, out: Path) -> Path:
-    """Writes the layout into `out`; encode and decode are the same functions there, without loss."""
-    write_tensors(out / "sae_weights.safetensors", sae.tensors(), {})
-    write_json(out / "cfg.json", config_of(sae))
-    return out
+# --- read ------------------------------------------------------------------------------------------------------------
+
+
+def detect(path: Path) -> bool:
+    return (path / "cfg.json").is_file() and (path / "sae_weights.safetensors").is_file()
+
+
+def read(path: Path) -> SAE:
+    """The dictionary of a directory written by SAELens (of any version), or by `write`.
+
+    Raises: InteropError when it is damaged, or does what ours cannot: per-token normalisation, one head, a transcoder.
+    """
+    where = path / "cfg.json"
+    config = files.read_json(where)
+    metadata = foreign.section(config, "metadata")
+    architecture, k = _architecture(config, where)
+    _refuse_other_semantics(config, metadata, where)
+    held = files.read_safetensors(path / "sae_weights.safetensors")
+    _refuse_fine_tuned(held, where)
+    tensors = foreign.pick(held, _TENSORS[architecture], where, ignored=("scaling_factor",))
+    shape = foreign.shape_of(tensors, where)
+    foreign.agree(config, {"d_in": shape["d_in"], "d_sae": shape["d_sae"]}, where)
+    notes = _fold(tensors, config, path)
+    if "batchtopk" in architecture:  # one threshold for all features
+        tensors["threshold"] = tensors["threshold"].expand(shape["d_sae"])
+    activation = {"standard": "relu", "matryoshka_batchtopk": "batchtopk"}.get(architecture, architecture)
+    ours = foreign.section(metadata, foreign.OURS)
+    if activation == "jumprelu" and ours.get("activation") == "batchtopk":
+        activation, k = "batchtopk", foreign.whole(ours, "k", where)
+    place = foreign.text(metadata, "hook_name") or foreign.text(config, "hook_name", "hook_point")
+    model = foreign.text(metadata, "model_name") or foreign.text(config, "model_name")
+    sae = foreign.assemble(
+        where,
+        tensors,
+        {"activation": activation, "k": k, "pre_bias": bool(config.get("apply_b_dec_to_input", True))},
+        peer=NAME,
+        kind=architecture,
+        hook_point=hook_point(place),
+        model=None if model == UNKNOWN else model,
+        config=config,
+        notes=notes,
+    )
+    return foreign.restore(sae, ours)
+
+
+def _architecture(config: Mapping[str, Any], where: Path) -> tuple[str, int | None]:
+    """Its architecture and k, also as versions before 6 wrote them."""
+    architecture = config.get("architecture", "standard")
+    activation = foreign.text(config, "activation_fn", "activation_fn_str") or "relu"
+    settings = {**foreign.section(config, "activation_fn_kwargs"), **config}
+    if activation == "topk" and architecture in ("standard", "topk"):
+        architecture = "topk"
+    else:
+        foreign.refuse_unless(activation == "relu", where, f"its activation function is {activation!r}; read is ReLU.")
+    if not isinstance(architecture, str) or architecture not in _TENSORS:
+        raise InteropError(f"{where}: unknown architecture {architecture!r}; read are {', '.join(_TENSORS)}.")
+    if architecture in ("batchtopk", "matryoshka_batchtopk"):  # its k is an average and need not be whole
+        settings["k"] = max(1, round(settings["k"])) if isinstance(settings.get("k"), float) else settings.get("k")
+    return architecture, foreign.whole(settings, "k", where) if "topk" in architecture else None
+
+
+def _refuse_other_semantics(config: Mapping[str, Any], metadata: Mapping[str, Any], where: Path) -> None:
+    known = {**metadata, **config}
+    place = foreign.text(known, "hook_name", "hook_point") or ""
+    normalize = known.get("normalize_activations")
+    foreign.refuse_unless(
+        normalize in (None, False, "none", True, "expected_average_only_in"),
+        where,
+        f"it normalises every token's activations by themselves ({normalize!r}); ours takes them as they are.",
+    )
+    foreign.refuse_unless(
+        known.get("reshape_activations") in (None, "none") and not place.endswith("hook_z"),
+        where,
+        "it joins the heads of hook_z into one vector; our stores hold one vector per token as the model has it.",
+    )
+    foreign.refuse_unless(known.get("hook_head_index") is None, where, "it reads a single attention head.")
+    target = foreign.text(known, "hook_name_out")
+    foreign.refuse_unless(
+        target in (None, place), where, f"it is a transcoder: it reads {place} and predicts {target}."
+    )
+
+
+def _refuse_fine_tuned(held: Mapping[str, Tensor], where: Path) -> None:
+    factor = held.get("scaling_factor")
+    foreign.refuse_unless(
+        factor is None or bool((factor == 1).all()),
+        where,
+        "its activations are rescaled after fine-tuning (scaling_factor); ours have no such factor.",
+    )
+
+
+def _fold(tensors: dict[str, Tensor], config: Mapping[str, Any], path: Path) -> list[str]:
+    """Folds what is done around the weights into them, as the peer's own folding does; says what was folded."""
+    notes = []
+    rescaled = bool(config.get("rescale_acts_by_decoder_norm"))
+    if config.get("normalize_activations") in (True, "expected_average_only_in"):
+        scale = _input_scale(path)
+        foreign.rescale(tensors, {"W_enc": scale, "W_dec": 1 / scale, "b_dec": 1 / scale})
+        if rescaled:  # its thresholds are in units of activation times decoder norm, which has just been divided
+            foreign.rescale(tensors, {"threshold": 1 / scale})
+        notes.append(f"input scale {scale!r} folded into the weights")
+    if rescaled:
+        norms = tensors["W_dec"].double().norm(dim=-1).clamp_min(1e-8)
+        foreign.rescale(tensors, {"W_enc": norms, "b_enc": norms, "W_dec": 1 / norms[:, None]})
+        notes.append("decoder norms folded into the encoder (rescale_acts_by_decoder_norm)")
+    return notes
+
+
+def _input_scale(path: Path) -> float:
+    scaler = path / "activation_scaler.json"
+    scale = files.read_json(scaler).get("scaling_factor") if scaler.is_file() else None
+    if isinstance(scale, bool) or not isinstance(scale, float | int) or scale <= 0:
+        raise InteropError(
+            f"{path / 'cfg.json'} cannot be imported: it was trained on activations scaled by a constant that is not "
+            'in the file (normalize_activations = "expected_average_only_in", no activation_scaler.json). Fold it '
+            "with SAELens (fold_activation_norm_scaling_factor), save, and import that."
+        )
+    return float(scale)

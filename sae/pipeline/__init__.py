@@ -3,7 +3,8 @@
 from sae.pipeline.comparing import compare
 from sae.pipeline.controls import controls
 from sae.pipeline.describing import describe
-from sae.pipeline.dictionaries import EXPORT_FORMATS, export, feature_max, feature_units, train
+from sae.pipeline.dictionaries import feature_max, feature_units, train
+from sae.pipeline.exchange import EXPORT_FORMATS, IMPORT_FORMATS, export, import_dictionary
 from sae.pipeline.measuring import evaluate, index
 from sae.pipeline.pairing import PipelineError, open_pair
 from sae.pipeline.stores import DEFAULT_HOOK_POINT, Forecast, forecast_harvest, harvest, verify
@@ -12,6 +13,7 @@ from sae.pipeline.sweeping import sweep
 __all__ = [
     "DEFAULT_HOOK_POINT",
     "EXPORT_FORMATS",
+    "IMPORT_FORMATS",
     "Forecast",
     "PipelineError",
     "compare",
@@ -23,6 +25,7 @@ __all__ = [
     "feature_units",
     "forecast_harvest",
     "harvest",
+    "import_dictionary",
     "index",
     "open_pair",
     "sweep",

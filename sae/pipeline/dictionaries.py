@@ -1,4 +1,4 @@
-"""Dictionaries made from stores, and handed to other tools."""
+"""Dictionaries made from stores."""
 
 from __future__ import annotations
 
@@ -15,17 +15,14 @@ from sae import recipes, training
 from sae.checkpoint import read_tensors
 from sae.config import TrainConfig
 from sae.documents import TRAIN
-from sae.interop import saelens
 from sae.lm import load_model
-from sae.model import SAE, save
+from sae.model import SAE
 from sae.objectives import Downstream
-from sae.pipeline.pairing import PipelineError, opened
+from sae.pipeline.pairing import PipelineError
 from sae.rows import Batch, Rows
 from store.activations import ActivationStore
 from store.batches import ShuffledRows
 from store.features import FeatureIndex
-
-EXPORT_FORMATS = ("native", "sae-lens")
 
 
 class StoreRows:
@@ -143,22 +140,6 @@ def hook_point_of(store: ActivationStore, asked: str | None) -> str:
     if asked not in names:
         raise PipelineError(f"{store.path} holds the hook points {', '.join(names)}; got {asked!r}. Name one of them.")
     return asked
-
-
-def export(sae: SAE | str | Path, format: str, out: str | Path) -> Path:
-    """Writes the dictionary as safetensors: `native` (sae.safetensors + config.json) or `sae-lens` (SAELens' layout).
-
-    Raises: PipelineError for an unknown format or an `out` that already holds files.
-    """
-    dictionary, _ = opened(sae)
-    out = Path(out)
-    if format not in EXPORT_FORMATS:
-        raise PipelineError(f"export: format must be one of {', '.join(EXPORT_FORMATS)}; got {format!r}.")
-    if out.is_file() or (out.exists() and any(out.iterdir())):
-        raise PipelineError(f"export: {out} is {'a file' if out.is_file() else 'not empty'}; choose another --out.")
-    if format == "sae-lens":
-        return saelens.write(dictionary, out)
-    return save(dictionary, out, dictionary.config)
 
 
 def feature_max(directory: str | Path) -> np.ndarray:

@@ -37,7 +37,7 @@ def evaluate(
     """
     dictionary, directory = opened(sae)
     acts = store_of(dictionary, directory, store)
-    lm = model_of(dictionary, model, str(device_named(device)))
+    lm = model_of(dictionary, model, acts, device=str(device_named(device)))
     hook = dictionary.config["hook_point"]
     heldout = acts.totals(HELD_OUT, hook)
     domains = sorted({entry[2] for entry in acts.documents(HELD_OUT).values()})
@@ -117,7 +117,7 @@ def index(
     """
     dictionary, directory = opened(sae)
     acts = store_of(dictionary, directory, store)
-    lm = model_of(dictionary, model)
+    lm = model_of(dictionary, model, acts)
     hook = dictionary.config["hook_point"]
     path = Path(out) if out else (directory or Path(".")) / "features.zarr"
     shards = first_shards(acts, tokens)

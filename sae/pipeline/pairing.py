@@ -26,22 +26,38 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
         asked = Path(os.path.normpath(directory / held))
     store = ActivationStore.open(asked)
     ours, theirs = sae.config.get("model", {}), store.provenance["model"]
-    if ours and ours.get("sha256") != theirs.get("sha256"):
+    if ours.get("sha256", theirs["sha256"]) != theirs["sha256"]:  # an imported dictionary may not know it
         raise PipelineError(
             f"{store.path} holds activations of {theirs['id']} (weights {theirs['sha256'][:12]}…), the dictionary was "
             f"trained on {ours['id']} ({ours['sha256'][:12]}…). Harvest that model's activations first."
         )
+    hook_point = sae.config.get("hook_point") or "an unnamed place"
+    if store.hook_points.get(hook_point) != sae.d_in:
+        held = ", ".join(f"{name} ({width} wide)" for name, width in store.hook_points.items())
+        raise PipelineError(f"{store.path} holds {held}; the dictionary reads {hook_point} ({sae.d_in} wide).")
     return store
 
 
-def model_of(sae: SAE, asked: LanguageModel | str | None, device: str = "cpu") -> LanguageModel:
-    if isinstance(asked, LanguageModel):
-        return asked
+def model_of(
+    sae: SAE, asked: LanguageModel | str | None, store: ActivationStore | None = None, *, device: str = "cpu"
+) -> LanguageModel:
+    """The dictionary's model, or the one asked for; where no hash of it is known, it must be the store's."""
+    lm = asked if isinstance(asked, LanguageModel) else _named_model(sae, asked, device)
+    theirs = store.provenance["model"] if store else {}
+    if store and "sha256" not in sae.config.get("model", {}) and lm.weights_sha256 != theirs["sha256"]:
+        raise PipelineError(
+            f"{store.path} holds activations of {theirs['id']} (weights {theirs['sha256'][:12]}…), the model named is "
+            f"{lm.id} ({lm.weights_sha256[:12]}…). Name the store's (--model)."
+        )
+    return lm
+
+
+def _named_model(sae: SAE, asked: str | None, device: str) -> LanguageModel:
     ours = sae.config.get("model", {})
     if asked is None and "id" not in ours:
         raise PipelineError("this dictionary does not say which model it belongs to; name one (--model).")
     lm = load_model(asked or ours["id"], device=device)
-    if asked is None and lm.weights_sha256 != ours["sha256"]:
+    if asked is None and lm.weights_sha256 != ours.get("sha256", lm.weights_sha256):
         raise PipelineError(
             f"the model {lm.id} has changed since the dictionary was trained: weights {lm.weights_sha256[:12]}…, "
             f"expected {ours['sha256'][:12]}…. Name the right one (--model)."

@@ -1,0 +1,80 @@
+"""sparsify's layout: `cfg.json` and `sae.safetensors` in a directory named after the Hugging Face module it reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sae.checkpoint import write_json, write_tensors
+from sae.interop import files, foreign
+from sae.interop.hooks import hook_point
+from sae.model import SAE
+
+NAME = "sparsify"
+FILES = "cfg.json and sae.safetensors"
+
+_TENSORS = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
+
+
+def detect(path: Path) -> bool:
+    return (path / "cfg.json").is_file() and (path / "sae.safetensors").is_file()
+
+
+def read(path: Path) -> SAE:
+    """The dictionary of one hookpoint's directory. Its hook point is the directory's name, e.g. `layers.3.mlp`.
+
+    Raises: InteropError when it is damaged, a transcoder, or chooses features otherwise than by the k largest.
+    """
+    where = path / "cfg.json"
+    config = files.read_json(where)
+    foreign.refuse_unless(
+        not config.get("transcode"), where, "it is a transcoder: it predicts another place's activations."
+    )
+    foreign.refuse_unless(
+        not config.get("skip_connection"), where, "it adds a linear map of its input to its output (W_skip)."
+    )
+    foreign.refuse_unless(not config.get("signed"), where, "its features can be negative (signed); ours cannot.")
+    activation = config.get("activation", "topk")
+    foreign.refuse_unless(activation == "topk", where, f"its activation is {activation!r}; read is topk.")
+    tensors = foreign.pick(files.read_safetensors(path / "sae.safetensors"), _TENSORS, path / "sae.safetensors")
+    foreign.transpose(tensors, ("W_enc",), where)
+    shape = foreign.shape_of(tensors, where)
+    foreign.agree(config, {"d_in": shape["d_in"]}, where)
+    if config.get("num_latents"):  # 0 stands for expansion_factor · d_in
+        foreign.agree(config, {"num_latents": shape["d_sae"]}, where)
+    sae = foreign.assemble(
+        where,
+        tensors,
+        {"activation": "topk", "k": foreign.whole(config, "k", where)},
+        peer=NAME,
+        kind="topk",
+        hook_point=hook_point(path.resolve().name),
+        model=foreign.text(foreign.section(foreign.section(config, foreign.OURS), "model"), "id"),
+        config=config,
+    )
+    return foreign.restore(sae, foreign.section(config, foreign.OURS))
+
+
+def write(sae: SAE, out: Path) -> Path:
+    """Writes the layout into `out`. Raises: InteropError for all but topk, which is what it does at inference."""
+    foreign.refuse_export_unless(
+        sae.activation == "topk" and sae.pre_bias and sae.d_out == sae.d_in and not sae.skip,
+        NAME,
+        f"it takes the k largest features of x − b_dec; this dictionary is {sae.show_shape()}.",
+    )
+    ours = sae.tensors()
+    tensors = {theirs: ours[name].t() if name == "W_enc" else ours[name] for name, theirs in _TENSORS.items()}
+    write_tensors(out / "sae.safetensors", tensors, {})
+    config = {
+        "activation": "topk",
+        "expansion_factor": max(1, sae.d_sae // sae.d_in),
+        "normalize_decoder": False,  # only asked at initialisation there
+        "num_latents": sae.d_sae,
+        "k": sae.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": sae.d_in,
+        foreign.OURS: foreign.carried(sae),
+    }
+    write_json(out / "cfg.json", config)
+    return out

@@ -1,0 +1,71 @@
+"""Dictionaries handed to other tools, and taken from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sae.interop import hub, registry
+from sae.lm import load_model
+from sae.model import SAE, save
+from sae.pipeline.pairing import PipelineError, opened
+
+EXPORT_FORMATS = ("native", *registry.WRITERS)
+IMPORT_FORMATS = tuple(registry.PEERS)
+
+
+def export(sae: SAE | str | Path, format: str, out: str | Path) -> Path:
+    """Writes the dictionary into `out` as `native` (sae.safetensors + config.json) or in a peer's layout.
+
+    Raises: PipelineError for an unknown format or an `out` that already holds files; InteropError where the peer has
+    nothing that does the same.
+    """
+    dictionary, _ = opened(sae)
+    out = Path(out)
+    if format not in EXPORT_FORMATS:
+        raise PipelineError(f"export: format must be one of {', '.join(EXPORT_FORMATS)}; got {format!r}.")
+    _refuse_filled(out, "export")
+    if format == "native":
+        return save(dictionary, out, dictionary.config)
+    return registry.WRITERS[format].write(dictionary, out)
+
+
+def import_dictionary(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str | None = None,
+    model: str | None = None,
+    hook_point: str | None = None,
+) -> SAE:
+    """Reads another tool's dictionary and writes it into `out` as ours, ready for eval, index, browse and steer.
+
+    `source` is a directory, a file, or `hub:owner/repo[/path][@revision]`. `model` and `hook_point` say (or correct)
+    what the files leave open; a model that is named is opened, checked and recorded with the hash of its weights.
+    Raises: InteropError for files that are damaged or mean something ours cannot say; PipelineError for an `out` that
+    holds files, an unknown hook point, or a model whose activations there have another width.
+    """
+    out = Path(out)
+    _refuse_filled(out, "import")
+    named = str(source)
+    path = hub.fetch(named) if named.startswith(hub.PREFIX) else Path(source)
+    sae = registry.read(path, format)
+    place = hook_point or sae.config["hook_point"]
+    if place is None:
+        raise PipelineError(
+            f"import: {named} does not say, in a name that is known here, which activations it reads. Name them: "
+            "--hook-point blocks.<layer>.hook_resid_post, or as TransformerLens calls the place."
+        )
+    sae.config["hook_point"] = place
+    sae.config["imported"]["source"] = named if path != Path(source) else path.resolve().name
+    if model is not None:
+        lm = load_model(model)
+        if (width := lm.hook_width(place)) != sae.d_in:
+            raise PipelineError(f"import: {model} has {width} values at {place}, the dictionary reads {sae.d_in}.")
+        sae.config["model"] = lm.identity()
+    save(sae, out, sae.config)
+    return sae
+
+
+def _refuse_filled(out: Path, verb: str) -> None:
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise PipelineError(f"{verb}: {out} is {'a file' if out.is_file() else 'not empty'}; choose another --out.")
