@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from browser_live_fixture import D_SAE, NAMES, build_live_root
@@ -18,6 +20,8 @@ import browser
 from browser import data, live
 from browser.live import LiveError, prompts, steering
 from browser.state import ROOT_VARIABLE
+from browser.views.steering import _as_text
+from sae.cli import main as sae_command
 from sae.lm import NativeModel
 from sae.microscope import attribute, inspect
 from sae.model import load
@@ -151,6 +155,84 @@ def test_the_pattern_of_a_head(visit: Any, tiny_model: NativeModel) -> None:
 # --- steering --------------------------------------------------------------------------------------------------------
 
 
+def generate(page: AppTest) -> AppTest:
+    next(b for b in page.button if b.label == "Generate").click().run()
+    assert not page.exception, page.exception
+    return page
+
+
+def texts_of(page: AppTest) -> list[dict[str, Any]]:
+    return [p["groups"][0] for p in payloads(page.main) if "groups" in p]
+
+
+def test_steering_with_several_features_and_the_command_that_repeats_it(
+    visit: Any, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats = FeatureIndex.open(root / NAMES[0] / "features.zarr").stats
+    first, second = np.argsort(-stats["max"])[:2].tolist()
+    edits = f"{first}:set:6:p99 {second}:add:3:active"
+    page = generate(visit(view="Steering", edits=edits, seed="4", new="9"))
+    base, steered = texts_of(page)
+    assert base["title"] == "Base"
+    assert steered["title"] == f"Steered: {first} set to 6 × P99, {second} raised by 3 × max where active"
+    assert "under the base model" in steered["note"]
+    command, python = (code.value for code in page.code)
+    assert sae_command([*shlex.split(command)[1:], "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    (row,) = page.session_state["steered"]["rows"]
+    assert said["steered"][0]["ids"] == row.steered_ids
+    assert said["base"]["ids"] == row.base_ids
+    namespace: dict[str, Any] = {}
+    exec(python, namespace)
+    assert namespace["rows"][0].steered_ids == row.steered_ids
+
+
+def test_a_sweep_has_a_row_for_each_strength(visit: Any) -> None:
+    page = generate(visit(view="Steering", edits="3:set:1", sweep="true", new="5"))
+    assert [text["title"] for text in texts_of(page)] == ["Base", "× 0", "× 1", "× 2", "× 5", "× 10"]
+
+
+def test_the_papers_pinned_sampling(visit: Any) -> None:
+    page = visit(view="Steering", feature="3", new="4")
+    next(b for b in page.button if "pinned" in b.label).click().run()
+    assert not page.exception
+    assert page.session_state["edits"] == "3:set:1"
+    assert page.session_state["prompt"] == "1,2,3,4,5,6,7,8,9,10"
+    assert len(texts_of(page)) == 2
+
+
+def test_the_table_of_edits_is_the_text_in_the_address(visit: Any) -> None:
+    page = visit(view="Steering", feature="7")
+    assert page.session_state["edits"] == ""
+    next(b for b in page.button if b.label == "Add feature 7").click().run()
+    assert page.session_state["edits"] == "7:set:5"
+
+    frame = pd.DataFrame(
+        {
+            "feature": [7, 9],
+            "mode": ["set", "ablate"],
+            "value": [5.0, np.nan],
+            "unit": ["max", "max"],
+            "where active": False,
+        }
+    )
+    changes = {
+        "edited_rows": {0: {"mode": "scale", "value": 0.5, "where active": True}},
+        "deleted_rows": [1],
+        "added_rows": [{"feature": 11, "unit": "p99"}],
+    }
+    now = type("Page", (), {"feature": 7})()
+    assert _as_text(now, frame, changes) == "7:scale:0.5:active 11:set:5:p99"
+
+
+def test_steering_explains_what_it_cannot_do(visit: Any) -> None:
+    assert "cannot be read" in html(visit(view="Steering", edits="7:clamp:5"))
+    page = generate(visit(view="Steering"))
+    assert "Nothing is steered yet" in html(page)
+    page = generate(visit(view="Steering", edits="99999:set:5"))
+    assert "feature 99999 does not exist" in html(page)
+
+
 def test_steering_keeps_its_limits_whatever_the_page_sends() -> None:
     call: dict[str, Any] = {
         "prompt": "x", "edits": [Edit(0)], "factors": [1.0],
@@ -250,6 +332,21 @@ def test_a_token_by_precision_and_recall(visit: Any, root: Path) -> None:
         assert all(token in index.panel("logits/top_id", int(f)) for f in found["feature"])
 
 
+def test_a_word_that_is_no_token_is_answered_with_those_that_hold_it(visit: Any, root: Path) -> None:
+    index = FeatureIndex.open(root / NAMES[0] / "features.zarr")
+    names = [index.token_bytes(i) for i in range(index.d_vocab)]
+    words = [name.strip() for name in names if name.strip().isalpha()]
+    parts = (word[i : i + 2] for word in sorted(words, key=len)[::-1] for i in range(len(word) - 1))
+    part = next(part for part in parts if part not in names)
+    page = visit(view="Token", token=part.decode())
+    assert f"No token is exactly “{part.decode()}”" in html(page)
+    rows = rows_of(page, "Tokens that hold it")
+    assert rows
+    assert all(part in names[row["open"]].lower() for row in rows)
+    page = visit(view="Token", token="<script>alert(1)</script>")
+    assert "&lt;script&gt;" in html(page)
+
+
 def test_compare_reads_what_sae_compare_wrote(visit: Any, root: Path) -> None:
     page = visit(view="Compare", other=NAMES[1])
     table = page.dataframe[0].value
@@ -280,6 +377,13 @@ def test_without_a_comparison_the_decoders_are_compared(visit: Any, root: Path) 
         np.testing.assert_allclose(table["cosine"].sort_index(), cosines.max(1).values, atol=1e-5)
     finally:
         (root / "away").rename(folder)
+
+
+def test_another_model_under_the_same_name_is_refused(root: Path) -> None:
+    (entry, _) = data.scan(root)
+    entry.config["model"]["sha256"] = "ab" * 32
+    with pytest.raises(LiveError, match="has changed since tiny/a was trained"):
+        live.load(entry)
 
 
 def test_deep_links_hold_the_whole_state(visit: Any) -> None:
