@@ -8,20 +8,29 @@ from hashlib import blake2b
 
 HELD_OUT, TRAIN = "heldout", "train"
 HELD_OUT_MODULUS = 20
+DOCUMENT_BYTES = 500  # what a document takes beside its text; a million short ones are not free
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
-    """One text with where it comes from; `id` is stable between runs over the same source."""
+    """One text with where it comes from; `id` is stable between runs over the same source.
+
+    A part of a longer text carries the whole's digest in `of`: all parts are in the split of the whole.
+    """
 
     id: str
     text: str
     domain: str
     source: str
+    of: int | None = None
+
+    @property
+    def digest(self) -> int:
+        return digest_of(self.text) if self.of is None else self.of
 
     @property
     def split(self) -> str:
-        return split_of(self.text)
+        return _split(self.digest)
 
 
 def digest_of(text: str) -> int:
@@ -31,7 +40,11 @@ def digest_of(text: str) -> int:
 
 def split_of(text: str) -> str:
     """`heldout` when `blake2b(text) mod 20 == 0`, else `train`: frozen by the text alone (DESIGN §3)."""
-    return HELD_OUT if digest_of(text) % HELD_OUT_MODULUS == 0 else TRAIN
+    return _split(digest_of(text))
+
+
+def _split(digest: int) -> str:
+    return HELD_OUT if digest % HELD_OUT_MODULUS == 0 else TRAIN
 
 
 def sha256_of(text: str) -> str:
@@ -49,14 +62,14 @@ def shuffled(documents: Iterator[Document], *, window_bytes: int = 1 << 29) -> I
 
     Sources list documents by topic (a corpus sorted by domain, a directory by name), so a budget smaller than the
     source would see only its beginning. Inside a window the order is that of a second hash, hence a fixed shuffle;
-    text up to `window_bytes` (UTF-8) is shuffled whole, longer text in bounded memory.
+    text up to `window_bytes` (UTF-8, and what Python adds) is shuffled whole, longer text in bounded memory.
     """
     window: list[tuple[bytes, Document]] = []
     held_bytes = 0
     for document in documents:
         raw = _utf8(document.text)
         window.append((blake2b(raw, digest_size=8, person=b"order").digest(), document))
-        held_bytes += len(raw)
+        held_bytes += len(raw) + DOCUMENT_BYTES
         if held_bytes >= window_bytes:
             yield from _in_order(window)
             window, held_bytes = [], 0
@@ -78,6 +91,7 @@ class TextReport:
     replaced_documents: int = 0
     ignored_files: int = 0
     duplicates: int = 0
+    long_documents: int = 0
     first_problems: list[str] = field(default_factory=list)
 
     def note(self, problem: str) -> None:
@@ -92,6 +106,7 @@ class TextReport:
             (self.replaced_documents, "with undecodable bytes (shown as U+FFFD)"),
             (self.ignored_files, "files of other types ignored"),
             (self.duplicates, "exact duplicates dropped"),
+            (self.long_documents, "too long and cut into parts"),
         ):
             if count:
                 parts.append(f"{count:,} {what}")

@@ -9,8 +9,10 @@ import json
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
+from functools import partial
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -41,10 +43,21 @@ class ModelError(ValueError):
 
 
 class _Captured(Exception):
-    """Carries an activation out of a forward pass so that nothing after the hook is computed."""
+    """Ends a forward pass at the last activation asked for, so that nothing after it is computed."""
 
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
+
+class _Catch(dict[str, Tensor]):
+    """Activations by hook point, ended by `_Captured` once all are there; copies, since a model may go on in place."""
+
+    def __init__(self, wanted: Sequence[str]) -> None:
+        super().__init__()
+        self.wanted = set(wanted)
+
+    def take(self, name: str, value: Tensor) -> None:
+        last = len(self) + 1 == len(self.wanted)
+        self[name] = value if last else value.clone()
+        if last:
+            raise _Captured
 
 
 class LanguageModel(ABC):
@@ -65,8 +78,17 @@ class LanguageModel(ABC):
         """Width d_in of the activations at `hook_point`. Raises: ModelError for an unknown name."""
 
     @abstractmethod
+    def capture_all(
+        self, tokens: Int[Tensor, "batch pos"], hook_points: Sequence[str]
+    ) -> dict[str, Float[Tensor, "batch pos _"]]:
+        """Activations at each hook point from one forward pass; nothing after the last of them is computed.
+
+        Heads and other trailing axes are flattened into d_in. Raises: ModelError for an unknown or unusable name.
+        """
+
     def capture(self, tokens: Int[Tensor, "batch pos"], hook_point: str) -> Float[Tensor, "batch pos d_in"]:
-        """Activations at `hook_point`; nothing after it is computed."""
+        """Activations at one hook point; nothing after it is computed."""
+        return self.capture_all(tokens, [hook_point])[hook_point]
 
     @abstractmethod
     def _logits(
@@ -189,19 +211,22 @@ class NativeModel(LanguageModel):
         return widths[hook_point]
 
     @torch.inference_mode()
-    def capture(self, tokens: Int[Tensor, "batch pos"], hook_point: str) -> Float[Tensor, "batch pos d_in"]:
-        self.hook_width(hook_point)
+    def capture_all(
+        self, tokens: Int[Tensor, "batch pos"], hook_points: Sequence[str]
+    ) -> dict[str, Float[Tensor, "batch pos _"]]:
+        for hook_point in hook_points:
+            self.hook_width(hook_point)
+        caught = _Catch(hook_points)
 
-        def stop(name: str, value: Tensor) -> Tensor:
-            if name == hook_point:
-                raise _Captured(value)
+        def look(name: str, value: Tensor) -> Tensor:
+            if name in caught.wanted:
+                caught.take(name, value)
             return value
 
-        try:
-            self.module.final(tokens.to(self.device), stop)
-        except _Captured as captured:
-            return captured.value
-        raise AssertionError(f"{hook_point} was never reached")
+        with suppress(_Captured):
+            self.module.final(tokens.to(self.device), look)
+        assert caught.keys() == caught.wanted
+        return caught
 
     def _logits(
         self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
@@ -275,21 +300,33 @@ class BridgeModel(LanguageModel):
 
     def hook_width(self, hook_point: str) -> int:
         if hook_point not in self._widths:
-            probe = torch.zeros((1, 1), dtype=torch.long)
+            # No axis but that of the positions has this length, so that an attention pattern is known for one.
+            probe = torch.zeros((1, min(int(self.module.cfg.n_heads) + 1, self.context_tokens)), dtype=torch.long)
             self._widths[hook_point] = int(self.capture(probe, hook_point).shape[-1])
         return self._widths[hook_point]
 
     @torch.inference_mode()
-    def capture(self, tokens: Int[Tensor, "batch pos"], hook_point: str) -> Float[Tensor, "batch pos d_in"]:
+    def capture_all(
+        self, tokens: Int[Tensor, "batch pos"], hook_points: Sequence[str]
+    ) -> dict[str, Float[Tensor, "batch pos _"]]:
         # Raised inside the hook, because `stop_at_layer` does nothing on a one-layer model.
-        def stop(value: Tensor, hook: Any) -> Tensor:
-            raise _Captured(value)
+        caught = _Catch(hook_points)
 
-        try:
-            self._run(tokens, [(hook_point, stop)])
-        except _Captured as captured:
-            return captured.value.float()
-        raise ModelError(f"{self.id}: the hook point {hook_point!r} exists but was never reached.")
+        def look(value: Tensor, hook: Any, name: str) -> Tensor:
+            caught.take(name, value)
+            return value
+
+        with suppress(_Captured):
+            self._run(tokens, [(name, partial(look, name=name)) for name in caught.wanted])
+        for name in caught.wanted:
+            if name not in caught:
+                raise ModelError(f"{self.id}: the hook point {name!r} exists but was never reached.")
+            if caught[name].shape[:2] != tokens.shape or caught[name].ndim < 3:
+                raise ModelError(
+                    f"{self.id}: {name!r} gives {list(caught[name].shape)} for {list(tokens.shape)} tokens; "
+                    "a dictionary needs [batch, pos, …], one vector for each token."
+                )
+        return {name: value.flatten(2).float() for name, value in caught.items()}
 
     def _logits(
         self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
@@ -300,7 +337,7 @@ class BridgeModel(LanguageModel):
         bypassed: list[Tensor] = []
 
         def replace(value: Tensor, hook: Any) -> Tensor:
-            replaced = splice(value.float()).to(value.dtype)
+            replaced = splice(value.flatten(2).float()).to(value.dtype).view(value.shape)
             bypassed.append(replaced - value)
             return replaced
 
@@ -322,7 +359,7 @@ class BridgeModel(LanguageModel):
         try:
             return self.module.run_with_hooks(tokens.to(self.device), return_type="logits", fwd_hooks=hooks)
         except KeyError as error:
-            hook_point = hooks[0][0]
+            hook_point = next((name for name, _ in hooks if name in str(error)), hooks[0][0])
             close = get_close_matches(hook_point, self.module.hook_dict, n=4)
             hint = f" Did you mean {', '.join(close)}?" if close else ""
             raise ModelError(f"{self.id} has no hook point {hook_point!r}.{hint}") from error

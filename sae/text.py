@@ -18,11 +18,21 @@ from sae.documents import Document, TextReport, shuffled
 
 DOMAIN_OF_SUFFIX = {".txt": "text", ".md": "markdown", ".py": "python"}
 SUFFIXES = (*DOMAIN_OF_SUFFIX, ".jsonl")
+MAX_DOCUMENT_CHARACTERS = 1 << 22
 SAVED_DATASET = ("state.json", "dataset_dict.json")  # what datasets' save_to_disk leaves
 
 
 class TextError(ValueError):
     """A text source cannot be read; the message says what was found and what is accepted."""
+
+
+def _cut(text: str, start: int) -> int:
+    """Where the part from `start` ends: after the last line end, or else space, of its second half."""
+    limit = start + MAX_DOCUMENT_CHARACTERS
+    if limit >= len(text):
+        return len(text)
+    half = start + MAX_DOCUMENT_CHARACTERS // 2
+    return text.rfind("\n", half, limit) + 1 or text.rfind(" ", half, limit) + 1 or limit
 
 
 @dataclass
@@ -33,6 +43,7 @@ class TextSource:
     read: Callable[[TextReport], Iterator[Document]]
     fingerprint: str
     report: TextReport = field(default_factory=TextReport)
+    specs: tuple[str, ...] = ()  # what `open_text` opens to read it again
 
     def documents(self) -> Iterator[Document]:
         """Every non-empty document once, in a fixed shuffled order.
@@ -41,6 +52,19 @@ class TextSource:
         """
         self.report = TextReport()
         yield from shuffled(self._counted())
+
+    def _in_parts(self, document: Document) -> Iterator[Document]:
+        """Text too long to tokenise at once, cut after line ends or spaces; parts stay in the split of the whole."""
+        if len(document.text) <= MAX_DOCUMENT_CHARACTERS:
+            yield document
+            return
+        self.report.long_documents += 1
+        self.report.note(f"{document.id} has {len(document.text):,} characters and was cut into parts")
+        start, number = 0, 0
+        while start < len(document.text):
+            end = _cut(document.text, start)
+            yield replace(document, id=f"{document.id}#{number}", text=document.text[start:end], of=document.digest)
+            start, number = end, number + 1
 
     def _counted(self) -> Iterator[Document]:
         for document in self.read(self.report):
@@ -57,7 +81,7 @@ class TextSource:
                 document, text_bytes = replace(document, text=paired), len(paired.encode())
             self.report.documents += 1
             self.report.text_bytes += text_bytes
-            yield document
+            yield from self._in_parts(document)
         if not self.report.documents:
             problems = "".join(f"\n  {problem}" for problem in self.report.first_problems)
             raise TextError(f"no text found in {self.name} ({self.report.summary()}){problems}")
@@ -68,6 +92,10 @@ def open_text(spec: str | Path) -> TextSource:
 
     Raises: TextError for a missing path or an unknown file type.
     """
+    return replace(_opened_source(spec), specs=(str(spec),))
+
+
+def _opened_source(spec: str | Path) -> TextSource:
     if str(spec) == "default":
         from sae import default_text
 
@@ -97,7 +125,8 @@ def combine(sources: list[TextSource]) -> TextSource:
             yield from source.read(report)
 
     joined = sha256("\n".join(source.fingerprint for source in sources).encode())
-    return TextSource(" + ".join(source.name for source in sources), read, joined.hexdigest())
+    specs = tuple(spec for source in sources for spec in source.specs)
+    return TextSource(" + ".join(source.name for source in sources), read, joined.hexdigest(), specs=specs)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -192,7 +221,7 @@ def _read_file(path: Path, name: str, report: TextReport) -> Iterator[Document]:
     try:
         with _opened(path) as stream:
             if kind == ".jsonl":
-                yield from _read_jsonl(stream, name, report)
+                yield from read_jsonl(stream, name, report)
             else:
                 assert kind is not None
                 yield Document(name, _decoded(stream.read(), name, report), DOMAIN_OF_SUFFIX[kind], name)
@@ -201,6 +230,8 @@ def _read_file(path: Path, name: str, report: TextReport) -> Iterator[Document]:
 
 
 def _decoded(raw: bytes, name: str, report: TextReport) -> str:
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return raw.decode("utf-16", errors="replace")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -209,7 +240,8 @@ def _decoded(raw: bytes, name: str, report: TextReport) -> str:
         return raw.decode("utf-8-sig", errors="replace")
 
 
-def _read_jsonl(stream: BinaryIO, name: str, report: TextReport) -> Iterator[Document]:
+def read_jsonl(stream: BinaryIO, name: str, report: TextReport) -> Iterator[Document]:
+    """One document a line, from its "text" (and "id", "domain", "source"); broken lines are counted and passed over."""
     for number, line in enumerate(stream, start=1):
         where = f"{name}:{number}"
         if not line.strip():

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 BOS = "<|endoftext|>"
 SMALLEST_VOCAB = 257
+PROBE = "The quick brown fox 0123 (é, 你好)!\n\tend."
 FALLBACK_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -52,10 +53,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such tokenizer file.")
+    return parse_tokenizer(path.read_bytes(), path)
+
+
+def parse_tokenizer(raw: bytes, where: object) -> Tokenizer:
+    """The tokenizer in the bytes of a `tokenizer.json`. Raises: ValueError naming `where` when they are none."""
     try:
-        return _literal(Tokenizer.from_file(str(path)))
-    except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        tokenizer = _literal(Tokenizer.from_buffer(raw))
+        tokenizer.encode(PROBE, add_special_tokens=False)  # some damage shows only here
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises a bare Exception, and its panics are not even that
+        raise ValueError(f"{where} is not a tokenizer.json: {error}") from error
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from store.activation_layout import SPLITS, acts_name
+from store.activation_layout import HOOK_NAME, SPLITS, acts_name
 from store.schema import StoreError, decode, encode, stored_dtype
-from store.shards import Document
-
-_HOOK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")  # becomes the name of a directory
+from store.shards import Document, as_document
 
 
 def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +22,7 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
         raise StoreError("hook_points is empty: name at least one as {hook point: d_in}")
     for hook, dtype in settings["dtype"].items():
         stored_dtype(dtype)
-        if not _HOOK_NAME.fullmatch(hook):
+        if not HOOK_NAME.fullmatch(hook):
             raise StoreError(f"hook point {hook!r}: use letters, digits, '.', '_' and '-' only")
     sizes = {
         "seq_len": settings["seq_len"],
@@ -90,7 +87,7 @@ class ShardInput:
         documents: Mapping[int, Document],
         hook_points: Mapping[str, int],
         seq_len: int,
-        dtype: str,
+        dtype: Mapping[str, str],
         shard_contexts: int,
         first_context: int,
     ) -> ShardInput:
@@ -116,10 +113,10 @@ class ShardInput:
         }
         for hook, d_in in hook_points.items():
             rows = _rows(hook, np.asarray(acts[hook]), contexts, seq_len, d_in)
-            stored = encode(rows, dtype)
-            _check_finite(hook, rows, stored, dtype, first_context, seq_len)
+            stored = encode(rows, dtype[hook])
+            _check_finite(hook, rows, stored, dtype[hook], first_context, seq_len)
             blocks[acts_name(hook)] = _padded(stored, shard_contexts * seq_len, 0)
-        table = {int(number): _document(number, entry) for number, entry in documents.items()}
+        table = {int(number): as_document(number, entry) for number, entry in documents.items()}
         return cls(blocks, contexts, text["keep"].reshape(-1), table)
 
 
@@ -178,9 +175,3 @@ def _largest(dtype: str) -> float:
     if dtype == "bfloat16":
         return float(decode(np.array([0x7F7F], np.uint16), dtype)[0])
     return float(np.finfo(stored_dtype(dtype)).max)
-
-
-def _document(number: int, entry: Document) -> Document:
-    if len(entry) != 4 or not all(isinstance(part, str) for part in entry):
-        raise StoreError(f"document {number} must be (id, source, domain, sha256), got {entry!r}")
-    return (entry[0], entry[1], entry[2], entry[3])

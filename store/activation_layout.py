@@ -1,24 +1,17 @@
-"""Where things lie in an `acts.zarr`, and how an empty one comes into being."""
+"""Where things lie in an `acts.zarr`, and what an empty one consists of."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from pathlib import Path
+import re
 from typing import Any
 
 import numpy as np
 import zarr
+from zarr.storage import MemoryStore
 
-from store.schema import (
-    FORMAT_VERSION,
-    StoreError,
-    fsync_directory,
-    fsync_file,
-    read_json,
-    stored_dtype,
-)
-from store.shards import ShardedArray
+from store.places import Place
+from store.schema import FORMAT_VERSION, StoreError, parse_json, stored_dtype
+from store.shards import create_array
 
 SPLITS = ("heldout", "train")  # in the order of their shards
 LANES = 64  # shard s of a split belongs to lane s % LANES, whatever the number of workers
@@ -28,6 +21,10 @@ TEXT_ARRAYS: dict[str, tuple[type, int | bool]] = {  # name: dtype, what padding
     "keep": (np.bool_, False),
     "document": (np.int32, -1),
 }
+METADATA = "zarr.json"
+COMPLETE = "complete.json"
+_FILE_OF_SHARD = re.compile(r"(?:.*/)?c/(\d+)/[^/]*")
+_FILE_OF_MARKER = re.compile(r"markers/(heldout|train)/(\d+)\.json[^/]*")
 
 
 def acts_name(hook_point: str) -> str:
@@ -35,48 +32,120 @@ def acts_name(hook_point: str) -> str:
     return f"hooks/{hook_point}/acts"
 
 
-def lock_file(path: Path) -> Path:
-    """The writer's lock of a store, beside it."""
-    return Path(os.path.realpath(path) + ".lock")
+def array_names(attributes: dict[str, Any]) -> list[str]:
+    """Every array of a store: one for each hook point, then those of the text."""
+    return [acts_name(hook) for hook in attributes["hook_points"]] + list(TEXT_ARRAYS)
 
 
-def is_vacant(path: Path) -> bool:
-    """Whether a store may be made here: nothing is there, or an empty directory."""
-    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+def marker_key(split: str, shard: int) -> str:
+    """Where a shard's marker lies."""
+    return f"markers/{split}/{shard:08d}.json"
 
 
-def read_attributes(path: Path) -> dict[str, Any]:
-    """The settings of the store at `path`; StoreError if it is none or too new, or damaged."""
-    if not (path / "zarr.json").is_file():
-        raise StoreError(f"{path} is not an activation store: it has no zarr.json")
-    metadata = read_json(path / "zarr.json")
+def shard_of_key(key: str, n_heldout: int) -> tuple[str, int] | None:
+    """The shard that a file (or a half-written one) belongs to; None for files of the whole store."""
+    if found := _FILE_OF_MARKER.fullmatch(key):
+        return found[1], int(found[2])
+    if found := _FILE_OF_SHARD.fullmatch(key):
+        number = int(found[1])
+        return ("heldout", number) if number < n_heldout else ("train", number - n_heldout)
+    return None
+
+
+def parse_attributes(raw: bytes, where: object) -> dict[str, Any]:
+    """The settings in the bytes of a store's zarr.json; StoreError if they are none, too new or damaged."""
+    metadata = parse_json(raw, where)
     attributes = metadata.get("attributes") if isinstance(metadata, dict) else None
     if not isinstance(attributes, dict) or attributes.get("kind") != KIND:
-        raise StoreError(f"{path} is not an activation store: its zarr.json describes another kind")
-    if attributes["format"] > FORMAT_VERSION:
-        raise StoreError(
-            f"{path} has format {attributes['format']}, this version reads up to {FORMAT_VERSION}: update monosem"
-        )
-    for name in (*map(acts_name, attributes["hook_points"]), *TEXT_ARRAYS):
-        if not (path / name / "zarr.json").is_file():
+        raise StoreError(f"{where} is not an activation store's: it describes another kind")
+    version = attributes.get("format")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise StoreError(f"{where} has format {version}, this version reads up to {FORMAT_VERSION}: update monosem")
+    wrong = sorted(name for name, holds in _ATTRIBUTES.items() if not holds(attributes.get(name)))
+    if not wrong and set(attributes["dtype"]) != set(attributes["hook_points"]):
+        wrong = ["dtype"]
+    if not wrong and not 0 < _row_count(attributes) < _MOST_ROWS:
+        wrong = ["n_shards"]
+    if wrong:
+        raise StoreError(f"{where} is damaged: {', '.join(wrong)} wrong or missing. {REPAIR_METADATA}")
+    for dtype in attributes["dtype"].values():
+        stored_dtype(dtype)
+    return attributes
+
+
+REPAIR_METADATA = "Copy it again from where it came, or harvest again under another name."
+
+
+def _count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+HOOK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")  # becomes the name of a directory
+_MOST_ROWS = 1 << 62  # rows are numbered in int64
+
+
+def _row_count(attributes: dict[str, Any]) -> int:
+    return int(attributes["seq_len"] * attributes["contexts_per_shard"] * sum(attributes["n_shards"].values()))
+
+
+_ATTRIBUTES = {
+    "format": lambda v: _count(v, 1),
+    "seq_len": lambda v: _count(v, 1),
+    "contexts_per_shard": lambda v: _count(v, 1),
+    "hook_points": lambda v: (
+        isinstance(v, dict)
+        and bool(v)
+        and all(_count(d, 1) and d < _MOST_ROWS and HOOK_NAME.fullmatch(hook) for hook, d in v.items())
+    ),
+    "dtype": lambda v: isinstance(v, dict) and all(isinstance(d, str) for d in v.values()),
+    "n_shards": lambda v: isinstance(v, dict) and set(v) == set(SPLITS) and all(_count(n, 0) for n in v.values()),
+    "provenance": lambda v: isinstance(v, dict),
+}
+
+
+def read_attributes(place: Place) -> dict[str, Any]:
+    """The settings of the store at `place`; StoreError if it is none or too new, or damaged."""
+    if place.size(METADATA) is None:
+        raise StoreError(f"{place.path} is not an activation store: it has no zarr.json")
+    attributes = parse_attributes(place.read(METADATA), place.where(METADATA))
+    for name in array_names(attributes):
+        if place.size(f"{name}/{METADATA}") is None:
             raise StoreError(
-                f"{path} is damaged: {name}/zarr.json is missing. "
-                "Copy it again from where it came, or harvest again under another name."
+                f"{place.path} is damaged: {name}/zarr.json is missing. `sae verify --repair` writes it again."
             )
     return attributes
 
 
-def build(target: Path, attributes: dict[str, Any]) -> None:
-    """Make the store beside its place and rename it there: killed before, it does not exist."""
-    draft = target.with_name(target.name + ".creating")
-    if draft.exists():
-        shutil.rmtree(draft)
-    group = zarr.create_group(str(draft), attributes=attributes)
+_DECISIVE = ("zarr_format", "node_type", "shape", "data_type", "chunk_grid", "codecs", "fill_value")
+
+
+def metadata_problems(place: Place, attributes: dict[str, Any]) -> dict[str, str]:
+    """What is wrong with the arrays' zarr.json files, by key: missing, damaged, or of another shape than it must be."""
+    found = {}
+    for key, content in metadata_files(attributes).items():
+        if key == METADATA:
+            continue
+        expected = parse_json(content, key)
+        try:
+            there = parse_json(place.read(key), place.where(key))
+            same = isinstance(there, dict) and all(there.get(k) == expected.get(k) for k in _DECISIVE)
+            said = "" if same else f"{place.where(key)}: damaged: not what the store's settings make it"
+        except StoreError as error:
+            said = str(error)
+        if said:
+            found[key] = f"{said}; `sae verify --repair` writes it again"
+    return found
+
+
+def metadata_files(attributes: dict[str, Any]) -> dict[str, bytes]:
+    """The zarr.json files of an empty store, that of the whole store last: a store without it does not exist."""
+    files: dict[str, Any] = {}
+    group = zarr.create_group(MemoryStore(files), attributes=attributes)
     n_shards = sum(attributes["n_shards"].values())
     contexts, seq_len = attributes["contexts_per_shard"], attributes["seq_len"]
     for hook, d_in in attributes["hook_points"].items():
         dtype = attributes["dtype"][hook]
-        ShardedArray.create(
+        create_array(
             group,
             acts_name(hook),
             n_shards=n_shards,
@@ -86,7 +155,7 @@ def build(target: Path, attributes: dict[str, Any]) -> None:
             attributes={"logical_dtype": dtype},
         )
     for name, (kind, fill) in TEXT_ARRAYS.items():
-        ShardedArray.create(
+        create_array(
             group,
             name,
             n_shards=n_shards,
@@ -95,12 +164,5 @@ def build(target: Path, attributes: dict[str, Any]) -> None:
             fill=fill,
             attributes={},
         )
-    for split in SPLITS:
-        (draft / "markers" / split).mkdir(parents=True)
-    for entry in [*draft.rglob("*"), draft]:
-        if entry.is_dir():
-            fsync_directory(entry)
-        else:
-            fsync_file(entry)
-    os.rename(draft, target)
-    fsync_directory(target.parent)
+    ordered = sorted(files, key=lambda key: (key == METADATA, key))
+    return {key: files[key].to_bytes() for key in ordered}

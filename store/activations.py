@@ -1,95 +1,57 @@
 """The activation store: rows of a language model's hooks, each row's text found by arithmetic.
 
-Contexts are numbered over the whole store, those of the held-out split first. Position p of context
-c is row `c * seq_len + p` in every array, whether kept or not. A shard is `contexts_per_shard`
-contexts; it is written once, whole, and counts only when its marker exists: a writer killed at any
-moment loses at most the shard it was writing.
+A shard is written once, whole, and counts only when its marker exists: a writer killed at any
+moment loses at most the shard it was writing. Shards belong to lanes, and a lane has one writer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import errno
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from store.activation_input import ShardInput, check_settings, differences
 from store.activation_layout import (
+    COMPLETE,
     KIND,
     LANES,
+    METADATA,
     SPLITS,
-    TEXT_ARRAYS,
     acts_name,
-    build,
-    is_vacant,
-    lock_file,
+    array_names,
+    marker_key,
+    metadata_files,
+    metadata_problems,
+    parse_attributes,
     read_attributes,
+    shard_of_key,
 )
-from store.schema import (
-    FORMAT_VERSION,
-    StoreError,
-    atomic_json,
-    decode,
-    exclusive_lock,
-    fsync_directory,
-    read_json,
-    stored_dtype,
-)
-from store.shards import (
-    Document,
-    Marker,
-    ShardedArray,
-    files_present,
-    kept_sums,
-    read_marker,
-    remove_partial_files,
-)
+from store.activation_reader import ActivationReader, Contexts, Problem, Totals
+from store.places import Check, LocalPlace, Place
+from store.schema import FORMAT_VERSION, StoreError, json_bytes
+from store.shards import Document, Marker, kept_sums
+
+__all__ = ["ActivationStore", "Contexts", "Problem", "Totals"]
+
+ALL_LANES = range(LANES)
 
 
-@dataclass(frozen=True, eq=False)
-class Contexts:
-    """Text of one shard: arrays [contexts, seq_len]; context i is `first_context + i`."""
-
-    tokens: np.ndarray  # uint32
-    keep: np.ndarray  # bool: False on BOS and padding
-    document: np.ndarray  # int32 number in the document table, -1 on padding
-    first_context: int
+class DiskFull(StoreError):
+    """There is no room for another shard; every shard written before is whole."""
 
 
-@dataclass(frozen=True, eq=False)
-class Totals:
-    """Moments over kept rows: `mean` [d_in] in float64 and `mean_sq_norm` = mean of ‖x‖²."""
+class ActivationStore(ActivationReader):
+    """One `acts.zarr`. Make one with `create` or `open`."""
 
-    kept_rows: int
-    mean: np.ndarray
-    mean_sq_norm: float
-
-
-class ActivationStore:
-    """One `acts.zarr` directory. Make one with `create` or `open`."""
-
-    def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
-        self.path = path
-        self.seq_len: int = attributes["seq_len"]
-        self.contexts_per_shard: int = attributes["contexts_per_shard"]
-        self.hook_points: dict[str, int] = attributes["hook_points"]
-        self.n_shards: dict[str, int] = attributes["n_shards"]
-        self.provenance: dict[str, Any] = attributes["provenance"]
-        self.dtype: str = next(iter(attributes["dtype"].values()))
-        self._held = False
-        self._arrays: dict[str, ShardedArray] = {}
-
-    @property
-    def rows_per_shard(self) -> int:
-        """Rows of a full shard, kept or not."""
-        return self.contexts_per_shard * self.seq_len
-
-    # ---- making and opening ----
+    def __init__(self, place: Place, attributes: dict[str, Any]) -> None:
+        super().__init__(place, attributes)
+        self.ring_shards_per_lane: int | None = attributes.get("ring_shards_per_lane")
+        self._held: dict[int, Check] = {}
 
     @classmethod
     def create(
@@ -100,48 +62,42 @@ class ActivationStore:
         seq_len: int,
         contexts_per_shard: int,
         n_shards: dict[str, int],
-        dtype: str,
+        dtype: str | Mapping[str, str],
         provenance: dict[str, Any],
+        ring_shards_per_lane: int | None = None,
     ) -> ActivationStore:
         """Make an empty store, or open the one that is there if it was made in just this way.
 
         `hook_points` is {name: d_in}, `n_shards` {"heldout": n, "train": n}, `dtype` one of
-        float16, bfloat16, float32. Raises StoreError naming every setting that differs from an
-        existing store's; that store is not touched.
+        float16, bfloat16, float32, or one for each hook point. A ring keeps only the newest
+        `ring_shards_per_lane` training shards of each lane. Raises StoreError naming every setting
+        that differs from an existing store's; that store is not touched.
         """
-        path = Path(path)
-        wanted = check_settings(
-            {
-                "kind": KIND,
-                "format": FORMAT_VERSION,
-                "seq_len": seq_len,
-                "contexts_per_shard": contexts_per_shard,
-                "dtype": dict.fromkeys(hook_points, dtype),
-                "hook_points": hook_points,
-                "n_shards": n_shards,
-                "lanes": LANES,
-                "provenance": provenance,
-            }
-        )
-        if not is_vacant(path):
-            return cls._resume(path, wanted)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(lock_file(path), str(path)):
-            if is_vacant(path):
-                build(Path(os.path.realpath(path)), wanted)
-        return cls._resume(path, wanted)
-
-    @classmethod
-    def _resume(cls, path: Path, wanted: dict[str, Any]) -> ActivationStore:
-        store = cls.open(path)
-        found = differences(read_attributes(path), wanted)
+        place = open_place(path)
+        settings = {
+            "kind": KIND,
+            "format": FORMAT_VERSION,
+            "seq_len": seq_len,
+            "contexts_per_shard": contexts_per_shard,
+            "dtype": dict.fromkeys(hook_points, dtype) if isinstance(dtype, str) else dict(dtype),
+            "hook_points": hook_points,
+            "n_shards": n_shards,
+            "lanes": LANES,
+            "provenance": provenance,
+        }
+        if ring_shards_per_lane is not None:
+            settings["ring_shards_per_lane"] = ring_shards_per_lane
+        wanted = check_settings(settings)
+        if place.is_vacant():
+            place.create(metadata_files(wanted), [f"markers/{split}" for split in SPLITS])
+        found = differences(read_attributes(place), wanted)
         if found:
             lines = "\n  ".join(found)
             raise StoreError(
                 f"{path} was made with other settings, and nothing in it was changed:\n  {lines}\n"
                 "Use the same settings to go on with it, or choose another output path."
             )
-        return store
+        return cls(place, wanted)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> ActivationStore:
@@ -149,22 +105,49 @@ class ActivationStore:
 
         Raises StoreError if there is none, if it is damaged or if a newer version made it.
         """
-        path = Path(path)
-        return cls(path, read_attributes(path))
+        place = open_place(path)
+        return cls(place, read_attributes(place))
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[ActivationStore]:
-        """Be the one writer for a while; removes what a killed writer left half-written.
+    def hold(
+        self, lanes: Iterable[int] = ALL_LANES, *, take_over: bool = False, sweep: bool = True
+    ) -> Iterator[ActivationStore]:
+        """Be the one writer of these lanes for a while; first `sweep` away what a killed writer left of them.
 
-        Raises StoreError naming the process (and host) that is writing already.
+        `take_over` takes a remote lane from an owner that died. Raises StoreError naming the
+        process (and host) that is writing a lane already.
         """
-        with exclusive_lock(lock_file(self.path), str(self.path)):
-            remove_partial_files(self.path)
-            self._held = True
+        lanes = sorted(lanes)
+        with self.place.owned(lanes, take_over=take_over) as check:
+            if sweep:
+                self.place.delete(*self._leftovers(set(lanes)))
+            self._held |= dict.fromkeys(lanes, check)
             try:
                 yield self
             finally:
-                self._held = False
+                for lane in lanes:
+                    del self._held[lane]
+
+    def _leftovers(self, lanes: set[int]) -> list[str]:
+        """Half-written files of these lanes; those of no lane when all are held."""
+        found = []
+        for key in self.place.leftovers():
+            owner = shard_of_key(key, self.n_shards["heldout"])
+            if lanes.issuperset(ALL_LANES) or (owner is not None and self.lane_of(owner[1]) in lanes):
+                found.append(key)
+        return found
+
+    def sweep(self, *, dry_run: bool = False) -> dict[str, int]:
+        """Remove half-written files, and files that no marker vouches for; bytes by key. Only while all is held."""
+        assert self._held.keys() >= set(ALL_LANES)
+        sizes = self.place.sizes()
+        named = {name for split in SPLITS for marker in self.markers(split).values() for name in marker.files}
+        gone = set(self.place.leftovers()) | {
+            key for key in sizes if "/c/" in key and key not in named and shard_of_key(key, self.n_shards["heldout"])
+        }
+        if not dry_run:
+            self.place.delete(*gone)
+        return {key: sizes[key] for key in sorted(gone)}
 
     # ---- writing ----
 
@@ -173,20 +156,21 @@ class ActivationStore:
         split: str,
         shard: int,
         *,
-        acts: dict[str, np.ndarray],
+        acts: Mapping[str, np.ndarray],
         tokens: np.ndarray,
         keep: np.ndarray,
         document: np.ndarray,
-        documents: dict[int, Document],
+        documents: Mapping[int, Document],
         cursor: dict[str, Any],
     ) -> Marker:
         """Write one shard: files first, all on disk, then its marker.
 
         `acts` maps each hook to [contexts * seq_len, d_in] (or [contexts, seq_len, d_in]); the
         others are [contexts, seq_len]. Fewer contexts than a shard holds are padded; none at all
-        marks a shard for which no text was left. `cursor` is the caller's own. Takes the writer's
+        marks a shard for which no text was left. `cursor` is the caller's own. Takes the lane's
         lock unless held. Raises StoreError if the shard is written already, if a shape does not
-        fit, or if a value is not finite in the store's dtype; then nothing is marked.
+        fit, or if a value is not finite in the store's dtype, DiskFull if there is no room; then
+        nothing is marked.
         """
         number = self._number(split, shard)
         given = ShardInput.check(
@@ -201,238 +185,150 @@ class ActivationStore:
             shard_contexts=self.contexts_per_shard,
             first_context=self.first_context(split, shard),
         )
-        with contextlib.nullcontext() if self._held else self.hold():
-            marker_file = self._marker_file(split, shard)
-            if self._usable_marker(marker_file) is not None:
+        lane = self.lane_of(shard)
+        with contextlib.nullcontext() if lane in self._held else self.hold([lane]):
+            if self._usable_marker(split, shard) is not None:
                 raise StoreError(
-                    f"{self.path}: {split} shard {shard} is written already; delete {marker_file} to write it again"
+                    f"{self.path}: {split} shard {shard} is written already; "
+                    f"delete {self.place.where(marker_key(split, shard))} to write it again"
                 )
-            # From here to the new marker the shard does not exist for any reader.
-            (self.path / "complete.json").unlink(missing_ok=True)
-            marker_file.unlink(missing_ok=True)
-            fsync_directory(marker_file.parent)
-            files = {}
-            for name in self._array_names():
-                array = self._array(name)
-                if given.contexts == 0:
-                    array.remove(number)
-                else:
-                    files[array.file_name(number)] = array.write(number, given.blocks[name])
-            kept = given.kept
-            sums = {
-                hook: kept_sums(given.blocks[acts_name(hook)][: kept.size], kept, self.dtype)
-                for hook in self.hook_points
-            }
-            marker = Marker(
-                shard=shard,
-                rows=given.contexts * self.seq_len,
-                contexts=given.contexts,
-                kept_rows=int(kept.sum()),
-                files=files,
-                sum={hook: vector for hook, (vector, _) in sums.items()},
-                sum_sq={hook: scalar for hook, (_, scalar) in sums.items()},
-                cursor=cursor,
-                documents=given.documents,
-            )
-            atomic_json(marker_file, marker.to_json())
+            self.forget(split, shard)
+            try:
+                files = self._write_files(number, given)
+                marker = self._marker_of(shard, given, files, cursor)
+                content = json_bytes(marker.to_json(), self.place.where(marker_key(split, shard)))
+                self._held[lane](lane)  # still ours? nothing is marked otherwise
+                self.place.write(marker_key(split, shard), content)
+            except OSError as error:
+                self._undo(split, shard)
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise DiskFull(
+                    f"the disk of {self.path} is full ({error.strerror}). Every shard written before is whole and "
+                    "can be used as it is; make room and repeat the command to go on"
+                ) from error
+            if self.ring_shards_per_lane is not None and split == "train":
+                self._drop(shard - self.ring_shards_per_lane * LANES)
         return marker
 
-    def finish(self) -> None:
-        """Declare the store complete; StoreError if a shard of either split is not written."""
-        with contextlib.nullcontext() if self._held else self.hold():
-            markers = {split: self.markers(split) for split in SPLITS}
-            for split in SPLITS:
-                missing = sorted(set(range(self.n_shards[split])) - set(markers[split]))
-                if missing:
-                    raise StoreError(
-                        f"{self.path} is not complete: {len(missing)} of {self.n_shards[split]} "
-                        f"{split} shards are not written (the first is {missing[0]}); "
-                        "repeat the harvest to go on"
-                    )
-            atomic_json(
-                self.path / "complete.json",
-                {
-                    "rows": {s: sum(m.rows for m in markers[s].values()) for s in SPLITS},
-                    "kept_rows": {s: sum(m.kept_rows for m in markers[s].values()) for s in SPLITS},
-                    "sha256": self._markers_sha256(markers),
-                },
-            )
+    def _write_files(self, number: int, given: ShardInput) -> dict[str, dict[str, int]]:
+        if given.contexts == 0:
+            return {}
+        arrays = [self._array(name) for name in array_names(self.attributes)]
+        return {array.file_name(number): array.write(number, given.blocks[array.name]) for array in arrays}
 
-    # ---- reading ----
-
-    def markers(self, split: str) -> dict[int, Marker]:
-        """Written shards of a split by number, ascending: those whose files have their sizes."""
-        self._check_split(split)
-        found = {}
-        for file in sorted((self.path / "markers" / split).glob("*.json")):
-            marker = self._usable_marker(file)
-            if marker is not None:
-                found[marker.shard] = marker
-        return found
-
-    def read_acts(self, split: str, shard: int, hook_point: str) -> np.ndarray:
-        """Activations of a written shard, float32 [rows, d_in], rows not kept included.
-
-        Raises StoreError if the shard is not written, or naming the damaged file and the repair.
-        """
-        return decode(self.read_stored(split, shard, hook_point), self.dtype)
-
-    def read_stored(self, split: str, shard: int, hook_point: str) -> np.ndarray:
-        """As `read_acts`, but in the dtype on disk (uint16 bits for bfloat16), not widened."""
-        if hook_point not in self.hook_points:
-            known = ", ".join(self.hook_points)
-            raise StoreError(f"{self.path} has no hook point {hook_point!r}: it has {known}")
-        marker = self._marker(split, shard)
-        if marker.contexts == 0:
-            return np.empty((0, self.hook_points[hook_point]), stored_dtype(self.dtype))
-        return self._read(split, marker, acts_name(hook_point))[: marker.rows]
-
-    def read_contexts(self, split: str, shard: int) -> Contexts:
-        """Tokens, keep mask and document numbers of a written shard's filled contexts.
-
-        Raises StoreError as `read_acts` does.
-        """
-        marker = self._marker(split, shard)
-        arrays = {
-            name: self._read(split, marker, name)[: marker.contexts]
-            if marker.contexts
-            else np.empty((0, self.seq_len), kind)
-            for name, (kind, _) in TEXT_ARRAYS.items()
+    def _marker_of(
+        self, shard: int, given: ShardInput, files: dict[str, dict[str, int]], cursor: dict[str, Any]
+    ) -> Marker:
+        kept = given.kept
+        sums = {
+            hook: kept_sums(given.blocks[acts_name(hook)][: kept.size], kept, self.dtype[hook])
+            for hook in self.hook_points
         }
-        return Contexts(**arrays, first_context=self.first_context(split, shard))
+        return Marker(
+            shard=shard,
+            rows=given.contexts * self.seq_len,
+            contexts=given.contexts,
+            kept_rows=int(kept.sum()),
+            files=files,
+            sum={hook: vector for hook, (vector, _) in sums.items()},
+            sum_sq={hook: scalar for hook, (_, scalar) in sums.items()},
+            cursor=cursor,
+            documents=given.documents,
+        )
 
-    def documents(self, split: str) -> dict[int, Document]:
-        """Document table of the written shards: number → (id, source, domain, sha256)."""
-        table: dict[int, Document] = {}
-        for shard, marker in self.markers(split).items():
-            for number, entry in marker.documents.items():
-                if table.setdefault(number, entry) != entry:
-                    raise StoreError(
-                        f"{self.path}: {split} shard {shard} calls document {number} "
-                        f"{entry[0]!r}, an earlier shard {table[number][0]!r}; harvest again"
-                    )
-        return dict(sorted(table.items()))
+    def forget(self, split: str, shard: int) -> None:
+        """Make a shard as if it had never been written: its marker goes first, so that no reader trusts the rest."""
+        self.place.delete(COMPLETE, marker_key(split, shard))
+        self._delete_files(split, shard)
 
-    def totals(self, split: str, hook_point: str) -> Totals:
-        """Mean and mean squared norm over the kept rows of the written shards.
+    def _delete_files(self, split: str, shard: int) -> None:
+        number = self._number(split, shard)
+        self.place.delete(*(self._array(name).file_name(number) for name in array_names(self.attributes)))
 
-        Raises StoreError if no row is kept.
+    def _undo(self, split: str, shard: int) -> None:
+        """Gives back the room of a shard that could not be finished."""
+        with contextlib.suppress(OSError):
+            self.forget(split, shard)
+            self.place.delete(*self._leftovers({self.lane_of(shard)}))
+
+    def _drop(self, shard: int) -> None:
+        """Empties a training shard that fell out of the ring; its marker keeps the place in the text."""
+        marker = self._usable_marker("train", shard) if shard >= 0 else None
+        if marker is None or marker.contexts == 0:
+            return
+        zero = {hook: np.zeros_like(vector) for hook, vector in marker.sum.items()}
+        emptied = replace(
+            marker, rows=0, contexts=0, kept_rows=0, files={}, sum=zero, sum_sq=dict.fromkeys(zero, 0.0), documents={}
+        )
+        key = marker_key("train", shard)
+        self.place.write(key, json_bytes(emptied.to_json(), self.place.where(key)), replace=True)
+        self._delete_files("train", shard)
+
+    # ---- repair ----
+
+    @classmethod
+    def restore_metadata(cls, path: str | os.PathLike[str]) -> list[str]:
+        """Write the arrays' zarr.json again where they are missing or damaged; what was wrong, as sentences.
+
+        They follow from the store's own zarr.json. Raises StoreError if that one is damaged.
         """
-        markers = self.markers(split)
-        kept = sum(marker.kept_rows for marker in markers.values())
-        if hook_point not in self.hook_points or kept == 0:
-            raise StoreError(
-                f"{self.path}: no kept rows of {hook_point!r} in split {split!r} "
-                f"({len(markers)} of {self.n_shards[split]} shards written; "
-                f"hook points: {', '.join(self.hook_points)})"
-            )
-        total = np.zeros(self.hook_points[hook_point])
-        total_sq = 0.0
-        for marker in markers.values():
-            total += marker.sum[hook_point]
-            total_sq += marker.sum_sq[hook_point]
-        return Totals(kept, total / kept, total_sq / kept)
+        place = open_place(path)
+        attributes = parse_attributes(place.read(METADATA), place.where(METADATA))
+        wrong = metadata_problems(place, attributes)
+        files = metadata_files(attributes)
+        for key in wrong:
+            place.write(key, files[key], replace=True)
+        return list(wrong.values())
 
-    def first_context(self, split: str, shard: int) -> int:
-        """Number, over the whole store, of the first context of a split's shard."""
-        return self._number(split, shard) * self.contexts_per_shard
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether `finish` was called and every shard is still as it was then (sizes, markers)."""
+    def recorded_files(self, split: str, shard: int | None) -> dict[str, dict[str, int]] | None:
+        """Sizes and checksums in a shard's marker, whether its files are there or not; None without a sound marker."""
         try:
-            expected = read_json(self.path / "complete.json")["sha256"]
-        except (StoreError, KeyError, TypeError):
-            return False
-        return expected == self._markers_sha256({split: self.markers(split) for split in SPLITS})
-
-    def verify(self) -> list[str]:
-        """Read everything and check every checksum; the problems found, as sentences."""
-        problems: list[str] = []
-        for split in SPLITS:
-            files = sorted((self.path / "markers" / split).glob("*.json"))
-            for file in files:
-                problems += self._verify_shard(split, file)
-            if len(files) < self.n_shards[split]:
-                problems.append(
-                    f"{self.path}: {len(files)} of {self.n_shards[split]} {split} shards are "
-                    "written; repeat the harvest to go on"
-                )
-        if not problems and not self.is_complete:
-            problems.append(
-                f"{self.path}: every shard is sound but the harvest did not finish, or a shard "
-                "was written again since; repeat the harvest"
-            )
-        return problems
-
-    def _verify_shard(self, split: str, marker_file: Path) -> list[str]:
-        problems = []
-        try:
-            marker = read_marker(marker_file)
-        except StoreError as error:
-            return [f"{error}; {_repair(marker_file)}"]
-        for name in self._array_names() if marker.contexts else ():
-            try:
-                block = self._read(split, marker, name)
-            except StoreError as error:
-                problems.append(str(error))
-                continue
-            if name == "keep" and int(block.sum()) != marker.kept_rows:
-                problems.append(
-                    f"{marker_file}: says {marker.kept_rows} kept rows but the shard has "
-                    f"{int(block.sum())}; {_repair(marker_file)}"
-                )
-        return problems
-
-    # ---- where things are ----
-
-    def _array_names(self) -> list[str]:
-        return [acts_name(hook) for hook in self.hook_points] + list(TEXT_ARRAYS)
-
-    def _array(self, name: str) -> ShardedArray:
-        if name not in self._arrays:
-            self._arrays[name] = ShardedArray(self.path, name)
-        return self._arrays[name]
-
-    def _read(self, split: str, marker: Marker, name: str) -> np.ndarray:
-        repair = _repair(self._marker_file(split, marker.shard))
-        return self._array(name).read(self._number(split, marker.shard), marker, repair)
-
-    def _number(self, split: str, shard: int) -> int:
-        """Number of a split's shard over the whole store."""
-        self._check_split(split)
-        if not 0 <= shard < self.n_shards[split]:
-            raise StoreError(f"{self.path} has {self.n_shards[split]} {split} shards, no number {shard}")
-        return shard + (self.n_shards["heldout"] if split == "train" else 0)
-
-    def _check_split(self, split: str) -> None:
-        if split not in SPLITS:
-            raise StoreError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
-
-    def _marker_file(self, split: str, shard: int) -> Path:
-        return self.path / "markers" / split / f"{shard:08d}.json"
-
-    def _marker(self, split: str, shard: int) -> Marker:
-        self._number(split, shard)
-        file = self._marker_file(split, shard)
-        if not file.exists():
-            raise StoreError(f"{self.path}: {split} shard {shard} is not written; repeat the harvest to go on")
-        return read_marker(file)
-
-    def _usable_marker(self, file: Path) -> Marker | None:
-        try:
-            marker = read_marker(file)
+            return None if shard is None else self.marker(split, shard).files
         except StoreError:
             return None
-        return marker if files_present(self.path, marker) else None
 
-    def _markers_sha256(self, markers: dict[str, dict[int, Marker]]) -> str:
-        digest = hashlib.sha256()
+    def clear(self, problem: Problem) -> None:
+        """Remove what a problem is about, so that a harvest writes it again."""
+        if problem.split is None or problem.shard is None:
+            return
+        if 0 <= problem.shard < self.n_shards[problem.split]:
+            self.forget(problem.split, problem.shard)
+        else:  # a marker of no shard of this store
+            self.place.delete(problem.key)
+
+    def finish(self) -> None:
+        """Declare the store complete; StoreError if a shard of either split is not written.
+
+        The file is a function of the markers, so any worker may write it.
+        """
+        markers = {split: self.markers(split) for split in SPLITS}
         for split in SPLITS:
-            for shard in markers[split]:
-                digest.update(self._marker_file(split, shard).read_bytes())
-        return digest.hexdigest()
+            missing = sorted(set(range(self.n_shards[split])) - set(markers[split]))
+            if missing:
+                raise StoreError(
+                    f"{self.path} is not complete: {len(missing)} of {self.n_shards[split]} "
+                    f"{split} shards are not written (the first is {missing[0]}); "
+                    "repeat the harvest to go on"
+                )
+        content = {
+            "rows": {s: sum(m.rows for m in markers[s].values()) for s in SPLITS},
+            "kept_rows": {s: sum(m.kept_rows for m in markers[s].values()) for s in SPLITS},
+            "sha256": self._markers_sha256(markers),
+            "settings_sha256": self.settings_sha256(),
+        }
+        self.place.write(COMPLETE, json_bytes(content, self.place.where(COMPLETE)), replace=True)
 
 
-def _repair(marker_file: Path) -> str:
-    return f"delete {marker_file} and repeat the harvest, which writes this shard again"
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names objects behind a URL (s3://…) and no directory."""
+    return isinstance(path, str) and "://" in path
+
+
+def open_place(path: str | os.PathLike[str]) -> Place:
+    """The place that a path names: a directory, or what a URL such as s3://bucket/run/acts.zarr reaches."""
+    if is_url(path):
+        from store.remote import RemotePlace
+
+        return RemotePlace(str(path))
+    return LocalPlace(path)

@@ -1,28 +1,34 @@
 """Kept rows of an activation store in a shuffled order that can be entered anywhere.
 
-The rows of an epoch come pool by pool: a pool is as many whole shards as the memory allows, taken
-in a seeded order of the shards, and its kept rows are permuted with a seed of their own. If one
-pool holds the whole split, the order is a uniform permutation. Nothing is remembered from batch to
-batch, so step n of a resumed run gets the rows that step n of an unbroken one got.
+The rows of an epoch come pool by pool, each permuted with a seed of its own. If one pool holds the whole split, the
+order is a uniform permutation. Where memory is short, a pool takes one part in `parts` of the rows (drawn at random)
+of many shards instead of all rows of few: neighbours in text then still come in different batches, at the price of
+reading each shard `parts` times an epoch. Nothing is remembered from batch to batch, so step n of a resumed run gets
+the rows that step n of an unbroken one got.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from store.activations import ActivationStore
 from store.schema import StoreError, decode, stored_dtype
 
-_SHARD_ORDER, _ROW_ORDER, _SAMPLE = range(3)  # independent streams of one seed
+_SHARD_ORDER, _ROW_ORDER, _SAMPLE, _PART_ORDER = range(4)  # independent streams of one seed
 _PERMUTATION_BYTES = 8  # int64 row numbers, per row
+WELL_MIXED = 0.97  # planned distinct contexts in a batch, against a perfect shuffle's; 0.95 is wanted
+MOST_PARTS = 16
+_FEWEST_ROWS = 8  # of a shard in a part
 
 
 class ShuffledRows:
     """Batches of kept rows; `batch(step)` is a pure function of (seed, step).
 
-    Also of the written shards and of `pool_shards`, the number of shards shuffled together. It
-    follows from `memory_bytes` unless given; a run that must go on bit for bit with other memory
-    (or two hooks that must be read row by row together) should record it and pass it.
+    Also of the written shards and of `pool_shards` and `parts` (see `plan`), which follow from `memory_bytes` unless
+    given; a run that must go on bit for bit with other memory (or two hooks that must be read row by row together)
+    should record them and pass them. Of `world` data-parallel ranks each gets its own rows of every global batch.
     """
 
     def __init__(
@@ -35,52 +41,103 @@ class ShuffledRows:
         seed: int,
         memory_bytes: int = 1 << 30,
         pool_shards: int | None = None,
+        parts: int = 1,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         """Plan the epochs of a split's written shards; raises StoreError if no row is kept.
 
-        `memory_bytes` bounds the rows held (in the dtype on disk) and their permutation; one
-        shard is always held, and one more is in memory while it is read.
+        `memory_bytes` bounds the rows held (in the dtype on disk) and their permutation; one shard's rows are
+        always held, and one more shard is in memory while it is read. `parts` counts with `pool_shards` alone.
         """
         if hook_point not in store.hook_points:
             known = ", ".join(store.hook_points)
             raise StoreError(f"{store.path} has no hook point {hook_point!r}: it has {known}")
-        if batch_rows < 1 or seed < 0 or (pool_shards is not None and pool_shards < 1):
+        if batch_rows < 1 or seed < 0 or parts < 1 or (pool_shards is not None and pool_shards < 1):
             raise StoreError(
-                "batch_rows and pool_shards must be at least 1 and seed at least 0, got "
-                f"{batch_rows}, {pool_shards} and {seed}"
+                "batch_rows, pool_shards and parts must be at least 1 and seed at least 0, got "
+                f"{batch_rows}, {pool_shards}, {parts} and {seed}"
             )
-        kept = {s: m.kept_rows for s, m in store.markers(split).items() if m.kept_rows}
-        if not kept:
+        if not 0 <= rank < world:
+            raise StoreError(f"rank must be below world, got rank {rank} of {world}")
+        markers = {s: m for s, m in store.markers(split).items() if m.kept_rows}
+        if not markers:
             raise StoreError(f"{store.path} has no kept rows in split {split!r} yet: harvest it first")
         self.store, self.hook_point, self.split = store, hook_point, split
-        self.batch_rows, self.seed = batch_rows, seed
+        self.batch_rows, self.seed, self.rank, self.world = batch_rows, seed, rank, world
         self.d_in = store.hook_points[hook_point]
-        self._shards = np.array(list(kept))
-        self._kept = np.array(list(kept.values()))
+        self._shards = np.array(list(markers))
+        self._kept = np.array([marker.kept_rows for marker in markers.values()])
+        self._contexts = np.array([marker.contexts for marker in markers.values()])
         self.n_rows = int(self._kept.sum())
-        self._dtype = stored_dtype(store.dtype)
+        self._dtype = stored_dtype(store.dtype[hook_point])
         row_bytes = self.d_in * self._dtype.itemsize + _PERMUTATION_BYTES
         if pool_shards is None:
-            pool_shards = self._fitting_shards(row_bytes, memory_bytes)
+            pool_shards, parts = self._fitting(memory_bytes // row_bytes)
         self.pool_shards = min(pool_shards, len(self._shards))
-        self.exact = self.pool_shards == len(self._shards)
+        self.parts = parts
+        self.exact = self.pool_shards == len(self._shards) and parts == 1
+        self._logical = store.dtype[hook_point]
         self._pool_held: tuple[int, ...] = ()
         self._buffer = np.empty((0, self.d_in), self._dtype)
-        self._epoch_plan: tuple[int, list[np.ndarray]] = (-1, [])
+        self._epoch_plan: tuple[int, list[np.ndarray], np.ndarray] = (-1, [], np.empty(0, np.int64))
         self._row_order: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.empty(0, np.int64))
 
-    def _fitting_shards(self, row_bytes: int, memory_bytes: int) -> int:
-        if self.n_rows * row_bytes <= memory_bytes:
-            return len(self._shards)
-        return max(1, memory_bytes // (int(self._kept.max()) * row_bytes))
+    def _fitting(self, memory_rows: int) -> tuple[int, int]:
+        """Shards and parts of a pool: as few parts as mix well, since each is another reading of the shards."""
+        if self.n_rows <= memory_rows:
+            return len(self._shards), 1
+        largest = int(self._kept.max())
+        memory_rows = max(memory_rows, largest)
+        perfect = self.distinct_if_perfect()
+        pool_shards, parts = 1, 1
+        for parts in range(1, max(1, min(MOST_PARTS, largest // _FEWEST_ROWS)) + 1):
+            pool_shards = min(len(self._shards), memory_rows // -(-largest // parts))
+            share = 1 / -(-len(self._shards) // pool_shards)  # groups come out of equal size
+            pool_rows = max(1.0, self.n_rows * share / parts)
+            drawn = min(1.0, self._global_rows / pool_rows) / parts  # that a row is in the pool and in the batch
+            missed = (1 - drawn) ** (self._kept / self._contexts)
+            if float((self._contexts * (1 - missed)).sum()) * share >= WELL_MIXED * perfect:
+                break
+            if pool_shards == len(self._shards):
+                break
+        return pool_shards, parts
+
+    @property
+    def _global_rows(self) -> int:
+        return self.batch_rows * self.world
+
+    def distinct_if_perfect(self) -> float:
+        """Contexts expected in a global batch of rows drawn uniformly: Σ_c 1 − (1 − B/N)^k_c, k_c kept rows each."""
+        missed = (1 - min(1.0, self._global_rows / self.n_rows)) ** (self._kept / self._contexts)
+        return float((self._contexts * (1 - missed)).sum())
+
+    def mixing(self, batches: int = 8) -> float:
+        """Distinct contexts in the first pool's global batches, as a share of a perfect shuffle's (1 when exact)."""
+        if self.exact:
+            return 1.0
+        groups, _ = self._pools(0)
+        contexts = np.concatenate([self._row_contexts(place)[self._part(0, place, 0)] for place in groups[0].tolist()])
+        order = _generator(self.seed, _ROW_ORDER, 0, 0).permutation(len(contexts))
+        size = min(self._global_rows, len(order))
+        counts = [
+            len(np.unique(contexts[order[start : start + size]]))
+            for start in range(0, len(order) - size + 1, size)[:batches]
+        ]
+        return float(np.mean(counts)) / self.distinct_if_perfect()
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What, with the seed, decides the order of rows."""
+        return {"exact": self.exact, "pool_shards": self.pool_shards, "parts": self.parts}
 
     @property
     def steps_per_epoch(self) -> float:
-        """Batches in one pass over the kept rows; not rounded, a batch may span two epochs."""
-        return self.n_rows / self.batch_rows
+        """Batches (of each rank) in one pass over the kept rows; not rounded, a batch may span two epochs."""
+        return self.n_rows / self._global_rows
 
     def batch(self, step: int) -> np.ndarray:
-        """Rows `[step * batch_rows, (step + 1) * batch_rows)` of the endless shuffled sequence.
+        """Rows `[n * batch_rows, (n + 1) * batch_rows)` of the endless sequence, n = step * world + rank.
 
         Float32 [batch_rows, d_in]; each epoch of the sequence is a permutation of the kept rows.
         Fastest in ascending order of steps: then each shard is read once an epoch.
@@ -90,11 +147,11 @@ class ShuffledRows:
         out = np.empty((self.batch_rows, self.d_in), np.float32)
         filled = 0
         while filled < self.batch_rows:
-            position = step * self.batch_rows + filled
+            position = (step * self.world + self.rank) * self.batch_rows + filled
             rows, start, order = self._pool_at(position)
             chosen = order[start : start + self.batch_rows - filled]
             part = out[filled : filled + len(chosen)]
-            decode(np.take(rows, chosen, axis=0), self.store.dtype, out=part)
+            decode(np.take(rows, chosen, axis=0), self._logical, out=part)
             filled += len(chosen)
         return out
 
@@ -108,8 +165,8 @@ class ShuffledRows:
             raise StoreError(f"cannot draw {n} distinct rows: {self.n_rows} are kept")
         chosen = _generator(seed, _SAMPLE).choice(self.n_rows, size=n, replace=False)
         if self.exact:
-            rows = self._hold(np.arange(len(self._shards)))
-            return decode(np.take(rows, chosen, axis=0), self.store.dtype)
+            rows = self._hold(0, np.arange(len(self._shards)), 0)
+            return decode(np.take(rows, chosen, axis=0), self._logical)
         out = np.empty((n, self.d_in), np.float32)
         ends = np.cumsum(self._kept)
         places = np.searchsorted(ends, chosen, side="right")
@@ -117,7 +174,7 @@ class ShuffledRows:
             mine = np.flatnonzero(places == place)
             rows = self._kept_rows(place)
             inside = chosen[mine] - (ends[place] - self._kept[place])
-            out[mine] = decode(rows[inside], self.store.dtype)
+            out[mine] = decode(rows[inside], self._logical)
         return out
 
     # ---- pools ----
@@ -125,42 +182,61 @@ class ShuffledRows:
     def _pool_at(self, position: int) -> tuple[np.ndarray, int, np.ndarray]:
         """Kept rows of the pool that `position` falls in, where in its order, and that order."""
         epoch, offset = divmod(position, self.n_rows)
-        pools = self._pools(epoch)
-        ends = np.cumsum([int(self._kept[pool].sum()) for pool in pools])
+        groups, ends = self._pools(epoch)
         number = int(np.searchsorted(ends, offset, side="right"))
-        size = int(self._kept[pools[number]].sum())
-        start = offset - (int(ends[number]) - size)
+        start = int(ends[number - 1]) if number else 0
         key = (epoch, number)
         if self._row_order[0] != key:
-            order = _generator(self.seed, _ROW_ORDER, epoch, number).permutation(size)
+            order = _generator(self.seed, _ROW_ORDER, epoch, number).permutation(int(ends[number]) - start)
             self._row_order = (key, order)
-        return self._hold(pools[number]), start, self._row_order[1]
+        group, part = divmod(number, self.parts)
+        return self._hold(epoch, groups[group], part), offset - start, self._row_order[1]
 
-    def _pools(self, epoch: int) -> list[np.ndarray]:
-        """Places (in `_shards`) of each pool of an epoch; sizes differ by one shard at most."""
+    def _pools(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """Places (in `_shards`) of each group of an epoch, and where each pool, a part of a group, ends."""
         if self._epoch_plan[0] != epoch:
             places = np.arange(len(self._shards))
-            if not self.exact:
+            if self.pool_shards < len(places):
                 places = _generator(self.seed, _SHARD_ORDER, epoch).permutation(places)
-            count = -(-len(places) // self.pool_shards)
-            self._epoch_plan = (epoch, np.array_split(places, count))
-        return self._epoch_plan[1]
+            groups = np.array_split(places, -(-len(places) // self.pool_shards))
+            sizes = [self._part_rows(group, part).sum() for group in groups for part in range(self.parts)]
+            self._epoch_plan = (epoch, groups, np.cumsum(sizes))
+        return self._epoch_plan[1], self._epoch_plan[2]
 
-    def _hold(self, pool: np.ndarray) -> np.ndarray:
-        """Kept rows of these shards, one after another, from memory if they are the last asked."""
-        wanted = tuple(pool.tolist())
-        size = int(self._kept[pool].sum())
+    def _part_rows(self, places: np.ndarray, part: int) -> np.ndarray:
+        """Rows that a part takes of each of these shards."""
+        return self._kept[places] // self.parts + (part < self._kept[places] % self.parts)
+
+    def _part(self, epoch: int, place: int, part: int) -> np.ndarray | slice:
+        """Which of a shard's kept rows are in a part: a random draw, other in each epoch."""
+        if self.parts == 1:
+            return slice(None)
+        order = _generator(self.seed, _PART_ORDER, epoch, place).permutation(int(self._kept[place]))
+        return np.sort(np.array_split(order, self.parts)[part])
+
+    def _hold(self, epoch: int, group: np.ndarray, part: int) -> np.ndarray:
+        """Rows of a pool, one shard's after another's, from memory if they are the last asked."""
+        wanted = (epoch if self.parts > 1 else 0, part, *group.tolist())
+        sizes = self._part_rows(group, part).tolist()
         if self._pool_held != wanted:
             self._pool_held = ()  # an error below must not leave half a pool behind
-            if len(self._buffer) < size:
-                largest = int(np.sort(self._kept)[-self.pool_shards :].sum())
-                self._buffer = np.empty((largest, self.d_in), self._dtype)
+            if len(self._buffer) < sum(sizes):
+                largest = np.sort(self._part_rows(np.arange(len(self._shards)), 0))[-self.pool_shards :]
+                self._buffer = np.empty((int(largest.sum()), self.d_in), self._dtype)
             end = 0
-            for place in wanted:
-                start, end = end, end + int(self._kept[place])
-                self._kept_rows(place, out=self._buffer[start:end])
+            for place, size in zip(group.tolist(), sizes, strict=True):
+                start, end = end, end + size
+                if self.parts == 1:
+                    self._kept_rows(place, out=self._buffer[start:end])
+                else:
+                    self._buffer[start:end] = self._kept_rows(place)[self._part(epoch, place, part)]
             self._pool_held = wanted
-        return self._buffer[:size]
+        return self._buffer[: sum(sizes)]
+
+    def _row_contexts(self, place: int) -> np.ndarray:
+        """The context of each kept row of a shard."""
+        text = self.store.read_contexts(self.split, int(self._shards[place]))
+        return text.first_context + np.nonzero(text.keep)[0]
 
     def _kept_rows(self, place: int, out: np.ndarray | None = None) -> np.ndarray:
         """Kept rows of one shard as stored, in row order, written to `out` if given."""

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,23 +112,26 @@ def fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def atomic_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write `obj` as JSON so that a reader sees the old file or the new one and nothing between.
+def json_bytes(obj: Any, where: object) -> bytes:
+    """`obj` as a JSON file's bytes: keys sorted, nothing depends on the time, so equal objects give equal bytes.
 
-    Keys are sorted and nothing depends on the time, so equal objects give equal bytes. Raises
-    StoreError if `obj` is not JSON: NaN and infinity are not.
+    Raises StoreError naming `where` if `obj` is not JSON: NaN and infinity are not.
     """
-    path = Path(path)
     try:
-        text = json.dumps(obj, sort_keys=True, allow_nan=False, indent=1) + "\n"
+        return (json.dumps(obj, sort_keys=True, allow_nan=False, indent=1) + "\n").encode()
     except (TypeError, ValueError) as error:
-        raise StoreError(f"{path}: cannot be written as JSON: {error}") from error
+        raise StoreError(f"{where}: cannot be written as JSON: {error}") from error
+
+
+def atomic_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one and nothing between."""
+    path = Path(path)
     # Two processes or threads that write the same file must not share a temporary one.
     unique = f"{os.getpid()}-{threading.get_ident()}"
     partial = path.with_name(f"{path.name}.{unique}{PARTIAL_SUFFIX}")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -137,35 +141,78 @@ def atomic_json(path: str | os.PathLike[str], obj: Any) -> None:
     fsync_directory(path.parent)
 
 
+def atomic_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """`json_bytes` written by `atomic_bytes`; raises StoreError if `obj` is not JSON."""
+    atomic_bytes(path, json_bytes(obj, path))
+
+
+def parse_json(raw: bytes, where: object) -> Any:
+    """The object in a JSON file's bytes; StoreError naming `where` if they are not JSON."""
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{where}: cannot be read as JSON ({error})") from error
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """The object in a JSON file; StoreError if it is missing or is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_bytes(), path)
     except FileNotFoundError as error:
         raise StoreError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: cannot be read as JSON ({error})") from error
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error})") from error
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path`, or raise StoreError saying who is writing `what`.
+def exclusive_lock(path: Path, what: str, *, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock file `path`, or raise StoreError after `wait_s` saying who is writing `what`.
 
     The lock is the kernel's (flock): it goes with its process however that ends, so a lock file
-    that lies about means nothing.
+    that lies about means nothing. It is removed on the way out.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
+    deadline = time.monotonic() + wait_s
+    while (handle := _try_lock(path)) is None:
+        if time.monotonic() >= deadline:
             raise StoreError(
-                f"{what} is being written by {holder or 'another process'}: "
+                f"{what} is being written by {_holder(path) or 'another process'}: "
                 "wait for it to end, or stop it, then repeat the command"
-            ) from error
+            )
+        time.sleep(0.02)
+    try:
         os.ftruncate(handle, 0)
-        os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.pwrite(handle, f"{writer_name()}\n".encode(), 0)
         yield
     finally:
+        path.unlink(missing_ok=True)
         os.close(handle)  # frees the lock
+
+
+def _try_lock(path: Path) -> int | None:
+    """An open, locked handle of the file that is at `path` now; None if another process has it."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # its directory was just removed: make it anew
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.stat(path).st_ino == os.fstat(handle).st_ino:
+                    return handle
+            except BlockingIOError:
+                os.close(handle)
+                return None
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)  # the holder before removed this file between our two steps
+
+
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_bytes()[:200].decode("utf-8", "replace").strip()
+    return ""
+
+
+def writer_name() -> str:
+    """This process as messages name it."""
+    return f"pid {os.getpid()} on {socket.gethostname()}"

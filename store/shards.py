@@ -10,22 +10,14 @@ from __future__ import annotations
 import base64
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from store.schema import (
-    PARTIAL_SUFFIX,
-    StoreError,
-    crc32c,
-    decode,
-    fsync_directory,
-    fsync_file,
-    read_json,
-)
+from store.places import Place
+from store.schema import StoreError, crc32c, decode, parse_json
 
 Document = tuple[str, str, str, str]  # id, source, domain, sha256 of the text
 
@@ -65,36 +57,54 @@ class Marker:
         }
 
 
-def read_marker(path: Path) -> Marker:
-    """The marker in a file; StoreError if it is missing, damaged or another shard's."""
-    fields = read_json(path)
+def parse_marker(raw: bytes, shard: int, where: object) -> Marker:
+    """The marker in a file's bytes; StoreError naming `where` if it is damaged or another shard's."""
+    fields = parse_json(raw, where)
     try:
-        if int(fields["shard"]) != int(path.stem):
-            raise ValueError(f"it is of shard {fields['shard']}")
-        return Marker(
-            shard=int(fields["shard"]),
-            rows=int(fields["rows"]),
-            contexts=int(fields["contexts"]),
-            kept_rows=int(fields["kept_rows"]),
-            files=fields["files"],
+        marker = Marker(
+            shard=_count(fields["shard"]),
+            rows=_count(fields["rows"]),
+            contexts=_count(fields["contexts"]),
+            kept_rows=_count(fields["kept_rows"]),
+            files={
+                str(name): {"bytes": _count(entry["bytes"]), "crc32c": _count(entry["crc32c"])}
+                for name, entry in fields["files"].items()
+            },
             sum={
-                hook: np.frombuffer(base64.b64decode(text), "<f8").astype(np.float64)
+                str(hook): np.frombuffer(base64.b64decode(text, validate=True), "<f8").astype(np.float64)
                 for hook, text in fields["sum"].items()
             },
-            sum_sq=fields["sum_sq"],
-            cursor=fields["cursor"],
-            documents={int(n): tuple(entry) for n, entry in fields["documents"].items()},
+            sum_sq={str(hook): float(value) for hook, value in fields["sum_sq"].items()},
+            cursor=dict(fields["cursor"]),
+            documents={int(n): as_document(n, entry) for n, entry in fields["documents"].items()},
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StoreError(f"{path}: not a shard marker ({error!r})") from error
+        if marker.shard != shard:
+            raise ValueError(f"it is of shard {marker.shard}")
+        if marker.kept_rows > marker.rows or bool(marker.contexts) != bool(marker.files):
+            raise ValueError("its counts contradict each other")
+        if not all(np.isfinite([*marker.sum_sq.values(), *np.concatenate([np.zeros(1), *marker.sum.values()])])):
+            raise ValueError("its sums are not finite")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise StoreError(f"{where}: not a shard marker ({error!r})") from error
+    return marker
 
 
-def files_present(root: Path, marker: Marker) -> bool:
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def as_document(number: Any, entry: Any) -> Document:
+    """A table entry as it is kept; StoreError unless it is four strings."""
+    if not isinstance(entry, list | tuple) or len(entry) != 4 or not all(isinstance(part, str) for part in entry):
+        raise StoreError(f"document {number} must be (id, source, domain, sha256), got {entry!r}")
+    return (entry[0], entry[1], entry[2], entry[3])
+
+
+def files_present(place: Place, marker: Marker) -> bool:
     """Whether every file of a marker exists with its size (the contents are not read)."""
-    try:
-        return all((root / name).stat().st_size == entry["bytes"] for name, entry in marker.files.items())
-    except FileNotFoundError:
-        return False
+    return all(place.size(name) == entry["bytes"] for name, entry in marker.files.items())
 
 
 def kept_sums(stored: np.ndarray, keep: np.ndarray, dtype: str) -> tuple[np.ndarray, float]:
@@ -113,61 +123,62 @@ def kept_sums(stored: np.ndarray, keep: np.ndarray, dtype: str) -> tuple[np.ndar
     return total, math.fsum(total_sq.tolist())
 
 
+def create_array(
+    group: zarr.Group,
+    name: str,
+    *,
+    n_shards: int,
+    shard_shape: tuple[int, int],
+    dtype: np.dtype[Any],
+    fill: int | bool,
+    attributes: dict[str, Any],
+) -> None:
+    """Make an array's metadata for shards of shape [length, width]; no data yet."""
+    group.create_array(
+        name,
+        shape=(n_shards * shard_shape[0], shard_shape[1]),
+        chunks=shard_shape,
+        dtype=dtype,
+        fill_value=fill,
+        filters=None,
+        compressors=[Crc32cCodec()],
+        attributes=attributes,
+    )
+
+
 class ShardedArray:
     """A Zarr array whose shards (equal runs of the first axis) are written once, whole."""
 
-    def __init__(self, root: Path, name: str) -> None:
-        self.root, self.name = root, name
+    def __init__(self, place: Place, name: str) -> None:
+        self.place, self.name = place, name
         # A handle does not inherit this from creation, and without it a shard that is all fill
         # value (contexts without a kept row, say) would have no file.
-        self._array = zarr.open_array(str(root / name), mode="r+").with_config({"write_empty_chunks": True})
-
-    @staticmethod
-    def create(
-        group: zarr.Group,
-        name: str,
-        *,
-        n_shards: int,
-        shard_shape: tuple[int, int],
-        dtype: np.dtype[Any],
-        fill: int | bool,
-        attributes: dict[str, Any],
-    ) -> None:
-        """Make the array's metadata for shards of shape [length, width]; no data yet."""
-        group.create_array(
-            name,
-            shape=(n_shards * shard_shape[0], shard_shape[1]),
-            chunks=shard_shape,
-            dtype=dtype,
-            fill_value=fill,
-            filters=None,
-            compressors=[Crc32cCodec()],
-            attributes=attributes,
-        )
+        array = zarr.open_array(place.zarr_root, path=name, mode="r+")
+        self._array = array.with_config({"write_empty_chunks": True})
 
     def file_name(self, shard: int) -> str:
         """Path of a shard's file under the store."""
         return f"{self.name}/c/{shard}/0"
 
-    def remove(self, shard: int) -> None:
-        """Delete a shard's file, if any: Zarr may read what it overwrites, and fails on damage."""
-        (self.root / self.file_name(shard)).unlink(missing_ok=True)
-
     def write(self, shard: int, block: np.ndarray) -> dict[str, int]:
-        """Write a whole shard to disk for good; returns its marker entry {"bytes", "crc32c"}.
+        """Write a whole shard for good; returns its marker entry {"bytes", "crc32c"}.
 
         The checksum is of the elements alone. That of the file, which ends in its own, would be
         the same number for every file.
         """
-        self.remove(shard)
+        name = self.file_name(shard)
+        self.place.delete(name)  # Zarr may read what it overwrites, and fails on damage
         length = self._array.chunks[0]
         assert block.shape == self._array.chunks
-        self._array[shard * length : (shard + 1) * length] = block
-        file = self.root / self.file_name(shard)
-        fsync_file(file)
-        for directory in (file.parent, file.parent.parent, self.root / self.name):
-            fsync_directory(directory)
-        size = file.stat().st_size
+        try:
+            self._array[shard * length : (shard + 1) * length] = block
+        except self.place.errors as error:
+            raise StoreError(
+                f"{self.place.where(name)}: cannot be written ({error}); every shard written before is whole, "
+                "repeat the command to go on"
+            ) from error
+        self.place.settle(name)
+        size = self.place.size(name)
         assert size == block.nbytes + _CRC_BYTES
         return {"bytes": size, "crc32c": crc32c(block)}
 
@@ -177,25 +188,21 @@ class ShardedArray:
         Raises StoreError that names the file and says how to `repair` it.
         """
         name = self.file_name(shard)
-        file = self.root / name
-        entry = marker.files[name]
-        size = file.stat().st_size if file.exists() else None
+        where = self.place.where(name)
+        entry = marker.files.get(name)
+        if entry is None:
+            raise StoreError(f"{where}: the shard's marker does not know this file; {repair}")
+        size = self.place.size(name)
         if size != entry["bytes"]:
             found = "the file is missing" if size is None else f"got {size} bytes"
-            raise StoreError(f"{file}: {found}, expected {entry['bytes']} bytes; {repair}")
+            raise StoreError(f"{where}: {found}, expected {entry['bytes']} bytes; {repair}")
         length = self._array.chunks[0]
+        unreadable: tuple[type[Exception], ...] = (ValueError, RuntimeError, OSError, *self.place.errors)
         try:
             block = np.asarray(self._array[shard * length : (shard + 1) * length])
-        except (ValueError, RuntimeError, OSError) as error:
-            raise StoreError(f"{file}: damaged ({error}); {repair}") from error
+        except unreadable as error:
+            raise StoreError(f"{where}: damaged ({error}); {repair}") from error
         found_crc = crc32c(block)
         if found_crc != entry["crc32c"]:
-            raise StoreError(f"{file}: damaged: checksum {found_crc:08x}, expected {entry['crc32c']:08x}; {repair}")
+            raise StoreError(f"{where}: damaged: checksum {found_crc:08x}, expected {entry['crc32c']:08x}; {repair}")
         return block
-
-
-def remove_partial_files(root: Path) -> None:
-    """Delete what a killed writer left half-written; only for who holds the writer's lock."""
-    for file in root.rglob(f"*{PARTIAL_SUFFIX}"):
-        if file.is_file():
-            file.unlink(missing_ok=True)

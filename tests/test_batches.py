@@ -208,7 +208,46 @@ def test_pools_mix_nearly_as_well_as_a_perfect_shuffle(tmp_path) -> None:
     assert distinct(pooled) >= 0.8 * theory
 
 
-def test_each_shard_is_read_once_an_epoch(monkeypatch) -> None:
+@pytest.mark.parametrize("memory_share", [0.2, 0.5])
+def test_short_memory_mixes_within_five_percent_of_a_perfect_shuffle(tmp_path, memory_share) -> None:
+    """Whole shards would not: a batch takes as many rows as three pools of a tenth have contexts."""
+    seq_len, shards, contexts, batch_rows = 16, 40, 16, 160
+    store, kept = build(tmp_path / "acts.zarr", (contexts,) * shards, seq_len)
+    memory_bytes = int(memory_share * len(kept)) * ROW_BYTES
+    rows = ShuffledRows(store, HOOK, batch_rows=batch_rows, seed=0, memory_bytes=memory_bytes)
+    assert not rows.exact
+    assert rows.parts > 1
+    steps = int(rows.steps_per_epoch)
+    sequence = [ids(rows.batch(step)) for step in range(steps + 1)]
+    assert np.array_equal(np.sort(np.concatenate(sequence)[: len(kept)]), kept)  # still once an epoch
+    distinct = float(np.mean([len(set((one // seq_len).tolist())) for one in sequence[:steps]]))
+    assert distinct >= 0.95 * rows.distinct_if_perfect()
+    assert rows.mixing() == pytest.approx(distinct / rows.distinct_if_perfect(), abs=0.03)
+    assert rows._buffer.shape[0] * ROW_BYTES <= memory_bytes
+    plain = ShuffledRows(store, HOOK, batch_rows=batch_rows, seed=0, pool_shards=max(1, int(memory_share * shards)))
+    assert plain.mixing() < 0.95 or memory_share > 0.2  # what it would have been
+
+
+@pytest.mark.parametrize("memory_bytes", [300 * ROW_BYTES, 1 << 20])
+def test_ranks_share_out_the_global_batches(tmp_path, memory_bytes) -> None:
+    store, kept = build(tmp_path / "acts.zarr", (8,) * 6, 16)
+    whole = ShuffledRows(store, HOOK, batch_rows=30, seed=4, memory_bytes=memory_bytes)
+    ranks = [
+        ShuffledRows(
+            store, HOOK, batch_rows=10, seed=4, pool_shards=whole.pool_shards, parts=whole.parts, rank=r, world=3
+        )
+        for r in range(3)
+    ]
+    assert ranks[0].steps_per_epoch == whole.steps_per_epoch
+    for step in (0, 1, 7, 40):
+        assert np.array_equal(np.concatenate([rank.batch(step) for rank in ranks]), whole.batch(step))
+    epoch = np.concatenate([ids(rank.batch(step)) for rank in ranks for step in range(len(kept) // 30)])
+    assert len(set(epoch.tolist())) == len(epoch)  # disjoint
+    with pytest.raises(StoreError, match="rank 3 of 3"):
+        ShuffledRows(store, HOOK, batch_rows=10, seed=4, rank=3, world=3)
+
+
+def test_each_shard_is_read_once_an_epoch_for_each_part(monkeypatch) -> None:
     store, kept = shared((4, 4, 4, 4, 4, 4, 4), 5)
     reads: Counter[int] = Counter()
     read_stored = ActivationStore.read_stored
@@ -221,6 +260,7 @@ def test_each_shard_is_read_once_an_epoch(monkeypatch) -> None:
     for memory_bytes, epochs_read in ((1 << 20, 1), (3 * 16 * ROW_BYTES, 2)):
         reads.clear()
         rows = ShuffledRows(store, HOOK, batch_rows=9, seed=2, memory_bytes=memory_bytes)
+        epochs_read *= rows.parts
         for step in range(2 * len(kept) // 9):
             rows.batch(step)
         assert reads == dict.fromkeys(range(7), epochs_read)

@@ -30,6 +30,8 @@ VERBS = (
     "import",
     "info",
     "verify",
+    "clean",
+    "store",
 )
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from fakes import HOOK_POINT, SHAPE, made_up_documents, text_source, write_jsonl
 
-from sae import harvesting, pipeline
+from sae import harvesting, lanes, pipeline
 from sae.documents import HELD_OUT, TRAIN, Document, sha256_of
+from sae.lanes import LANES
 from sae.lm import NativeModel
 from sae.progress import Interrupted
 from store.activations import ActivationStore
@@ -182,7 +183,7 @@ def test_a_harvest_stopped_and_resumed_again_and_again_writes_the_same_bytes(
         pipeline.harvest(tiny_model, tiny_text, out, tokens=8192, heldout_tokens=1024)
 
     for after in (1, 40, 90, 3):
-        monkeypatch.setattr(harvesting, "harvest", lambda m, s, sink, n=after: real(m, s, Stopping(sink, n)))
+        monkeypatch.setattr(harvesting, "harvest", lambda m, s, sink, n=after, **k: real(m, s, Stopping(sink, n), **k))
         with pytest.raises(Interrupted, match="Repeat the command to go on"):
             harvest()
         stops += 1
@@ -212,7 +213,7 @@ def test_a_finished_harvest_repeated_does_nothing(
     tiny_store: Path, tiny_model: NativeModel, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(tiny_store)
-    monkeypatch.setattr(tiny_model, "capture", lambda *_: pytest.fail("the model was run"))
+    monkeypatch.setattr(tiny_model, "capture_all", lambda *_: pytest.fail("the model was run"))
     pipeline.harvest(tiny_model, tiny_text, tiny_store, tokens=8192, heldout_tokens=1024)
     assert contents(tiny_store) == before
 
@@ -245,11 +246,11 @@ def test_text_shorter_than_the_budget_makes_a_finished_store_that_the_pipeline_c
     lanes: dict[tuple[str, int], list[int]] = {}
     for number, d in enumerate(text_source(documents).documents()):
         ids = [BOS, *tiny_model.tokenizer.encode(d.text).ids]
-        lanes.setdefault((d.split, number % harvesting.LANES), []).extend(ids)
+        lanes.setdefault((d.split, number % LANES), []).extend(ids)
     for split in (HELD_OUT, TRAIN):
         kept = 0
         for (of, lane), ids in lanes.items():
-            shards = len(range(lane, store.n_shards[split], harvesting.LANES)) if of == split else 0
+            shards = len(range(lane, store.n_shards[split], LANES)) if of == split else 0
             kept += sum(token != BOS for token in ids[: shards * store.rows_per_shard])
         assert store.totals(split, HOOK_POINT).kept_rows == kept
     pipeline.train(out, tmp_path / "d", d_sae=40, tokens=2048, config={"k": 4, "batch_tokens": 256})
@@ -281,8 +282,10 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(
 
 def test_the_forecast_is_what_the_store_takes(tiny_store: Path, tmp_path: Path) -> None:
     """Rows exactly; bytes of the arrays to the checksums' few bytes a shard."""
-    plan = harvesting.plan(8192, 1024, SEQ_LEN)
-    forecast = pipeline.forecast_harvest(plan, [SHAPE.d_mlp], "float16", tmp_path / "not" / "there" / "acts.zarr")
+    plan = lanes.plan(8192, 1024, SEQ_LEN)
+    forecast = pipeline.forecast_harvest(
+        plan, {HOOK_POINT: SHAPE.d_mlp}, "float16", tmp_path / "not" / "there" / "acts.zarr"
+    )
     store = ActivationStore.open(tiny_store)
     assert forecast.rows == sum(store.n_shards.values()) * store.rows_per_shard == 9216
     files = [p for p in tiny_store.rglob("*") if p.is_file() and p.suffix != ".json"]
@@ -298,18 +301,18 @@ def test_the_forecast_is_what_the_store_takes(tiny_store: Path, tmp_path: Path) 
     [(1, 1, 1), (8192, 1024, 32), (2_000_000, 200_000, 256), (10**9, 262_144, 128)],
 )
 def test_a_plan_covers_its_budget_by_less_than_a_shard(tokens: int, heldout_tokens: int, seq_len: int) -> None:
-    plan = harvesting.plan(tokens, heldout_tokens, seq_len)
+    plan = lanes.plan(tokens, heldout_tokens, seq_len)
     shard = plan.contexts_per_shard * seq_len
     for split, budget in ((TRAIN, tokens), (HELD_OUT, heldout_tokens)):
         assert budget <= plan.tokens[split] < budget + shard + seq_len
-        assert plan.n_shards[split] >= min(harvesting.LANES, -(-budget // seq_len))
-    assert 1 <= plan.contexts_per_shard <= harvesting.MAX_CONTEXTS_PER_SHARD
+        assert plan.n_shards[split] >= min(LANES, -(-budget // seq_len))
+    assert 1 <= plan.contexts_per_shard <= max(1, lanes.SHARD_TOKENS // seq_len)
 
 
 @pytest.mark.parametrize("arguments", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (-5, 1, 1), (1, 1, -5)])
 def test_a_budget_of_nothing_is_refused(arguments: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
-        harvesting.plan(*arguments)
+        lanes.plan(*arguments)
 
 
 def test_a_context_longer_than_the_models_is_refused(tmp_path: Path, tiny_model: NativeModel) -> None:

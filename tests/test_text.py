@@ -16,7 +16,7 @@ import datasets
 import pytest
 import zstandard
 
-from sae.documents import HELD_OUT, TRAIN, Document, TextReport, sha256_of, shuffled, split_of
+from sae.documents import DOCUMENT_BYTES, HELD_OUT, TRAIN, Document, TextReport, sha256_of, shuffled, split_of
 from sae.text import TextError, TextSource, combine, open_text
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -97,7 +97,7 @@ def test_shuffle_reads_no_further_than_its_window() -> None:
             taken += 1
             yield document(f"{i:010d}")
 
-    stream = shuffled(source(), window_bytes=500)
+    stream = shuffled(source(), window_bytes=50 * (10 + DOCUMENT_BYTES))
     first = next(stream)
     assert taken == 50
     assert int(first.text) < 50
@@ -364,3 +364,63 @@ def test_report_keeps_the_first_problems() -> None:
     for i in range(9):
         report.note(str(i))
     assert report.first_problems == list("01234")
+
+
+# --- ugly input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("joiner", ["\n", " ", ""])
+def test_a_document_too_long_to_tokenise_is_cut_and_its_parts_stay_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joiner: str
+) -> None:
+    monkeypatch.setattr("sae.text.MAX_DOCUMENT_CHARACTERS", 1000)
+    for number in range(30):
+        whole = joiner.join(f"word{i * 7919 % 1009}-{number}" for i in range(2000))
+        (tmp_path / "long.txt").write_text(whole)
+        source = open_text(tmp_path / "long.txt")
+        parts = sorted(source.documents(), key=lambda d: int(d.id.split("#")[1]))
+        assert "".join(part.text for part in parts) == whole
+        assert max(len(part.text) for part in parts) <= 1000
+        assert {part.split for part in parts} == {split_of(whole)}  # never one half here and one half there
+        assert all(part.text.endswith(joiner) for part in parts[:-1])
+        assert len({part.id for part in parts}) == len(parts)
+    assert (source.report.documents, source.report.long_documents) == (1, 1)
+    assert "1 too long and cut into parts" in source.report.summary()
+
+
+def test_a_million_short_documents_are_shuffled_in_bounded_memory() -> None:
+    """The window counts what Python adds to a short text: it is drained long before they are all in memory."""
+    drawn = 0
+
+    def short() -> Iterator[Document]:
+        nonlocal drawn
+        for number in range(1_000_000):
+            drawn = number + 1
+            yield Document(str(number), "x", "d", "s")
+
+    stream = shuffled(short(), window_bytes=100 * (DOCUMENT_BYTES + 1))
+    for taken in range(1, 1000):
+        next(stream)
+        assert drawn <= taken + 100
+
+
+def test_mixed_encodings_nul_bytes_and_broken_lines_are_read_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("naïve café".encode("utf-16"))
+    (tmp_path / "b.txt").write_bytes(b"with\x00nul and \x07bell")
+    (tmp_path / "c.txt").write_bytes("latin caf\xe9".encode("latin-1"))
+    (tmp_path / "d.txt").write_bytes("\ufeffmarked".encode())
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": "cut',
+        b"\x00\x00",
+        b'{"text": 5}',
+        b"[" * 100_000,
+        b'{"text": "a\\u0000b"}',
+    ]
+    (tmp_path / "e.jsonl").write_bytes(b"\n".join(lines))
+    source = open_text(tmp_path)
+    texts = {document.text for document in source.documents()}
+    assert texts == {"naïve café", "with\x00nul and \x07bell", "latin caf\ufffd", "marked", "good", "a\x00b"}
+    assert source.report.broken_lines == 4
+    assert source.report.replaced_documents == 1
+    assert "4 broken jsonl lines" in source.report.summary()

@@ -15,11 +15,11 @@ from sae.cli.flags import with_config_file
 from sae.cli.looking import browse, info
 from sae.cli.models import pretrain
 from sae.cli.steering import steer
-from sae.cli.stores import harvest, verify
+from sae.cli.stores import clean, harvest, store, verify
 
 VERBS = (
     pretrain, harvest, train, sweep, evaluate, index, browse, steer, compare, controls, export, import_dictionary, info,
-    verify,
+    verify, clean, store,
 )  # fmt: skip
 
 
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(with_config_file(parser, arguments))
+    args.arguments = arguments  # for a verb that starts itself again, as harvest's workers
     if not hasattr(args, "handler"):
         parser.print_help()
         return 2

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 Handler = Callable[[argparse.Namespace], int]
 
 
@@ -36,11 +38,11 @@ def add_kernels(verb: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_text(verb: argparse.ArgumentParser) -> None:
+def add_text(verb: argparse.ArgumentParser, *, required: bool = True) -> None:
     verb.add_argument(
         "--text",
         action="append",
-        required=True,
+        required=required,
         metavar="SOURCE",
         help="file, directory, dataset or 'default'; may repeat",
     )
@@ -50,6 +52,14 @@ def add_dictionary(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("sae", help="directory of the dictionary")
     verb.add_argument("--acts", help="the activation store (default: the one it was trained on)")
     verb.add_argument("--model", help="directory, shipped name or hub id (default: the one it was trained on)")
+
+
+def size(text: str) -> int:
+    """Bytes of `500MB`, `2g` or `1000000`."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)i?b?", text.strip().lower())
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, got {text!r}")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def resolved_device(device: str) -> str:

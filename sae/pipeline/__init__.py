@@ -7,10 +7,25 @@ from sae.pipeline.dictionaries import feature_max, feature_units, train
 from sae.pipeline.exchange import EXPORT_FORMATS, IMPORT_FORMATS, export, import_dictionary
 from sae.pipeline.measuring import evaluate, index
 from sae.pipeline.pairing import PipelineError, open_pair
-from sae.pipeline.stores import DEFAULT_HOOK_POINT, Forecast, forecast_harvest, harvest, verify
+from sae.pipeline.stores import (
+    DEFAULT_HOOK_POINT,
+    Forecast,
+    forecast_harvest,
+    harvest,
+    repair,
+    source_of,
+    verify,
+)
 from sae.pipeline.sweeping import sweep
+from sae.pipeline.upkeep import clean, export_numpy, merge_stores, subset_store
 
 __all__ = [
+    "subset_store",
+    "source_of",
+    "repair",
+    "merge_stores",
+    "export_numpy",
+    "clean",
     "DEFAULT_HOOK_POINT",
     "EXPORT_FORMATS",
     "IMPORT_FORMATS",

@@ -53,7 +53,7 @@ def compare(
     result = found.summary | {
         "a": _described(first, a, models[0]),
         "b": _described(second, b, models[1]),
-        "text": {"store": acts.path.name, "text": acts.provenance["text"], "order": "held-out contexts first"},
+        "text": {"store": acts.name, "text": acts.provenance["text"], "order": "held-out contexts first"},
         "seed": seed,
     }
     for name, columns in found.tables.items():

@@ -9,7 +9,7 @@ from typing import Any
 from sae.documents import HELD_OUT, TRAIN
 from sae.kernels import choose, device_named, matmul
 from sae.pipeline.pairing import PipelineError
-from store.activations import ActivationStore
+from store.activations import ActivationStore, is_url
 from store.features import FeatureIndex
 
 
@@ -18,6 +18,8 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     Raises: PipelineError when it is none.
     """
+    if is_url(path):
+        return _describe_store(ActivationStore.open(path))
     path = Path(path)
     if (path / "config.json").is_file():
         config = json.loads((path / "config.json").read_text())
@@ -38,19 +40,43 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def _describe_store(store: ActivationStore) -> dict[str, Any]:
-    splits = {}
+    splits, disk_bytes = {}, 0
     for split in (HELD_OUT, TRAIN):
         markers = store.markers(split)
+        filled = {shard: marker for shard, marker in markers.items() if marker.contexts}
+        disk_bytes += sum(entry["bytes"] for marker in filled.values() for entry in marker.files.values())
+        kept_rows = sum(marker.kept_rows for marker in filled.values())
         splits[split] = {
-            "shards": f"{len(markers)} of {store.n_shards[split]}",
-            "kept_rows": sum(marker.kept_rows for marker in markers.values()),
+            "shards": store.n_shards[split],
+            "shards_written": len(markers),
+            "shards_with_rows": len(filled),
+            "contexts": sum(marker.contexts for marker in filled.values()),
+            "rows": sum(marker.rows for marker in filled.values()),
+            "kept_rows": kept_rows,
+            "documents": len({number for marker in filled.values() for number in marker.documents}),
+            "hook_points": {hook: _moments(store, split, hook) for hook in store.hook_points} if kept_rows else {},
         }
     return {
         "kind": "activation store",
+        "path": str(store.path),
+        "format": store.attributes["format"],
         "complete": store.is_complete,
-        "hook_points": store.hook_points,
-        "dtype": store.dtype,
+        "hook_points": {hook: {"d_in": d, "dtype": store.dtype[hook]} for hook, d in store.hook_points.items()},
         "seq_len": store.seq_len,
+        "contexts_per_shard": store.contexts_per_shard,
+        "ring_shards_per_lane": store.ring_shards_per_lane,
+        "disk_bytes": disk_bytes,
         "splits": splits,
         "provenance": store.provenance,
+    }
+
+
+def _moments(store: ActivationStore, split: str, hook: str) -> dict[str, float]:
+    """Of the kept rows: ‖mean‖, mean ‖x‖², and the share of it that is not the mean's (what a dictionary explains)."""
+    totals = store.totals(split, hook)
+    mean_sq = float((totals.mean**2).sum())
+    return {
+        "mean_norm": mean_sq**0.5,
+        "mean_sq_norm": totals.mean_sq_norm,
+        "variance_share": 1 - mean_sq / totals.mean_sq_norm if totals.mean_sq_norm else 0.0,
     }

@@ -32,13 +32,13 @@ class StoreRows:
         self, store: ActivationStore, hook_point: str, *, batch_tokens: int, seed: int,
         target_hook_point: str | None = None, resid_hook_point: str | None = None, downstream: Downstream | None = None,
     ) -> None:  # fmt: skip
-        def rows(hook: str, pool_shards: int | None = None) -> ShuffledRows:
-            return ShuffledRows(store, hook, batch_rows=batch_tokens, seed=seed, pool_shards=pool_shards)
+        def rows(hook: str, pool_shards: int | None = None, parts: int = 1) -> ShuffledRows:
+            return ShuffledRows(store, hook, batch_rows=batch_tokens, seed=seed, pool_shards=pool_shards, parts=parts)
 
         self._rows = rows(hook_point)
         # Read in the pools of x, so that row n of each is of the same token.
-        self._targets = rows(target_hook_point, self._rows.pool_shards) if target_hook_point else None
-        self._resid = rows(resid_hook_point, self._rows.pool_shards) if resid_hook_point else None
+        self._targets = rows(target_hook_point, self._rows.pool_shards, self._rows.parts) if target_hook_point else None
+        self._resid = rows(resid_hook_point, self._rows.pool_shards, self._rows.parts) if resid_hook_point else None
         self.d_in, self.n_rows = self._rows.d_in, self._rows.n_rows
         self.d_out = self._targets.d_in if self._targets else self.d_in
         self.downstream = downstream

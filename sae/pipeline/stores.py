@@ -1,89 +1,150 @@
-"""Activation stores: forecast, harvest, verify."""
+"""Activation stores: forecast, harvest, verify and repair."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from sae import harvesting
+from sae.documents import HELD_OUT, TRAIN
+from sae.lanes import LANES, Plan, default_heldout_tokens, lanes_of, plan
 from sae.lm import LanguageModel, load_model
 from sae.pipeline.pairing import PipelineError
 from sae.text import TextSource, combine, open_text
-from store.activations import ActivationStore
+from store.activation_input import differences
+from store.activations import ActivationStore, is_url
 
 DEFAULT_HOOK_POINT = "blocks.0.mlp.hook_post"
 BYTES_PER_VALUE = {"float16": 2, "bfloat16": 2, "float32": 4}
+TEXT_BYTES = 9  # of a row: token, keep and document number
+Text = str | Path | TextSource | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a harvest will take on disk, against what is free."""
+    """What a harvest will take on disk, against what is free; `shard_bytes` with marker and rounding to blocks."""
 
     rows: int
     disk_bytes: int
-    free_bytes: int
+    free_bytes: int | None  # None: a remote store
+    shard_bytes: int
 
     def __str__(self) -> str:
-        return f"{self.rows:,} rows, {self.disk_bytes / 1e9:.2f} GB on disk ({self.free_bytes / 1e9:.1f} GB free)"
+        free = "" if self.free_bytes is None else f" ({self.free_bytes / 1e9:.1f} GB free)"
+        return f"{self.rows:,} rows, {self.disk_bytes / 1e9:.2f} GB on disk{free}"
 
 
-def forecast_harvest(plan: harvesting.Plan, widths: Sequence[int], dtype: str, out: Path) -> Forecast:
-    rows = sum(plan.tokens.values())
-    row_bytes = sum(widths) * BYTES_PER_VALUE[dtype] + 9  # 9: token, keep and document number
-    folder = next(p for p in (out, *out.absolute().parents) if p.exists())
-    return Forecast(rows, rows * row_bytes, shutil.disk_usage(folder).free)
+def forecast_harvest(
+    plan: Plan, widths: Mapping[str, int], dtype: str | Mapping[str, str], out: str | Path
+) -> Forecast:
+    """Rows and bytes of the finished store, and the room there is."""
+    shard_rows = plan.contexts_per_shard * plan.seq_len
+    kinds = _dtypes(dtype, widths)
+    row_bytes = sum(width * BYTES_PER_VALUE[kinds[hook]] for hook, width in widths.items()) + TEXT_BYTES
+    rows = plan.kept_shards * shard_rows
+    # A marker holds Σx in float64 (base64) and the documents; every file takes whole blocks of 4 KiB.
+    marker = sum(widths.values()) * 11 + shard_rows * 10
+    shard_bytes = shard_rows * row_bytes + marker + 4096 * (len(widths) + 4)
+    if is_url(out):
+        return Forecast(rows, rows * row_bytes, None, shard_bytes)
+    folder = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
+    return Forecast(rows, rows * row_bytes, shutil.disk_usage(folder).free, shard_bytes)
 
 
 def harvest(
     model: LanguageModel | str,
-    text: str | Path | TextSource | Sequence[str | Path],
+    text: Text,
     out: str | Path,
     *,
     tokens: int,
     hook_points: Sequence[str] = (DEFAULT_HOOK_POINT,),
-    dtype: str = "float16",
+    dtype: str | Mapping[str, str] = "float16",
     heldout_tokens: int | None = None,
     seq_len: int | None = None,
     device: str = "cpu",
-) -> Path:
+    rank: int = 0,
+    world: int = 1,
+    max_disk_bytes: int | None = None,
+    keep_rows: int | None = None,
+    take_over: bool = False,
+) -> str | Path:
     """Streams the activations of `tokens` tokens (and a frozen held-out split) into a Zarr store at `out`.
 
+    Worker `rank` of `world` fills its lanes of 64; together they write the bytes that one would. `max_disk_bytes`
+    stops short of the plan, with everything written ready for use; `keep_rows` keeps only the newest training rows.
     Repeat the call to go on after an interruption: committed shards stay, the result is the same byte for byte.
-    Raises: PipelineError when the disk is too small; StoreError when `out` is another store; TextError for bad text.
+    Raises: PipelineError when the disk is too small; StoreError when `out` is another store, or another process
+    writes one of these lanes; DiskFull when the room runs out; TextError for bad text.
     """
     lm = load_model(model, device=device) if isinstance(model, str) else model
-    source = _source(text)
-    out = Path(out)
+    source = source_of(text)
+    out = out if is_url(out) else Path(out)
     seq_len = seq_len or min(256, lm.context_tokens)
     if seq_len > lm.context_tokens:
         raise PipelineError(f"seq_len = {seq_len} is more than {lm.id}'s context of {lm.context_tokens} tokens.")
-    if dtype not in BYTES_PER_VALUE:
-        raise PipelineError(f"dtype must be one of {', '.join(BYTES_PER_VALUE)}; got {dtype!r}.")
+    lanes = lanes_of(rank, world)
     widths = {hook_point: lm.hook_width(hook_point) for hook_point in hook_points}
-    plan = harvesting.plan(tokens, heldout_tokens or harvesting.default_heldout_tokens(tokens), seq_len)
-    forecast = forecast_harvest(plan, list(widths.values()), dtype, out)
-    if not out.exists() and forecast.disk_bytes > forecast.free_bytes:
+    dtypes = _dtypes(dtype, widths)
+    planned = plan(tokens, heldout_tokens or default_heldout_tokens(tokens), seq_len, keep_rows)
+    forecast = forecast_harvest(planned, widths, dtypes, out)
+    only = _within(planned, forecast, max_disk_bytes)
+    wanted_bytes = forecast.disk_bytes if only is None else max_disk_bytes or 0
+    if forecast.free_bytes is not None and not Path(out).exists() and wanted_bytes > forecast.free_bytes:
         raise PipelineError(f"harvest needs {forecast}. Lower --tokens, or choose another disk with --out.")
     store = ActivationStore.create(
         out,
         hook_points=widths,
         seq_len=seq_len,
-        contexts_per_shard=plan.contexts_per_shard,
-        n_shards=plan.n_shards,
-        dtype=dtype,
-        provenance=_provenance(lm, source),
+        contexts_per_shard=planned.contexts_per_shard,
+        n_shards=planned.n_shards,
+        dtype=dtypes,
+        provenance=provenance_of(lm, source),
+        ring_shards_per_lane=planned.ring_shards_per_lane,
     )
-    if store.is_complete:
-        return out
-    with store.hold():
-        harvesting.harvest(lm, source, store)  # type: ignore[arg-type]
+    if not store.is_complete:
+        with store.hold(lanes, take_over=take_over):
+            harvesting.harvest(lm, source, store, lanes=lanes, only=only)
     return out
 
 
-def _source(text: str | Path | TextSource | Sequence[str | Path]) -> TextSource:
+def _dtypes(dtype: str | Mapping[str, str], hooks: Mapping[str, int]) -> dict[str, str]:
+    """The dtype of each hook point. Raises: PipelineError for an unknown one, or a hook point without one."""
+    kinds = dict.fromkeys(hooks, dtype) if isinstance(dtype, str) else dict(dtype)
+    for kind in kinds.values():
+        if kind not in BYTES_PER_VALUE:
+            raise PipelineError(f"dtype must be one of {', '.join(BYTES_PER_VALUE)}; got {kind!r}.")
+    if kinds.keys() != hooks.keys():
+        raise PipelineError(f"dtype names {', '.join(kinds) or 'nothing'}; the hook points are {', '.join(hooks)}.")
+    return kinds
+
+
+def _within(planned: Plan, forecast: Forecast, max_disk_bytes: int | None) -> dict[str, Container[int]] | None:
+    """The shards that fit the budget, held-out ones first; None when all do.
+
+    A function of the numbers alone, so that any number of workers stops at the same shards.
+    Raises: PipelineError when not one training shard of each lane fits, or when a ring does not fit whole.
+    """
+    if max_disk_bytes is None or planned.kept_shards * forecast.shard_bytes <= max_disk_bytes:
+        return None
+    train = max_disk_bytes // forecast.shard_bytes - planned.n_shards[HELD_OUT]
+    if train < min(LANES, planned.n_shards[TRAIN]) or planned.ring_shards_per_lane is not None:
+        least = planned.n_shards[HELD_OUT] + min(LANES, planned.n_shards[TRAIN])
+        if planned.ring_shards_per_lane is not None:
+            least = planned.kept_shards
+        raise PipelineError(
+            f"a disk budget of {max_disk_bytes / 1e6:,.1f} MB is too small: the held-out split and "
+            f"{'the ring' if planned.ring_shards_per_lane else 'one shard of each lane'} take "
+            f"{least * forecast.shard_bytes / 1e6:,.1f} MB. Raise --max-disk, or lower --heldout-tokens or --keep-rows."
+        )
+    return {HELD_OUT: range(planned.n_shards[HELD_OUT]), TRAIN: range(train)}
+
+
+def source_of(text: Text) -> TextSource:
+    """One source of what a caller names as text."""
     if isinstance(text, TextSource):
         return text
     if isinstance(text, str | Path):
@@ -91,13 +152,13 @@ def _source(text: str | Path | TextSource | Sequence[str | Path]) -> TextSource:
     return combine([open_text(spec) for spec in text])
 
 
-def _provenance(lm: LanguageModel, source: TextSource) -> dict[str, Any]:
-    from hashlib import sha256
-
+def provenance_of(lm: LanguageModel, source: TextSource) -> dict[str, Any]:
+    """What decides a store's rows: model, tokenizer and text, each with its hash."""
     return {
         "model": lm.identity(),
         "tokenizer_sha256": sha256(lm.tokenizer.to_str().encode()).hexdigest(),
         "text": source.name,
+        "text_specs": list(source.specs),
         "text_sha256": source.fingerprint,
         "bos": "one BOS before each document; BOS rows are stored and not kept",
         "weight_processing": "none",
@@ -107,4 +168,62 @@ def _provenance(lm: LanguageModel, source: TextSource) -> dict[str, Any]:
 
 def verify(path: str | Path) -> list[str]:
     """Checks every checksum of an activation store; returns the problems as sentences."""
-    return ActivationStore.open(path).verify()
+    return [problem.text for problem in ActivationStore.open(path).verify()]
+
+
+def repair(
+    path: str | Path, *, model: LanguageModel | str | None = None, text: Text | None = None, device: str = "cpu"
+) -> tuple[list[str], list[str]]:
+    """Harvests again just what `verify` finds wrong; what was wrong, and what still is.
+
+    The model and the text are those the store names, unless given; either way their hashes must be the store's.
+    Raises: PipelineError showing what differs, before anything is changed; StoreError when nothing can be rebuilt.
+    """
+    restored = ActivationStore.restore_metadata(path)
+    store = ActivationStore.open(path)
+    problems = store.verify()
+    found = restored + [problem.text for problem in problems]
+    bad = {
+        split: {p.shard for p in problems if p.split == split and p.shard is not None} for split in (HELD_OUT, TRAIN)
+    }
+    if any(bad.values()):
+        lm, source = _as_harvested(store, model, text, device)
+        sums = {(split, shard): store.recorded_files(split, shard) for split in bad for shard in bad[split]}
+        with store.hold():
+            for problem in problems:
+                store.clear(problem)
+            harvesting.harvest(lm, source, store, only=bad)
+        left = [problem.text for problem in store.verify()] + [
+            f"{store.path}: {split} shard {shard} came out with other bytes than it had (another machine, or another "
+            "number of threads?): sound, but its activations differ in the last digits"
+            for (split, shard), before in sums.items()
+            if before and before != store.recorded_files(split, shard)
+        ]
+        return found, left
+    if problems and all(len(store.markers(split)) == store.n_shards[split] for split in (HELD_OUT, TRAIN)):
+        store.finish()
+    return found, [problem.text for problem in store.verify()]
+
+
+def _as_harvested(
+    store: ActivationStore, model: LanguageModel | str | None, text: Text | None, device: str
+) -> tuple[LanguageModel, TextSource]:
+    if "model" not in store.provenance or not (text or store.provenance.get("text_specs")):
+        raise PipelineError(
+            f"{store.path} does not say from which model and text it was harvested (a merged or cut store does not): "
+            "repair the stores it was made of, and make it again."
+        )
+    chosen = model or store.provenance["model"]["id"]
+    lm = chosen if isinstance(chosen, LanguageModel) else load_model(chosen, device=device)
+    source = source_of(text or store.provenance["text_specs"])
+    ours = provenance_of(lm, source)
+    decisive = ("tokenizer_sha256", "text_sha256", "bos", "weight_processing", "held_out")
+    there = {"model_sha256": store.provenance["model"]["sha256"], **{k: store.provenance.get(k) for k in decisive}}
+    differing = differences(there, {"model_sha256": lm.weights_sha256, **{k: ours[k] for k in decisive}})
+    if differing:
+        raise PipelineError(
+            f"{store.path} was harvested from something else, and nothing in it was changed:\n  "
+            + "\n  ".join(differing)
+            + "\nName what it was harvested from (--model, --text)."
+        )
+    return lm, source

@@ -1,0 +1,67 @@
+"""Keeping stores: what killed writers left is removed, stores are merged, cut, written as numpy files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from sae.pipeline.pairing import PipelineError
+from store.activations import ActivationStore
+from store.derive import export_numpy, merge, subset
+from store.schema import StoreError
+
+__all__ = ["clean", "export_numpy", "merge_stores", "subset_store"]
+
+merge_stores, subset_store = merge, subset
+
+
+def clean(path: str | Path, *, acts: bool = False, dry_run: bool = False) -> dict[str, int]:
+    """Removes what killed writers left in the activation stores at or under `path`; bytes by what went.
+
+    With `acts` the stores themselves go too, where every dictionary beside them has its feature index (which needs no
+    store). Raises: StoreError when another process writes the store; PipelineError when there is no store, or a
+    dictionary without an index.
+    """
+    path = Path(path)
+    stores = [path] if _is_store(path) else sorted(p for p in path.glob("**/*.zarr") if _is_store(p))
+    if not stores:
+        raise PipelineError(f"{path}: no activation store here to clean.")
+    removed: dict[str, int] = {}
+    for place in stores:
+        store = ActivationStore.open(place)
+        with store.hold(sweep=False):
+            if acts:
+                _require_indexes(place)
+                removed[str(place)] = _bytes_under(place)
+                if not dry_run:
+                    shutil.rmtree(place)
+            else:
+                removed |= {store.place.where(key): size for key, size in store.sweep(dry_run=dry_run).items()}
+        for beside in (place.with_name(place.name + ".creating"), place.with_name(place.name + ".lock")):
+            if beside.exists():
+                removed[str(beside)] = _bytes_under(beside)
+                if not dry_run:
+                    shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
+    return removed
+
+
+def _is_store(path: Path) -> bool:
+    try:
+        ActivationStore.open(path)
+    except StoreError:
+        return False
+    return True
+
+
+def _require_indexes(store: Path) -> None:
+    for config in sorted(store.parent.glob("**/config.json")):
+        if (config.parent / "sae.safetensors").exists() and not (config.parent / "features.zarr").is_dir():
+            raise PipelineError(
+                f"{config.parent} has no feature index yet, and needs {store} for it; "
+                f"`sae index {config.parent}` first."
+            )
+
+
+def _bytes_under(path: Path) -> int:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(file.stat().st_size for file in files)
