@@ -34,6 +34,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of an app serving the fixture."""
     root = tmp_path_factory.mktemp("runs")
     build_root(root, n_contexts=48)
+    yield from served(root)
+
+
+def served(root: Path) -> Iterator[str]:
+    """The address of an app serving `root`, which ends with the generator."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])

@@ -1,0 +1,120 @@
+"""The pages that run the model, in Debian's Chromium: clicks on canvases, streaming, keys, addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from browser_fixture import HOSTILE_TOKENS
+from browser_live_fixture import D_SAE, NAMES, build_live_root
+from test_browser_chromium import _watched, chromium, pytestmark, served, wait_feature, wait_idle  # noqa: F401
+
+from sae.lm import NativeModel
+
+PROMPT = "the quick brown fox"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: NativeModel, tiny_store: Path) -> Iterator[str]:
+    """The address of an app serving a real tiny model and its dictionaries."""
+    root = tmp_path_factory.mktemp("live")
+    yield from served(build_live_root(root, tiny_model, tiny_store, compared=False))
+
+
+@pytest.fixture
+def page(chromium: Any, site: str) -> Iterator[Any]:  # noqa: F811
+    yield from _watched(chromium, site, "light")
+
+
+def visit(page: Any, site: str, view: str, **params: str) -> None:
+    given = {"sae": NAMES[0], "view": view, "prompt": PROMPT} | params
+    page.goto(site + "?" + "&".join(f"{name}={quote(value)}" for name, value in given.items()))
+
+
+def test_a_token_is_chosen_by_click_and_key_and_the_address_holds_it(page: Any, site: str) -> None:
+    visit(page, site, "Microscope", hide="false")
+    page.wait_for_selector("#microscope-done", state="attached")
+    page.locator(".grid .row").nth(4).locator(".text").click()
+    page.wait_for_selector('#microscope-done[data-at="3"]', state="attached")
+    wait_idle(page)
+    assert "at=3" in page.url
+    page.locator(".grid").press("ArrowDown")
+    page.wait_for_selector('#microscope-done[data-at="4"]', state="attached")
+    page.go_back()
+    page.wait_for_selector('#microscope-done[data-at="3"]', state="attached")
+    page.reload()
+    page.wait_for_selector('#microscope-done[data-at="3"]', state="attached")
+
+
+def test_a_feature_goes_from_the_microscope_to_a_steered_text(page: Any, site: str) -> None:
+    visit(page, site, "Microscope", hide="false", at="3")
+    add = page.locator(".row .add").first
+    feature = int(add.locator("xpath=..").locator(".prefix").text_content())
+    add.click()
+    wait_idle(page)
+    page.get_by_text("Steering", exact=True).first.click()
+    page.get_by_role("button", name="Generate").wait_for()
+    wait_idle(page)
+    assert quote(f"{feature}:set:5", safe="") in page.url
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_selector("#steered-done", state="attached")
+    assert page.locator(".groups .tok").count() > 2 * 40
+    assert page.get_by_text(f"Steered: {feature} set to 5 × max").count() == 1
+
+
+def test_text_streams_while_it_is_written(page: Any, site: str) -> None:
+    visit(page, site, "Steering", edits="3:set:5", new="128")
+    go = page.get_by_role("button", name="Generate")
+    go.wait_for()
+    wait_idle(page)
+    go.click()
+    page.wait_for_selector('[data-testid="stProgress"]')
+    page.wait_for_function("document.querySelectorAll('[data-testid=stText]').length >= 2")
+    text = page.locator('[data-testid="stText"]').first
+    first = len(text.text_content())
+    page.wait_for_function(f"(document.querySelector('[data-testid=stText]')?.textContent.length ?? 1e9) > {first}")
+    page.wait_for_selector("#steered-done", state="attached")
+
+
+def test_a_click_on_the_map_opens_a_feature(page: Any, site: str) -> None:
+    visit(page, site, "Map")
+    page.wait_for_selector(".map canvas")
+    wait_idle(page)
+    page.wait_for_timeout(500)  # the canvas is drawn: nothing to wait for
+    where = page.evaluate(
+        """() => {
+          const hosts = [...document.querySelectorAll('*')].filter(n => n.shadowRoot);
+          const map = hosts.map(n => n.shadowRoot.querySelector('.map')).find(Boolean);
+          const [x, y] = map.map2d.screen(7), box = map.getBoundingClientRect();
+          return [box.left + x, box.top + y, map.map2d.nearest(x, y)];
+        }"""
+    )
+    page.mouse.move(where[0], where[1])
+    page.locator(".map .tip").wait_for()
+    assert f"feature {where[2]}" in page.locator(".map .tip").text_content()
+    page.mouse.click(where[0], where[1])
+    wait_feature(page, where[2])
+    assert f"feature={where[2]}" in page.url
+    page.go_back()
+    page.wait_for_selector(".map canvas")
+
+
+def test_hostile_prompts_are_text(page: Any, site: str) -> None:
+    hostile = HOSTILE_TOKENS[0]
+    visit(page, site, "Microscope", prompt=hostile)
+    page.wait_for_selector("#microscope-done", state="attached")
+    texts = page.eval_on_selector_all(".grid .row:not(.heads) .text", "nodes => nodes.map(n => n.textContent)")
+    assert "".join(texts).endswith(hostile)
+    visit(page, site, "Token", token=hostile)
+    page.get_by_text(f"No token is exactly “{hostile}”").wait_for()
+    assert page.evaluate("window.__x") is None
+
+
+@pytest.mark.parametrize("view", ["Attention", "Compare", "Token", "Map"])
+def test_every_page_is_drawn_without_an_error(page: Any, site: str, view: str) -> None:
+    visit(page, site, view, feature=str(D_SAE - 1), token="#0", other=NAMES[1])
+    page.wait_for_selector({"Map": ".map canvas"}.get(view, f"#{view.lower()}-done"), state="attached")
+    wait_idle(page)
