@@ -106,6 +106,7 @@ def test_hostile_prompts_are_text(page: Any, site: str) -> None:
     hostile = HOSTILE_TOKENS[0]
     visit(page, site, "Microscope", prompt=hostile)
     page.wait_for_selector("#microscope-done", state="attached")
+    page.locator(".grid .row:not(.heads)").first.wait_for()  # a component is drawn after the page around it
     texts = page.eval_on_selector_all(".grid .row:not(.heads) .text", "nodes => nodes.map(n => n.textContent)")
     assert "".join(texts).endswith(hostile)
     visit(page, site, "Token", token=hostile)
