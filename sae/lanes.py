@@ -14,7 +14,7 @@ import numpy as np
 from sae.documents import HELD_OUT, TRAIN, Document, sha256_of
 
 LANES = 64
-SHARD_TOKENS = 8192  # scripts/bench_data.py: larger shards are read no faster and mix worse, smaller ones cost files
+SHARD_TOKENS = 8192  # larger shards mix worse where memory is short, smaller ones cost files; bench_data.py compares
 
 
 @dataclass(frozen=True)

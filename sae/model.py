@@ -82,6 +82,12 @@ class SAE(nn.Module):
         return {name: getattr(self, name) for name in SHAPE}
 
     @property
+    def is_transcoder(self) -> bool:
+        """Whether it predicts another place's activations instead of x."""
+        elsewhere = "target_hook_point" in self.config or self.config.get("recipe") == "transcoder"
+        return elsewhere or self.skip or self.d_out != self.d_in
+
+    @property
     def rule(self) -> Rule:
         """Which features are active, as the kernels know it."""
         match self.activation:

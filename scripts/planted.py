@@ -5,6 +5,7 @@
 
 `small` is 512 truths in 256 dimensions, 5 active; `large` 4,096 truths in 512 dimensions, 20 active. The dictionary has
 as many features as there are truths unless --d-sae says otherwise; recipes with a k get the number active as theirs.
+Recipes that learn from more than rows (a transcoder's y, a model to run on) are left out, with a word.
 `random` is the control: the same number of random directions. Repeat the command to go on after an interruption.
 """
 
@@ -21,7 +22,7 @@ import torch
 import sae
 from sae.lab.matching import recovery
 from sae.lab.planted import PlantedRows, judge
-from sae.recipes import RECIPES
+from sae.recipes import RECIPES, recipe_named
 
 SIZES = {
     "small": {"n_truths": 512, "d_in": 256, "active": 5.0, "decay": 0.99},
@@ -35,6 +36,14 @@ def settings_of(recipe: str, active: float, given: dict[str, Any]) -> dict[str, 
     return with_k | given
 
 
+def trainable(names: list[str]) -> list[str]:
+    """The recipes that rows alone are enough for; a line on stderr for each of the others."""
+    for name in names:
+        if needs := recipe_named(name).needs:
+            print(f"{name}: left out, it needs {needs} beside x and planted rows have none", file=sys.stderr)
+    return [name for name in names if not recipe_named(name).needs]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default="topk,towards-monosemanticity", help="names, with commas")
@@ -46,6 +55,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/planted"))
     args = parser.parse_args()
     given = {name: json.loads(value) for name, _, value in (entry.partition("=") for entry in args.set)}
+    names = trainable(args.recipes.split(","))
     found = []
     print(f"{args.size}: {SIZES[args.size]}, {args.tokens:,} rows a run")
     print(f"{'recipe':26} {'seed':>4} " + " ".join(f"{name:>13}" for name in COLUMNS))
@@ -54,7 +64,7 @@ def main() -> int:
         d_sae = args.d_sae or planted.n_truths
         control = torch.randn(d_sae, planted.d_in, generator=torch.Generator().manual_seed(seed + 1))
         measured = {"random": recovery(control, planted.truths)}
-        for recipe in args.recipes.split(","):
+        for recipe in names:
             name = "-".join(
                 [args.size, recipe, str(d_sae), *(entry.replace("=", "") for entry in args.set), f"s{seed}"]
             )

@@ -208,7 +208,7 @@ def test_pools_mix_nearly_as_well_as_a_perfect_shuffle(tmp_path) -> None:
     assert distinct(pooled) >= 0.8 * theory
 
 
-@pytest.mark.parametrize("memory_share", [0.2, 0.5])
+@pytest.mark.parametrize("memory_share", [0.1, 0.2, 0.5])
 def test_short_memory_mixes_within_five_percent_of_a_perfect_shuffle(tmp_path, memory_share) -> None:
     """Whole shards would not: a batch takes as many rows as three pools of a tenth have contexts."""
     seq_len, shards, contexts, batch_rows = 16, 40, 16, 160

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from sae import pipeline
 from sae.lab.planted import PlantedRows, judge
 from sae.model import SAE
 
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 SMALL = PlantedRows(n_truths=24, d_in=64, active=2.0, decay=0.97, noise=0.0, batch_tokens=512)
 
 
@@ -66,3 +70,22 @@ def test_training_finds_the_planted_dictionary(tmp_path: Path) -> None:
     assert found["mcc"] > 0.9
     assert random["mcc"] < 0.1
     assert random["dead_share"] == 1
+
+
+def test_the_script_leaves_out_recipes_that_rows_are_not_enough_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("planted", SCRIPTS / "planted.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setitem(script.SIZES, "small", {"n_truths": 24, "d_in": 64, "active": 2.0, "decay": 0.97})
+    command = ["planted.py", "--recipes", "transcoder,topk,end-to-end", "--tokens", "8192", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert script.main() == 0
+    said = capsys.readouterr().err
+    assert "transcoder: left out, it needs y" in said
+    assert "end-to-end: left out, it needs resid" in said
+    found = json.loads((tmp_path / "small.json").read_text())["results"]
+    assert [entry["recipe"] for entry in found] == ["random", "topk"]

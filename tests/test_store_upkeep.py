@@ -255,7 +255,7 @@ def test_stores_of_different_rows_are_not_merged(store: Path, tiny_model: Native
     assert not (tmp_path / "both.zarr").exists()
 
 
-def test_a_subset_has_some_hook_points_and_the_first_shards(store: Path, tmp_path: Path) -> None:
+def test_a_subset_has_some_hook_points_and_the_first_shards(store: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "small.zarr"
     assert main(["store", "subset", str(store), "--hook-point", RESID, "--tokens", "300", "--out", str(out)]) == 0
     small, whole = ActivationStore.open(out), ActivationStore.open(store)
@@ -264,6 +264,10 @@ def test_a_subset_has_some_hook_points_and_the_first_shards(store: Path, tmp_pat
     heldout = [marker for marker in whole.markers(HELD_OUT).values() if marker.contexts]
     assert small.n_shards == {HELD_OUT: len(heldout), TRAIN: 10}  # 32 rows a shard
     assert np.array_equal(small.read_stored(TRAIN, 9, RESID), whole.read_stored(TRAIN, 9, RESID))
+    marker_file(out).unlink()
+    with pytest.raises(PipelineError, match="a merged or cut store does not"):
+        pipeline.repair(out, text=text)  # its shards need not bear the numbers that the text gave them
+    assert len(small.markers(TRAIN)) == 9  # nothing was rebuilt
 
 
 def test_numpy_files_are_the_kept_rows(store: Path, tmp_path: Path) -> None:

@@ -18,7 +18,18 @@ def opened(sae: SAE | str | Path) -> tuple[SAE, Path | None]:
     return (sae, None) if isinstance(sae, SAE) else (load(sae), Path(sae))
 
 
+def refuse_transcoder(sae: SAE) -> None:
+    """Raises: PipelineError for a transcoder; what is measured, compared and spliced here is x̂ in the place of x."""
+    if sae.is_transcoder:
+        raise PipelineError(
+            f"this dictionary is a transcoder: it predicts {sae.config.get('target_hook_point', 'another place')} from "
+            f"{sae.config.get('hook_point') or 'x'}. Evaluation, index, controls, comparison and steering put x̂ where "
+            "x was, so their numbers would be wrong; only training and native export know transcoders."
+        )
+
+
 def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> ActivationStore:
+    refuse_transcoder(sae)
     if asked is None:
         held = sae.config.get("store", {}).get("path")
         if held is None or directory is None:
@@ -41,10 +52,21 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
 def model_of(
     sae: SAE, asked: LanguageModel | str | None, store: ActivationStore | None = None, *, device: str = "cpu"
 ) -> LanguageModel:
-    """The dictionary's model, or the one asked for; where no hash of it is known, it must be the store's."""
+    """The dictionary's model, by its recorded name or where `asked` says it is now; without a known hash, the store's.
+
+    Raises: PipelineError for a transcoder, and for a model with other weights: their effects are not the dictionary's.
+    """
+    refuse_transcoder(sae)
     lm = asked if isinstance(asked, LanguageModel) else _named_model(sae, asked, device)
+    ours = sae.config.get("model", {})
+    if lm.weights_sha256 != ours.get("sha256", lm.weights_sha256):
+        raise PipelineError(
+            f"the dictionary was trained on {ours.get('id')} (weights {ours['sha256'][:12]}…), the model here is "
+            f"{lm.id} (weights {lm.weights_sha256[:12]}…): it has changed, or is another. Name where the right one is "
+            "(--model)."
+        )
     theirs = store.provenance["model"] if store else {}
-    if store and "sha256" not in sae.config.get("model", {}) and lm.weights_sha256 != theirs["sha256"]:
+    if store and "sha256" not in ours and lm.weights_sha256 != theirs["sha256"]:
         raise PipelineError(
             f"{store.path} holds activations of {theirs['id']} (weights {theirs['sha256'][:12]}…), the model named is "
             f"{lm.id} ({lm.weights_sha256[:12]}…). Name the store's (--model)."
@@ -56,13 +78,7 @@ def _named_model(sae: SAE, asked: str | None, device: str) -> LanguageModel:
     ours = sae.config.get("model", {})
     if asked is None and "id" not in ours:
         raise PipelineError("this dictionary does not say which model it belongs to; name one (--model).")
-    lm = load_model(asked or ours["id"], device=device)
-    if asked is None and lm.weights_sha256 != ours.get("sha256", lm.weights_sha256):
-        raise PipelineError(
-            f"the model {lm.id} has changed since the dictionary was trained: weights {lm.weights_sha256[:12]}…, "
-            f"expected {ours['sha256'][:12]}…. Name the right one (--model)."
-        )
-    return lm
+    return load_model(asked or ours["id"], device=device)
 
 
 def open_pair(directory: str | Path, model: str | None = None) -> tuple[SAE, LanguageModel]:

@@ -208,7 +208,8 @@ def repair(
 def _as_harvested(
     store: ActivationStore, model: LanguageModel | str | None, text: Text | None, device: str
 ) -> tuple[LanguageModel, TextSource]:
-    if "model" not in store.provenance or not (text or store.provenance.get("text_specs")):
+    derived = {"merged_from", "subset_of"} & store.provenance.keys()  # their shards are numbered anew
+    if derived or "model" not in store.provenance or not (text or store.provenance.get("text_specs")):
         raise PipelineError(
             f"{store.path} does not say from which model and text it was harvested (a merged or cut store does not): "
             "repair the stores it was made of, and make it again."

@@ -1,0 +1,86 @@
+"""What a dictionary may be measured with: its own model by whatever name, and x̂ only where it stands for x."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fakes import HOOK_POINT, write_model
+
+from browser import data, live
+from sae import pipeline
+from sae.cli import main
+from sae.lm import NativeModel
+from sae.model import SAE, load, save
+
+D_IN, D_SAE = 32, 24
+
+
+def written(directory: Path, model: Path, store: Path, sae: SAE | None = None, **config: object) -> Path:
+    known = {
+        "hook_point": HOOK_POINT,
+        "model": NativeModel(model, str(model)).identity(),
+        "store": {"path": str(store)},
+    }
+    return save(sae or SAE(D_IN, D_SAE), directory, known | config)
+
+
+TRANSCODERS: dict[str, Callable[[Path, Path, Path], Path]] = {
+    "another place": lambda out, model, store: written(out, model, store, target_hook_point="blocks.0.hook_mlp_out"),
+    "by recipe": lambda out, model, store: written(out, model, store, recipe="transcoder"),
+    "skip": lambda out, model, store: written(out, model, store, SAE(D_IN, D_SAE, skip=True)),
+    "another width": lambda out, model, store: written(out, model, store, SAE(D_IN, D_SAE, d_out=16, pre_bias=False)),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSCODERS)
+def test_nothing_puts_a_transcoders_output_where_its_input_was(
+    tmp_path: Path, tiny_model_dir: Path, tiny_store: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transcoder = TRANSCODERS[kind](tmp_path / "runs" / "t", tiny_model_dir, tiny_store)
+    plain = written(tmp_path / "runs" / "plain", tiny_model_dir, tiny_store)
+    assert load(transcoder).is_transcoder
+    assert not load(plain).is_transcoder
+    for verb in (
+        lambda: pipeline.evaluate(transcoder),
+        lambda: pipeline.index(transcoder),
+        lambda: pipeline.controls(transcoder),
+        lambda: pipeline.compare(transcoder, plain),
+        lambda: pipeline.compare(plain, transcoder),
+        lambda: pipeline.open_pair(transcoder),
+    ):
+        with pytest.raises(pipeline.PipelineError, match="is a transcoder"):
+            verb()
+    assert main(["steer", str(transcoder), "--feature", "0", "--ablate"]) != 0
+    assert "is a transcoder" in capsys.readouterr().err
+    (entry,) = [entry for entry in data.scan(tmp_path / "runs") if entry.path == transcoder]
+    with pytest.raises(live.LiveError, match="is a transcoder"):
+        live.load(entry)
+    assert {file.name for file in transcoder.iterdir()} == {"config.json", "sae.safetensors"}  # nothing half-written
+
+
+def test_a_named_model_must_have_the_recorded_weights(tmp_path: Path, tiny_model_dir: Path, tiny_store: Path) -> None:
+    ours = written(tmp_path / "ours", tiny_model_dir, tiny_store)
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_model_dir, moved)
+    assert pipeline.open_pair(ours, str(moved))[1].id == str(moved)  # the same weights elsewhere
+    other = write_model(tmp_path / "other", seed=1)
+    hashes = [NativeModel(path, str(path)).weights_sha256[:12] for path in (tiny_model_dir, other)]
+    said = f"trained on .*{hashes[0]}….*the model here is {other} .*{hashes[1]}…"
+    for verb in (
+        lambda: pipeline.open_pair(ours, str(other)),
+        lambda: pipeline.evaluate(ours, model=str(other)),
+        lambda: pipeline.evaluate(ours, model=NativeModel(other, str(other))),
+        lambda: pipeline.index(ours, model=str(other)),
+        lambda: pipeline.controls(ours, model=str(other)),
+    ):
+        with pytest.raises(pipeline.PipelineError, match=said):
+            verb()
+    shutil.rmtree(moved)
+    shutil.copytree(other, moved)  # the recorded name, other weights
+    config = load(ours).config
+    renamed = save(load(ours), tmp_path / "renamed", config | {"model": config["model"] | {"id": str(moved)}})
+    with pytest.raises(pipeline.PipelineError, match="it has changed, or is another"):
+        pipeline.open_pair(renamed)
