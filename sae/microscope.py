@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae.ablation import LINEAR_HOOKS
 from sae.lm import LanguageModel, layer_of
-from sae.model import SAE
+from sae.model import SAE, refuse_transcoder
 
 
 class Inspection(NamedTuple):
@@ -33,7 +33,11 @@ class Inspection(NamedTuple):
 
 @torch.inference_mode()
 def inspect(model: LanguageModel, sae: SAE, ids: Sequence[int], *, hook_point: str) -> Inspection:
-    """Encodes one prompt and splices its reconstruction in. Active features come by position, then feature."""
+    """Encodes one prompt and splices its reconstruction in. Active features come by position, then feature.
+
+    Raises: ValueError for a transcoder.
+    """
+    refuse_transcoder(sae, "microscope")
     tokens = torch.tensor([list(ids)])
     kept = _kept(model, tokens[0])
     with model.lock:
@@ -90,8 +94,9 @@ def attribute(
     Exact where `is_exact`: `a · (r − mean r) · w_ln / σ · (W_U[:, token] − mean W_U)` with r the feature's direction in
     the residual stream and σ the final norm's scale at `position`; else gradient × activation over all positions.
     The mean over the vocabulary is subtracted because the softmax does not see it.
-    Raises: ValueError when position or token does not exist.
+    Raises: ValueError when position or token does not exist, or for a transcoder.
     """
+    refuse_transcoder(sae, "attribution")
     if not 0 <= position < len(ids):
         raise ValueError(f"attribution: position {position} is outside the prompt's 0 … {len(ids) - 1}.")
     if not 0 <= token < model.d_vocab:

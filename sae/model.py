@@ -222,6 +222,16 @@ def _rescaled(sae: SAE, factors: Mapping[str, Tensor]) -> SAE:
     return twin
 
 
+def refuse_transcoder(sae: SAE, verb: str) -> None:
+    """Raises ValueError for a transcoder: W_dec is then no direction in what it reads, as `verb` takes it to be."""
+    if sae.is_transcoder:
+        target = sae.config.get("target_hook_point") or "another place's activations"
+        raise ValueError(
+            f"{verb}: this dictionary is a transcoder: it reads {sae.config.get('hook_point') or 'x'} and predicts "
+            f"{target}, so its decoder cannot be added to what it reads."
+        )
+
+
 def save(sae: SAE, directory: str | Path, config: Mapping[str, Any]) -> Path:
     """Writes `sae.safetensors` and then `config.json` (kind, format, shape, and what `config` adds)."""
     directory = Path(directory)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.lm import LanguageModel, Splice
-from sae.model import SAE
+from sae.model import SAE, refuse_transcoder
 
 MODES = ("set", "add", "scale", "ablate")
 UNITS = ("max", "p99")
@@ -140,7 +140,8 @@ def splice_edits(
     """`x + Σ (v − a) · W_dec`: the delta form, which keeps what the dictionary does not explain of x.
 
     The sum is over features: several edits of one feature are made one after another, and count once.
-    Raises: ValueError for an unknown feature, or `set`/`add` on a feature whose unit is 0 (it never fired).
+    Raises: ValueError for a transcoder, an unknown feature, or `set`/`add` on a feature whose unit is 0 (it never
+    fired).
     """
     units = {"max": feature_max} if feature_p99 is None else {"max": feature_max, "p99": feature_p99}
     _check(sae, edits, units)
@@ -161,6 +162,7 @@ def splice_edits(
 
 
 def _check(sae: SAE, edits: Sequence[Edit], units: dict[str, np.ndarray]) -> None:
+    refuse_transcoder(sae, "steering")
     for name, values in units.items():
         if len(values) != sae.d_sae:
             raise ValueError(f"steering: feature_{name} has {len(values):,} entries, the dictionary {sae.d_sae:,}.")

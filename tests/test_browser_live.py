@@ -119,11 +119,16 @@ def test_a_chosen_token_and_what_pushes_the_one_after_it(visit: Any, root: Path,
     [
         (" ", "The prompt is empty"),
         ("the quick brown fox jumps " * 30, "tokens; at most 32"),
-        ("x" * 2001, "at most 2,000"),
+        ("x" * 2001, "tokens; at most 32"),  # the box cuts at 2,000 characters
     ],
 )
 def test_prompts_that_cannot_be_shown(visit: Any, view: str, prompt: str, message: str) -> None:
     assert message in html(visit(view=view, prompt=prompt))
+
+
+def test_a_prompt_too_long_for_the_box_is_refused_without_it() -> None:
+    with pytest.raises(LiveError, match="2,001 characters; at most 2,000"):
+        prompts.check_prompt("x" * 2001)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

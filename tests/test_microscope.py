@@ -158,3 +158,11 @@ def test_the_bridge_says_the_same(sae: SAE, tiny_model: NativeModel, ids: list[i
     ours, theirs = (attribute(model, mid, ids, **settings) for model in (tiny_model, other))
     assert not ours.exact
     torch.testing.assert_close(theirs.by_feature, ours.by_feature, atol=1e-4, rtol=1e-3)
+
+
+def test_a_transcoder_is_refused(tiny_model: NativeModel, ids: list[int]) -> None:
+    for made in (SAE(SHAPE.d_mlp, D_SAE, skip=True), SAE(SHAPE.d_mlp, D_SAE, d_out=3, pre_bias=False)):
+        with pytest.raises(ValueError, match="microscope: this dictionary is a transcoder"):
+            inspect(tiny_model, made, ids, hook_point=HOOK_POINT)
+        with pytest.raises(ValueError, match="attribution: this dictionary is a transcoder"):
+            attribute(tiny_model, made, ids, position=1, token=2, hook_point=HOOK_POINT)
