@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from demo import REFERENCE, settings
+from demo import RECIPE, REFERENCE, settings
 
 import sae
 
@@ -44,8 +44,8 @@ def main() -> int:
     acts = sae.harvest("tiny-relu-1l", "default", args.out / "acts.zarr", tokens=budget["tokens"])
     found: dict[str, list[float]] = {name: [] for name in BETTER}
     for seed in range(args.seeds):
-        dictionary = args.out / f"topk-4096-s{seed}"
-        sae.train(acts, dictionary, recipe="topk", d_sae=4096, tokens=budget["train_tokens"], seed=seed)
+        dictionary = args.out / f"{RECIPE}-4096-s{seed}"
+        sae.train(acts, dictionary, recipe=RECIPE, d_sae=4096, tokens=budget["train_tokens"], seed=seed)
         result = sae.evaluate(dictionary)
         for name in found:
             found[name].append(result["metrics"][name]["value"])

@@ -19,7 +19,7 @@ def train(verbs: Any) -> None:
     verb.add_argument("--acts", required=True, help="the activation store")
     verb.add_argument("--out", required=True, help="directory of the dictionary, by custom runs/<run>/<name>")
     verb.add_argument(
-        "--recipe", default="topk", help="such as topk, jumprelu, towards-monosemanticity; see the README"
+        "--recipe", default="balanced", help="such as balanced, topk, jumprelu, towards-monosemanticity; see the README"
     )
     verb.add_argument("--d-sae", type=int, default=4096, help="number of features")
     verb.add_argument("--l0", type=float, help="active features per token wanted: sets k, or finds λ while training")

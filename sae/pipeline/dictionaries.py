@@ -64,7 +64,7 @@ def train(
     rows: str | Path | Rows,
     out: str | Path,
     *,
-    recipe: str = "topk",
+    recipe: str = "balanced",
     d_sae: int = 4096,
     tokens: int | None = None,
     seed: int = 0,
