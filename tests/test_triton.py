@@ -290,9 +290,9 @@ def test_the_roofline_is_the_slower_of_bytes_and_operations(benchmark: ModuleTyp
 
 def test_the_gpu_benchmarks_contender_takes_real_steps(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":  # what it asks of a GPU, here in the interpreter
-        choose_there, start_there = choose, training._start
+        choose_there, start_there = choose, training.start
         monkeypatch.setattr("sae.kernels.choose", lambda name, device: choose_there(name, "cpu"))
-        monkeypatch.setattr(training, "_start", lambda *args: start_there(*args[:-1], "cpu"))
+        monkeypatch.setattr(training, "start", lambda *args: start_there(*args[:-1], "cpu"))
     steps: list[Any] = []
     take = training.train_step
     monkeypatch.setattr(training, "train_step", lambda *args: steps.append(take(*args)))
