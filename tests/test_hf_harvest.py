@@ -155,7 +155,9 @@ def test_a_residual_stream_dictionary_of_a_hugging_face_gpt2_through_the_whole_p
     store = pipeline.harvest(
         str(tmp_path / "model"), text, tmp_path / "acts.zarr", tokens=2048, heldout_tokens=512, hook_points=[hook]
     )
-    dictionary = pipeline.train(store, tmp_path / "d", recipe="topk", d_sae=48, tokens=4096, config={"k": 4, "batch_tokens": 256})
+    dictionary = pipeline.train(
+        store, tmp_path / "d", recipe="topk", d_sae=48, tokens=4096, config={"k": 4, "batch_tokens": 256}
+    )
     assert dictionary.config["hook_point"] == hook
     result = pipeline.evaluate(tmp_path / "d")
     assert 0 < result["metrics"]["fvu"]["value"] < 1.5
