@@ -21,12 +21,14 @@ def surprisal_chart(base: list[float], steered: list[float]) -> alt.Chart:
         alt.Chart(frame)
         .mark_line(point=alt.OverlayMarkDef(size=12), strokeWidth=1.3)
         .encode(
-            x=alt.X("token:Q", axis=alt.Axis(title="new token", grid=False, tickMinStep=1)),
+            x=alt.X(
+                "token:Q", scale=alt.Scale(nice=False), axis=alt.Axis(title="new token", grid=False, tickMinStep=1)
+            ),
             y=alt.Y("nats:Q", axis=alt.Axis(title=None, tickCount=4)),
             color=alt.Color(
                 "text:N",
                 scale=alt.Scale(domain=["base", "steered"], range=[BLUE, ORANGE]),
-                legend=alt.Legend(title=None, orient="top-right"),
+                legend=alt.Legend(title=None, orient="top"),
             ),
             tooltip=["text", "token", alt.Tooltip("nats:Q", format=".2f")],
         )
