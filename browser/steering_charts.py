@@ -28,7 +28,7 @@ def surprisal_chart(base: list[float], steered: list[float]) -> alt.Chart:
             color=alt.Color(
                 "text:N",
                 scale=alt.Scale(domain=["base", "steered"], range=[BLUE, ORANGE]),
-                legend=alt.Legend(title=None, orient="top"),
+                legend=alt.Legend(title=None, orient="right"),
             ),
             tooltip=["text", "token", alt.Tooltip("nats:Q", format=".2f")],
         )
