@@ -14,6 +14,8 @@ from sae import pipeline
 from sae.cli import main
 from sae.lm import NativeModel
 from sae.model import SAE, load, save
+from sae.pipeline import pairing
+from store.activations import ActivationStore
 
 D_IN, D_SAE = 32, 24
 
@@ -84,3 +86,13 @@ def test_a_named_model_must_have_the_recorded_weights(tmp_path: Path, tiny_model
     renamed = save(load(ours), tmp_path / "renamed", config | {"model": config["model"] | {"id": str(moved)}})
     with pytest.raises(pipeline.PipelineError, match="it has changed, or is another"):
         pipeline.open_pair(renamed)
+
+
+def test_a_store_that_does_not_say_whose_activations_it_holds_is_refused(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ActivationStore.open(tiny_store)
+    del store.provenance["model"]
+    monkeypatch.setattr(ActivationStore, "open", lambda _: store)
+    with pytest.raises(pipeline.PipelineError, match=r"acts\.zarr does not say whose activations it holds"):
+        pairing.store_of(SAE(4, 8), None, tiny_store)

@@ -36,7 +36,7 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
             raise PipelineError("this dictionary does not say which store it was trained on; name one (--acts).")
         asked = Path(os.path.normpath(directory / held))
     store = ActivationStore.open(asked)
-    ours, theirs = sae.config.get("model", {}), store.provenance["model"]
+    ours, theirs = sae.config.get("model", {}), _model_in(store)
     if ours.get("sha256", theirs["sha256"]) != theirs["sha256"]:  # an imported dictionary may not know it
         raise PipelineError(
             f"{store.path} holds activations of {theirs['id']} (weights {theirs['sha256'][:12]}…), the dictionary was "
@@ -47,6 +47,14 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
         held = ", ".join(f"{name} ({width} wide)" for name, width in store.hook_points.items())
         raise PipelineError(f"{store.path} holds {held}; the dictionary reads {hook_point} ({sae.d_in} wide).")
     return store
+
+
+def _model_in(store: ActivationStore) -> dict[str, str]:
+    """What the store says of the model whose activations it holds."""
+    found = store.provenance.get("model")
+    if not found:
+        raise PipelineError(f"{store.path} does not say whose activations it holds. Harvest it with `sae harvest`.")
+    return found
 
 
 def model_of(
@@ -65,7 +73,7 @@ def model_of(
             f"{lm.id} (weights {lm.weights_sha256[:12]}…): it has changed, or is another. Name where the right one is "
             "(--model)."
         )
-    theirs = store.provenance["model"] if store else {}
+    theirs = _model_in(store) if store else {}
     if store and "sha256" not in ours and lm.weights_sha256 != theirs["sha256"]:
         raise PipelineError(
             f"{store.path} holds activations of {theirs['id']} (weights {theirs['sha256'][:12]}…), the model named is "
