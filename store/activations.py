@@ -123,6 +123,8 @@ class ActivationStore(ActivationReader):
                 self.place.delete(*self._leftovers(set(lanes)))
             self._held |= dict.fromkeys(lanes, check)
             try:
+                if sweep:
+                    self._drop_fallen(set(lanes))
                 yield self
             finally:
                 for lane in lanes:
@@ -264,6 +266,19 @@ class ActivationStore(ActivationReader):
         key = marker_key("train", shard)
         self.place.write(key, json_bytes(emptied.to_json(), self.place.where(key)), replace=True)
         self._delete_files("train", shard)
+
+    def _drop_fallen(self, lanes: set[int]) -> None:
+        """Empties what fell out of the ring when its writer was killed before it could."""
+        if self.ring_shards_per_lane is None:
+            return
+        newest: dict[int, int] = {}
+        markers = self.markers("train")  # ascending
+        for shard in markers:
+            newest[self.lane_of(shard)] = shard
+        for shard, marker in markers.items():
+            lane = self.lane_of(shard)
+            if lane in lanes and marker.contexts and shard <= newest[lane] - self.ring_shards_per_lane * LANES:
+                self._drop(shard)
 
     # ---- repair ----
 

@@ -473,3 +473,33 @@ def test_killed_writers_leave_the_bytes_of_an_unbroken_one(tmp_path) -> None:
     fill(make(broken))
     assert contents(broken) == contents(whole)
     assert ActivationStore.open(broken).verify() == []
+
+
+def test_a_kill_before_the_oldest_shard_goes_leaves_no_row_too_many_in_a_ring(tmp_path, monkeypatch) -> None:
+    store = ActivationStore.create(
+        tmp_path / "ring.zarr", hook_points={"h": 2}, seq_len=4, contexts_per_shard=1,
+        n_shards={"heldout": 1, "train": 128}, dtype="float32", provenance={}, ring_shards_per_lane=1,
+    )  # fmt: skip
+    text = np.ones((1, 4), int)
+
+    def write(shard: int) -> None:
+        store.write_shard(
+            "train", shard, acts={"h": np.ones((4, 2), np.float32)}, tokens=text, keep=text > 0, document=text,
+            documents={}, cursor={"at": shard},
+        )  # fmt: skip
+
+    def killed(self: ActivationStore, shard: int) -> None:
+        if shard >= 0:
+            raise KeyboardInterrupt
+
+    write(0)
+    write(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ActivationStore, "_drop", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(64)
+    assert {shard: m.contexts for shard, m in store.markers("train").items()} == {0: 1, 1: 1, 64: 1}
+    with store.hold([0]):
+        pass
+    assert {shard: m.contexts for shard, m in store.markers("train").items()} == {0: 0, 1: 1, 64: 1}
+    assert store.marker("train", 0).cursor == {"at": 0}  # its place in the text stays
