@@ -222,13 +222,14 @@ def _rescaled(sae: SAE, factors: Mapping[str, Tensor]) -> SAE:
     return twin
 
 
-def refuse_transcoder(sae: SAE, verb: str) -> None:
-    """Raises ValueError for a transcoder: W_dec is then no direction in what it reads, as `verb` takes it to be."""
+def refuse_transcoder(sae: SAE, verb: str, error: type[Exception] = ValueError) -> None:
+    """Raises `error` for a transcoder: W_dec is then no direction in what it reads, as `verb` takes it to be."""
     if sae.is_transcoder:
         target = sae.config.get("target_hook_point") or "another place's activations"
-        raise ValueError(
+        raise error(
             f"{verb}: this dictionary is a transcoder: it reads {sae.config.get('hook_point') or 'x'} and predicts "
-            f"{target}, so its decoder cannot be added to what it reads."
+            f"{target}, so x̂ cannot stand where x was, nor its decoder be added there. Only training and native "
+            "export know transcoders."
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import socket
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 from browser_fixture import DEAD, DNA, HOSTILE, HOSTILE_TOKENS, build_root, write_sae_directory
+from browser_pages import html, payloads
 from streamlit.testing.v1 import AppTest
 
 import browser
@@ -47,20 +47,6 @@ def visit(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return page
 
     return go
-
-
-def html(page: AppTest) -> str:
-    return "\n".join(element.value for element in page.html)
-
-
-def payloads(block: Any) -> list[dict[str, Any]]:
-    """What every component below `block` was sent."""
-    found = []
-    for child in getattr(block, "children", {}).values():
-        if getattr(child, "type", "") == "bidi_component":
-            found.append(json.loads(child.proto.json))
-        found += payloads(child)
-    return found
 
 
 def tokens_of(page: AppTest) -> list[dict[str, Any]]:

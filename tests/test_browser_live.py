@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from browser_live_fixture import D_SAE, NAMES, build_live_root
+from browser_pages import html, payloads
 from streamlit.testing.v1 import AppTest
 
 import browser
@@ -49,19 +50,6 @@ def visit(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return page
 
     return go
-
-
-def html(page: AppTest) -> str:
-    return "\n".join(element.value for element in page.html)
-
-
-def payloads(block: Any) -> list[dict[str, Any]]:
-    found = []
-    for child in getattr(block, "children", {}).values():
-        if getattr(child, "type", "") == "bidi_component":
-            found.append(json.loads(child.proto.json))
-        found += payloads(child)
-    return found
 
 
 def grid_of(page: AppTest) -> dict[str, Any]:

@@ -35,11 +35,9 @@ def load(entry: SaeEntry) -> Live:
     model = entry.config.get("model")
     name, sha256 = (str(model.get(key, "")) for key in ("id", "sha256")) if isinstance(model, dict) else ("", "")
     found = _load(entry.id, str(entry.path), name, weights.stat().st_mtime_ns)
-    if found.sae.is_transcoder:
-        raise LiveError(
-            f"{entry.id} is a transcoder: it predicts another place's activations. These pages put x̂ where x was, so "
-            "what they showed would be wrong."
-        )
+    from sae.model import refuse_transcoder
+
+    refuse_transcoder(found.sae, entry.id, LiveError)
     if sha256 and found.model.weights_sha256 != sha256:
         raise LiveError(
             f"The language model {name!r} has changed since {entry.id} was trained: its weights are "

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 from sae.lm import LanguageModel, load_model
-from sae.model import SAE, load
+from sae.model import SAE, load, refuse_transcoder
 from store.activations import ActivationStore
+
+X_HAT_FOR_X = "evaluation, index, controls, comparison and steering"  # what puts x̂ in the place of x
 
 
 class PipelineError(ValueError):
@@ -18,18 +20,8 @@ def opened(sae: SAE | str | Path) -> tuple[SAE, Path | None]:
     return (sae, None) if isinstance(sae, SAE) else (load(sae), Path(sae))
 
 
-def refuse_transcoder(sae: SAE) -> None:
-    """Raises: PipelineError for a transcoder; what is measured, compared and spliced here is x̂ in the place of x."""
-    if sae.is_transcoder:
-        raise PipelineError(
-            f"this dictionary is a transcoder: it predicts {sae.config.get('target_hook_point', 'another place')} from "
-            f"{sae.config.get('hook_point') or 'x'}. Evaluation, index, controls, comparison and steering put x̂ where "
-            "x was, so their numbers would be wrong; only training and native export know transcoders."
-        )
-
-
 def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> ActivationStore:
-    refuse_transcoder(sae)
+    refuse_transcoder(sae, X_HAT_FOR_X, PipelineError)
     if asked is None:
         held = sae.config.get("store", {}).get("path")
         if held is None or directory is None:
@@ -64,7 +56,7 @@ def model_of(
 
     Raises: PipelineError for a transcoder, and for a model with other weights: their effects are not the dictionary's.
     """
-    refuse_transcoder(sae)
+    refuse_transcoder(sae, X_HAT_FOR_X, PipelineError)
     lm = asked if isinstance(asked, LanguageModel) else _named_model(sae, asked, device)
     ours = sae.config.get("model", {})
     if lm.weights_sha256 != ours.get("sha256", lm.weights_sha256):

@@ -17,7 +17,7 @@ def make(name: str, seed: int) -> None:
             parameter.copy_(given[OURS[theirs]].T)
     directory = sides.place(name)
     torch.save(sae.state_dict(), directory / "8.pt")
-    loaded = Autoencoder.from_state_dict(torch.load(directory / "8.pt"))
+    loaded = Autoencoder.from_state_dict(torch.load(directory / "8.pt", weights_only=True))
     x = sides.rows(seed, given["b_dec"])
     with torch.no_grad():
         acts, info = loaded.encode(x)
