@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae import metrics
 from sae.firings import Firings, by_density, density_histogram, firing_summary
+from sae.kernels import matmul
 from sae.kernels.acts import SparseActs
 from sae.lab.domains import domain_quality
 from sae.lab.geometry import beside_a1, geometry
@@ -23,6 +24,8 @@ from sae.replacement import replaced_losses, splice_identity_error
 
 EVAL_FORMAT = 1
 DONOR_SEED = 0
+
+Ablated = dict[int, dict[str, Tensor]]  # by block: what the model loses there whatever the dictionary
 
 
 class Block(NamedTuple):
@@ -49,13 +52,15 @@ def evaluate(
     kept_tokens: int,
     device: str = "auto",
     kernels: str = "auto",
+    ablated: Ablated | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content of eval.json and of feature_stats.safetensors.
 
     x is replaced at kept positions only; a prediction counts when the token it is made from and its target are kept.
     `training` blocks choose each domain's feature, which the held-out ones judge.
     `donors` are training rows: resample ablation puts one of them, drawn at random, in place of each x.
-    The dictionary runs on `device`; statistics are counted on the CPU.
+    The dictionary runs on `device`; statistics are counted on the CPU. `ablated`, empty at first, is filled with the
+    losses under ablation, which the next dictionary at the same hook point and blocks need not measure again.
     Raises: ValueError when there is no held-out token.
     """
     if kept_tokens < 1:
@@ -70,17 +75,20 @@ def evaluate(
     centre = torch.from_numpy(heldout_mean.astype(np.float32))
     baseline = {"zero": torch.zeros(sae.d_in), "mean": torch.from_numpy(train_mean.astype(np.float32))}
     draw = np.random.default_rng(DONOR_SEED)
-    with progress("eval", kept_tokens, "tok") as bar:
+    with progress("eval", kept_tokens, "tok") as bar, matmul.using(matmul.choose("auto", model.device)):
         for number, block in enumerate(blocks):
             x = block.acts
             acts, x_hat = placed.reconstruct(x.flatten(0, 1))
             x_hat = x_hat.view_as(x)
             l0 = _record(firings, acts, block)
             given = donors[torch.from_numpy(draw.integers(len(donors), size=block.keep.shape))]
-            losses = replaced_losses(
-                model, block.tokens, block.keep, hook_point, {"sae": x_hat, **baseline, "resample": given},
-                divergence_of="sae",
-            )  # fmt: skip
+            known = {} if ablated is None else ablated.get(number, {})
+            replacements = {"sae": x_hat} if known else {"sae": x_hat, **baseline, "resample": given}
+            losses = known | replaced_losses(
+                model, block.tokens, block.keep, hook_point, replacements, divergence_of="sae"
+            )
+            if ablated is not None:
+                ablated[number] = {f"ce_{name}": losses[f"ce_{name}"] for name in metrics.ABLATIONS}
             if number == 0:
                 identity_error = splice_identity_error(model, block.tokens, hook_point, x_hat)
             sums.add(block, _position_sums(block, x, x_hat, centre, l0, losses))

@@ -33,10 +33,13 @@ def at_start(coefficient: float, config: TrainConfig) -> Penalty:
 
 def coefficient_at(penalty: Penalty, step: int, config: TrainConfig) -> float:
     """λ of a step: `coefficient · response · annealing`, rising linearly over the warm-up."""
+    return penalty.coefficient * penalty.response * penalty.annealing * _rise(step, config)
+
+
+def _rise(step: int, config: TrainConfig) -> float:
+    """The share of λ that a step has reached."""
     share = max(config.penalty_warmup_share, SEARCH_SHARES[0] if config.target_l0 else 0.0)
-    warmup_steps = share * config.steps
-    rise = (step + 1) / warmup_steps if warmup_steps > step else 1.0
-    return penalty.coefficient * penalty.response * penalty.annealing * rise
+    return min(1.0, (step + 1) / (share * config.steps)) if share else 1.0
 
 
 def p_at(step: int, config: TrainConfig) -> float:
@@ -49,7 +52,8 @@ def p_at(step: int, config: TrainConfig) -> float:
 def search_(penalty: Penalty, l0: float, step: int, config: TrainConfig) -> None:
     """Moves λ after a step towards the one at which L0 is `target_l0`: a proportional and integral controller.
 
-    `log λ = ∫ gain · off + response · off`, `off = log(mean L0 / target)`, bounded either way.
+    `log λ = ∫ gain · off + response · off`, `off = log(mean L0 / target)`, bounded either way. Before the search λ
+    rises no further once L0 is down to the target: what a λ too strong silences comes back slowly or never.
     """
     if not config.target_l0:
         return
@@ -57,6 +61,8 @@ def search_(penalty: Penalty, l0: float, step: int, config: TrainConfig) -> None
     penalty.mean_l0 += (l0 - penalty.mean_l0) / min(MEAN_L0_STEPS, step + 1)
     bound = math.log(LARGEST_RATIO)
     off = min(bound, max(-bound, math.log(max(penalty.mean_l0, 1e-9) / config.target_l0)))
+    if step < start and off < 0:
+        penalty.coefficient *= _rise(step, config) / _rise(step + 1, config)
     if start <= step < stop:
         penalty.response = math.exp(RESPONSE * off)
         penalty.coefficient *= math.exp(GAIN / config.steps * off)

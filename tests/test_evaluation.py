@@ -220,6 +220,32 @@ def test_the_size_of_a_block_does_not_matter(tiny_model: NativeModel) -> None:
         assert found[name] == (value if value is None else pytest.approx(value, rel=1e-5, abs=1e-6)), name
 
 
+def test_dictionaries_that_share_what_ablation_costs_find_what_each_finds_alone(
+    tiny_model: NativeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = make_blocks(tiny_model)
+    mean = kept_mean(blocks)
+    passes: list[str | None] = []
+    logits = tiny_model.logits
+    monkeypatch.setattr(
+        tiny_model, "logits", lambda *a, **k: passes.append(a[1] if len(a) > 1 else None) or logits(*a, **k)
+    )
+    ablated: dict[int, dict[str, torch.Tensor]] = {}
+    shared = []
+    for sae in (random_sae(), identity()):
+        passes.clear()
+        shared.append(
+            evaluate(
+                sae, tiny_model, blocks, hook_point=HOOK_POINT, heldout_mean=mean, domains=DOMAINS, train_mean=mean,
+                kept_tokens=int(whole(blocks).keep.sum()), donors=donors(), training=blocks, ablated=ablated,
+            )[0]
+        )  # fmt: skip
+    # Each block as it is and with x̂, and twice for the check of the splice: nothing is ablated again.
+    assert len(passes) == 2 * len(blocks) + 2
+    for sae, result in zip((random_sae(), identity()), shared, strict=True):
+        assert result["metrics"] == run(sae, tiny_model, blocks)[0]["metrics"]
+
+
 def test_a_perfect_dictionary(tiny_model: NativeModel) -> None:
     result, _ = run(identity(), tiny_model, make_blocks(tiny_model))
     found = values(result)

@@ -30,10 +30,12 @@ def evaluate(
     model: LanguageModel | str | None = None,
     device: str = "auto",
     kernels: str = "auto",
+    ablated: evaluation.Ablated | None = None,
 ) -> dict:
     """Evaluates a dictionary on the store's held-out split; writes eval.json and feature_stats.safetensors beside it.
 
-    A path finds its own store and model. Raises: PipelineError when the store or model is not the dictionary's.
+    A path finds its own store and model. Dictionaries of one store and hook point can share what they have in common:
+    give each the same `ablated`, {} at first. Raises: PipelineError when the store or model is not the dictionary's.
     """
     dictionary, directory = opened(sae)
     acts = store_of(dictionary, directory, store)
@@ -54,6 +56,7 @@ def evaluate(
         kept_tokens=heldout.kept_rows,
         device=device,
         kernels=kernels,
+        ablated=ablated,
     )
     if directory:
         write_json(directory / "eval.json", result)

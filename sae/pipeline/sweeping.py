@@ -14,6 +14,7 @@ from sae import recipes, training
 from sae.checkpoint import write_json
 from sae.config import TrainConfig
 from sae.documents import TRAIN
+from sae.evaluation import Ablated
 from sae.frontier import FRONTIER_FORMAT, picture
 from sae.pipeline.dictionaries import hook_point_of, provenance_of, rows_for
 from sae.pipeline.measuring import evaluate
@@ -79,10 +80,11 @@ def sweep(
         rows = rows_for(acts, hook, group[0].config, None)
         plans = [training.Plan(out / p.name, p.config, provenance_of(acts, hook, out / p.name)) for p in group]
         training.train_together(rows, plans, kernels=kernels, device=device)
+    ablated: Ablated = {}
     for point in points:
         claim(out / point.name, "train.json", _claimed(acts, hook, out / point.name, point.config))
         if not (out / point.name / "eval.json").is_file():
-            evaluate(out / point.name)
+            evaluate(out / point.name, device=device, kernels=kernels, ablated=ablated)
     return write_frontier(out, points)
 
 
