@@ -25,7 +25,7 @@ def store(tiny_model: NativeModel, tiny_text: Path, tmp_path_factory: pytest.Tem
 
 @pytest.fixture(autouse=True)
 def no_model_to_load(tiny_model: NativeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeping, "evaluate", lambda path: pipeline.evaluate(path, model=tiny_model))
+    monkeypatch.setattr(sweeping, "evaluate", lambda path, **how: pipeline.evaluate(path, model=tiny_model, **how))
 
 
 @pytest.mark.parametrize("memory_gb", [1.0, 1e-9], ids=["all at once", "one by one"])
