@@ -126,7 +126,8 @@ class Block(nn.Module):
         resid = hook(f"{self.name}.hook_resid_pre", resid)
         resid = resid + hook(f"{self.name}.hook_attn_out", self.attn(self.ln1(resid)))
         resid = hook(f"{self.name}.hook_resid_mid", resid)
-        post = hook(f"{self.name}.mlp.hook_post", self.mlp.post(self.ln2(resid)))
+        normalised = hook(f"{self.name}.mlp.hook_in", self.ln2(resid))
+        post = hook(f"{self.name}.mlp.hook_post", self.mlp.post(normalised))
         resid = resid + hook(f"{self.name}.hook_mlp_out", self.mlp.out(post))
         return hook(f"{self.name}.hook_resid_post", resid)
 
@@ -179,7 +180,9 @@ class Transformer(nn.Module):
         """Width of the activations at each hook point."""
         widths: dict[str, int] = {}
         for layer in range(self.config.n_layers):
-            for name in ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post"):
+            for name in (
+                "hook_resid_pre", "hook_attn_out", "hook_resid_mid", "mlp.hook_in", "hook_mlp_out", "hook_resid_post",
+            ):  # fmt: skip
                 widths[f"blocks.{layer}.{name}"] = self.config.d_model
             widths[f"blocks.{layer}.mlp.hook_post"] = self.config.d_mlp
         return widths

@@ -102,7 +102,8 @@ def test_nothing_after_the_hook_is_computed(tiny_model_dir: Path, tokens: Tensor
     model.capture(tokens, hook_point)
     order = {
         "blocks.0.hook_resid_pre": [], "blocks.0.hook_attn_out": ["blocks.0.attn"],
-        "blocks.0.hook_resid_mid": ["blocks.0.attn"], HOOK_POINT: ["blocks.0.attn", "blocks.0.mlp.in"],
+        "blocks.0.hook_resid_mid": ["blocks.0.attn"], "blocks.0.mlp.hook_in": ["blocks.0.attn"],
+        HOOK_POINT: ["blocks.0.attn", "blocks.0.mlp.in"],
         "blocks.0.hook_mlp_out": ["blocks.0.attn", "blocks.0.mlp.in", "blocks.0.mlp.out"],
         "blocks.0.hook_resid_post": ["blocks.0.attn", "blocks.0.mlp.in", "blocks.0.mlp.out"],
     }  # fmt: skip
