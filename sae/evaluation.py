@@ -1,4 +1,7 @@
-"""Evaluation on the frozen held-out split: fidelity, sparsity, domains, and the model's losses with x̂ in place of x."""
+"""Evaluation on the frozen held-out split: fidelity, sparsity, domains, and the model's losses with x̂ in place of x.
+
+A transcoder reads x and predicts y, the activations at its target hook point: there y stands for x in every formula.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,21 @@ Ablated = dict[int, dict[str, Tensor]]  # by block: what the model loses there w
 
 
 class Block(NamedTuple):
-    """Some whole contexts with their activations; `domain` numbers each position's domain (-1: none of those named)."""
+    """Some whole contexts with their activations; `domain` numbers each position's domain (-1: none of those named).
+
+    `target` is a transcoder's y.
+    """
 
     acts: Float[Tensor, "contexts pos d_in"]
     tokens: Int[Tensor, "contexts pos"]
     keep: Bool[Tensor, "contexts pos"]
     domain: Int[np.ndarray, "contexts pos"]
+    target: Float[Tensor, "contexts pos d_out"] | None = None
+
+    @property
+    def wanted(self) -> Float[Tensor, "contexts pos d_out"]:
+        """What a dictionary is to give back: x, or y of a transcoder."""
+        return self.acts if self.target is None else self.target
 
 
 @torch.inference_mode()
@@ -47,7 +59,7 @@ def evaluate(
     hook_point: str,
     heldout_mean: np.ndarray,
     train_mean: np.ndarray,
-    donors: Float[Tensor, "n d_in"],
+    donors: Float[Tensor, "n d_out"],
     domains: list[str],
     kept_tokens: int,
     device: str = "auto",
@@ -57,6 +69,7 @@ def evaluate(
     """The content of eval.json and of feature_stats.safetensors.
 
     x is replaced at kept positions only; a prediction counts when the token it is made from and its target are kept.
+    `hook_point`, the means and the donors are of what is replaced: x, or y of a transcoder.
     `training` blocks choose each domain's feature, which the held-out ones judge.
     `donors` are training rows: resample ablation puts one of them, drawn at random, in place of each x.
     The dictionary runs on `device`; statistics are counted on the CPU. `ablated`, empty at first, is filled with the
@@ -73,12 +86,12 @@ def evaluate(
     firings = Firings(sae.d_sae, n_places=len(domains) + 1)
     identity_error = 0.0
     centre = torch.from_numpy(heldout_mean.astype(np.float32))
-    baseline = {"zero": torch.zeros(sae.d_in), "mean": torch.from_numpy(train_mean.astype(np.float32))}
+    baseline = {"zero": torch.zeros(sae.d_out), "mean": torch.from_numpy(train_mean.astype(np.float32))}
     draw = np.random.default_rng(DONOR_SEED)
     with progress("eval", kept_tokens, "tok") as bar, matmul.using(matmul.choose("auto", model.device)):
         for number, block in enumerate(blocks):
-            x = block.acts
-            acts, x_hat = placed.reconstruct(x.flatten(0, 1))
+            x = block.wanted
+            acts, x_hat = placed.reconstruct(block.acts.flatten(0, 1))
             x_hat = x_hat.view_as(x)
             l0 = _record(firings, acts, block)
             given = donors[torch.from_numpy(draw.integers(len(donors), size=block.keep.shape))]
@@ -96,10 +109,12 @@ def evaluate(
     found = metrics.summarise(sums.by_context()) | firing_summary(firings.count, kept_tokens)
     gap = _ablation_gap(found)
     norms = sae.W_dec.norm(dim=-1)
-    d_dot_e = (sae.W_enc.T * sae.W_dec).sum(-1) if sae.d_in == sae.d_out else torch.zeros(sae.d_sae)
+    # A transcoder's two directions live in different spaces.
+    d_dot_e = torch.full((sae.d_sae,), torch.nan) if sae.is_transcoder else (sae.W_enc.T * sae.W_dec).sum(-1)
     result = {
         "format": EVAL_FORMAT,
         "tokens": kept_tokens,
+        **({"transcodes": {"x": sae.config.get("hook_point"), "y": hook_point}} if sae.is_transcoder else {}),
         "metrics": found,
         "by_domain": {
             domain: {"tokens": tokens, **entry}

@@ -64,6 +64,7 @@ def index(
 ) -> Path:  # fmt: skip
     """Encodes every block once, then adds logit weights, neurons, neighbours, what fires together, labels and Δloss.
 
+    `hook_point` is where the decoder writes: where x was read, or a transcoder's target.
     `resampled` are the run's events ({"step", "features"}); `stats/resampled_step` keeps a feature's last (-1: never).
     """
     correlation, placed = Correlation(sae.d_sae, sae.d_in), Placed(sae, device, kernels)
@@ -137,12 +138,15 @@ def panels(sae: SAE, model: LanguageModel, hook_point: str) -> dict[str, np.ndar
     unit = torch.nn.functional.normalize(sae.W_dec, dim=-1)
     for chunk in _chunks(sae.d_sae):
         found = _logit_panels(model.logit_weights(sae.W_dec[chunk].to(model.device), hook_point).cpu())
-        found |= _neuron_panels(sae.W_dec[chunk]) | _neighbour_panels(unit, chunk)
+        found |= _neighbour_panels(unit, chunk)
+        if not sae.is_transcoder:  # whose decoder writes to no neuron of x
+            found |= _neuron_panels(sae.W_dec[chunk])
         for name, array in found.items():
             parts.setdefault(name, []).append(array)
     joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     joined |= layout.panels(sae.W_dec)
-    joined["stats/cos_enc_dec"] = torch.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=-1).numpy()
+    if not sae.is_transcoder:  # whose two directions live in different spaces
+        joined["stats/cos_enc_dec"] = torch.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=-1).numpy()
     return joined
 
 

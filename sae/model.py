@@ -228,8 +228,8 @@ def refuse_transcoder(sae: SAE, verb: str, error: type[Exception] = ValueError) 
         target = sae.config.get("target_hook_point") or "another place's activations"
         raise error(
             f"{verb}: this dictionary is a transcoder: it reads {sae.config.get('hook_point') or 'x'} and predicts "
-            f"{target}, so x̂ cannot stand where x was, nor its decoder be added there. Only training and native "
-            "export know transcoders."
+            f"{target}, so x̂ cannot stand where x was, nor its decoder be added there. Training, evaluation, the "
+            "index and native export know transcoders."
         )
 
 

@@ -13,7 +13,11 @@ SHOWN = (
 
 def eval_table(result: dict[str, Any]) -> str:
     """The metrics of an eval.json with their intervals and formulas, the domains, and the paper's A/1 beside."""
-    lines = [f"held-out tokens: {result['tokens']:,}", ""]
+    lines = [f"held-out tokens: {result['tokens']:,}"]
+    if "transcodes" in result:
+        read, predicted = result["transcodes"]["x"], result["transcodes"]["y"]
+        lines.append(f"a transcoder from {read}: x in the formulas is y, what stands at {predicted}")
+    lines.append("")
     for name in SHOWN:
         entry = result["metrics"][name]
         interval = "" if not entry["ci95"] else f"[{_number(entry['ci95'][0])}, {_number(entry['ci95'][1])}]"

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 
 import sae
@@ -77,7 +78,13 @@ def main() -> int:
             cells = " ".join(f"{values[name]:13.4f}" if name in values else f"{'–':>13}" for name in COLUMNS)
             print(f"{recipe:26} {seed:4} {cells}", flush=True)
             found.append({"recipe": recipe, "seed": seed, "d_sae": d_sae, "tokens": args.tokens, **values})
-    summary = {"size": args.size, "planted": SIZES[args.size], "settings": given, "results": found}
+    summary = {
+        "hardware": machine.described(),
+        "size": args.size,
+        "planted": SIZES[args.size],
+        "settings": given,
+        "results": found,
+    }
     (args.out / f"{args.size}.json").write_text(json.dumps(summary, indent=2) + "\n")
     return 0
 

@@ -46,14 +46,16 @@ def test_nothing_puts_a_transcoders_output_where_its_input_was(
     assert load(transcoder).is_transcoder
     assert not load(plain).is_transcoder
     for verb in (
-        lambda: pipeline.evaluate(transcoder),
-        lambda: pipeline.index(transcoder),
         lambda: pipeline.controls(transcoder),
         lambda: pipeline.compare(transcoder, plain),
         lambda: pipeline.compare(plain, transcoder),
         lambda: pipeline.open_pair(transcoder),
     ):
         with pytest.raises(pipeline.PipelineError, match="is a transcoder"):
+            verb()
+    nowhere = "holds .*; the dictionary predicts" if kind == "another place" else "has no target_hook_point"
+    for verb in (lambda: pipeline.evaluate(transcoder), lambda: pipeline.index(transcoder)):
+        with pytest.raises(pipeline.PipelineError, match=nowhere):  # its y is not in the store, or nobody knows where
             verb()
     assert main(["steer", str(transcoder), "--feature", "0", "--ablate"]) != 0
     assert "is a transcoder" in capsys.readouterr().err

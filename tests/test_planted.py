@@ -75,6 +75,7 @@ def test_training_finds_the_planted_dictionary(tmp_path: Path) -> None:
 def test_the_script_leaves_out_recipes_that_rows_are_not_enough_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))  # as when it is run: it imports its neighbours
     spec = importlib.util.spec_from_file_location("planted", SCRIPTS / "planted.py")
     assert spec is not None
     assert spec.loader is not None
@@ -87,5 +88,7 @@ def test_the_script_leaves_out_recipes_that_rows_are_not_enough_for(
     said = capsys.readouterr().err
     assert "transcoder: left out, it needs y" in said
     assert "end-to-end: left out, it needs resid" in said
-    found = json.loads((tmp_path / "small.json").read_text())["results"]
+    summary = json.loads((tmp_path / "small.json").read_text())
+    assert {"date", "cpu", "torch"} <= set(summary["hardware"])
+    found = summary["results"]
     assert [entry["recipe"] for entry in found] == ["random", "topk"]

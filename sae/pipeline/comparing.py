@@ -13,9 +13,9 @@ from sae.checkpoint import write_json
 from sae.lab import comparison
 from sae.lab.tables import write_table
 from sae.lm import LanguageModel
-from sae.model import SAE, load
+from sae.model import SAE
 from sae.pipeline.measuring import first_shards
-from sae.pipeline.pairing import PipelineError, model_of, store_of
+from sae.pipeline.pairing import PipelineError, autoencoder, model_of, store_of
 from store.activations import ActivationStore
 
 
@@ -34,7 +34,7 @@ def compare(
     Raises: PipelineError when the two cannot see the same tokens; ValueError when there are none.
     """
     a, b = Path(a), Path(b)
-    first, second = load(a), load(b)
+    first, second = autoencoder(a), autoencoder(b)
     acts = store_of(first, a, store)
     models = model_of(first, None), model_of(second, None)
     blocks = _paired_blocks(acts, first_shards(acts, tokens), first, second, models)

@@ -20,7 +20,7 @@ from sae.lab.sample import Recorder
 from sae.lm import LanguageModel
 from sae.model import SAE
 from sae.pipeline.measuring import donors, eval_blocks
-from sae.pipeline.pairing import model_of, opened, store_of
+from sae.pipeline.pairing import autoencoder, model_of, store_of
 from sae.tokenizer import token_bytes
 from store.activations import ActivationStore
 
@@ -46,8 +46,7 @@ def controls(
     same recipe, on `train_tokens` rows, and keeps it in `controls/`: repeat the command to go on with it.
     Raises: PipelineError when the store or model is not the dictionary's; ValueError for an unknown control.
     """
-    dictionary, directory = opened(sae)
-    assert directory is not None
+    dictionary, directory = autoencoder(sae), Path(sae)
     wanted = list(only) if only is not None else list(lab.MEANING)
     if unknown := [name for name in wanted if name not in lab.MEANING]:
         raise ValueError(f"controls: no control {unknown[0]!r}; there are {', '.join(lab.MEANING)}.")

@@ -14,7 +14,7 @@ from sae.documents import HELD_OUT, TRAIN
 from sae.kernels import device_named
 from sae.lm import LanguageModel
 from sae.model import SAE
-from sae.pipeline.pairing import PipelineError, model_of, opened, store_of
+from sae.pipeline.pairing import PipelineError, model_of, opened, output_hook_point, store_of
 from sae.tokenizer import token_bytes
 from store.activations import ActivationStore
 from store.features import FeatureWriter
@@ -34,24 +34,26 @@ def evaluate(
 ) -> dict:
     """Evaluates a dictionary on the store's held-out split; writes eval.json and feature_stats.safetensors beside it.
 
-    A path finds its own store and model. Dictionaries of one store and hook point can share what they have in common:
-    give each the same `ablated`, {} at first. Raises: PipelineError when the store or model is not the dictionary's.
+    A path finds its own store and model. A transcoder's ŷ takes the place of y, at its target hook point. Dictionaries of
+    one store and output hook point can share what they have in common: give each the same `ablated`, {} at first.
+    Raises: PipelineError when the store or model is not the dictionary's.
     """
     dictionary, directory = opened(sae)
     acts = store_of(dictionary, directory, store)
     lm = model_of(dictionary, model, acts, device=str(device_named(device)))
-    hook = dictionary.config["hook_point"]
-    heldout = acts.totals(HELD_OUT, hook)
+    read, replaced = dictionary.config["hook_point"], output_hook_point(dictionary)
+    target = replaced if dictionary.is_transcoder else None
+    heldout = acts.totals(HELD_OUT, replaced)
     domains = sorted({entry[2] for entry in acts.documents(HELD_OUT).values()})
     result, stats = evaluation.evaluate(
         dictionary,
         lm,
-        eval_blocks(acts, hook, domains, HELD_OUT, sorted(acts.markers(HELD_OUT))),
-        training=eval_blocks(acts, hook, domains, TRAIN, _choosing_shards(acts)),
-        hook_point=hook,
+        eval_blocks(acts, read, domains, HELD_OUT, sorted(acts.markers(HELD_OUT)), target),
+        training=eval_blocks(acts, read, domains, TRAIN, _choosing_shards(acts)),
+        hook_point=replaced,
         heldout_mean=heldout.mean,
-        train_mean=acts.totals(TRAIN, hook).mean,
-        donors=donors(acts, hook),
+        train_mean=acts.totals(TRAIN, replaced).mean,
+        donors=donors(acts, replaced),
         domains=domains,
         kept_tokens=heldout.kept_rows,
         device=device,
@@ -70,23 +72,30 @@ def _choosing_shards(store: ActivationStore) -> list[int]:
 
 
 def eval_blocks(
-    store: ActivationStore, hook_point: str, domains: list[str], split: str, shards: list[int]
-) -> Iterator[evaluation.Block]:
+    store: ActivationStore, hook_point: str, domains: list[str], split: str, shards: list[int],
+    target: str | None = None,
+) -> Iterator[evaluation.Block]:  # fmt: skip
+    """Whole contexts of some shards; with y where there is a target hook point."""
     markers = store.markers(split)
     documents = {int(n): entry for shard in shards for n, entry in markers[shard].documents.items()}
     lookup = np.full(max(documents, default=0) + 2, -1)
     for number, entry in documents.items():
         lookup[number] = domains.index(entry[2]) if entry[2] in domains else -1
     for shard in shards:
-        acts = store.read_acts(split, shard, hook_point)
         contexts = store.read_contexts(split, shard)
         if not len(contexts.tokens):  # the text was over before this shard
             continue
+        acts, wanted = (
+            torch.from_numpy(store.read_acts(split, shard, hook)).view(*contexts.tokens.shape, -1) if hook else None
+            for hook in (hook_point, target)
+        )
+        assert acts is not None
         yield evaluation.Block(
-            torch.from_numpy(acts).view(*contexts.tokens.shape, -1),
+            acts,
             torch.from_numpy(contexts.tokens.astype(np.int64)),
             torch.from_numpy(contexts.keep),
             lookup[contexts.document],
+            wanted,
         )
 
 
@@ -116,12 +125,13 @@ def index(
 ) -> Path:
     """Builds the feature index (`features.zarr` beside the dictionary) over `tokens` tokens, held-out ones first.
 
+    What a feature does to the output is of its decoder row at the hook point where x̂ belongs: a transcoder's target.
     Raises: PipelineError when the store or model is not the dictionary's.
     """
     dictionary, directory = opened(sae)
     acts = store_of(dictionary, directory, store)
     lm = model_of(dictionary, model, acts)
-    hook = dictionary.config["hook_point"]
+    hook, written = dictionary.config["hook_point"], output_hook_point(dictionary)
     path = Path(out) if out else (directory or Path(".")) / "features.zarr"
     shards = first_shards(acts, tokens)
     markers = {split: acts.markers(split) for split in (HELD_OUT, TRAIN)}
@@ -135,6 +145,7 @@ def index(
         attributes={
             "d_in": dictionary.d_in,
             "hook_point": hook,
+            **({"target_hook_point": written} if dictionary.is_transcoder else {}),
             "model": lm.id,
             "sae": directory.name if directory else dictionary.config.get("recipe", "sae"),
             "bos": lm.bos_id,
@@ -149,7 +160,7 @@ def index(
     blocks = _index_blocks(acts, hook, shards, renumbered)
     try:
         return indexing.index(
-            dictionary, lm, blocks, writer, hook_point=hook, tokens=contexts * acts.seq_len,
+            dictionary, lm, blocks, writer, hook_point=written, tokens=contexts * acts.seq_len,
             device=device, kernels=kernels,
             resampled=read_header(directory / "state.safetensors").get("resampled", []) if directory else [],
         )  # fmt: skip

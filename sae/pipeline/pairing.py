@@ -9,7 +9,7 @@ from sae.lm import LanguageModel, load_model
 from sae.model import SAE, load, refuse_transcoder
 from store.activations import ActivationStore
 
-X_HAT_FOR_X = "evaluation, index, controls, comparison and steering"  # what puts x̂ in the place of x
+X_HAT_FOR_X = "controls, comparison and steering"  # what takes x̂ to stand where x was read
 
 
 class PipelineError(ValueError):
@@ -20,8 +20,26 @@ def opened(sae: SAE | str | Path) -> tuple[SAE, Path | None]:
     return (sae, None) if isinstance(sae, SAE) else (load(sae), Path(sae))
 
 
-def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> ActivationStore:
+def autoencoder(directory: str | Path) -> SAE:
+    """A dictionary whose x̂ stands where x was read. Raises: PipelineError for a transcoder."""
+    sae = load(directory)
     refuse_transcoder(sae, X_HAT_FOR_X, PipelineError)
+    return sae
+
+
+def output_hook_point(sae: SAE) -> str:
+    """Where x̂ belongs: where x was read, or where a transcoder's y is. Raises: PipelineError when it does not say."""
+    key = "target_hook_point" if sae.is_transcoder else "hook_point"
+    if key not in sae.config:
+        raise PipelineError(f"this dictionary does not say where its output belongs: its config.json has no {key}.")
+    return sae.config[key]
+
+
+def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> ActivationStore:
+    """The store it was trained on, or the one asked for, of the same model.
+
+    Raises: PipelineError for another model's, or one that lacks a place that the dictionary reads or predicts.
+    """
     if asked is None:
         held = sae.config.get("store", {}).get("path")
         if held is None or directory is None:
@@ -34,10 +52,13 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
             f"{store.path} holds activations of {theirs['id']} (weights {theirs['sha256'][:12]}…), the dictionary was "
             f"trained on {ours['id']} ({ours['sha256'][:12]}…). Harvest that model's activations first."
         )
-    hook_point = sae.config.get("hook_point") or "an unnamed place"
-    if store.hook_points.get(hook_point) != sae.d_in:
-        held = ", ".join(f"{name} ({width} wide)" for name, width in store.hook_points.items())
-        raise PipelineError(f"{store.path} holds {held}; the dictionary reads {hook_point} ({sae.d_in} wide).")
+    places = [("reads", sae.config.get("hook_point") or "an unnamed place", sae.d_in)]
+    if sae.is_transcoder:
+        places.append(("predicts", output_hook_point(sae), sae.d_out))
+    for does, hook_point, width in places:
+        if store.hook_points.get(hook_point) != width:
+            held = ", ".join(f"{name} ({width} wide)" for name, width in store.hook_points.items())
+            raise PipelineError(f"{store.path} holds {held}; the dictionary {does} {hook_point} ({width} wide).")
     return store
 
 
@@ -54,9 +75,8 @@ def model_of(
 ) -> LanguageModel:
     """The dictionary's model, by its recorded name or where `asked` says it is now; without a known hash, the store's.
 
-    Raises: PipelineError for a transcoder, and for a model with other weights: their effects are not the dictionary's.
+    Raises: PipelineError for a model with other weights: their effects are not the dictionary's.
     """
-    refuse_transcoder(sae, X_HAT_FOR_X, PipelineError)
     lm = asked if isinstance(asked, LanguageModel) else _named_model(sae, asked, device)
     ours = sae.config.get("model", {})
     if lm.weights_sha256 != ours.get("sha256", lm.weights_sha256):
@@ -82,6 +102,6 @@ def _named_model(sae: SAE, asked: str | None, device: str) -> LanguageModel:
 
 
 def open_pair(directory: str | Path, model: str | None = None) -> tuple[SAE, LanguageModel]:
-    """A dictionary and the model it belongs to."""
-    dictionary = load(directory)
+    """An autoencoder and the model it belongs to."""
+    dictionary = autoencoder(directory)
     return dictionary, model_of(dictionary, model)
