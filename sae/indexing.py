@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -60,12 +60,12 @@ class IndexSink(Protocol):
 @torch.inference_mode()
 def index(
     sae: SAE, model: LanguageModel, blocks: Iterable[IndexBlock], sink: IndexSink, *, hook_point: str, tokens: int,
-    resampled: Sequence[Mapping[str, Any]] = (), device: str = "auto", kernels: str = "auto",
+    resampled: Mapping[int, int] | None = None, device: str = "auto", kernels: str = "auto",
 ) -> Path:  # fmt: skip
     """Encodes every block once, then adds logit weights, neurons, neighbours, what fires together, labels and Δloss.
 
     `hook_point` is where the decoder writes: where x was read, or a transcoder's target.
-    `resampled` are the run's events ({"step", "features"}); `stats/resampled_step` keeps a feature's last (-1: never).
+    `resampled` is the step of a feature's last resampling, `stats/resampled_step` (-1: never).
     """
     correlation, placed = Correlation(sae.d_sae, sae.d_in), Placed(sae, device, kernels)
     with progress("index", tokens, "tok") as bar:
@@ -85,8 +85,8 @@ def index(
         return together.panels(firings) | labels.panels(firings) | effects.panels(sae, model, firings, hook_point)
 
     resampled_step = np.full(sae.d_sae, -1, np.int32)
-    for event in resampled:
-        resampled_step[list(event["features"])] = event["step"]
+    for feature, step in (resampled or {}).items():
+        resampled_step[feature] = step
     static = panels(sae, model, hook_point) | correlation.panels() | {"stats/resampled_step": resampled_step}
     return sink.finish(static, from_firings)
 

@@ -305,9 +305,8 @@ def _resample(state: TrainState, rows: Rows, config: TrainConfig, recipe: Recipe
     dead = dead[: len(parents)]
     ages = state.tokens_since_fired[dead].tolist()
     state.tokens_since_fired[dead] = 0
-    event = {"step": state.step, "features": dead.tolist(), "sample_rows": parents.tolist(), "silent_tokens": ages}
-    state.resampled.append(event)
-    return event
+    state.resampled.append({"step": state.step, "features": len(dead)})
+    return {"step": state.step, "features": dead.tolist(), "sample_rows": parents.tolist(), "silent_tokens": ages}
 
 
 def _row_losses(state: TrainState, x: Tensor, l1: float) -> Tensor:
@@ -330,6 +329,6 @@ def _final_config(state: TrainState, config: TrainConfig, recipe: Recipe, proven
         "matmul": state.matmul,
         "device": state.device.type,
         "lambda": penalty.in_every_convention(found, recipe.penalised, state.target_scale, state.sae.d_out),
-        "resample_events": [{"step": event["step"], "features": len(event["features"])} for event in state.resampled],
+        "resample_events": state.resampled,
         **provenance,
     }

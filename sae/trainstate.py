@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -38,7 +37,8 @@ class TrainState:
     tokens_since_fired: Int[Tensor, " d_sae"]
     step: int = 0
     density: float = 1.0  # share of features active at the last step: decides between dense and sparse products
-    resampled: list[dict[str, Any]] = field(default_factory=list)
+    # {"step", "features": how many} of each event; which ones is in resampled.jsonl, which may be long
+    resampled: list[dict[str, int]] = field(default_factory=list)
     penalty: Penalty = field(default_factory=lambda: Penalty(0.0))
     target_scale: float = 0.0  # of y, where it is not x
     downstream: Callable[[Tensor, Tensor], Tensor] | None = None  # not saved: the rows bring it

@@ -4,7 +4,8 @@
     python scripts/planted.py --recipes topk --size large --seeds 0,1 --set k=20
 
 `small` is 512 truths in 256 dimensions, 5 active; `large` 4,096 truths in 512 dimensions, 20 active. The dictionary has
-as many features as there are truths unless --d-sae says otherwise; recipes with a k get the number active as theirs.
+as many features as there are truths unless --d-sae says otherwise; recipes with a k get the number active as theirs,
+those with an L1 penalty λ = 1, which shrinks a truth by about a twelfth.
 Recipes that learn from more than rows (a transcoder's y, a model to run on) are left out, with a word.
 `random` is the control: the same number of random directions. Repeat the command to go on after an interruption.
 """
@@ -29,10 +30,13 @@ SIZES = {
     "small": {"n_truths": 512, "d_in": 256, "active": 5.0, "decay": 0.99},
     "large": {"n_truths": 4096, "d_in": 512, "active": 20.0, "decay": 0.99 ** (1 / 8)},  # the same spread of rarity
 }
+L1 = 1.0  # in scaled units, where a truth is about 6 strong when active and λ takes half of itself off it
 COLUMNS = ("mmcs_truth", "mmcs_learned", "mcc", "recovered", "f_correlation", "fvu", "l0", "dead_share")
 
 
 def settings_of(recipe: str, active: float, given: dict[str, Any]) -> dict[str, Any]:
+    if RECIPES[recipe].coefficient == "l1":
+        return {"l1": L1} | given
     with_k = {"k": int(active)} if "k" in RECIPES[recipe].defaults and "target_l0" not in given else {}
     return with_k | given
 
@@ -51,17 +55,19 @@ def main() -> int:
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--d-sae", type=int, help="features (default: as many as truths)")
     parser.add_argument("--tokens", type=int, default=4_000_000, help="rows seen in training")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="rows per step")
     parser.add_argument("--seeds", default="0", help="of truths, rows and training alike; with commas")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipes")
     parser.add_argument("--out", type=Path, default=Path("runs/planted"))
     args = parser.parse_args()
     given = {name: json.loads(value) for name, _, value in (entry.partition("=") for entry in args.set)}
+    given["batch_tokens"] = args.batch_tokens
     names = trainable(args.recipes.split(","))
     found = []
     print(f"{args.size}: {SIZES[args.size]}, {args.tokens:,} rows a run")
     print(f"{'recipe':26} {'seed':>4} " + " ".join(f"{name:>13}" for name in COLUMNS))
     for seed in map(int, args.seeds.split(",")):
-        planted = PlantedRows(**SIZES[args.size], seed=seed)  # type: ignore[arg-type]
+        planted = PlantedRows(**SIZES[args.size], batch_tokens=args.batch_tokens, seed=seed)  # type: ignore[arg-type]
         d_sae = args.d_sae or planted.n_truths
         control = torch.randn(d_sae, planted.d_in, generator=torch.Generator().manual_seed(seed + 1))
         measured = {"random": recovery(control, planted.truths)}

@@ -180,8 +180,8 @@ def test_the_last_resampling_of_a_feature_is_kept(tiny_model: NativeModel) -> No
             self.panels = panels
             return Path()
 
-    sink, events = Sink(), [{"step": 3, "features": [1, 4]}, {"step": 9, "features": [4]}]
-    index(make_sae(), tiny_model, [], sink, hook_point=HOOK_POINT, tokens=0, resampled=events)
+    sink = Sink()
+    index(make_sae(), tiny_model, [], sink, hook_point=HOOK_POINT, tokens=0, resampled={1: 3, 4: 9})
     step = sink.panels["stats/resampled_step"]
     assert (step[1], step[4]) == (3, 9)
     assert (step == -1).sum() == D_SAE - 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from sae import evaluation, indexing
-from sae.checkpoint import read_header, write_json, write_tensors
+from sae.checkpoint import write_json, write_tensors
 from sae.documents import HELD_OUT, TRAIN
 from sae.kernels import device_named
 from sae.lm import LanguageModel
@@ -162,11 +163,18 @@ def index(
         return indexing.index(
             dictionary, lm, blocks, writer, hook_point=written, tokens=contexts * acts.seq_len,
             device=device, kernels=kernels,
-            resampled=read_header(directory / "state.safetensors").get("resampled", []) if directory else [],
+            resampled=_resampled_at(directory) if directory else None,
         )  # fmt: skip
     except BaseException:
         writer.abandon()
         raise
+
+
+def _resampled_at(directory: Path) -> dict[int, int]:
+    """The step at which each feature was last given a new start."""
+    log = directory / "resampled.jsonl"
+    lines = log.read_text().splitlines() if log.is_file() else []
+    return {line["feature"]: line["step"] for line in map(json.loads, lines)}
 
 
 def first_shards(store: ActivationStore, tokens: int) -> list[tuple[str, int]]:
