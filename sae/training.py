@@ -52,7 +52,14 @@ def train(
     Raises: ValueError when `out` holds a run with other settings or the loss is not finite; Interrupted on Ctrl-C.
     """
     plan = Plan(Path(out), config, provenance or {})
-    return train_together(rows, [plan], save_minutes=save_minutes, keep=keep, kernels=kernels, device=device)[0]
+    (found,) = train_together(rows, [plan], save_minutes=save_minutes, keep=keep, kernels=kernels, device=device)
+    if isinstance(found, Diverged):
+        raise found
+    return found
+
+
+class Diverged(ValueError):
+    """The loss or the weights of a run are not finite, though its rows are; its last checkpoint is kept."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,11 @@ class Plan:
 def train_together(
     rows: Rows, plans: Sequence[Plan], *, save_minutes: float = 2.0, keep: int = 1, kernels: str = "auto",
     device: str = "auto",
-) -> list[SAE]:  # fmt: skip
+) -> list[SAE | Diverged]:  # fmt: skip
     """Trains several dictionaries on one pass over the rows, each bit for bit as `train` would alone.
 
-    Their seeds and batches must be those the rows were made for. Raises: as `train`.
+    Their seeds and batches must be those the rows were made for. One that diverges is given back as its error, and the
+    others go on. Raises: as `train`, for rows that are not finite too.
     """
     for plan in plans:
         claim(plan.out, "train.json", {"train": plan.config.to_dict(), "rows": plan.provenance})
@@ -84,21 +92,23 @@ def train_together(
             for step, (batch, waited_s) in enumerate(prefetched(rows, first, last, pinned=pinned), first):
                 saving = interrupt.requested or time.monotonic() - saved > 60 * save_minutes
                 for run in runs:
-                    if run.state.step == step < run.config.steps:
+                    if run.state.step == step < run.config.steps and not run.diverged:
                         shown = run.advance(batch, rows, waited_s, saving, keep)
                         bar.update(run.config.batch_tokens)
                         if shown:
                             bar.set_postfix_str(shown)
                 if saving:
                     saved = time.monotonic()
-                unfinished = [run for run in runs if run.state.step < run.config.steps]
-                if saving and interrupt.requested and unfinished:
+                unfinished = [run for run in runs if run.state.step < run.config.steps and not run.diverged]
+                if not unfinished:
+                    break
+                if saving and interrupt.requested:
                     run = unfinished[0]
                     raise Interrupted(
                         f"stopped at step {run.state.step:,} of {run.config.steps:,}, saved in {run.out}. "
                         "Repeat the command to go on."
                     )
-        return [run.finish() for run in runs]
+        return [run.diverged or run.finish() for run in runs]
 
 
 class Run:
@@ -111,6 +121,7 @@ class Run:
         self.state = restored or _started(rows, self.config, self.recipe, kernels, device)
         self.log, self.events = (self._log(name, open_files) for name in ("metrics.jsonl", "resampled.jsonl"))
         self.logged_at, self.logged_step, self.stall_s = time.perf_counter(), self.state.step, 0.0
+        self.diverged: Diverged | None = None
 
     def _log(self, name: str, open_files: ExitStack) -> TextIO:
         """A log, cut to the step the run goes on from."""
@@ -121,7 +132,14 @@ class Run:
         return open_files.enter_context((self.out / name).open("a"))
 
     def advance(self, batch: Batch, rows: Rows, waited_s: float, saving: bool, keep: int) -> str:
-        """One step and what is due after it; returns what to show, if anything."""
+        """One step and what is due after it; returns what to show, if anything. What diverges is over."""
+        try:
+            return self._advance(batch, rows, waited_s, saving, keep)
+        except Diverged as error:
+            self.diverged = error
+            return ""
+
+    def _advance(self, batch: Batch, rows: Rows, waited_s: float, saving: bool, keep: int) -> str:
         state, config = self.state, self.config
         with matmul.using(state.matmul):
             metrics = train_step(state, batch, config)
@@ -259,9 +277,8 @@ def _refuse(loss: float, step: int, config: TrainConfig, *, rows_are_finite: boo
         if rows_are_finite
         else "rows of this batch are not finite (`sae verify` the store)"
     )
-    raise ValueError(
-        f"training: the loss is {loss} at step {step:,}. The last checkpoint is kept; likely cause: {cause}."
-    )
+    said = f"training: the loss is {loss} at step {step:,}. The last checkpoint is kept; likely cause: {cause}."
+    raise Diverged(said) if rows_are_finite else ValueError(said)
 
 
 def _measured(metrics: dict[str, Tensor], state: TrainState, config: TrainConfig) -> dict[str, Any]:

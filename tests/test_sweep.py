@@ -8,9 +8,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sae import pipeline
+from sae import pipeline, training
+from sae.config import TrainConfig
 from sae.lm import NativeModel
 from sae.pipeline import PipelineError, sweeping
+from sae.rows import Batch
+from sae.trainstate import TrainState
 
 GRID = {"names": ["topk", "towards-monosemanticity"], "d_sae": [24], "l0": [2.0, 4.0], "seeds": [1]}
 RUN = {"tokens": 30 * 64, "config": {"batch_tokens": 64}}
@@ -51,6 +54,31 @@ def test_each_run_is_the_run_alone_and_the_frontier_says_what_was_measured(
     before = {p: p.stat().st_mtime_ns for p in out.rglob("sae.safetensors")}
     pipeline.sweep(store, out, **GRID, **RUN)  # again: nothing is left to do
     assert {p: p.stat().st_mtime_ns for p in out.rglob("sae.safetensors")} == before
+
+
+def test_a_run_that_diverges_is_recorded_and_the_others_go_on(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step_of = training.train_step
+
+    def poisoned(state: TrainState, batch: Batch, config: TrainConfig) -> dict:
+        if config.recipe == "towards-monosemanticity" and config.target_l0 == 2 and state.step == 17:
+            state.sae.W_dec.data[0, 0] = float("inf")
+        return step_of(state, batch, config)
+
+    monkeypatch.setattr(training, "train_step", poisoned)
+    out = store.parent / "sweep-diverging"
+    runs = json.loads(pipeline.sweep(store, out, **GRID, **RUN, memory_gb=1.0).read_text())["runs"]
+    lost = "towards-monosemanticity-24-l0_2-s1"
+    assert [run["id"] for run in runs if "diverged" in run] == [lost]
+    for run in runs:
+        assert ((out / run["id"] / "sae.safetensors").is_file()) == (run["id"] != lost)
+        assert (run["fvu"] is None) == (run["id"] == lost)
+    (found,) = (run for run in runs if run["id"] == lost)
+    assert "the loss is" in found["diverged"]
+    assert "at step 18" in found["diverged"]
+    assert found["target_l0"] == 2
+    ElementTree.fromstring((out / "frontier.svg").read_text())
+    monkeypatch.setattr(training, "train_step", None)  # again: nothing is trained, the lost run least of all
+    assert json.loads(pipeline.sweep(store, out, **GRID, **RUN).read_text())["runs"] == runs
 
 
 def test_runs_share_a_pass_only_where_rows_and_memory_allow() -> None:

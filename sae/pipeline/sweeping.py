@@ -23,6 +23,7 @@ from sae.rundir import claim
 from store.activations import ActivationStore
 
 MEASURED = ("l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "dead_share")
+DIVERGED = "diverged.json"
 BYTES = 4  # of a float32
 
 
@@ -68,6 +69,8 @@ def sweep(
 
     Runs of one seed whose states fit into `memory_gb` (default: half of what is free) are trained on one pass over the
     rows, each the same bit for bit as alone. Repeat the call to go on after an interruption; runs that are done stay.
+    One that diverges is recorded with the reason (diverged.json, and in the frontier) and stays so: to try it again,
+    delete its directory.
     Raises: ValueError for wrong settings, before any work; Interrupted on Ctrl-C or SIGTERM.
     """
     out = Path(out)
@@ -79,44 +82,49 @@ def sweep(
     for group in _groups([p for p in points if not _done(out / p.name)], acts.hook_points[hook], budget):
         rows = rows_for(acts, hook, group[0].config, None)
         plans = [training.Plan(out / p.name, p.config, provenance_of(acts, hook, out / p.name)) for p in group]
-        training.train_together(rows, plans, kernels=kernels, device=device)
+        trained = training.train_together(rows, plans, kernels=kernels, device=device)
+        for plan, found in zip(plans, trained, strict=True):
+            if isinstance(found, training.Diverged):
+                write_json(plan.out / DIVERGED, {"reason": str(found)})
     ablated: Ablated = {}
     for point in points:
         claim(out / point.name, "train.json", _claimed(acts, hook, out / point.name, point.config))
-        if not (out / point.name / "eval.json").is_file():
+        if not (out / point.name / DIVERGED).is_file() and not (out / point.name / "eval.json").is_file():
             evaluate(out / point.name, device=device, kernels=kernels, ablated=ablated)
-    return write_frontier(out, points)
+    return write_frontier(out, points, model=acts.provenance["model"]["id"], hook_point=hook)
 
 
-def write_frontier(out: Path, points: Sequence[Point]) -> Path:
+def write_frontier(out: Path, points: Sequence[Point], *, model: str, hook_point: str) -> Path:
     """frontier.json and frontier.svg of the runs in `out`, from their eval.json.
 
     `{"format": 1, "model", "hook_point", "runs": [{"id", "recipe", "d_sae", "target_l0", "seed", "rows", "lambda",
     "l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "dead_share"}]}`; `id` is the directory, `rows`
-    are those seen in training, `lambda` is in scaled units and 0 where sparsity is k.
+    are those to be seen in training, `lambda` is in scaled units and 0 where sparsity is k. A run that diverged says
+    why in "diverged" and has null for what was not measured.
     """
-    runs, about = [], {}
-    for point in points:
-        metrics = json.loads((out / point.name / "eval.json").read_text())["metrics"]
-        about = json.loads((out / point.name / "config.json").read_text())
-        runs.append(
-            {
-                "id": point.name,
-                **{name: getattr(point.config, name) for name in ("recipe", "d_sae", "target_l0", "seed")},
-                "rows": point.config.steps * point.config.batch_tokens,
-                "lambda": about["lambda"]["scaled"],
-                **{name: metrics[name]["value"] for name in MEASURED},
-            }
-        )
-    frontier = {
-        "format": FRONTIER_FORMAT,
-        "model": about["model"]["id"],
-        "hook_point": about["hook_point"],
-        "runs": runs,
-    }
+    runs = [
+        {
+            "id": point.name,
+            **{name: getattr(point.config, name) for name in ("recipe", "d_sae", "target_l0", "seed")},
+            "rows": point.config.steps * point.config.batch_tokens,
+            **_outcome(out / point.name),
+        }
+        for point in points
+    ]
+    frontier = {"format": FRONTIER_FORMAT, "model": model, "hook_point": hook_point, "runs": runs}
     (out / "frontier.svg").write_text(picture(frontier))
     write_json(out / "frontier.json", frontier)
     return out / "frontier.json"
+
+
+def _outcome(directory: Path) -> dict[str, Any]:
+    """What a run of a sweep came to."""
+    if (directory / DIVERGED).is_file():
+        reason = json.loads((directory / DIVERGED).read_text())["reason"]
+        return {"diverged": reason, "lambda": None, **dict.fromkeys(MEASURED)}
+    metrics = json.loads((directory / "eval.json").read_text())["metrics"]
+    about = json.loads((directory / "config.json").read_text())
+    return {"lambda": about["lambda"]["scaled"], **{name: metrics[name]["value"] for name in MEASURED}}
 
 
 def _claimed(acts: ActivationStore, hook: str, directory: Path, config: TrainConfig) -> dict[str, Any]:
@@ -124,7 +132,7 @@ def _claimed(acts: ActivationStore, hook: str, directory: Path, config: TrainCon
 
 
 def _done(directory: Path) -> bool:
-    return (directory / "config.json").is_file()  # written last
+    return any((directory / name).is_file() for name in ("config.json", DIVERGED))  # written last
 
 
 def _groups(points: Sequence[Point], d_in: int, budget: float) -> Iterator[list[Point]]:
