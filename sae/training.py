@@ -26,6 +26,7 @@ from sae.progress import Interrupted, interruptible, progress
 from sae.recipes import Recipe, recipe_named
 from sae.rows import Batch, Rows, prefetched
 from sae.rundir import claim, cut_log
+from sae.trackers import Tracker
 from sae.trainstate import TrainState, restore, save_state, start
 
 LOG_STEPS = 25
@@ -42,16 +43,18 @@ def train(
     keep: int = 1,
     kernels: str = "auto",
     device: str = "auto",
+    trackers: Sequence[Tracker] = (),
 ) -> SAE:
     """Trains a dictionary on `rows` into the directory `out`; repeat the call to go on after an interruption.
 
     It goes on with the kernels and on the kind of device it began with, so that the result is the same bit for bit
     (with `reference` kernels on a GPU not quite: torch adds there in no fixed order). The result is on the CPU.
     Writes sae.safetensors (scale folded in), config.json, metrics.jsonl, resampled.jsonl; state.safetensors while it
-    runs and after, and with `keep` > 1 the states before it as state-<step>.safetensors.
+    runs and after, and with `keep` > 1 the states before it as state-<step>.safetensors. `trackers` are told what
+    metrics.jsonl is told (`sae.trackers`).
     Raises: ValueError when `out` holds a run with other settings or the loss is not finite; Interrupted on Ctrl-C.
     """
-    plan = Plan(Path(out), config, provenance or {})
+    plan = Plan(Path(out), config, provenance or {}, trackers)
     (found,) = train_together(rows, [plan], save_minutes=save_minutes, keep=keep, kernels=kernels, device=device)
     if isinstance(found, Diverged):
         raise found
@@ -69,6 +72,7 @@ class Plan:
     out: Path
     config: TrainConfig
     provenance: dict[str, Any]
+    trackers: Sequence[Tracker] = ()
 
 
 def train_together(
@@ -120,6 +124,10 @@ class Run:
         restored = restore(self.out, rows, self.config, self.recipe, device)
         self.state = restored or _started(rows, self.config, self.recipe, kernels, device)
         self.log, self.events = (self._log(name, open_files) for name in ("metrics.jsonl", "resampled.jsonl"))
+        self.tell = [
+            open_files.enter_context(tracker(self.out, self.config.to_dict(), self.state.step))
+            for tracker in plan.trackers
+        ]
         self.logged_at, self.logged_step, self.stall_s = time.perf_counter(), self.state.step, 0.0
         self.diverged: Diverged | None = None
 
@@ -162,9 +170,11 @@ class Run:
             "stall_share": round(self.stall_s / seconds, 4),
         }
         self.logged_at, self.logged_step, self.stall_s = time.perf_counter(), state.step, 0.0
-        entry = _measured(metrics, state, config)
-        self.log.write(json.dumps(entry | pace) + "\n")
+        entry = _measured(metrics, state, config) | pace
+        self.log.write(json.dumps(entry) + "\n")
         self.log.flush()
+        for tell in self.tell:
+            tell(entry)
         return f"fvu={entry['fvu']:.4f}, l0={entry['l0']:.1f}, dead={entry['dead_share']:.1%}"
 
     def _log_event(self, event: dict[str, Any] | None) -> None:

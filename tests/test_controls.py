@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes import HOOK_POINT
 from scipy import sparse
 
 from sae import pipeline
 from sae.cli import main
+from sae.documents import TRAIN
 from sae.lab.controls import (
     HeldRows,
     independent_components,
@@ -21,6 +23,8 @@ from sae.lab.controls import (
 )
 from sae.lab.probing import Labelled, probe
 from sae.lm import NativeModel
+from sae.pipeline.controls import Setup
+from store.activations import ActivationStore
 
 D_IN = 16
 
@@ -132,6 +136,25 @@ def test_probes_find_the_planted_features_and_nothing_where_nothing_is() -> None
     other = labelled(1)._replace(labels=np.random.default_rng(6).permutation(labelled(1).labels))
     assert probe(shuffled, other, ["one"])["mean"]["k5"] == pytest.approx(0.5, abs=0.05)
     assert probe(labelled(0, 30), labelled(1, 30), ["one"])["mean"] == {"k1": None, "k2": None, "k5": None}
+
+
+@pytest.mark.parametrize("n", [100, 3000, 10**6])
+def test_training_rows_are_the_stores_whatever_their_size(
+    tmp_path: Path, tiny_model: NativeModel, tiny_text: Path, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values beyond 16 bits too: what a control learns from is what the store holds, to the last bit."""
+    path = pipeline.harvest(
+        tiny_model, tiny_text, tmp_path / "acts.zarr", tokens=4096, heldout_tokens=512, dtype="float32"
+    )
+    store = ActivationStore.open(path)
+    read = ActivationStore.read_acts
+    monkeypatch.setattr(ActivationStore, "read_acts", lambda *where: 1e5 * read(*where))
+    kept = [
+        1e5 * read(store, TRAIN, shard, HOOK_POINT)[store.read_contexts(TRAIN, shard).keep.reshape(-1)]
+        for shard in sorted(store.markers(TRAIN))
+    ]
+    wanted = torch.from_numpy(np.concatenate(kept)[:n])
+    assert torch.equal(Setup(store, tiny_model, HOOK_POINT, 512).training_rows(n), wanted)
 
 
 @pytest.mark.slow

@@ -90,6 +90,28 @@ def test_a_named_model_must_have_the_recorded_weights(tmp_path: Path, tiny_model
         pipeline.open_pair(renamed)
 
 
+def test_end_to_end_goes_on_with_the_stores_model_or_not_at_all(tmp_path: Path, tiny_text: Path) -> None:
+    model = write_model(tmp_path / "model")
+    places = ["blocks.0.hook_resid_mid", HOOK_POINT]
+    store = pipeline.harvest(
+        NativeModel(model, str(model)), tiny_text, tmp_path / "acts.zarr", tokens=2048, heldout_tokens=256,
+        hook_points=places,
+    )  # fmt: skip
+
+    def trained(name: str) -> SAE:
+        small = {"batch_tokens": 64, "resample_shares": ()}
+        return pipeline.train(
+            store, tmp_path / name, recipe="end-to-end", d_sae=D_SAE, tokens=256, config=small, hook_point=HOOK_POINT
+        )
+
+    assert trained("ours").d_sae == D_SAE
+    shutil.rmtree(model)
+    write_model(model, seed=1)  # the recorded name, other weights: its logits would be learned from
+    with pytest.raises(pipeline.PipelineError, match="it has changed"):
+        trained("theirs")
+    assert not (tmp_path / "theirs").exists()
+
+
 def test_a_store_that_does_not_say_whose_activations_it_holds_is_refused(
     tiny_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,9 @@ def train(verbs: Any) -> None:
         "--hook-point", action="append", help="needed when the store holds several; x then y for a transcoder"
     )
     verb.add_argument("--keep", type=int, default=1, help="saved states to keep, the last one included")
+    verb.add_argument(
+        "--log-to", action="append", choices=["tensorboard", "wandb"], help="beside metrics.jsonl; may repeat"
+    )
     add_kernels(verb)
 
 
@@ -49,7 +52,7 @@ def _run_train(args: argparse.Namespace) -> int:
     pipeline.train(
         args.acts, args.out, recipe=args.recipe, d_sae=args.d_sae, tokens=args.tokens, seed=args.seed,
         config=given | parsed(args.set or []), hook_point=hook_point, target_hook_point=target_hook_point,
-        kernels=args.kernels, device=args.device, keep=args.keep,
+        kernels=args.kernels, device=args.device, keep=args.keep, log_to=args.log_to or [],
     )  # fmt: skip
     print(args.out)
     return 0

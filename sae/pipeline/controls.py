@@ -90,7 +90,7 @@ class NoRecipe(ValueError):
 def forecast(setup: Setup, sae: SAE, wanted: Sequence[str], train_tokens: int) -> str:
     """What the work comes to, before it starts."""
     rows = min(train_tokens, setup.trainable_rows) if "shuffled_model" in wanted else 0
-    gigabytes = (rows * sae.d_in * 2 + BASIS_ROWS * sae.d_in * 12) / 1e9
+    gigabytes = (rows * sae.d_in * 4 + BASIS_ROWS * sae.d_in * 12) / 1e9
     return (
         f"forecast: {len(wanted) + 1} dictionaries evaluated on {setup.kept_tokens:,} tokens each, "
         f"{train_tokens if rows else 0:,} rows of training, about {gigabytes:.1f} GB of memory"
@@ -121,13 +121,14 @@ class Setup:
 
     def training_rows(self, n: int) -> torch.Tensor:
         """The first n kept training rows (documents are in a random order)."""
-        rows: list[torch.Tensor] = []
+        rows, filled = torch.empty(min(n, self.trainable_rows), self.store.hook_points[self.hook_point]), 0
         for block in self.blocks(TRAIN, sorted(self.store.markers(TRAIN))):
-            kept = block.acts[block.keep]
-            rows.append(kept.half() if n > BASIS_ROWS else kept)  # many are held in 16 bits
-            if sum(map(len, rows)) >= n:
+            kept = block.acts[block.keep][: len(rows) - filled]
+            rows[filled : filled + len(kept)] = kept
+            filled += len(kept)
+            if filled == len(rows):
                 break
-        return torch.cat(rows)[:n]
+        return rows[:filled]
 
     def measure(self, sae: SAE, *, learned: bool = False) -> dict[str, Any]:
         """One line of the table; absorption is asked of `learned` dictionaries alone."""

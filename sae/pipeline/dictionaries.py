@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from sae import recipes, training
 from sae.checkpoint import read_tensors
 from sae.config import TrainConfig
 from sae.documents import TRAIN
-from sae.lm import load_model
 from sae.model import SAE
 from sae.objectives import Downstream
-from sae.pipeline.pairing import PipelineError
+from sae.pipeline.pairing import PipelineError, model_in
 from sae.rows import Batch, Rows
+from sae.trackers import trackers_named
 from store.activations import ActivationStore
 from store.batches import ShuffledRows
 from store.features import FeatureIndex
@@ -74,26 +75,30 @@ def train(
     kernels: str = "auto",
     device: str = "auto",
     keep: int = 1,
+    log_to: Sequence[str] = (),
 ) -> SAE:
     """Trains a dictionary on a store (its path) or any `Rows`; `config` overrides the recipe's settings.
 
     `tokens` is the number of rows seen (default: four epochs of a store, 4M of other rows); `keep` the number of saved
-    states that stay. A transcoder wants a `target_hook_point` too.
+    states that stay. A transcoder wants a `target_hook_point` too. `log_to` names trackers (`sae.trackers`).
     Repeat the call to go on after an interruption: the result is the same bit for bit.
     Raises: ValueError for wrong settings, before any work; Interrupted on Ctrl-C or SIGTERM.
     """
     overrides = {"d_sae": d_sae, "seed": seed, **(config or {})}
     tokens = overrides.pop("tokens", tokens)
+    how: dict[str, Any] = {
+        "kernels": kernels, "device": device, "keep": keep, "trackers": trackers_named(log_to),
+    }  # fmt: skip
     if not isinstance(rows, str | Path):
         _, resolved = recipes.resolve(recipe, tokens=tokens or TrainConfig.tokens, **overrides)
-        return training.train(rows, out, resolved, kernels=kernels, device=device, keep=keep)
+        return training.train(rows, out, resolved, **how)
     store = ActivationStore.open(rows)
     hook = hook_point_of(store, hook_point)
     kept_rows = store.totals(TRAIN, hook).kept_rows
     _, resolved = recipes.resolve(recipe, tokens=tokens or 4 * kept_rows, **overrides)
     source = rows_for(store, hook, resolved, target_hook_point)
     provenance = provenance_of(store, hook, out, target_hook_point)
-    return training.train(source, out, resolved, provenance=provenance, kernels=kernels, device=device, keep=keep)
+    return training.train(source, out, resolved, provenance=provenance, **how)
 
 
 def rows_for(store: ActivationStore, hook: str, config: TrainConfig, target_hook_point: str | None) -> StoreRows:
@@ -104,8 +109,7 @@ def rows_for(store: ActivationStore, hook: str, config: TrainConfig, target_hook
         raise PipelineError(f"recipe {config.recipe} {wants} (the store has {', '.join(store.hook_points)}).")
     resid, downstream = None, None
     if needs == "resid":
-        lm = load_model(store.provenance["model"]["id"])
-        downstream = lm.downstream(hook)
+        downstream = model_in(store).downstream(hook)
         resid = hook_point_of(store, f"{hook.split('.mlp.')[0]}.hook_resid_mid")
     return StoreRows(
         store, hook, batch_tokens=config.batch_tokens, seed=config.seed,

@@ -94,6 +94,18 @@ def model_of(
     return lm
 
 
+def model_in(store: ActivationStore) -> LanguageModel:
+    """The model whose activations a store holds. Raises: PipelineError when that name now has other weights."""
+    held = _model_in(store)
+    lm = load_model(held["id"])
+    if lm.weights_sha256 != held["sha256"]:
+        raise PipelineError(
+            f"{store.path} holds activations of {held['id']} with weights {held['sha256'][:12]}…, the model of that "
+            f"name here has {lm.weights_sha256[:12]}…: it has changed. Put the right one there, or harvest again."
+        )
+    return lm
+
+
 def _named_model(sae: SAE, asked: str | None, device: str) -> LanguageModel:
     ours = sae.config.get("model", {})
     if asked is None and "id" not in ours:

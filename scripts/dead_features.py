@@ -1,0 +1,106 @@
+"""What each cure for dead features leaves alive: nothing done, naive re-initialisation, the paper's resampling.
+
+    python scripts/dead_features.py --acts runs/a/acts.zarr --out runs/a/dead --tokens 2000000 --json dead.json
+
+Trains the recipe towards-monosemanticity three times, alike but for what happens to dead features at its resampling
+steps, and counts the features that fire on held-out text. `naive` draws dead features' weights anew as at the start
+(Kaiming uniform, unit decoder rows, bias 0) and leaves Adam's moments as they are, as an early replication did.
+Repeat the command to go on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import machine
+import torch
+from torch import Tensor
+
+import sae
+from sae import optim
+from sae.checkpoint import read_tensors
+
+RECIPE = "towards-monosemanticity"
+METRICS = ("l0", "fvu", "ce_loss_score_zero")
+ULTRA_LOW = 1e-5
+
+
+@torch.no_grad()
+def reinitialise_(
+    dictionary: sae.SAE, optimizer: optim.Adam, dead: Tensor, rows: Tensor, losses: Tensor, generator: torch.Generator
+) -> Tensor:
+    """In the place of `optim.resample_`: weights as at the start, whatever the rows; no row is a parent (-1)."""
+    n, d_in = len(dead), dictionary.d_in
+    bound = d_in**-0.5
+    dictionary.W_enc[:, dead] = (2 * torch.rand(d_in, n, generator=generator) - 1) * bound
+    dictionary.W_dec[dead] = torch.nn.functional.normalize(2 * torch.rand(n, d_in, generator=generator) - 1, dim=-1)
+    dictionary.b_enc[dead] = 0.0
+    return torch.full((n,), -1)
+
+
+def cures() -> dict[str, tuple[dict[str, Any], AbstractContextManager[Any]]]:
+    """Settings and what is put in the place of the paper's procedure."""
+    return {
+        "none": ({"resample_shares": ()}, nullcontext()),
+        "naive": ({}, patch.object(optim, "resample_", reinitialise_)),
+        "paper": ({}, nullcontext()),
+    }
+
+
+def measured(directory: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table, from an evaluation."""
+    count = read_tensors(directory / "feature_stats.safetensors")[0]["count"]
+    return {
+        "alive": int((count > 0).sum()),
+        "not_ultra_low": int((count > ULTRA_LOW * result["tokens"]).sum()),
+        **{name: result["metrics"][name]["value"] for name in METRICS},
+        "events": sae.load(directory).config["resample_events"],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--acts", type=Path, required=True, help="the activation store")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the three dictionaries")
+    parser.add_argument("--d-sae", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="rows each run sees")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all three")
+    parser.add_argument("--json", type=Path, help="file to write")
+    args = parser.parse_args()
+    given = {name: json.loads(value) for name, _, value in (entry.partition("=") for entry in args.set)}
+    found = {}
+    columns = ("alive", "not_ultra_low", *METRICS)
+    print(f"{'cure':8} " + " ".join(f"{name:>18}" for name in columns))
+    for name, (settings, put_in_place) in cures().items():
+        with put_in_place:
+            sae.train(
+                args.acts, args.out / name, recipe=RECIPE, d_sae=args.d_sae, tokens=args.tokens, seed=args.seed,
+                config=given | settings,
+            )  # fmt: skip
+        result = sae.evaluate(args.out / name)
+        found[name] = measured(args.out / name, result)
+        print(f"{name:8} " + " ".join(f"{found[name][column]:18,.4g}" for column in columns), flush=True)
+    summary = {
+        "hardware": machine.described(),
+        "recipe": RECIPE,
+        "d_sae": args.d_sae,
+        "rows": args.tokens,
+        "heldout_tokens": result["tokens"],
+        "seed": args.seed,
+        "settings": given,
+        "results": found,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(summary, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
