@@ -24,11 +24,12 @@ from torch import Tensor
 
 import sae
 from sae import optim
-from sae.checkpoint import read_tensors
+from sae.documents import HELD_OUT
+from store.activations import ActivationStore
 
 RECIPE = "towards-monosemanticity"
-METRICS = ("l0", "fvu", "ce_loss_score_zero")
-ULTRA_LOW = 1e-5
+COLUMNS = ("alive", "not_ultra_low", "l0", "fvu")
+ULTRA_LOW = 1e-5  # density
 
 
 @torch.no_grad()
@@ -53,14 +54,29 @@ def cures() -> dict[str, tuple[dict[str, Any], AbstractContextManager[Any]]]:
     }
 
 
-def measured(directory: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table, from an evaluation."""
-    count = read_tensors(directory / "feature_stats.safetensors")[0]["count"]
+@torch.inference_mode()
+def measured(dictionary: sae.SAE, acts: ActivationStore, tokens: int) -> dict[str, Any]:
+    """One line of the table, on the first held-out tokens."""
+    hook_point, centre = dictionary.config["hook_point"], None
+    count, error, variance, rows = torch.zeros(dictionary.d_sae, dtype=torch.int64), 0.0, 0.0, 0
+    for shard in sorted(acts.markers(HELD_OUT)):
+        kept = acts.read_contexts(HELD_OUT, shard).keep.reshape(-1)
+        x = torch.from_numpy(acts.read_acts(HELD_OUT, shard, hook_point)[kept])
+        centre = torch.from_numpy(acts.totals(HELD_OUT, hook_point).mean).float() if centre is None else centre
+        found = dictionary.feature_acts(x).sparse()
+        count += torch.bincount(found.support.features[found.values > 0].long(), minlength=dictionary.d_sae)
+        error += (x - dictionary.output(found, x)).double().pow(2).sum().item()
+        variance += (x - centre).double().pow(2).sum().item()
+        rows += len(x)
+        if rows >= tokens:
+            break
     return {
         "alive": int((count > 0).sum()),
-        "not_ultra_low": int((count > ULTRA_LOW * result["tokens"]).sum()),
-        **{name: result["metrics"][name]["value"] for name in METRICS},
-        "events": sae.load(directory).config["resample_events"],
+        "not_ultra_low": int((count > ULTRA_LOW * rows).sum()),
+        "l0": count.sum().item() / rows,
+        "fvu": error / variance,
+        "heldout_tokens": rows,
+        "events": dictionary.config["resample_events"],
     }
 
 
@@ -70,29 +86,27 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory of the three dictionaries")
     parser.add_argument("--d-sae", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=2_000_000, help="rows each run sees")
+    parser.add_argument("--heldout-tokens", type=int, default=200_000, help="tokens on which features must fire")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all three")
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
     given = {name: json.loads(value) for name, _, value in (entry.partition("=") for entry in args.set)}
     found = {}
-    columns = ("alive", "not_ultra_low", *METRICS)
-    print(f"{'cure':8} " + " ".join(f"{name:>18}" for name in columns))
+    print(f"{'cure':8} " + " ".join(f"{name:>14}" for name in COLUMNS))
     for name, (settings, put_in_place) in cures().items():
         with put_in_place:
-            sae.train(
+            dictionary = sae.train(
                 args.acts, args.out / name, recipe=RECIPE, d_sae=args.d_sae, tokens=args.tokens, seed=args.seed,
                 config=given | settings,
             )  # fmt: skip
-        result = sae.evaluate(args.out / name)
-        found[name] = measured(args.out / name, result)
-        print(f"{name:8} " + " ".join(f"{found[name][column]:18,.4g}" for column in columns), flush=True)
+        found[name] = measured(dictionary, ActivationStore.open(args.acts), args.heldout_tokens)
+        print(f"{name:8} " + " ".join(f"{found[name][column]:14,.4g}" for column in COLUMNS), flush=True)
     summary = {
         "hardware": machine.described(),
         "recipe": RECIPE,
         "d_sae": args.d_sae,
         "rows": args.tokens,
-        "heldout_tokens": result["tokens"],
         "seed": args.seed,
         "settings": given,
         "results": found,
