@@ -17,6 +17,7 @@ from commands import Commands
 from sae import pipeline
 from sae.checkpoint import CheckpointError, read_tensors
 from sae.lm import NativeModel
+from sae.recipes import RECIPES as ALL
 from sae.rundir import cut_log
 
 RECIPES = {
@@ -24,6 +25,8 @@ RECIPES = {
     "towards-monosemanticity": ["--l1", "60", "--lr", "0.01"],
     "topk": ["--k", "4", "--lr", "0.02"],
 }
+OTHERS = [recipe for recipe in ALL if recipe not in RECIPES]
+PLACES = ("blocks.0.mlp.hook_in", "blocks.0.hook_resid_mid", "blocks.0.mlp.hook_post", "blocks.0.hook_mlp_out")
 HARVEST_TOKENS, HELDOUT_TOKENS = 12_288, 512
 TRAIN_STEPS, BATCH = 600, 256
 
@@ -141,6 +144,35 @@ def test_training_killed_three_times_ends_in_the_same_bytes(
     assert_same_dictionary(out, whole)
 
 
+@pytest.fixture(scope="module")
+def places(tiny_model: NativeModel, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with what every recipe reads."""
+    out = tmp_path_factory.mktemp("places") / "acts.zarr"
+    return pipeline.harvest(tiny_model, tiny_text, out, tokens=4096, heldout_tokens=256, hook_points=PLACES)
+
+
+@pytest.mark.parametrize("recipe", OTHERS)
+def test_every_other_recipe_killed_twice_ends_in_the_same_bytes(
+    commands: Commands, places: Path, tmp_path: Path, recipe: str
+) -> None:
+    """Killed for good while it saves at every step: before and after its first resampling, or anywhere else."""
+    hooks = PLACES[::3] if recipe == "transcoder" else PLACES[2:3]
+    small = ["--d-sae", 48, "--tokens", 200 * 64, "--batch-tokens", 64, "--lr", 0.01]
+    command = ["train", "--acts", places, "--recipe", recipe, *small, *(f"--hook-point={hook}" for hook in hooks)]
+    assert commands.run(*command, "--out", tmp_path / "whole") == 0
+    out, rng = tmp_path / "sae", random.Random(time.time_ns())
+    for earliest, latest in ((3, 15), (40, 150)):
+        wanted = rng.randrange(earliest, latest)
+        reached: Callable[[], bool] = lambda n=wanted: saved_step(out) >= n  # noqa: E731
+        status = commands.stop(
+            signal.SIGKILL, reached, *command, "--out", out, save_minutes=0, after_s=rng.random() * 0.004
+        )
+        assert status == -signal.SIGKILL
+        assert not (out / "sae.safetensors").exists()
+    assert commands.run(*command, "--out", out) == 0
+    assert_same_dictionary(out, tmp_path / "whole")
+
+
 def test_resampling_had_work_in_the_runs_compared(unbroken: tuple[str, Path]) -> None:
     recipe, whole = unbroken
     events = read_tensors(whole / "state.safetensors")[1]["resampled"]
@@ -183,7 +215,7 @@ def test_a_harvest_asked_to_stop_says_how_to_go_on(
     assert store_bytes(out) == store_bytes(store)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])  # Slurm: TERM, or --signal=USR1
 def test_training_asked_to_stop_saves_and_says_how_to_go_on(
     commands: Commands, store: Path, unbroken: tuple[str, Path], tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -35,8 +35,9 @@ def evaluate(
 ) -> dict:
     """Evaluates a dictionary on the store's held-out split; writes eval.json and feature_stats.safetensors beside it.
 
-    A path finds its own store and model. A transcoder's ŷ takes the place of y, at its target hook point. Dictionaries of
-    one store and output hook point can share what they have in common: give each the same `ablated`, {} at first.
+    A path finds its own store and model. A transcoder's ŷ takes the place of y, at its target hook point.
+    Dictionaries of one store and output hook point can share what they have in common: give each the same `ablated`,
+    {} at first.
     Raises: PipelineError when the store or model is not the dictionary's.
     """
     dictionary, directory = opened(sae)
