@@ -109,6 +109,7 @@ class Setup:
         documents = (store.markers(HELD_OUT)[shard].documents for shard in self.shards[HELD_OUT])
         self.domains = sorted({entry[2] for table in documents for entry in table.values()})
         self.kept_tokens = sum(store.markers(HELD_OUT)[shard].kept_rows for shard in self.shards[HELD_OUT])
+        self.ablated: evaluation.Ablated = {}  # what no dictionary has a part in, measured once
         self.trainable_rows = sum(marker.kept_rows for marker in store.markers(TRAIN).values())
 
     def blocks(self, split: str, shards: list[int] | None = None) -> Iterator[evaluation.Block]:
@@ -137,7 +138,7 @@ class Setup:
         found, _ = evaluation.evaluate(
             sae, self.model, self.blocks(HELD_OUT), training=self.blocks(TRAIN), hook_point=self.hook_point,
             heldout_mean=(mean / self.kept_tokens).numpy(), train_mean=given.double().mean(0).numpy(), donors=given,
-            domains=self.domains, kept_tokens=self.kept_tokens,
+            domains=self.domains, kept_tokens=self.kept_tokens, ablated=self.ablated,
         )  # fmt: skip
         probed = probe(self._labelled(sae, TRAIN), self._labelled(sae, HELD_OUT), self.domains)
         return {
