@@ -13,8 +13,7 @@ import torch
 from fakes import HOOK_POINT, SHAPE, random_transformer, write_model
 from torch import Tensor
 
-from sae import lm as module
-from sae.lm import BridgeModel, ModelError, NativeModel, load_model
+from sae.lm import BridgeModel, ModelError, NativeModel, load_model, loading
 
 HOOK_POINTS = list(random_transformer().hook_widths)
 TOLERANCE = 1e-5
@@ -301,13 +300,13 @@ def test_an_unknown_hook_point_is_named_with_those_there_are(tiny_model: NativeM
 
 
 def test_an_unknown_model_is_refused_with_the_shipped_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "shipped_models", lambda: {"shipped-one": Path("x")})
+    monkeypatch.setattr(loading, "shipped_models", lambda: {"shipped-one": Path("x")})
     with pytest.raises(ModelError, match=r"'nothing-here'.*shipped-one"):
         load_model("nothing-here")
 
 
 def test_a_shipped_name_opens_and_keeps_its_name(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> None:
-    monkeypatch.setattr(module, "shipped_models", lambda: {"shipped-one": tiny_model_dir})
+    monkeypatch.setattr(loading, "shipped_models", lambda: {"shipped-one": tiny_model_dir})
     model = load_model("shipped-one")
     assert (model.id, model.kind) == ("shipped-one", "native-transformer")
 

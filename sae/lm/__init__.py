@@ -1,0 +1,17 @@
+"""Language models: one interface over the fast native transformer and TransformerLens' bridge."""
+
+from sae.lm.base import LanguageModel, ModelError, Splice, layer_of
+from sae.lm.bridge import BridgeModel
+from sae.lm.loading import load_model, shipped_models
+from sae.lm.native import NativeModel
+
+__all__ = [
+    "BridgeModel",
+    "LanguageModel",
+    "ModelError",
+    "NativeModel",
+    "Splice",
+    "layer_of",
+    "load_model",
+    "shipped_models",
+]

@@ -1,0 +1,187 @@
+"""What the pipeline needs of a language model, whatever runs it. Weights are used as they are (nothing folded)."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from tokenizers import Tokenizer
+from torch import Tensor
+
+Splice = Callable[[Tensor], Tensor]
+
+
+class ModelError(ValueError):
+    """A model cannot be found, read or hooked; the message names what exists."""
+
+
+class Captured(Exception):
+    """Ends a forward pass at the last activation asked for, so that nothing after it is computed."""
+
+
+class Catch(dict[str, Tensor]):
+    """Activations by hook point, ended by `Captured` once all are there; copies, since a model may go on in place."""
+
+    def __init__(self, wanted: Sequence[str]) -> None:
+        super().__init__()
+        self.wanted = set(wanted)
+
+    def take(self, name: str, value: Tensor) -> None:
+        last = len(self) + 1 == len(self.wanted)
+        self[name] = value if last else value.clone()
+        if last:
+            raise Captured
+
+
+class LanguageModel(ABC):
+    """What the pipeline needs of a model. Guard concurrent use with `lock`: hooks live on the module."""
+
+    id: str
+    kind: str
+    weights_sha256: str
+    tokenizer: Tokenizer
+    bos_id: int | None
+    context_tokens: int
+    d_vocab: int
+    device: torch.device
+    lock: threading.Lock
+
+    @abstractmethod
+    def hook_width(self, hook_point: str) -> int:
+        """Width d_in of the activations at `hook_point`. Raises: ModelError for an unknown name."""
+
+    @abstractmethod
+    def capture_all(
+        self, tokens: Int[Tensor, "batch pos"], hook_points: Sequence[str]
+    ) -> dict[str, Float[Tensor, "batch pos _"]]:
+        """Activations at each hook point from one forward pass; nothing after the last of them is computed.
+
+        Heads and other trailing axes are flattened into d_in. Raises: ModelError for an unknown or unusable name.
+        """
+
+    def capture(self, tokens: Int[Tensor, "batch pos"], hook_point: str) -> Float[Tensor, "batch pos d_in"]:
+        """Activations at one hook point; nothing after it is computed."""
+        return self.capture_all(tokens, [hook_point])[hook_point]
+
+    @abstractmethod
+    def _logits(
+        self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """`logits`, differentiable in what `splice` returns."""
+
+    @abstractmethod
+    def to_residual(self, hook_point: str) -> Float[Tensor, "d_in d_model"] | None:
+        """The linear map from `hook_point` into the residual stream (W_out for hook_post); None means identity."""
+
+    def downstream(self, hook_point: str) -> Callable[[Tensor, Tensor], Tensor]:
+        """`(x, resid) → logits`, row by row: what the model computes from `hook_point` on, resid being hook_resid_mid.
+
+        Raises: ModelError where other positions or layers come in after the hook point.
+        """
+        raise ModelError(f"{self.id}: only a native one-layer model goes on from a hook point row by row.")
+
+    @abstractmethod
+    def unembedding(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model d_vocab"], bool]:
+        """Final norm weight, W_U, and whether the norm subtracts the mean (LayerNorm) or not (RMS)."""
+
+    @property
+    @abstractmethod
+    def n_layers(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def norm_eps(self) -> float:
+        """What the final norm adds to the variance."""
+
+    @torch.inference_mode()
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Next-token logits; with `splice`, the activations x at `hook_point` are replaced by splice(x)."""
+        return self._logits(tokens, hook_point, splice)
+
+    def gradient(
+        self, tokens: Int[Tensor, "batch pos"], hook_point: str, objective: Callable[[Tensor], Tensor]
+    ) -> tuple[Float[Tensor, "batch pos d_in"], Float[Tensor, "batch pos d_in"]]:
+        """x at `hook_point`, and the gradient there of `objective(logits)`, a scalar."""
+        leaves: list[Tensor] = []
+
+        def leaf(x: Tensor) -> Tensor:
+            leaves.append(x.detach().clone().requires_grad_(True))
+            return leaves[-1]
+
+        with torch.inference_mode(False), torch.enable_grad():
+            (found,) = torch.autograd.grad(objective(self._logits(tokens.clone(), hook_point, leaf)), leaves)
+        return leaves[0].detach(), found
+
+    def identity(self) -> dict[str, Any]:
+        return {"id": self.id, "kind": self.kind, "sha256": self.weights_sha256}
+
+    @torch.inference_mode()
+    def token_losses(
+        self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
+    ) -> Float[Tensor, "batch next"]:
+        """Cross-entropy in nats of each token but the first, given those before it."""
+        logits = self.logits(tokens, hook_point, splice)[:, :-1]
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), tokens[:, 1:].flatten().long().to(logits.device), reduction="none"
+        )
+        return losses.view(tokens.shape[0], -1)
+
+    @torch.inference_mode()
+    def logit_weights(self, directions: Float[Tensor, "n d_in"], hook_point: str) -> Float[Tensor, "n d_vocab"]:
+        """Direct effect of each direction on the logits: `(d − mean d) · diag(w_ln) · W_U`, median per row at 0.
+
+        The final LayerNorm is linearised without its scale (so rows are comparable), the model is not changed.
+        Units: logits per unit of activation times the final LayerNorm's standard deviation.
+        Source: Bricken et al. 2023, "feature logit weights"; reference formula of the folded-and-centred model.
+        """
+        out = self.to_residual(hook_point)
+        d = directions if out is None else directions @ out
+        weight, W_U, centred = self.unembedding()
+        if centred:
+            d = d - d.mean(-1, keepdim=True)
+        effect = (d * weight) @ W_U
+        return effect - effect.median(-1, keepdim=True).values
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, BOS first where the model has one."""
+        ids = list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return ids if self.bos_id is None else [self.bos_id, *ids]
+
+
+def layer_of(hook_point: str) -> int:
+    match = re.match(r"blocks\.(\d+)\.", hook_point)
+    if not match:
+        raise ModelError(f"hook point {hook_point!r} names no layer (blocks.<layer>.…).")
+    return int(match[1])
+
+
+def read_json_file(path: Path) -> dict[str, Any]:
+    """A JSON object from disk. Raises: ModelError naming the file."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such file; a model directory needs one.") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold a JSON object.")
+    return content
+
+
+def sha256_of(paths: list[Path]) -> str:
+    digest = sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

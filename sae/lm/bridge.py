@@ -1,0 +1,184 @@
+"""Models that TransformerLens runs: the only door to transformer_lens, whose import takes seconds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice, layer_of, sha256_of
+from sae.transformer import Transformer
+
+Hooks = list[tuple[str, Callable[..., Tensor]]]
+
+LEGACY_HUB_IDS = {
+    "gelu-1l": "NeelNanda/GELU_1L512W_C4_Code",
+    "solu-1l": "NeelNanda/SoLU_1L512W_C4_Code",
+    "gelu-2l": "NeelNanda/GELU_2L512W_C4_Code",
+    "attn-only-1l": "NeelNanda/Attn_Only_1L512W_C4_Code",
+}
+
+
+class BridgeModel(LanguageModel):
+    """Any model TransformerLens opens (a Hugging Face directory, a hub id, gelu-1l and kin)."""
+
+    kind = "transformer-bridge"
+
+    def __init__(self, bridge: Any, model_id: str, weights_sha256: str) -> None:
+        self.module = bridge.eval().requires_grad_(False)
+        self.id, self.weights_sha256 = model_id, weights_sha256
+        if bridge.tokenizer is None:
+            raise ModelError(f"{model_id} comes without a tokenizer; put its tokenizer.json into the directory.")
+        self.tokenizer = bridge.tokenizer.backend_tokenizer
+        self.tokenizer.encode_special_tokens = True
+        bos = bridge.tokenizer.bos_token_id
+        self.bos_id = bridge.tokenizer.eos_token_id if bos is None else bos
+        self.context_tokens = int(bridge.cfg.n_ctx)
+        self.d_vocab = int(bridge.cfg.d_vocab)
+        self.device = torch.device(bridge.cfg.device or "cpu")
+        self.lock = threading.Lock()
+        self._widths: dict[str, int] = {}
+
+    def hook_width(self, hook_point: str) -> int:
+        if hook_point not in self._widths:
+            # No axis but that of the positions has this length, so that an attention pattern is known for one.
+            probe = torch.zeros((1, min(int(self.module.cfg.n_heads) + 1, self.context_tokens)), dtype=torch.long)
+            self._widths[hook_point] = int(self.capture(probe, hook_point).shape[-1])
+        return self._widths[hook_point]
+
+    @torch.inference_mode()
+    def capture_all(
+        self, tokens: Int[Tensor, "batch pos"], hook_points: Sequence[str]
+    ) -> dict[str, Float[Tensor, "batch pos _"]]:
+        # Raised inside the hook, because `stop_at_layer` does nothing on a one-layer model.
+        caught = Catch(hook_points)
+
+        def look(value: Tensor, hook: Any, name: str) -> Tensor:
+            caught.take(name, value)
+            return value
+
+        with suppress(Captured):
+            self._run(tokens, [(name, partial(look, name=name)) for name in caught.wanted])
+        for name in caught.wanted:
+            if name not in caught:
+                raise ModelError(f"{self.id}: the hook point {name!r} exists but was never reached.")
+            if caught[name].shape[:2] != tokens.shape or caught[name].ndim < 3:
+                raise ModelError(
+                    f"{self.id}: {name!r} gives {list(caught[name].shape)} for {list(tokens.shape)} tokens; "
+                    "a dictionary needs [batch, pos, …], one vector for each token."
+                )
+        return {name: value.flatten(2).float() for name, value in caught.items()}
+
+    def _logits(
+        self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        if hook_point is None or splice is None:
+            return self.module(tokens.to(self.device), return_type="logits").float()
+
+        bypassed: list[Tensor] = []
+
+        def replace(value: Tensor, hook: Any) -> Tensor:
+            replaced = splice(value.flatten(2).float()).to(value.dtype).view(value.shape)
+            bypassed.append(replaced - value)
+            return replaced
+
+        def catch_up(value: Tensor, hook: Any) -> Tensor:
+            return value + bypassed.pop()
+
+        hooks: Hooks = [(hook_point, replace)]
+        if hook_point.endswith(".hook_resid_mid"):
+            # The bridge's hook_resid_mid is the input of the MLP's norm: what is replaced there still flows on
+            # unchanged in the residual stream, so the difference is added where the stream leaves the block.
+            block = hook_point.removesuffix("hook_resid_mid")
+            held = self.module.hook_dict
+            if held.get(hook_point) is not held.get(f"{block}ln2.hook_in", ""):
+                raise ModelError(f"{self.id}: splicing at {hook_point} is not supported; use {block}hook_resid_post.")
+            hooks.append((f"{block}hook_resid_post", catch_up))
+        return self._run(tokens, hooks).float()
+
+    def _run(self, tokens: Tensor, hooks: Hooks) -> Tensor:
+        try:
+            return self.module.run_with_hooks(tokens.to(self.device), return_type="logits", fwd_hooks=hooks)
+        except KeyError as error:
+            hook_point = next((name for name, _ in hooks if name in str(error)), hooks[0][0])
+            close = get_close_matches(hook_point, self.module.hook_dict, n=4)
+            hint = f" Did you mean {', '.join(close)}?" if close else ""
+            raise ModelError(f"{self.id} has no hook point {hook_point!r}.{hint}") from error
+
+    def to_residual(self, hook_point: str) -> Float[Tensor, "d_in d_model"] | None:
+        if hook_point.endswith("mlp.hook_post"):
+            return self.module.W_out[layer_of(hook_point)].float()
+        return None
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.module.cfg.n_layers)
+
+    @property
+    def norm_eps(self) -> float:
+        return float(self.module.cfg.eps)
+
+    def unembedding(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model d_vocab"], bool]:
+        centred = "RMS" not in str(self.module.cfg.normalization_type)
+        return self.module.ln_final.weight.float(), self.module.W_U.float(), centred
+
+
+def open_directory(path: Path, model_id: str, device: str) -> BridgeModel:
+    """A model in Hugging Face's layout. Raises: ModelError when there are no weights or it cannot be opened."""
+    weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    if not weights:
+        raise ModelError(f"{path} has a config.json but no weights (*.safetensors).")
+    try:
+        bridge = _boot(str(path.resolve()), device)
+    except Exception as error:  # transformers and TransformerLens raise many kinds for one they cannot open
+        raise ModelError(f"model {str(path)!r} could not be opened: {error}") from error
+    return BridgeModel(bridge, model_id, sha256_of(weights))
+
+
+def open_hub(name: str, device: str) -> BridgeModel:
+    """A model of the hub. Raises: ModelError when it cannot be had."""
+    from transformer_lens.model_bridge.sources import boot_tl_legacy
+
+    legacy = LEGACY_HUB_IDS.get(name)
+    try:
+        bridge = boot_tl_legacy(legacy, device=device) if legacy else _boot(name, device)
+    except Exception as error:  # network, repository and format errors all mean: not to be had
+        raise ModelError(f"model {name!r} could not be loaded from the hub: {error}") from error
+    return BridgeModel(bridge, name, _sha256_of_parameters(bridge))
+
+
+def _boot(name: str, device: str) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_transformers(name, device=device)
+
+
+def bridge_with(module: Transformer, device: torch.device) -> Any:
+    """A TransformerLens `TransformerBridge` with a native transformer's weights."""
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge.sources import boot_native
+
+    config = TransformerBridgeConfig(**module.config.to_dict(), normalization_type="LN", seed=0, device=str(device))
+    bridge = boot_native(config, device=str(device))
+    state = dict(module.state_dict())
+    for name, held in bridge.state_dict().items():
+        if name not in state:  # the bridge's unembedding has a bias; ours is zero
+            state[name] = torch.zeros_like(held)
+    bridge.load_state_dict(state)
+    return bridge.eval()
+
+
+def _sha256_of_parameters(module: torch.nn.Module) -> str:
+    digest = sha256()
+    for name, parameter in sorted(module.state_dict().items()):
+        digest.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

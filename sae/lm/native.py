@@ -1,0 +1,107 @@
+"""A `sae pretrain` model on the scaled-dot-product-attention path."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.checkpoint import read_tensors
+from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice, layer_of, read_json_file, sha256_of
+from sae.lm.bridge import bridge_with
+from sae.tokenizer import load_tokenizer
+from sae.transformer import Transformer, TransformerConfig
+
+
+class NativeModel(LanguageModel):
+    """A `sae pretrain` model on the scaled-dot-product-attention path (equal to the bridge to 1e-5)."""
+
+    kind = "native-transformer"
+
+    def __init__(self, directory: Path, model_id: str, device: str = "cpu") -> None:
+        config = read_json_file(directory / "config.json")
+        names = TransformerConfig.__dataclass_fields__
+        if missing := sorted({*names, "bos_token"} - config.keys()):
+            raise ModelError(f"{directory}/config.json lacks {', '.join(missing)}.")
+        self.module = Transformer(TransformerConfig(**{k: config[k] for k in names}))
+        tensors, _ = read_tensors(directory / "model.safetensors")
+        try:
+            self.module.load_state_dict({name: t.float() for name, t in tensors.items()})
+        except RuntimeError as error:
+            raise ModelError(f"{directory}: weights do not fit config.json: {error}") from error
+        self.device = torch.device(device)
+        self.module.to(self.device).eval().requires_grad_(False)
+        self.id = model_id
+        self.directory = directory
+        self.weights_sha256 = sha256_of([directory / "model.safetensors"])
+        self.tokenizer = load_tokenizer(directory / "tokenizer.json")
+        self.bos_id = self.tokenizer.token_to_id(config["bos_token"])
+        self.context_tokens = self.module.config.n_ctx
+        self.d_vocab = self.module.config.d_vocab
+        self.lock = threading.Lock()
+
+    def hook_width(self, hook_point: str) -> int:
+        widths = self.module.hook_widths
+        if hook_point not in widths:
+            raise ModelError(f"{self.id} has no hook point {hook_point!r}; it has {', '.join(widths)}.")
+        return widths[hook_point]
+
+    @torch.inference_mode()
+    def capture_all(
+        self, tokens: Int[Tensor, "batch pos"], hook_points: Sequence[str]
+    ) -> dict[str, Float[Tensor, "batch pos _"]]:
+        for hook_point in hook_points:
+            self.hook_width(hook_point)
+        caught = Catch(hook_points)
+
+        def look(name: str, value: Tensor) -> Tensor:
+            if name in caught.wanted:
+                caught.take(name, value)
+            return value
+
+        with suppress(Captured):
+            self.module.final(tokens.to(self.device), look)
+        assert caught.keys() == caught.wanted
+        return caught
+
+    def _logits(
+        self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        if hook_point is None or splice is None:
+            return self.module(tokens.to(self.device))
+        self.hook_width(hook_point)
+        return self.module(tokens.to(self.device), lambda name, value: splice(value) if name == hook_point else value)
+
+    def to_residual(self, hook_point: str) -> Float[Tensor, "d_in d_model"] | None:
+        self.hook_width(hook_point)
+        if hook_point.endswith("mlp.hook_post"):
+            block = self.module.blocks[layer_of(hook_point)]
+            return block.get_submodule("mlp.out").get_parameter("weight").T
+        return None
+
+    def unembedding(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model d_vocab"], bool]:
+        return self.module.ln_final.weight, self.module.unembed.weight.T, True
+
+    @property
+    def n_layers(self) -> int:
+        return self.module.config.n_layers
+
+    @property
+    def norm_eps(self) -> float:
+        return self.module.ln_final.eps
+
+    def downstream(self, hook_point: str) -> Callable[[Tensor, Tensor], Tensor]:
+        if self.module.config.n_layers != 1 or hook_point != "blocks.0.mlp.hook_post":
+            raise ModelError(f"{self.id}: end to end goes from blocks.0.mlp.hook_post of one layer, not {hook_point}.")
+        out = self.module.blocks[0].get_submodule("mlp.out")
+        return lambda x, resid: self.module.unembed(self.module.ln_final(resid + out(x)))
+
+    def bridge(self) -> Any:
+        """The same weights as a TransformerLens `TransformerBridge`: the slow twin, with every TransformerLens tool."""
+        return bridge_with(self.module, self.device)
