@@ -10,6 +10,7 @@ from typing import Any
 _HOME = {
     "harvest": "sae.pipeline",
     "train": "sae.pipeline",
+    "Live": "sae.pipeline",
     "evaluate": "sae.pipeline",
     "index": "sae.pipeline",
     "compare": "sae.pipeline",

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sae.documents import HELD_OUT, TRAIN, Document
-from sae.lanes import LANES, Lane, open_lanes
+from sae.lanes import LANES, Lane, open_lanes, packed
 from sae.lm import LanguageModel
 from sae.progress import Interrupt, Interrupted, interruptible, progress
 from sae.text import TextSource
@@ -123,30 +123,43 @@ def _stop_if(interrupt: Interrupt, sink: ShardSink) -> None:
 
 def _fed_lanes(model: LanguageModel, source: TextSource, lanes: dict[tuple[str, int], Lane]) -> Iterator[Lane]:
     """Reads documents in order, tokenises them for the lanes that want them, and yields each lane fed."""
-    pending: list[tuple[Lane, int, Document]] = []
-    characters = 0
-    for number, document in enumerate(source.documents()):
-        lane = lanes.get((document.split, number % LANES))
-        if lane is not None and not lane.full and number >= lane.document:
-            pending.append((lane, number, document))
-            characters += len(document.text)
-        if len(pending) >= TOKENISE_DOCUMENTS or characters >= TOKENISE_CHARACTERS:
-            yield from _feed(model, pending)
-            pending, characters = [], 0
+
+    def wanted() -> Iterator[tuple[int, Document]]:
+        for number, document in enumerate(source.documents()):
+            lane = lanes.get((document.split, number % LANES))
+            if lane is not None and not lane.full and number >= lane.document:
+                yield number, document
             if all(lane.full for lane in lanes.values()):
                 return
-    yield from _feed(model, pending)
 
-
-def _feed(model: LanguageModel, pending: list[tuple[Lane, int, Document]]) -> Iterator[Lane]:
-    encodings = model.tokenizer.encode_batch_fast(
-        [document.text for _, _, document in pending], add_special_tokens=False
-    )
-    for (lane, number, document), encoding in zip(pending, encodings, strict=True):
+    for number, document, ids in tokenised(model, wanted()):
+        lane = lanes[document.split, number % LANES]
         if not lane.full:
-            start = [] if model.bos_id is None else [model.bos_id]
-            lane.feed(number, np.array(start + encoding.ids, dtype=np.uint32), document)
+            lane.feed(number, ids, document)
             yield lane
+
+
+def tokenised(
+    model: LanguageModel, documents: Iterable[tuple[int, Document]]
+) -> Iterator[tuple[int, Document, np.ndarray]]:
+    """Numbered documents with their token ids, BOS first; read some ahead, to be tokenised together."""
+    bos = [] if model.bos_id is None else [model.bos_id]
+    for some in _at_once(documents):
+        encodings = model.tokenizer.encode_batch_fast([document.text for _, document in some], add_special_tokens=False)
+        for (number, document), encoding in zip(some, encodings, strict=True):
+            yield number, document, np.array(bos + encoding.ids, dtype=np.uint32)
+
+
+def _at_once(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
+    pending: list[tuple[int, Document]] = []
+    characters = 0
+    for number, document in documents:
+        pending.append((number, document))
+        characters += len(document.text)
+        if len(pending) >= TOKENISE_DOCUMENTS or characters >= TOKENISE_CHARACTERS:
+            yield pending
+            pending, characters = [], 0
+    yield pending
 
 
 def _emit(model: LanguageModel, sink: ShardSink, lane: Lane, count: int, write: Write) -> None:
@@ -156,13 +169,8 @@ def _emit(model: LanguageModel, sink: ShardSink, lane: Lane, count: int, write: 
     lane.place += 1
     if shard not in lane.owed:
         return
-    contexts = -(-count // sink.seq_len)
-    padding = contexts * sink.seq_len - count
-    shape = (contexts, sink.seq_len)
-    filled = np.pad(np.ones(count, bool), (0, padding)).reshape(shape)
-    tokens = np.pad(tokens, (0, padding)).reshape(shape)
-    document = np.pad(numbers, (0, padding), constant_values=-1).reshape(shape)
-    keep = filled & (tokens != (-1 if model.bos_id is None else model.bos_id))
+    document = np.pad(numbers, (0, -count % sink.seq_len), constant_values=-1).reshape(-1, sink.seq_len)
+    tokens, keep = packed(tokens, sink.seq_len, model.bos_id)
     present = np.unique(numbers).tolist()
     cursor = lane.cursor_after(present[-1]) if present else {"document": lane.document, "token": 0}
     write(

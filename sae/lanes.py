@@ -75,6 +75,14 @@ def lanes_of(rank: int, world: int) -> range:
     return range(rank, LANES, world)
 
 
+def packed(tokens: np.ndarray, seq_len: int, bos_id: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Contexts [n, seq_len] of these tokens in turn, the last one padded, and what is neither padding nor BOS."""
+    padding = (0, -len(tokens) % seq_len)
+    filled = np.pad(np.ones(len(tokens), bool), padding).reshape(-1, seq_len)
+    contexts = np.pad(tokens, padding).reshape(-1, seq_len)
+    return contexts, filled & (contexts != (-1 if bos_id is None else bos_id))
+
+
 @dataclass
 class Lane:
     """One lane of one split: the shards it still owes and the tokens waiting for the next one."""

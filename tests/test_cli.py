@@ -245,7 +245,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, tiny_tex
     acts, out = str(root / "acts.zarr"), str(root / "topk")
     harvest = ["harvest", "--model", str(tiny_model_dir), "--text", str(tiny_text), "--out", acts]
     assert main([*harvest, "--tokens", "4096", "--heldout-tokens", "512", "--device", "cpu"]) == 0
-    train = ["train", "--acts", acts, "--recipe", "topk", "--out", out, "--d-sae", "64", "--k", "4"]
+    train = ["train", "--acts", acts, "--recipe", "topk", "--out", out, "--d-sae", "64", "--l0", "4"]
     assert main([*train, "--tokens", "20000", "--batch-tokens", "256"]) == 0
     assert main(["eval", out]) == 0
     assert main(["index", out, "--tokens", "2000"]) == 0

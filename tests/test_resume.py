@@ -23,7 +23,7 @@ from sae.rundir import cut_log
 RECIPES = {
     # l1 and the learning rate are high so that features die and every resampling event has work
     "towards-monosemanticity": ["--l1", "60", "--lr", "0.01"],
-    "topk": ["--k", "4", "--lr", "0.02"],
+    "topk": ["--l0", "4", "--lr", "0.02"],
 }
 OTHERS = [recipe for recipe in ALL if recipe not in RECIPES]
 PLACES = ("blocks.0.mlp.hook_in", "blocks.0.hook_resid_mid", "blocks.0.mlp.hook_post", "blocks.0.hook_mlp_out")

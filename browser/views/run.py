@@ -56,7 +56,7 @@ def _facts(facts: dict[str, str], title: str = "") -> str:
 def _header(page: Page, progress: runs.Progress) -> None:
     config = page.entry.config
     model = config.get("model") or {}
-    store = config.get("store") or {}
+    store = config.get("store") or config.get("live") or {}
     train = config.get("train") or {}
     facts = {
         "recipe": str(config.get("recipe") or train.get("recipe") or "?"),

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from sae.cli.flags import add_dictionary, add_kernels, add_verb
+from sae.cli.flags import add_dictionary, add_kernels, add_text, add_verb
 
 # As in sae.pipeline, without its imports.
 EXPORT_FORMATS = ("native", "sae-lens", "dictionary-learning", "sparsify")
@@ -15,25 +15,30 @@ IMPORT_FORMATS = ("sae-lens", "dictionary-learning", "sparsify", "llamascopium",
 
 
 def train(verbs: Any) -> None:
-    verb = add_verb(verbs, "train", _run_train, "learn a dictionary from an activation store")
-    verb.add_argument("--acts", required=True, help="the activation store")
+    verb = add_verb(
+        verbs, "train", _run_train, "learn a dictionary from an activation store, or from a model while it runs"
+    )
+    verb.add_argument("--acts", help="the activation store")
+    verb.add_argument("--live", metavar="MODEL", help="instead: run this model on --text meanwhile, nothing on disk")
+    add_text(verb, required=False)
     verb.add_argument("--out", required=True, help="directory of the dictionary, by custom runs/<run>/<name>")
     verb.add_argument(
         "--recipe", default="balanced", help="such as balanced, topk, jumprelu, towards-monosemanticity; see the README"
     )
     verb.add_argument("--d-sae", type=int, default=4096, help="number of features")
     verb.add_argument("--l0", type=float, help="active features per token wanted: sets k, or finds λ while training")
-    verb.add_argument("--tokens", type=int, help="rows seen (default: four epochs of the store)")
+    verb.add_argument("--tokens", type=int, help="rows seen (default: four epochs of the store; 4M live)")
     verb.add_argument("--batch-tokens", type=int, help="rows per step")
     verb.add_argument("--lr", type=float, help="peak learning rate")
     verb.add_argument("--l1", type=float, help="λ on inputs scaled to E‖x‖² = d_in (config.json has other conventions)")
-    verb.add_argument("--k", type=int, help="active features per token, where the recipe has k")
     verb.add_argument("--seed", type=int, default=0, help="of initialisation and row order")
     verb.add_argument(
         "--set", action="append", metavar="NAME=VALUE", help="any other setting, e.g. exact=true or multi_k=4; repeats"
     )
     verb.add_argument(
-        "--hook-point", action="append", help="needed when the store holds several; x then y for a transcoder"
+        "--hook-point",
+        action="append",
+        help="x's, then y's for a transcoder (default: the store's only one, or an MLP's)",
     )
     verb.add_argument("--keep", type=int, default=1, help="saved states to keep, the last one included")
     verb.add_argument(
@@ -46,11 +51,14 @@ def _run_train(args: argparse.Namespace) -> int:
     from sae import pipeline
     from sae.config import parsed
 
-    settings = {name: getattr(args, name) for name in ("batch_tokens", "lr", "l1", "k")} | {"target_l0": args.l0}
+    settings = {name: getattr(args, name) for name in ("batch_tokens", "lr", "l1")} | {"target_l0": args.l0}
     given = {name: value for name, value in settings.items() if value is not None}
     hook_point, target_hook_point = (*(args.hook_point or []), None, None)[:2]
+    if bool(args.acts) == bool(args.live) or bool(args.live) != bool(args.text):
+        raise ValueError("say where the rows come from: --acts STORE, or --live MODEL with --text SOURCE.")
     pipeline.train(
-        args.acts, args.out, recipe=args.recipe, d_sae=args.d_sae, tokens=args.tokens, seed=args.seed,
+        pipeline.Live(args.live, args.text) if args.live else args.acts, args.out,
+        recipe=args.recipe, d_sae=args.d_sae, tokens=args.tokens, seed=args.seed,
         config=given | parsed(args.set or []), hook_point=hook_point, target_hook_point=target_hook_point,
         kernels=args.kernels, device=args.device, keep=args.keep, log_to=args.log_to or [],
     )  # fmt: skip

@@ -69,7 +69,7 @@ def config_of(sae: SAE) -> dict[str, Any]:
             "hook_name": sae.config.get("hook_point") or UNKNOWN,
             "hook_head_index": None,
             "prepend_bos": True,
-            "dataset_path": sae.config.get("store", {}).get("text", UNKNOWN),
+            "dataset_path": (sae.config.get("store") or sae.config.get("live") or {}).get("text", UNKNOWN),
             "training_tokens": trained.get("tokens"),
             "recipe": trained.get("recipe"),
             foreign.OURS: {**foreign.carried(sae), "activation": sae.activation, "k": sae.k},

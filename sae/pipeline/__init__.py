@@ -5,6 +5,7 @@ from sae.pipeline.controls import controls
 from sae.pipeline.describing import describe
 from sae.pipeline.dictionaries import feature_max, feature_units, train
 from sae.pipeline.exchange import EXPORT_FORMATS, IMPORT_FORMATS, export, import_dictionary
+from sae.pipeline.living import Live
 from sae.pipeline.measuring import evaluate, index
 from sae.pipeline.pairing import PipelineError, open_pair
 from sae.pipeline.stores import (
@@ -30,6 +31,7 @@ __all__ = [
     "EXPORT_FORMATS",
     "IMPORT_FORMATS",
     "Forecast",
+    "Live",
     "PipelineError",
     "compare",
     "controls",

@@ -16,8 +16,10 @@ from sae import recipes, training
 from sae.checkpoint import read_tensors
 from sae.config import TrainConfig
 from sae.documents import TRAIN
+from sae.kernels import device_named
 from sae.model import SAE
 from sae.objectives import Downstream
+from sae.pipeline.living import Live, check_target, live_rows, resid_mid_of
 from sae.pipeline.pairing import PipelineError, model_in
 from sae.rows import Batch, Rows
 from sae.trackers import trackers_named
@@ -62,7 +64,7 @@ class StoreRows:
 
 
 def train(
-    rows: str | Path | Rows,
+    rows: str | Path | Live | Rows,
     out: str | Path,
     *,
     recipe: str = "balanced",
@@ -77,7 +79,8 @@ def train(
     keep: int = 1,
     log_to: Sequence[str] = (),
 ) -> SAE:
-    """Trains a dictionary on a store (its path) or any `Rows`; `config` overrides the recipe's settings.
+    """Trains a dictionary on a store (its path), a model and a text (`Live`: nothing on disk) or any `Rows`; `config`
+    overrides the recipe's settings.
 
     `tokens` is the number of rows seen (default: four epochs of a store, 4M of other rows); `keep` the number of saved
     states that stay. A transcoder wants a `target_hook_point` too. `log_to` names trackers (`sae.trackers`).
@@ -91,7 +94,11 @@ def train(
     }  # fmt: skip
     if not isinstance(rows, str | Path):
         _, resolved = recipes.resolve(recipe, tokens=tokens or TrainConfig.tokens, **overrides)
-        return training.train(rows, out, resolved, **how)
+        provenance: dict[str, Any] = {}
+        if isinstance(rows, Live):
+            where = str(device_named(device))
+            rows, provenance = live_rows(rows, resolved, hook_point, target_hook_point, where)
+        return training.train(rows, out, resolved, provenance=provenance, **how)
     store = ActivationStore.open(rows)
     hook = hook_point_of(store, hook_point)
     kept_rows = store.totals(TRAIN, hook).kept_rows
@@ -103,14 +110,11 @@ def train(
 
 def rows_for(store: ActivationStore, hook: str, config: TrainConfig, target_hook_point: str | None) -> StoreRows:
     """The rows that a recipe trains on. Raises: PipelineError for a hook point that it needs and is not there."""
-    needs = recipes.recipe_named(config.recipe).needs
-    if (needs == "y") != bool(target_hook_point):
-        wants = "learns y from x: name a second hook point, y's" if needs == "y" else "takes one hook point, x's"
-        raise PipelineError(f"recipe {config.recipe} {wants} (the store has {', '.join(store.hook_points)}).")
+    check_target(config.recipe, target_hook_point)
     resid, downstream = None, None
-    if needs == "resid":
+    if recipes.recipe_named(config.recipe).needs == "resid":
         downstream = model_in(store).downstream(hook)
-        resid = hook_point_of(store, f"{hook.split('.mlp.')[0]}.hook_resid_mid")
+        resid = hook_point_of(store, resid_mid_of(hook))
     return StoreRows(
         store, hook, batch_tokens=config.batch_tokens, seed=config.seed,
         target_hook_point=hook_point_of(store, target_hook_point) if target_hook_point else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from sae.lm import LanguageModel, load_model
 from sae.model import SAE, load, refuse_transcoder
@@ -42,6 +43,12 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
     """
     if asked is None:
         held = sae.config.get("store", {}).get("path")
+        if "live" in sae.config:
+            raise PipelineError(
+                "this dictionary was trained live, without a store, and this needs one. Make it:\n"
+                f"  {_harvest_for(sae.config, directory)}\nand name it (--acts). Its held-out documents are new to the "
+                "dictionary, which was trained on no held-out document."
+            )
         if held is None or directory is None:
             raise PipelineError("this dictionary does not say which store it was trained on; name one (--acts).")
         asked = Path(os.path.normpath(directory / held))
@@ -60,6 +67,13 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
             held = ", ".join(f"{name} ({width} wide)" for name, width in store.hook_points.items())
             raise PipelineError(f"{store.path} holds {held}; the dictionary {does} {hook_point} ({width} wide).")
     return store
+
+
+def _harvest_for(config: dict[str, Any], directory: Path | None) -> str:
+    """The command that makes a store for a dictionary trained live."""
+    text = " ".join(f"--text {spec}" for spec in config["live"]["text_specs"])
+    out = (directory.parent if directory else Path()) / "acts.zarr"
+    return f"sae harvest --model {config['model']['id']} {text} --hook-point {config['hook_point']} --out {out}"
 
 
 def _model_in(store: ActivationStore) -> dict[str, str]:
