@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae.documents import TRAIN
 from sae.harvesting import FORWARD_TOKENS, tokenised
+from sae.kernels import matmul
 from sae.lanes import LANES, packed
 from sae.lm import LanguageModel
 from sae.mixing import MixingBuffer, Spread
@@ -153,7 +154,8 @@ class LiveRows:
 
     def _forward(self, tokens: np.ndarray, keep: np.ndarray) -> Float[Tensor, "n width"]:
         model, hooks = self._contexts.model, self._hooks.values()
-        with model.lock:
+        # A step of the dictionary may want other products; the model's are PyTorch's, as in a harvest.
+        with model.lock, matmul.using("highest"):
             found = model.capture_all(
                 torch.from_numpy(tokens.astype(np.int64)), list(dict.fromkeys(self._hooks.values()))
             )

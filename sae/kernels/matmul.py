@@ -9,6 +9,7 @@ those of `torch.set_float32_matmul_precision`.
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ WORTH = 1.3  # times as fast: where they differ, they differ by more, and chance
 
 PROBE_ROUNDS = 8
 
+_turn = threading.RLock()
 _narrow = False  # whether `product` rounds its factors to bfloat16
 
 
@@ -110,16 +112,17 @@ def describe() -> str:
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Multiplies with these products inside, on all threads."""
+    """Multiplies with these products inside. PyTorch keeps the choice for all threads, so they take turns in here."""
     global _narrow
-    before = torch.get_float32_matmul_precision(), _narrow
-    torch.set_float32_matmul_precision("highest" if name == "highest" else "medium")
-    _narrow = name == "bf16"
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        _narrow = before[1]
+    with _turn:
+        before = torch.get_float32_matmul_precision(), _narrow
+        torch.set_float32_matmul_precision("highest" if name == "highest" else "medium")
+        _narrow = name == "bf16"
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before[0])
+            _narrow = before[1]
 
 
 def factor(a: Tensor) -> Tensor:
