@@ -1,7 +1,15 @@
-"""Measures the data path in one run: harvest against the bare forward pass, the store against numpy memmap and
-safetensors shards, shard sizes, and reads that mix. Prints tables and writes JSON with the hardware.
+"""Measures the data path in one run: formats of a store, harvest, store and live model → trainer, index.
 
-usage: python scripts/bench_data.py [--rows 131072] [--d-in 512] [--json FILE]
+    python scripts/bench_data.py                                                       # small: does it run
+    python scripts/bench_data.py --text FILE --tokens 3100000 --peers DIR --json data.json
+
+- `formats`: the activation store against numpy memmap and safetensors shards, with shards of several sizes, read whole
+  and read mixed in short memory;
+- `harvest`: against the bare forward pass to the hook on the same contexts (goal: 0.85 of its pace), and with `--peers`
+  (the directory that holds the peers' environments) against SAELens' own caching of them (goal: twice its pace);
+- `trainer`: how long steps wait for rows, from that store and from the running model;
+- `index`: seconds per feature, the forward pass over its tokens included.
+Processor seconds (of all threads) stand beside the wall clock: on a busy machine their ratios are the steadier ones.
 """
 
 from __future__ import annotations
@@ -10,6 +18,9 @@ import argparse
 import json
 import os
 import platform
+import shutil
+import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,13 +33,37 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from sae import harvesting, pipeline
-from sae.lm import load_model
+from sae.lm import LanguageModel, load_model, shipped_models
+from sae.text import TextSource
 from store.activations import ActivationStore
 from store.batches import ShuffledRows
 
 SEQ_LEN = 256
 HOOK = "blocks.0.mlp.hook_post"
-BATCH_ROWS = 4096
+BATCH_ROWS, D_SAE = 4096, 4096
+MODEL = "tiny-relu-1l"
+SAEDASHBOARD_S_PER_FEATURE = 0.5  # over 3.1M tokens, on a machine like the one described in the JSON
+
+
+class Clock:
+    """Wall and processor seconds by name, as often as each was measured."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+        self.cpu_s: dict[str, list[float]] = {}
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        began, used = time.perf_counter(), time.process_time()
+        yield
+        self.note(name, time.perf_counter() - began, time.process_time() - used)
+
+    def note(self, name: str, seconds: float, cpu_s: float) -> None:
+        self.seconds.setdefault(name, []).append(seconds)
+        self.cpu_s.setdefault(name, []).append(cpu_s)
+
+    def median(self, name: str) -> tuple[float, float]:
+        return statistics.median(self.seconds[name]), statistics.median(self.cpu_s[name])
 
 
 @contextmanager
@@ -36,30 +71,6 @@ def timed(into: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     into[name] = time.perf_counter() - start
-
-
-def harvest_against_forward(tokens: int, scratch: Path) -> dict[str, Any]:
-    """The same contexts through the model alone, and as a whole harvest; both exclude loading the model."""
-    model = load_model("tiny-relu-1l")
-    source = pipeline.source_of("default")
-    seconds: dict[str, float] = {}
-    list(source.documents())  # the embedded text is made on first use
-    model.capture(torch.zeros((2, SEQ_LEN), dtype=torch.long), HOOK)
-    with timed(seconds, "harvest"):
-        out = pipeline.harvest(model, source, scratch / "harvest.zarr", tokens=tokens, heldout_tokens=16_384)
-    with timed(seconds, "read and tokenise the text"):
-        for document in source.documents():
-            model.tokenizer.encode(document.text, add_special_tokens=False)
-    store = ActivationStore.open(out)
-    contexts = [store.read_contexts(split, s).tokens for split in ("heldout", "train") for s in store.markers(split)]
-    with timed(seconds, "forward to the hook"):
-        for part in contexts:
-            harvesting._activations(model, {HOOK: store.hook_points[HOOK]}, part)
-    return {
-        "rows": sum(part.size for part in contexts),
-        "seconds": seconds,
-        "forward_share": seconds["forward to the hook"] / seconds["harvest"],
-    }
 
 
 def made_rows(rows: int, d_in: int) -> np.ndarray:
@@ -111,11 +122,18 @@ def formats(rows: int, d_in: int, shard_rows: int, scratch: Path) -> list[dict[s
                 seen += len(pool[order[start : start + BATCH_ROWS]].astype(np.float32))
         return seen
 
-    def store_read() -> int:
+    def store_read(**memory: int) -> int:
         store = ActivationStore.open(scratch / "acts.zarr")
-        pools = max(1, shards // max(1, rows // memory_rows))
-        source = ShuffledRows(store, "h", batch_rows=BATCH_ROWS, seed=1, pool_shards=pools)
+        source = ShuffledRows(store, "h", batch_rows=BATCH_ROWS, seed=1, **memory)
         return sum(len(source.batch(step)) for step in range(rows // BATCH_ROWS))
+
+    def whole_shards_read() -> int:
+        """Pools of as many whole shards as the other formats'."""
+        return store_read(pool_shards=max(1, memory_rows // shard_rows))
+
+    def mixed_read() -> int:
+        """As the trainer reads in so much memory: as many parts of shards in a pool as mix well."""
+        return store_read(memory_bytes=memory_rows * (d_in * acts.itemsize + 8))
 
     def memmap_read() -> int:
         mapped = np.memmap(scratch / "memmap", np.float16, "r", shape=(rows, d_in))
@@ -129,7 +147,8 @@ def formats(rows: int, d_in: int, shard_rows: int, scratch: Path) -> list[dict[s
             safetensors_write,
             lambda: pooled(lambda shard: load_file(scratch / f"{shard}.safetensors")["acts"]),
         ),
-        ("activation store", lambda: write_store(scratch / "acts.zarr", acts, shard_rows), store_read),
+        ("store, whole shards", lambda: write_store(scratch / "acts.zarr", acts, shard_rows), whole_shards_read),
+        ("store, mixed", lambda: None, mixed_read),
     ):
         seconds: dict[str, float] = {}
         with timed(seconds, "write"):
@@ -138,12 +157,108 @@ def formats(rows: int, d_in: int, shard_rows: int, scratch: Path) -> list[dict[s
         with timed(seconds, "read"):
             assert read() >= rows - BATCH_ROWS
         found.append(
-            {"format": name, "shard_rows": shard_rows, "write_rows_per_s": rows / seconds["write"],
+            {"format": name, "shard_rows": shard_rows,
+             "write_rows_per_s": 0.0 if name == "store, mixed" else rows / seconds["write"],
              "read_rows_per_s": rows / seconds["read"]}
         )  # fmt: skip
     for entry in found:
         entry["read_against_memmap"] = entry["read_rows_per_s"] / found[0]["read_rows_per_s"]
     return found
+
+
+# --- the data path of a model ---------------------------------------------------------------------------------------
+
+
+def harvest(
+    model: LanguageModel, source: TextSource, tokens: int, rounds: int, peers: Path | None, scratch: Path
+) -> Clock:
+    """Whole harvests, the forward pass alone over the same contexts as often, and SAELens' caching of them, in turn."""
+    clock = Clock()
+    model.capture(torch.zeros((2, SEQ_LEN), dtype=torch.long), HOOK)
+    for number in range(rounds):
+        shutil.rmtree(scratch / "acts.zarr", ignore_errors=True)
+        with clock.of("harvest"):
+            pipeline.harvest(model, source, scratch / "acts.zarr", tokens=tokens)
+        store = ActivationStore.open(scratch / "acts.zarr")
+        contexts = [
+            store.read_contexts(split, s).tokens for split in ("heldout", "train") for s in store.markers(split)
+        ]
+        with clock.of("forward to the hook"):
+            for part in contexts:
+                harvesting._activations(model, {HOOK: store.hook_points[HOOK]}, part)
+        if peers:
+            found = _saelens(peers, np.concatenate(contexts), scratch / f"saelens-{number}")
+            clock.note("SAELens' caching", found["seconds"], found["cpu_s"])
+    return clock
+
+
+def _saelens(peers: Path, contexts: np.ndarray, scratch: Path) -> dict[str, float]:
+    scratch.mkdir()
+    save_file({"tokens": contexts.astype(np.int32)}, scratch / "contexts.safetensors")
+    worker = Path(__file__).parent / "peers" / "cache_saelens.py"
+    python = next(p for p in (peers / "pv_saelens", peers / "envs" / "pv_saelens") if p.is_dir()) / "bin" / "python"
+    done = subprocess.run(
+        [python, worker, shipped_models()[MODEL], scratch / "contexts.safetensors", HOOK, scratch / "cached"],
+        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"},
+    )  # fmt: skip
+    shutil.rmtree(scratch)
+    if done.returncode:
+        raise RuntimeError(f"SAELens' side failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def trainer(model: LanguageModel, source: TextSource, steps: int, scratch: Path) -> list[dict[str, Any]]:
+    """Pace and waiting of steps on rows from the store and from the running model; the first logged line left out."""
+    found = []
+    for name, rows in (("store", scratch / "acts.zarr"), ("live", pipeline.Live(model, source))):
+        out = scratch / f"from-{name}"
+        pipeline.train(rows, out, recipe="topk", d_sae=D_SAE, tokens=steps * BATCH_ROWS, config={"k": 32})
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        steady = lines[1:] or lines
+        found.append(
+            {"rows_from": name, "rows_per_s": statistics.median(line["rows_per_s"] for line in steady),
+             "stall_share": statistics.median(line["stall_share"] for line in steady)}
+        )  # fmt: skip
+    return found
+
+
+def index(tokens: int, forward: tuple[float, float], scratch: Path) -> dict[str, Any]:
+    """The index of the trained dictionary over all tokens, and with the forward pass that made its rows."""
+    clock = Clock()
+    with clock.of("index"):
+        pipeline.index(scratch / "from-store", tokens=10**12)
+    seconds, cpu_s = (ours + theirs for ours, theirs in zip(clock.median("index"), forward, strict=True))
+    return {
+        "tokens": tokens, "features": D_SAE, "index_s": clock.median("index")[0], "with_forward_s": seconds,
+        "with_forward_cpu_s": cpu_s, "s_per_feature": seconds / D_SAE,
+        "saedashboard_over_ours": SAEDASHBOARD_S_PER_FEATURE / (seconds / D_SAE),
+    }  # fmt: skip
+
+
+def data_path(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    model, source = load_model(MODEL), pipeline.source_of(args.text)
+    clock = harvest(model, source, args.tokens, args.rounds, args.peers and args.peers.resolve(), scratch)
+    tokens = sum(split["rows"] for split in pipeline.describe(scratch / "acts.zarr")["splits"].values())
+    result: dict[str, Any] = {"tokens": tokens, "seconds": clock.seconds, "cpu_s": clock.cpu_s}
+    print(f"\nharvest of {tokens:,} rows of {MODEL}\n| what | s | rows/s | CPU s | harvest's share of its pace |")
+    print("|---|--:|--:|--:|--:|")
+    ours = clock.median("harvest")
+    for name in clock.seconds:
+        seconds, cpu_s = clock.median(name)
+        print(
+            f"| {name} | {seconds:.1f} | {tokens / seconds:,.0f} | {cpu_s:.1f} | {seconds / ours[0]:.2f} |", flush=True
+        )
+    result["trainer"] = trainer(model, source, args.steps, scratch)
+    print("\n| rows from | rows/s of the trainer | share of the time it waits |\n|---|--:|--:|")
+    for entry in result["trainer"]:
+        print(f"| {entry['rows_from']} | {entry['rows_per_s']:,.0f} | {entry['stall_share']:.2%} |", flush=True)
+    result["index"] = index(tokens, clock.median("forward to the hook"), scratch)
+    print(
+        "\nindex: {tokens:,} tokens, {features:,} features: {index_s:.1f} s, with the forward pass {with_forward_s:.1f}"
+        " s, {s_per_feature:.4f} s a feature (SAEDashboard, without that pass: {saedashboard_over_ours:.0f} times as "
+        "long)".format(**result["index"])
+    )
+    return result
 
 
 def hardware() -> dict[str, Any]:
@@ -158,32 +273,43 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=131_072)
-    parser.add_argument("--d-in", type=int, default=512)
-    parser.add_argument("--shard-rows", type=int, nargs="+", default=[1024, 8192, 65_536])
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    args = parser.parse_args()
-    result: dict[str, Any] = {"hardware": hardware(), "formats": []}
-    for shard_rows in args.shard_rows:
-        with tempfile.TemporaryDirectory() as scratch:
-            result["formats"] += formats(args.rows, args.d_in, shard_rows, Path(scratch))
-    with tempfile.TemporaryDirectory() as scratch:
-        result["harvest"] = harvest_against_forward(args.rows, Path(scratch))
-    print(json.dumps(result["hardware"]))
+def show_formats(found: list[dict[str, Any]]) -> None:
     print("\n| format | rows a shard | written, rows/s (fsync'd) | shuffled reads, rows/s | against memmap |")
-    print("|---|---|---|---|---|")
-    for entry in result["formats"]:
+    print("|---|--:|--:|--:|--:|")
+    for entry in found:
         print(
             f"| {entry['format']} | {entry['shard_rows']:,} | {entry['write_rows_per_s']:,.0f} "
             f"| {entry['read_rows_per_s']:,.0f} | {entry['read_against_memmap']:.2f} |"
         )
-    harvest = result["harvest"]
-    print(f"\nharvest of {harvest['rows']:,} rows of tiny-relu-1l:")
-    for name, seconds in harvest["seconds"].items():
-        print(f"  {name:28} {seconds:7.2f} s   {harvest['rows'] / seconds:>10,.0f} rows/s")
-    print(f"  the forward pass is {harvest['forward_share']:.2f} of the harvest")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="formats,model", help="formats (store layouts), model (all else)")
+    parser.add_argument("--text", action="append", help="what is harvested (default: the embedded text)")
+    parser.add_argument("--tokens", type=int, default=131_072, help="training tokens harvested, indexed and trained on")
+    parser.add_argument("--rounds", type=int, default=1, help="harvests, each beside its forward pass and the peer")
+    parser.add_argument("--steps", type=int, default=50, help="of each training")
+    parser.add_argument("--peers", type=Path, help="directory of the peers' environments")
+    parser.add_argument("--rows", type=int, default=131_072, help="of the formats")
+    parser.add_argument("--d-in", type=int, default=512, help="of the formats")
+    parser.add_argument("--shard-rows", type=int, nargs="+", default=[1024, 8192, 65_536])
+    parser.add_argument("--scratch", type=Path, help="where to write meanwhile (default: the temporary directory)")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    args = parser.parse_args()
+    args.text = args.text or ["default"]
+    torch.set_num_threads(int(os.environ.get("BENCH_THREADS", "2")))
+    result: dict[str, Any] = {"hardware": hardware()}
+    print(json.dumps(result["hardware"]))
+    if "formats" in args.only:
+        result["formats"] = []
+        for shard_rows in args.shard_rows:
+            with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+                result["formats"] += formats(args.rows, args.d_in, shard_rows, Path(scratch))
+        show_formats(result["formats"])
+    if "model" in args.only:
+        with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+            result["model"] = data_path(args, Path(scratch))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -325,6 +325,20 @@ def test_steer_edits_of_several_kinds_over_a_sweep(run: Path, capsys: pytest.Cap
     assert "say what to do with the features" in capsys.readouterr().err
 
 
+def test_info_says_what_computes_here_and_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert "kernels_here: cpu: active features in compiled loops, screened by a" in shown
+    assert "matmul_here: " in shown
+    monkeypatch.setenv("SAE_KERNELS", "reference")
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["device_here"]) == ("machine", "cpu")
+    assert found["kernels_here"] == "reference: plain torch: asked for, or nothing faster runs here"
+
+
 def test_export_info_and_verify(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "sae-lens")
     assert main(["export", str(run / "topk"), "--format", "sae-lens", "--out", out]) == 0

@@ -189,3 +189,12 @@ def test_loading_refuses_what_is_no_dictionary(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(CheckpointError, match="no such file"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(("activation", "k"), KINDS)
+def test_a_dictionary_compiles_in_one_graph(activation: str, k: int | None) -> None:
+    """As part of a user's compiled model; without a C++ compiler, so that only the capture is tested."""
+    sae = random_sae(activation, k)
+    x = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(sae, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), sae(x))

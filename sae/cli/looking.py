@@ -25,8 +25,8 @@ def _run_browse(args: argparse.Namespace) -> int:
 
 
 def info(verbs: Any) -> None:
-    verb = add_verb(verbs, "info", _run_info, "describe a dictionary, store, index, model or run")
-    verb.add_argument("path")
+    verb = add_verb(verbs, "info", _run_info, "describe a dictionary, store, index, model or run, or this machine")
+    verb.add_argument("path", nargs="?", help="without one: the kernels and products chosen here, and why")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
 

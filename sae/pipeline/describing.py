@@ -13,20 +13,20 @@ from store.activations import ActivationStore, is_url
 from store.features import FeatureIndex
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: str | Path | None = None) -> dict[str, Any]:
     """What an artefact is: a dictionary, an activation store, a feature index, a model, or a run holding them.
 
-    Raises: PipelineError when it is none.
+    Without a path, what dictionaries are computed with on this machine. Raises: PipelineError when it is none.
     """
+    if path is None:
+        return {"kind": "machine", "device_here": str(device_named()), **_choices_here()}
     if is_url(path):
         return _describe_store(ActivationStore.open(path))
     path = Path(path)
     if (path / "config.json").is_file():
         config = json.loads((path / "config.json").read_text())
         if isinstance(config, dict) and config.get("kind") == "sae":
-            kernels = choose(device=device_named())
-            here = {"kernels_here": f"{kernels.NAME}: {kernels.describe()}", "matmul_here": matmul.describe()}
-            return {"kind": "sae", **{k: v for k, v in config.items() if k != "kind"}, **here}
+            return {"kind": "sae", **{k: v for k, v in config.items() if k != "kind"}, **_choices_here()}
         return {"kind": "model", **config}
     if path.name.endswith(".zarr") and (path / "firings").is_dir():
         found = FeatureIndex.open(path)
@@ -37,6 +37,12 @@ def describe(path: str | Path) -> dict[str, Any]:
     if not inside:
         raise PipelineError(f"{path}: no dictionary, activation store, feature index or model here.")
     return {"kind": "run", "holds": [p.name for p in inside]}
+
+
+def _choices_here() -> dict[str, str]:
+    """The kernels and dense products that `auto` takes here, and why."""
+    kernels = choose(device=device_named())
+    return {"kernels_here": f"{kernels.NAME}: {kernels.describe()}", "matmul_here": matmul.describe()}
 
 
 def _describe_store(store: ActivationStore) -> dict[str, Any]:
