@@ -425,4 +425,4 @@ def test_a_model_without_a_tokenizer_is_refused(monkeypatch: pytest.MonkeyPatch)
     bridge = _fake_bridge()
     monkeypatch.setattr(bridge, "tokenizer", None, raising=False)
     with pytest.raises(ModelError, match=r"tokenizer\.json"):
-        BridgeModel(bridge, "bare", "0" * 64)
+        BridgeModel(bridge, "bare")

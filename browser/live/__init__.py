@@ -33,12 +33,14 @@ def load(entry: SaeEntry) -> Live:
             "or copy the file back into its directory."
         )
     model = entry.config.get("model")
-    name, sha256 = (str(model.get(key, "")) for key in ("id", "sha256")) if isinstance(model, dict) else ("", "")
+    model = model if isinstance(model, dict) else {}
+    name, sha256 = str(model.get("id", "")), str(model.get("sha256", ""))
     found = _load(entry.id, str(entry.path), name, weights.stat().st_mtime_ns)
     from sae.model import refuse_transcoder
+    from sae.model_identity import same_model
 
     refuse_transcoder(found.sae, entry.id, LiveError)
-    if sha256 and found.model.weights_sha256 != sha256:
+    if sha256 and not same_model(model, found.model.identity()):
         raise LiveError(
             f"The language model {name!r} has changed since {entry.id} was trained: its weights are "
             f"{found.model.weights_sha256[:12]}…, expected {sha256[:12]}…. What it computed would be wrong here."

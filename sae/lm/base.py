@@ -7,7 +7,6 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,8 @@ class LanguageModel(ABC):
 
     id: str
     kind: str
-    weights_sha256: str
+    weights_sha256: str  # of the parameters and what is computed with them, wherever they lie (model_identity.py)
+    older_sha256: str  # what the first versions recorded: of a directory's weight files, of a hub model's parameters
     tokenizer: Tokenizer
     bos_id: int | None
     context_tokens: int
@@ -123,7 +123,8 @@ class LanguageModel(ABC):
         return leaves[0].detach(), found
 
     def identity(self) -> dict[str, Any]:
-        return {"id": self.id, "kind": self.kind, "sha256": self.weights_sha256}
+        """What stores and dictionaries record of the model; `model_identity.same_model` compares it."""
+        return {"id": self.id, "kind": self.kind, "sha256": self.weights_sha256, "older_sha256": self.older_sha256}
 
     @torch.inference_mode()
     def token_losses(
@@ -176,12 +177,3 @@ def read_json_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} must hold a JSON object.")
     return content
-
-
-def sha256_of(paths: list[Path]) -> str:
-    digest = sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

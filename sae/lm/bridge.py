@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice, layer_of, sha256_of
+from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice, layer_of
+from sae.model_identity import sha256_of_files, sha256_of_model, sha256_of_parameters
 from sae.transformer import Transformer
 
 Hooks = list[tuple[str, Callable[..., Tensor]]]
@@ -26,6 +26,10 @@ LEGACY_HUB_IDS = {
     "gelu-2l": "NeelNanda/GELU_2L512W_C4_Code",
     "attn-only-1l": "NeelNanda/Attn_Only_1L512W_C4_Code",
 }
+# What the bridge computes with beside its parameters; the rest of its settings follows from these, or is a name.
+DECISIVE = (
+    "n_heads", "n_key_value_heads", "act_fn", "normalization_type", "eps", "positional_embedding_type", "rotary_base",
+)  # fmt: skip
 
 
 class BridgeModel(LanguageModel):
@@ -33,9 +37,13 @@ class BridgeModel(LanguageModel):
 
     kind = "transformer-bridge"
 
-    def __init__(self, bridge: Any, model_id: str, weights_sha256: str) -> None:
+    def __init__(self, bridge: Any, model_id: str, files: Sequence[Path] = ()) -> None:
+        """`files` are those that the weights were read from, where they are known."""
         self.module = bridge.eval().requires_grad_(False)
-        self.id, self.weights_sha256 = model_id, weights_sha256
+        self.id = model_id
+        parameters = sha256_of_parameters(bridge)
+        self.weights_sha256 = sha256_of_model(parameters, {name: getattr(bridge.cfg, name, None) for name in DECISIVE})
+        self.older_sha256 = sha256_of_files(files) if files else parameters
         if bridge.tokenizer is None:
             raise ModelError(f"{model_id} comes without a tokenizer; put its tokenizer.json into the directory.")
         self.tokenizer = bridge.tokenizer.backend_tokenizer
@@ -141,7 +149,7 @@ def open_directory(path: Path, model_id: str, device: str) -> BridgeModel:
         bridge = _boot(str(path.resolve()), device)
     except Exception as error:  # transformers and TransformerLens raise many kinds for one they cannot open
         raise ModelError(f"model {str(path)!r} could not be opened: {error}") from error
-    return BridgeModel(bridge, model_id, sha256_of(weights))
+    return BridgeModel(bridge, model_id, weights)
 
 
 def open_hub(name: str, device: str) -> BridgeModel:
@@ -153,7 +161,7 @@ def open_hub(name: str, device: str) -> BridgeModel:
         bridge = boot_tl_legacy(legacy, device=device) if legacy else _boot(name, device)
     except Exception as error:  # network, repository and format errors all mean: not to be had
         raise ModelError(f"model {name!r} could not be loaded from the hub: {error}") from error
-    return BridgeModel(bridge, name, _sha256_of_parameters(bridge))
+    return BridgeModel(bridge, name)
 
 
 def _boot(name: str, device: str) -> Any:
@@ -175,10 +183,3 @@ def bridge_with(module: Transformer, device: torch.device) -> Any:
             state[name] = torch.zeros_like(held)
     bridge.load_state_dict(state)
     return bridge.eval()
-
-
-def _sha256_of_parameters(module: torch.nn.Module) -> str:
-    digest = sha256()
-    for name, parameter in sorted(module.state_dict().items()):
-        digest.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

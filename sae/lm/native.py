@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.checkpoint import read_tensors
-from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice, layer_of, read_json_file, sha256_of
+from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice, layer_of, read_json_file
 from sae.lm.bridge import bridge_with
+from sae.model_identity import sha256_of_files, sha256_of_model, sha256_of_parameters
 from sae.tokenizer import load_tokenizer
 from sae.transformer import Transformer, TransformerConfig
 
@@ -39,7 +40,9 @@ class NativeModel(LanguageModel):
         self.module.to(self.device).eval().requires_grad_(False)
         self.id = model_id
         self.directory = directory
-        self.weights_sha256 = sha256_of([directory / "model.safetensors"])
+        parameters = sha256_of_parameters(self.module)
+        self.weights_sha256 = sha256_of_model(parameters, self.module.config.to_dict())
+        self.older_sha256 = sha256_of_files([directory / "model.safetensors"])
         self.tokenizer = load_tokenizer(directory / "tokenizer.json")
         self.bos_id = self.tokenizer.token_to_id(config["bos_token"])
         self.context_tokens = self.module.config.n_ctx

@@ -14,6 +14,7 @@ from sae.lab import comparison
 from sae.lab.tables import write_table
 from sae.lm import LanguageModel
 from sae.model import SAE
+from sae.model_identity import same_model
 from sae.pipeline.measuring import first_shards
 from sae.pipeline.pairing import PipelineError, autoencoder, model_of, store_of
 from store.activations import ActivationStore
@@ -101,7 +102,7 @@ def _paired_blocks(
         x = []
         for sae, model in zip((a, b), models, strict=True):
             hook = sae.config["hook_point"]
-            held = store.provenance["model"]["sha256"] == model.weights_sha256 and hook in store.hook_points
+            held = hook in store.hook_points and same_model(store.provenance["model"], model.identity())
             x.append(
                 torch.from_numpy(store.read_acts(split, shard, hook))
                 if held

@@ -8,6 +8,7 @@ from typing import Any
 
 from sae.lm import LanguageModel, load_model
 from sae.model import SAE, load, refuse_transcoder
+from sae.model_identity import same_model
 from store.activations import ActivationStore
 
 X_HAT_FOR_X = "controls, comparison and steering"  # what takes x̂ to stand where x was read
@@ -54,7 +55,7 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
         asked = Path(os.path.normpath(directory / held))
     store = ActivationStore.open(asked)
     ours, theirs = sae.config.get("model", {}), _model_in(store)
-    if ours.get("sha256", theirs["sha256"]) != theirs["sha256"]:  # an imported dictionary may not know it
+    if "sha256" in ours and not same_model(ours, theirs):  # an imported dictionary may not know it
         raise PipelineError(
             f"{store.path} holds activations of {theirs['id']} (weights {theirs['sha256'][:12]}…), the dictionary was "
             f"trained on {ours['id']} ({ours['sha256'][:12]}…). Harvest that model's activations first."
@@ -93,26 +94,32 @@ def model_of(
     """
     lm = asked if isinstance(asked, LanguageModel) else _named_model(sae, asked, device)
     ours = sae.config.get("model", {})
-    if lm.weights_sha256 != ours.get("sha256", lm.weights_sha256):
+    if "sha256" in ours and not same_model(ours, lm.identity()):
         raise PipelineError(
             f"the dictionary was trained on {ours.get('id')} (weights {ours['sha256'][:12]}…), the model here is "
             f"{lm.id} (weights {lm.weights_sha256[:12]}…): it has changed, or is another. Name where the right one is "
             "(--model)."
         )
-    theirs = _model_in(store) if store else {}
-    if store and "sha256" not in ours and lm.weights_sha256 != theirs["sha256"]:
+    if store and "sha256" not in ours:
+        require_model_of(store, lm)
+    return lm
+
+
+def require_model_of(store: ActivationStore, lm: LanguageModel) -> None:
+    """Raises: PipelineError unless `lm` is the model whose activations the store holds."""
+    theirs = _model_in(store)
+    if not same_model(theirs, lm.identity()):
         raise PipelineError(
             f"{store.path} holds activations of {theirs['id']} (weights {theirs['sha256'][:12]}…), the model named is "
             f"{lm.id} ({lm.weights_sha256[:12]}…). Name the store's (--model)."
         )
-    return lm
 
 
 def model_in(store: ActivationStore) -> LanguageModel:
     """The model whose activations a store holds. Raises: PipelineError when that name now has other weights."""
     held = _model_in(store)
     lm = load_model(held["id"])
-    if lm.weights_sha256 != held["sha256"]:
+    if not same_model(held, lm.identity()):
         raise PipelineError(
             f"{store.path} holds activations of {held['id']} with weights {held['sha256'][:12]}…, the model of that "
             f"name here has {lm.weights_sha256[:12]}…: it has changed. Put the right one there, or harvest again."

@@ -13,6 +13,7 @@ from sae import harvesting
 from sae.documents import HELD_OUT, TRAIN
 from sae.lanes import LANES, Plan, default_heldout_tokens, lanes_of, plan
 from sae.lm import LanguageModel, load_model
+from sae.model_identity import same_model
 from sae.pipeline.pairing import PipelineError
 from sae.text import TextSource, combine, open_text
 from store.activation_input import differences
@@ -219,8 +220,13 @@ def _as_harvested(
     source = source_of(text or store.provenance["text_specs"])
     ours = provenance_of(lm, source)
     decisive = ("tokenizer_sha256", "text_sha256", "bos", "weight_processing", "held_out")
-    there = {"model_sha256": store.provenance["model"]["sha256"], **{k: store.provenance.get(k) for k in decisive}}
-    differing = differences(there, {"model_sha256": lm.weights_sha256, **{k: ours[k] for k in decisive}})
+    held = store.provenance["model"]
+    differing = differences(*({k: where.get(k) for k in decisive} for where in (store.provenance, ours)))
+    if not same_model(held, lm.identity()):
+        differing = [
+            f"model: the store has {held['sha256']}, this call asks for {lm.weights_sha256}",
+            *differing,
+        ]
     if differing:
         raise PipelineError(
             f"{store.path} was harvested from something else, and nothing in it was changed:\n  "

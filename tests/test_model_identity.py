@@ -1,0 +1,116 @@
+"""A model is known by its parameters and what computes with them, wherever they lie; old records stay readable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import HOOK_POINT, made_up_documents, text_source, write_jsonl, write_model
+from test_hf_harvest import saved
+
+from sae import pipeline
+from sae.checkpoint import read_tensors, write_tensors
+from sae.lm import NativeModel, load_model
+from sae.model_identity import same_model
+from store.activations import ActivationStore
+
+SIZE = {"tokens": 2048, "heldout_tokens": 2048}
+
+
+def test_files_cut_otherwise_and_the_hub_are_the_same_model(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    plain = saved("gpt2", tmp_path / "one", tiny_model_dir / "tokenizer.json")
+    shutil.copytree(tmp_path / "one", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    plain.save_pretrained(tmp_path / "cut", max_shard_size="10KB")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
+    one, cut = (load_model(tmp_path / name) for name in ("one", "cut"))
+    real = TransformerBridge.boot_transformers
+    monkeypatch.setattr(
+        TransformerBridge, "boot_transformers", staticmethod(lambda _, **how: real(str(tmp_path / "one"), **how))
+    )
+    hub = load_model("some-owner/some-model")
+    assert one.weights_sha256 == cut.weights_sha256 == hub.weights_sha256
+    assert len({model.older_sha256 for model in (one, cut, hub)}) == 3
+    with torch.no_grad():
+        next(plain.parameters())[0, 0] += 1
+    plain.save_pretrained(tmp_path / "cut", max_shard_size="10KB")
+    monkeypatch.undo()
+    assert load_model(tmp_path / "cut").weights_sha256 != one.weights_sha256
+
+
+def test_what_computes_with_the_parameters_is_part_of_a_model(tmp_path: Path, tiny_model_dir: Path) -> None:
+    tensors, header = read_tensors(tiny_model_dir / "model.safetensors")
+    wide, other_heads = (Path(shutil.copytree(tiny_model_dir, tmp_path / name)) for name in ("wide", "heads"))
+    write_tensors(wide / "model.safetensors", {name: t.float() for name, t in tensors.items()}, header)
+    config = json.loads((other_heads / "config.json").read_text())
+    assert (config["n_heads"], config["d_head"]) == (2, 8)
+    (other_heads / "config.json").write_text(json.dumps(config | {"n_heads": 4, "d_head": 4}))
+    same, float32, reshaped = (NativeModel(d, "m") for d in (tiny_model_dir, wide, other_heads))
+    assert same.weights_sha256 == float32.weights_sha256  # 16 bits on disk or 32: the values are the same
+    assert same.weights_sha256 != reshaped.weights_sha256  # the same numbers, other attention
+
+
+@pytest.fixture
+def old_store(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    """A store as the first versions wrote it: its model known by the SHA-256 of the weight file."""
+    text = write_jsonl(tmp_path / "t.jsonl", made_up_documents(1200))
+    out = pipeline.harvest(str(tiny_model_dir), text, tmp_path / "acts.zarr", **SIZE)
+    settings = json.loads((out / "zarr.json").read_text())
+    of_file = sha256((tiny_model_dir / "model.safetensors").read_bytes()).hexdigest()
+    settings["attributes"]["provenance"]["model"] = {
+        "id": str(tiny_model_dir), "kind": "native-transformer", "sha256": of_file,
+    }  # fmt: skip
+    (out / "zarr.json").write_text(json.dumps(settings))
+    (out / "complete.json").unlink()
+    ActivationStore.open(out).finish()
+    return out
+
+
+def test_a_store_of_the_first_versions_is_used_and_mended_as_before(
+    old_store: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    pipeline.train(old_store, tmp_path / "d", d_sae=24, tokens=512, config={"k": 2, "batch_tokens": 128})
+    assert pipeline.evaluate(tmp_path / "d")["metrics"]["l0"]["value"] > 0
+    moved = shutil.copytree(tiny_model_dir, tmp_path / "moved")
+    pipeline.evaluate(tmp_path / "d", model=str(moved))
+    before = {file: file.read_bytes() for file in old_store.rglob("*") if file.is_file()}
+    pipeline.harvest(str(moved), tmp_path / "t.jsonl", old_store, **SIZE)  # done already, and known for the same
+    (old_store / "tokens" / "c" / "70" / "0").unlink()
+    assert pipeline.repair(old_store)[1] == []
+    assert {file: file.read_bytes() for file in old_store.rglob("*") if file.is_file()} == before
+    other = write_model(tmp_path / "other", seed=1)
+    with pytest.raises(pipeline.PipelineError, match="trained on"):
+        pipeline.evaluate(tmp_path / "d", model=str(other))
+
+
+def test_a_store_of_the_first_versions_is_merged_with_one_of_today(
+    old_store: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    more = text_source([d for d in made_up_documents(2600, seed=3) if d.text not in _texts(1200)])
+    pipeline.harvest(str(tiny_model_dir), more, tmp_path / "more.zarr", hook_points=[HOOK_POINT], **SIZE)
+    pipeline.merge_stores([old_store, tmp_path / "more.zarr"], tmp_path / "both.zarr")
+    both = ActivationStore.open(tmp_path / "both.zarr")
+    rows = [ActivationStore.open(p).totals("train", HOOK_POINT).kept_rows for p in (old_store, tmp_path / "more.zarr")]
+    assert both.totals("train", HOOK_POINT).kept_rows == sum(rows)
+
+
+def _texts(n: int) -> set[str]:
+    return {document.text for document in made_up_documents(n)}
+
+
+def test_identities_without_a_common_hash_are_of_two_models() -> None:
+    old, new = {"sha256": "aa"}, {"sha256": "bb", "older_sha256": "aa"}
+    assert same_model(old, new)
+    assert same_model(new, {"sha256": "bb", "older_sha256": "cc"})  # two places, one model
+    assert not same_model(new, {"sha256": "dd", "older_sha256": "ee"})
+    assert not same_model({"sha256": "bb", "older_sha256": "cc"}, {"sha256": "dd", "older_sha256": "cc"})  # other heads
+    assert not same_model({}, {})
+    assert not same_model({"sha256": ""}, {"sha256": ""})
