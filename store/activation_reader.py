@@ -26,7 +26,7 @@ from store.activation_layout import (
     metadata_problems,
 )
 from store.places import Place
-from store.schema import StoreError, decode, parse_json, stored_dtype
+from store.schema import StoreError, decode, json_bytes, parse_json, stored_dtype
 from store.shards import Document, Marker, ShardedArray, files_present, parse_marker
 
 
@@ -144,6 +144,13 @@ class ActivationReader:
         }
         return Contexts(**arrays, first_context=self.first_context(split, shard))
 
+    def read_keep(self, split: str, shard: int) -> np.ndarray:
+        """As `read_contexts`, the mask alone: bool [contexts, seq_len]."""
+        marker = self.marker(split, shard)
+        if not marker.contexts:
+            return np.empty((0, self.seq_len), bool)
+        return self._read(split, marker, "keep")[: marker.contexts]
+
     def documents(self, split: str) -> dict[int, Document]:
         """Document table of the written shards: number → (id, source, domain, sha256)."""
         table: dict[int, Document] = {}
@@ -175,6 +182,14 @@ class ActivationReader:
             total += marker.sum[hook_point]
             total_sq += marker.sum_sq[hook_point]
         return Totals(kept, total / kept, total_sq / kept)
+
+    def fingerprint(self, split: str) -> str:
+        """SHA-256 over the markers of the written shards that have rows: other rows, another fingerprint."""
+        digest = hashlib.sha256()
+        for shard, marker in self.markers(split).items():
+            if marker.contexts:
+                digest.update(json_bytes(marker.to_json(), f"{split} shard {shard}"))
+        return digest.hexdigest()
 
     def first_context(self, split: str, shard: int) -> int:
         """Number, over the whole store, of the first context of a split's shard."""
@@ -261,7 +276,12 @@ class ActivationReader:
 
     def _array(self, name: str) -> ShardedArray:
         if name not in self._arrays:
-            self._arrays[name] = ShardedArray(self.place, name)
+            if name in TEXT_ARRAYS:
+                shape, dtype = (self.contexts_per_shard, self.seq_len), np.dtype(TEXT_ARRAYS[name][0])
+            else:
+                hook = next(hook for hook in self.hook_points if acts_name(hook) == name)
+                shape, dtype = (self.rows_per_shard, self.hook_points[hook]), stored_dtype(self.dtype[hook])
+            self._arrays[name] = ShardedArray(self.place, name, shape, dtype)
         return self._arrays[name]
 
     def _read(self, split: str, marker: Marker, name: str) -> np.ndarray:

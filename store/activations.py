@@ -210,7 +210,10 @@ class ActivationStore(ActivationReader):
                     "can be used as it is; make room and repeat the command to go on"
                 ) from error
             if self.ring_shards_per_lane is not None and split == "train":
-                self._drop(shard - self.ring_shards_per_lane * LANES)
+                reach = self.ring_shards_per_lane * LANES
+                self._drop(shard - reach)
+                if self.place.size(marker_key("train", shard + reach)) is not None:
+                    self._drop(shard)  # it had fallen out long ago, and was written again for its marker alone
         return marker
 
     def _write_files(self, number: int, given: ShardInput) -> dict[str, dict[str, int]]:

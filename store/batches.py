@@ -9,7 +9,7 @@ the rows that step n of an unbroken one got.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,10 +17,17 @@ from store.activations import ActivationStore
 from store.schema import StoreError, decode, stored_dtype
 
 _SHARD_ORDER, _ROW_ORDER, _SAMPLE, _PART_ORDER = range(4)  # independent streams of one seed
-_PERMUTATION_BYTES = 8  # int64 row numbers, per row
+_PLACE_BYTES = 16  # of a held row: its place in the permutation and its context, int64 both
 WELL_MIXED = 0.97  # planned distinct contexts in a batch, against a perfect shuffle's; 0.95 is wanted
 MOST_PARTS = 16
 _FEWEST_ROWS = 8  # of a shard in a part
+
+
+class Drawn(NamedTuple):
+    """A batch's rows, float32 [batch_rows, d_in], and the context that each comes from, int64 [batch_rows]."""
+
+    rows: np.ndarray
+    contexts: np.ndarray
 
 
 class ShuffledRows:
@@ -47,8 +54,8 @@ class ShuffledRows:
     ) -> None:
         """Plan the epochs of a split's written shards; raises StoreError if no row is kept.
 
-        `memory_bytes` bounds the rows held (in the dtype on disk) and their permutation; one shard's rows are
-        always held, and one more shard is in memory while it is read. `parts` counts with `pool_shards` alone.
+        `memory_bytes` bounds the rows held (in the dtype on disk) with their permutation and contexts; one shard's
+        rows are always held, and one more shard is in memory while it is read. `parts` counts with `pool_shards` alone.
         """
         if hook_point not in store.hook_points:
             known = ", ".join(store.hook_points)
@@ -71,7 +78,7 @@ class ShuffledRows:
         self._contexts = np.array([marker.contexts for marker in markers.values()])
         self.n_rows = int(self._kept.sum())
         self._dtype = stored_dtype(store.dtype[hook_point])
-        row_bytes = self.d_in * self._dtype.itemsize + _PERMUTATION_BYTES
+        row_bytes = self.d_in * self._dtype.itemsize + _PLACE_BYTES
         if pool_shards is None:
             pool_shards, parts = self._fitting(memory_bytes // row_bytes)
         self.pool_shards = min(pool_shards, len(self._shards))
@@ -80,6 +87,9 @@ class ShuffledRows:
         self._logical = store.dtype[hook_point]
         self._pool_held: tuple[int, ...] = ()
         self._buffer = np.empty((0, self.d_in), self._dtype)
+        self._contexts_held = np.empty(0, np.int64)  # of the rows in `_buffer`
+        self._first_contexts = np.array([store.first_context(split, shard) for shard in markers])
+        self._keep_bits: dict[int, np.ndarray] = {}
         self._epoch_plan: tuple[int, list[np.ndarray], np.ndarray] = (-1, [], np.empty(0, np.int64))
         self._row_order: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.empty(0, np.int64))
 
@@ -89,7 +99,7 @@ class ShuffledRows:
             return len(self._shards), 1
         largest = int(self._kept.max())
         memory_rows = max(memory_rows, largest)
-        perfect = self.distinct_if_perfect()
+        perfect = self._distinct_if_perfect(self._global_rows)
         pool_shards, parts = 1, 1
         for parts in range(1, max(1, min(MOST_PARTS, largest // _FEWEST_ROWS)) + 1):
             pool_shards = min(len(self._shards), memory_rows // -(-largest // parts))
@@ -107,24 +117,17 @@ class ShuffledRows:
     def _global_rows(self) -> int:
         return self.batch_rows * self.world
 
-    def distinct_if_perfect(self) -> float:
-        """Contexts expected in a global batch of rows drawn uniformly: Σ_c 1 − (1 − B/N)^k_c, k_c kept rows each."""
-        missed = (1 - min(1.0, self._global_rows / self.n_rows)) ** (self._kept / self._contexts)
+    def _distinct_if_perfect(self, batch_rows: int) -> float:
+        """Contexts expected in a batch of rows drawn uniformly: Σ_c 1 − (1 − B/N)^k_c, k_c kept rows each.
+
+        k_c is the mean of c's shard, all that a marker knows: where they differ this is too many, never too few.
+        """
+        missed = (1 - min(1.0, batch_rows / self.n_rows)) ** (self._kept / self._contexts)
         return float((self._contexts * (1 - missed)).sum())
 
-    def mixing(self, batches: int = 8) -> float:
-        """Distinct contexts in the first pool's global batches, as a share of a perfect shuffle's (1 when exact)."""
-        if self.exact:
-            return 1.0
-        groups, _ = self._pools(0)
-        contexts = np.concatenate([self._row_contexts(place)[self._part(0, place, 0)] for place in groups[0].tolist()])
-        order = _generator(self.seed, _ROW_ORDER, 0, 0).permutation(len(contexts))
-        size = min(self._global_rows, len(order))
-        counts = [
-            len(np.unique(contexts[order[start : start + size]]))
-            for start in range(0, len(order) - size + 1, size)[:batches]
-        ]
-        return float(np.mean(counts)) / self.distinct_if_perfect()
+    def mixing(self, contexts: np.ndarray) -> float:
+        """Distinct contexts in a batch, as a share of what a perfect shuffle would give on average; 1 is perfect."""
+        return len(np.unique(contexts)) / self._distinct_if_perfect(len(contexts))
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -142,18 +145,23 @@ class ShuffledRows:
         Float32 [batch_rows, d_in]; each epoch of the sequence is a permutation of the kept rows.
         Fastest in ascending order of steps: then each shard is read once an epoch.
         """
+        return self.draw(step).rows
+
+    def draw(self, step: int) -> Drawn:
+        """The batch of a step, and where in the text its rows stand."""
         if step < 0:
             raise StoreError(f"step must be at least 0, got {step}")
-        out = np.empty((self.batch_rows, self.d_in), np.float32)
+        drawn = Drawn(np.empty((self.batch_rows, self.d_in), np.float32), np.empty(self.batch_rows, np.int64))
         filled = 0
         while filled < self.batch_rows:
             position = (step * self.world + self.rank) * self.batch_rows + filled
-            rows, start, order = self._pool_at(position)
+            start, order = self._pool_at(position)
             chosen = order[start : start + self.batch_rows - filled]
-            part = out[filled : filled + len(chosen)]
-            decode(np.take(rows, chosen, axis=0), self._logical, out=part)
+            part = slice(filled, filled + len(chosen))
+            decode(np.take(self._buffer, chosen, axis=0), self._logical, out=drawn.rows[part])
+            drawn.contexts[part] = self._contexts_held[chosen]
             filled += len(chosen)
-        return out
+        return drawn
 
     def sample(self, n: int, seed: int) -> np.ndarray:
         """`n` distinct kept rows drawn uniformly, float32 [n, d_in]: a pure function of `seed`.
@@ -165,22 +173,22 @@ class ShuffledRows:
             raise StoreError(f"cannot draw {n} distinct rows: {self.n_rows} are kept")
         chosen = _generator(seed, _SAMPLE).choice(self.n_rows, size=n, replace=False)
         if self.exact:
-            rows = self._hold(0, np.arange(len(self._shards)), 0)
-            return decode(np.take(rows, chosen, axis=0), self._logical)
+            self._hold(0, np.arange(len(self._shards)), 0)
+            return decode(np.take(self._buffer, chosen, axis=0), self._logical)
         out = np.empty((n, self.d_in), np.float32)
         ends = np.cumsum(self._kept)
         places = np.searchsorted(ends, chosen, side="right")
         for place in np.unique(places).tolist():
             mine = np.flatnonzero(places == place)
-            rows = self._kept_rows(place)
+            stored = self.store.read_stored(self.split, int(self._shards[place]), self.hook_point)
             inside = chosen[mine] - (ends[place] - self._kept[place])
-            out[mine] = decode(rows[inside], self._logical)
+            out[mine] = decode(stored[self._kept_numbers(place)[inside]], self._logical)
         return out
 
     # ---- pools ----
 
-    def _pool_at(self, position: int) -> tuple[np.ndarray, int, np.ndarray]:
-        """Kept rows of the pool that `position` falls in, where in its order, and that order."""
+    def _pool_at(self, position: int) -> tuple[int, np.ndarray]:
+        """Holds the pool that `position` falls in; where in its order that is, and the order."""
         epoch, offset = divmod(position, self.n_rows)
         groups, ends = self._pools(epoch)
         number = int(np.searchsorted(ends, offset, side="right"))
@@ -190,7 +198,8 @@ class ShuffledRows:
             order = _generator(self.seed, _ROW_ORDER, epoch, number).permutation(int(ends[number]) - start)
             self._row_order = (key, order)
         group, part = divmod(number, self.parts)
-        return self._hold(epoch, groups[group], part), offset - start, self._row_order[1]
+        self._hold(epoch, groups[group], part)
+        return offset - start, self._row_order[1]
 
     def _pools(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
         """Places (in `_shards`) of each group of an epoch, and where each pool, a part of a group, ends."""
@@ -214,40 +223,37 @@ class ShuffledRows:
         order = _generator(self.seed, _PART_ORDER, epoch, place).permutation(int(self._kept[place]))
         return np.sort(np.array_split(order, self.parts)[part])
 
-    def _hold(self, epoch: int, group: np.ndarray, part: int) -> np.ndarray:
-        """Rows of a pool, one shard's after another's, from memory if they are the last asked."""
+    def _hold(self, epoch: int, group: np.ndarray, part: int) -> None:
+        """Reads a pool into `_buffer` and `_contexts_held`, one shard's rows after another's, unless it is there."""
         wanted = (epoch if self.parts > 1 else 0, part, *group.tolist())
+        if self._pool_held == wanted:
+            return
+        self._pool_held = ()  # an error below must not leave half a pool behind
         sizes = self._part_rows(group, part).tolist()
-        if self._pool_held != wanted:
-            self._pool_held = ()  # an error below must not leave half a pool behind
-            if len(self._buffer) < sum(sizes):
-                largest = np.sort(self._part_rows(np.arange(len(self._shards)), 0))[-self.pool_shards :]
-                self._buffer = np.empty((int(largest.sum()), self.d_in), self._dtype)
-            end = 0
-            for place, size in zip(group.tolist(), sizes, strict=True):
-                start, end = end, end + size
-                if self.parts == 1:
-                    self._kept_rows(place, out=self._buffer[start:end])
-                else:
-                    self._buffer[start:end] = self._kept_rows(place)[self._part(epoch, place, part)]
-            self._pool_held = wanted
-        return self._buffer[: sum(sizes)]
+        if len(self._buffer) < sum(sizes):
+            largest = int(np.sort(self._part_rows(np.arange(len(self._shards)), 0))[-self.pool_shards :].sum())
+            self._buffer = np.empty((largest, self.d_in), self._dtype)
+            self._contexts_held = np.empty(largest, np.int64)
+        end = 0
+        for place, size in zip(group.tolist(), sizes, strict=True):
+            start, end = end, end + size
+            rows = self._kept_numbers(place)[self._part(epoch, place, part)]
+            stored = self.store.read_stored(self.split, int(self._shards[place]), self.hook_point)
+            np.take(stored, rows, axis=0, out=self._buffer[start:end], mode="clip")  # unlike "raise" without a copy
+            self._contexts_held[start:end] = self._first_contexts[place] + rows // self.store.seq_len
+        self._pool_held = wanted
 
-    def _row_contexts(self, place: int) -> np.ndarray:
-        """The context of each kept row of a shard."""
-        text = self.store.read_contexts(self.split, int(self._shards[place]))
-        return text.first_context + np.nonzero(text.keep)[0]
-
-    def _kept_rows(self, place: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Kept rows of one shard as stored, in row order, written to `out` if given."""
-        shard = int(self._shards[place])
-        keep = self.store.read_contexts(self.split, shard).keep.reshape(-1)
-        if int(keep.sum()) != self._kept[place]:
-            raise StoreError(
-                f"{self.store.path}: {self.split} shard {shard} was written again while in use; start again"
-            )
-        stored = self.store.read_stored(self.split, shard, self.hook_point)
-        return np.compress(keep, stored, axis=0, out=out)
+    def _kept_numbers(self, place: int) -> np.ndarray:
+        """Numbers inside a shard of its kept rows, ascending. Kept in memory as bits: each part asks again."""
+        if place not in self._keep_bits:
+            shard = int(self._shards[place])
+            keep = self.store.read_keep(self.split, shard)
+            if int(keep.sum()) != self._kept[place]:
+                raise StoreError(
+                    f"{self.store.path}: {self.split} shard {shard} was written again while in use; start again"
+                )
+            self._keep_bits[place] = np.packbits(keep)
+        return np.flatnonzero(np.unpackbits(self._keep_bits[place]))
 
 
 def _generator(seed: int, *stream: int) -> np.random.Generator:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from store.schema import PARTIAL_SUFFIX, StoreError, atomic_bytes, exclusive_lock, fsync_directory, fsync_file
 
 CREATION_WAIT_S = 60.0  # workers that start together make the store one after another
@@ -37,6 +39,10 @@ class Place(Protocol):
 
     def read(self, key: str) -> bytes:
         """The bytes under a key. Raises StoreError if there are none."""
+        ...
+
+    def load(self, key: str) -> np.ndarray:
+        """The bytes under a key as uint8, to be written to if one likes. Raises OSError, or one of `errors`."""
         ...
 
     def read_all(self, prefix: str) -> dict[str, bytes]:
@@ -104,6 +110,9 @@ class LocalPlace:
         except OSError as error:
             raise StoreError(f"{self.path / key}: cannot be read ({error})") from error
 
+    def load(self, key: str) -> np.ndarray:
+        return np.fromfile(self.path / key, np.uint8)
+
     def read_all(self, prefix: str) -> dict[str, bytes]:
         found = {}
         for file in sorted((self.path / prefix).glob("*.json")):
@@ -131,11 +140,13 @@ class LocalPlace:
             fsync_directory(directory)
 
     def delete(self, *keys: str) -> None:
-        for key in keys:
-            (self.path / key).unlink(missing_ok=True)
-        for directory in {(self.path / key).parent for key in keys}:
-            if directory.exists():
-                fsync_directory(directory)
+        changed = set()
+        for file in (self.path / key for key in keys):
+            with contextlib.suppress(FileNotFoundError):
+                file.unlink()
+                changed.add(file.parent)
+        for directory in changed:
+            fsync_directory(directory)
 
     def leftovers(self) -> list[str]:
         return [key for key in self.sizes() if key.endswith(PARTIAL_SUFFIX)]

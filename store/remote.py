@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
+
 from store.schema import StoreError, json_bytes, writer_name
 
 METADATA = "zarr.json"
@@ -74,6 +76,9 @@ class RemotePlace:
                 return bytes(self._obstore.get(self._objects, key).bytes())
         except FileNotFoundError as error:
             raise StoreError(f"{self.where(key)}: no such object") from error
+
+    def load(self, key: str) -> np.ndarray:
+        return np.frombuffer(bytearray(self._obstore.get(self._objects, key).bytes()), np.uint8)
 
     def read_all(self, prefix: str) -> dict[str, bytes]:
         keys = sorted(key for key in self._list(f"{prefix}/") if key.endswith(".json"))

@@ -98,6 +98,19 @@ def test_round_trip(tmp_path, dtype) -> None:
     assert store.markers("train")[1].cursor == {"next": 2}
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_what_is_read_is_what_zarr_reads(tmp_path, dtype) -> None:
+    store = make(tmp_path / "acts.zarr", dtype=dtype)
+    store.write_shard("train", 1, **shard_data(store, "train", 1))
+    number, marker = store._number("train", 1), store.marker("train", 1)
+    for name in (*(f"hooks/{hook}/acts" for hook in store.hook_points), "tokens", "keep", "document"):
+        array = store._array(name)
+        ours, zarrs = array.read(number, marker, ""), array.read_by_zarr(number)
+        assert (ours.dtype, ours.shape) == (zarrs.dtype, zarrs.shape)
+        assert np.array_equal(ours, zarrs)
+        ours[0] = 0  # a copy of its own
+
+
 def test_bfloat16_bits_are_stored_as_given(tmp_path) -> None:
     store = make(tmp_path / "acts.zarr", dtype="bfloat16", hook_points={POST: 3})
     data = shard_data(store, "train", 0)

@@ -4,6 +4,7 @@ import functools
 import os
 import tempfile
 from collections import Counter
+from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from store.batches import ShuffledRows
 from store.schema import StoreError
 
 HOOK = "h"
-ROW_BYTES = 2 * 4 + 8  # float32 [2] and its place in the permutation
+ROW_BYTES = 2 * 4 + 16  # float32 [2], its place in the permutation and its context
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -188,24 +189,30 @@ def test_sample_favours_no_row() -> None:
     assert max(deviations) < 4.5
 
 
-def test_pools_mix_nearly_as_well_as_a_perfect_shuffle(tmp_path) -> None:
-    """Distinct contexts in a batch, against what a uniform draw of as many rows has."""
+def contexts_of(rows: np.ndarray, seq_len: int) -> list[int]:
+    return (ids(rows) // seq_len).tolist()
+
+
+def distinct_if_perfect(kept: np.ndarray, seq_len: int, batch_rows: int) -> float:
+    """Contexts expected among rows drawn without replacement: Σ_c 1 − C(N − k_c, B) / C(N, B), k_c rows kept of c."""
+    n, per_context = len(kept), Counter((kept // seq_len).tolist())
+    of_k = {k: 1 - comb(n - k, batch_rows) / comb(n, batch_rows) for k in set(per_context.values())}
+    return sum(of_k[k] for k in per_context.values())
+
+
+@pytest.mark.parametrize(("pool_shards", "least"), [(None, 0.98), (3, 0.8)])
+def test_mixing_is_counted_against_a_perfect_shuffle(tmp_path, pool_shards, least) -> None:
     seq_len, shards, contexts, batch_rows = 16, 12, 32, 32
     store, kept = build(tmp_path / "acts.zarr", (contexts,) * shards, seq_len)
-    pooled = ShuffledRows(store, HOOK, batch_rows=batch_rows, seed=0, pool_shards=3)  # four pools
-    perfect = ShuffledRows(store, HOOK, batch_rows=batch_rows, seed=0)
-    assert (pooled.exact, perfect.exact) == (False, True)
-
-    def distinct(rows: ShuffledRows) -> float:
-        steps = int(rows.steps_per_epoch)
-        counts = [len(set((ids(rows.batch(step)) // seq_len).tolist())) for step in range(steps)]
-        return float(np.mean(counts))
-
-    # A context with k kept rows is missed by a uniform draw with probability (1 - b / n)^k.
-    per_context = np.array(list(Counter((kept // seq_len).tolist()).values()))
-    theory = (1 - (1 - batch_rows / len(kept)) ** per_context).sum()
-    assert distinct(perfect) == pytest.approx(theory, rel=0.02)
-    assert distinct(pooled) >= 0.8 * theory
+    rows = ShuffledRows(store, HOOK, batch_rows=batch_rows, seed=0, pool_shards=pool_shards)
+    assert rows.exact == (pool_shards is None)
+    drawn = [rows.draw(step) for step in range(int(rows.steps_per_epoch))]
+    for one in drawn:
+        assert one.contexts.tolist() == contexts_of(one.rows, seq_len)
+    distinct = [len(set(contexts_of(one.rows, seq_len))) for one in drawn]
+    perfect = distinct_if_perfect(kept, seq_len, batch_rows)
+    assert [rows.mixing(one.contexts) for one in drawn] == pytest.approx([d / perfect for d in distinct], rel=0.01)
+    assert least <= float(np.mean(distinct)) / perfect <= 1.02
 
 
 @pytest.mark.parametrize("memory_share", [0.1, 0.2, 0.5])
@@ -218,14 +225,41 @@ def test_short_memory_mixes_within_five_percent_of_a_perfect_shuffle(tmp_path, m
     assert not rows.exact
     assert rows.parts > 1
     steps = int(rows.steps_per_epoch)
-    sequence = [ids(rows.batch(step)) for step in range(steps + 1)]
-    assert np.array_equal(np.sort(np.concatenate(sequence)[: len(kept)]), kept)  # still once an epoch
-    distinct = float(np.mean([len(set((one // seq_len).tolist())) for one in sequence[:steps]]))
-    assert distinct >= 0.95 * rows.distinct_if_perfect()
-    assert rows.mixing() == pytest.approx(distinct / rows.distinct_if_perfect(), abs=0.03)
-    assert rows._buffer.shape[0] * ROW_BYTES <= memory_bytes
+    sequence = [rows.batch(step) for step in range(steps + 1)]
+    assert np.array_equal(np.sort(ids(np.concatenate(sequence)[: len(kept)])), kept)  # still once an epoch
+    perfect = distinct_if_perfect(kept, seq_len, batch_rows)
+
+    def mixing(batches: list[np.ndarray]) -> float:
+        return float(np.mean([len(set(contexts_of(one, seq_len))) for one in batches])) / perfect
+
+    assert mixing(sequence[:steps]) >= 0.95
+    assert (rows._buffer.nbytes + 16 * len(rows._buffer)) <= memory_bytes
     plain = ShuffledRows(store, HOOK, batch_rows=batch_rows, seed=0, pool_shards=max(1, int(memory_share * shards)))
-    assert plain.mixing() < 0.95 or memory_share > 0.2  # what it would have been
+    assert mixing([plain.batch(step) for step in range(8)]) < 0.95 or memory_share > 0.2  # what it would have been
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.sampled_from(SHAPES),
+    batch_rows=st.integers(1, 30),
+    memory_rows=st.integers(0, 200),
+    world=st.integers(1, 5),
+    seed=st.integers(0, 2**40),
+)
+def test_over_all_ranks_each_row_comes_once_an_epoch(shape, batch_rows, memory_rows, world, seed) -> None:
+    """Rank 0's row of step 0, then rank 1's …: one sequence, whose every epoch is a permutation of the kept rows."""
+    store, kept = shared(*shape)
+    ranks = [
+        ShuffledRows(
+            store, HOOK, batch_rows=batch_rows, seed=seed, memory_bytes=memory_rows * ROW_BYTES, rank=rank, world=world
+        )
+        for rank in range(world)
+    ]
+    steps = -(-2 * len(kept) // (batch_rows * world))
+    handed_out = np.concatenate([ids(rank.batch(step)) for step in range(steps) for rank in ranks])
+    for epoch in range(2):
+        one = handed_out[epoch * len(kept) : (epoch + 1) * len(kept)]
+        assert np.array_equal(np.sort(one), kept)
 
 
 @pytest.mark.parametrize("memory_bytes", [300 * ROW_BYTES, 1 << 20])
