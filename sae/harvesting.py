@@ -15,11 +15,13 @@ import torch
 from sae.documents import HELD_OUT, TRAIN, Document
 from sae.lanes import LANES, Lane, open_lanes, packed
 from sae.lm import LanguageModel
+from sae.memory import resident_bytes
 from sae.progress import Interrupt, Interrupted, interruptible, progress
 from sae.text import TextSource
 
 TOKENISE_DOCUMENTS = 256
 TOKENISE_CHARACTERS = 1 << 22
+SHARDS_IN_HAND = 4  # in memory at once: one computed, one waiting, one written, and that one as encoded
 FORWARD_TOKENS = 8192  # per forward pass: bounds the memory of long contexts, and is part of a shard's bytes
 
 
@@ -55,6 +57,10 @@ class ShardSink(Protocol):
 Write = Callable[..., None]
 
 
+class OutOfMemoryBudget(ValueError):
+    """The harvest grew beyond the memory it was given and stopped, with every finished shard saved."""
+
+
 def harvest(
     model: LanguageModel,
     source: TextSource,
@@ -62,11 +68,13 @@ def harvest(
     *,
     lanes: Iterable[int] = range(LANES),
     only: Mapping[str, Container[int]] | None = None,
+    max_ram_bytes: int | None = None,
 ) -> bool:
     """Fills every shard that the sink still lacks in these lanes (and in `only`), in the same bytes whatever was there.
 
     True once no shard of any lane is missing; then the store is finished.
-    Raises: Interrupted on Ctrl-C or SIGTERM, after the shards in hand are committed.
+    Raises, after the shards in hand are committed: Interrupted on Ctrl-C or SIGTERM; OutOfMemoryBudget when the process
+    holds more than `max_ram_bytes`.
     """
     numbers = list(lanes)
     markers = {split: sink.markers(split) for split in (HELD_OUT, TRAIN)}
@@ -82,11 +90,11 @@ def harvest(
         for lane in _fed_lanes(model, source, ours) if owed else ():
             while lane.waiting >= shard_tokens and not lane.full:
                 _emit(model, sink, lane, shard_tokens, write)
-                _stop_if(interrupt, sink)
+                _stop_if(interrupt, sink, max_ram_bytes)
         for lane in ours.values():  # the text is over: what waits is a last, shorter shard, then empty ones
             while not lane.full:
                 _emit(model, sink, lane, lane.waiting, write)
-                _stop_if(interrupt, sink)
+                _stop_if(interrupt, sink, max_ram_bytes)
     if any(len(sink.markers(split)) < sink.n_shards[split] for split in (HELD_OUT, TRAIN)):
         return False
     sink.finish()
@@ -116,9 +124,15 @@ def _writing(sink: ShardSink, report: Callable[[int], Any]) -> Iterator[Write]:
             settle(0)
 
 
-def _stop_if(interrupt: Interrupt, sink: ShardSink) -> None:
+def _stop_if(interrupt: Interrupt, sink: ShardSink, max_ram_bytes: int | None) -> None:
     if interrupt.requested:
         raise Interrupted(f"stopped with every finished shard saved in {sink.path}. Repeat the command to go on.")
+    if max_ram_bytes is not None and (held := resident_bytes()) > max_ram_bytes:
+        raise OutOfMemoryBudget(
+            f"stopped at {held / 1e6:,.0f} MB of memory, more than the {max_ram_bytes / 1e6:,.0f} MB allowed, with "
+            f"every finished shard saved in {sink.path} and ready for use. Raise --max-ram (or start fewer workers) "
+            "and repeat the command to go on."
+        )
 
 
 def _fed_lanes(model: LanguageModel, source: TextSource, lanes: dict[tuple[str, int], Lane]) -> Iterator[Lane]:

@@ -12,12 +12,16 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """One step's rows; `y` is the target where it is not x (transcoders), `resid` and `tokens` for recipes that ask."""
+    """One step's rows; `y` is the target where it is not x (transcoders), `resid` and `tokens` for recipes that ask.
+
+    `mixing`: distinct contexts among the rows, as a share of a perfect shuffle's; None where they come of none.
+    """
 
     x: Float[Tensor, "batch d_in"]
     y: Float[Tensor, "batch d_out"] | None = None
     resid: Float[Tensor, "batch d_model"] | None = None
     tokens: Int[Tensor, " batch"] | None = None
+    mixing: float | None = None
 
 
 class Rows(Protocol):

@@ -155,13 +155,13 @@ class Run:
         last = state.step == config.steps
         if self.recipe.resample and state.step in config.resample_steps:
             self._log_event(_resample(state, rows, config, self.recipe))
-        shown = self._log_metrics(metrics) if state.step % LOG_STEPS == 0 or last else ""
+        shown = self._log_metrics(metrics, batch.mixing) if state.step % LOG_STEPS == 0 or last else ""
         if saving or last:
             _check_weights(state, config)
             save_state(self.out, state, keep=keep)
         return shown
 
-    def _log_metrics(self, metrics: dict[str, Tensor]) -> str:
+    def _log_metrics(self, metrics: dict[str, Tensor], mixing: float | None) -> str:
         state, config = self.state, self.config
         _check_weights(state, config)
         seconds = time.perf_counter() - self.logged_at
@@ -170,7 +170,10 @@ class Run:
             "stall_share": round(self.stall_s / seconds, 4),
         }
         self.logged_at, self.logged_step, self.stall_s = time.perf_counter(), state.step, 0.0
-        entry = _measured(metrics, state, config) | pace
+        entry = _measured(metrics, state, config)
+        if mixing is not None:
+            entry["mixing"] = round(mixing, 4)
+        entry |= pace
         self.log.write(json.dumps(entry) + "\n")
         self.log.flush()
         for tell in self.tell:

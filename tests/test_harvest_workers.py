@@ -159,6 +159,58 @@ def test_a_budget_too_small_for_anything_is_refused(tmp_path: Path, tiny_model: 
     assert not (tmp_path / "a.zarr").exists()
 
 
+def test_a_memory_budget_stops_with_a_usable_store_and_goes_on_when_raised(
+    tmp_path: Path, tiny_store: Path, tiny_model: NativeModel, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, looks = tmp_path / "acts.zarr", [0]
+
+    def growing() -> int:
+        looks[0] += 1
+        return 10**9 + looks[0] * 10**7  # the first look is the forecast's
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harvesting, "resident_bytes", growing)
+        with pytest.raises(harvesting.OutOfMemoryBudget, match=r"more than the 1,400 MB.*Raise --max-ram .*to go on"):
+            pipeline.harvest(tiny_model, tiny_text, out, max_ram_bytes=14 * 10**8, **BUDGET)
+    store = ActivationStore.open(out)
+    assert len(store.markers(HELD_OUT)) + len(store.markers(TRAIN)) == looks[0] == 41
+    assert [p.text for p in store.verify() if "shards are written" not in p.text] == []
+    pipeline.train(out, tmp_path / "d", d_sae=40, tokens=512, config={"k": 4, "batch_tokens": 128})
+    pipeline.harvest(tiny_model, tiny_text, out, max_ram_bytes=10**11, **BUDGET)
+    assert contents(out) == contents(tiny_store)
+
+
+def test_a_memory_budget_below_the_rows_in_hand_is_refused_before_anything_is_written(
+    tmp_path: Path, tiny_model: NativeModel, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sae.pipeline.stores.resident_bytes", lambda: 3_000_000)
+    budget = 3_000_000 + 4 * 32 * 32 * 4  # four shards of one context of 32 rows, 32 wide, float32
+    out = tmp_path / "acts.zarr"
+    with pytest.raises(PipelineError, match=r"more than the 3 MB allowed\. Raise --max-ram, or name fewer hook points"):
+        pipeline.harvest(tiny_model, tiny_text, out, max_ram_bytes=budget - 1, **BUDGET)
+    assert not out.exists()
+    with pytest.raises(harvesting.OutOfMemoryBudget):
+        pipeline.harvest(tiny_model, tiny_text, out, max_ram_bytes=budget, **BUDGET)  # this process holds more
+
+
+def test_workers_share_the_memory_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    class Done:
+        returncode = 0
+
+        def __init__(self, command: list[str], **_: object) -> None:
+            started.append(command)
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Done)
+    out = str(tmp_path / "a.zarr")
+    assert main(["harvest", "--text", "default", "--out", out, "--workers", "4", "--max-ram", "8GB"]) == 0
+    assert [command[-4:] for command in started] == [["--max-ram", "2000000000", "--rank", str(r)] for r in range(4)]
+
+
 @pytest.mark.parametrize(("text", "expected"), [("10", 10), ("2k", 2000), ("1.5MB", 1_500_000), ("3 GiB", 3 * 10**9)])
 def test_sizes(text: str, expected: int) -> None:
     assert size(text) == expected
@@ -275,6 +327,41 @@ def test_a_ring_killed_between_marker_and_files_is_swept_and_resumed(
     pipeline.harvest(tiny_model, source, out, **ring)
     pipeline.clean(out)
     assert contents(out) == contents(whole)
+
+
+def test_a_marker_of_a_fallen_shard_is_mended_and_the_shard_stays_empty(
+    tmp_path: Path, tiny_model: NativeModel
+) -> None:
+    ring = {"keep_rows": LANES * 32, "tokens": 4 * LANES * 32, "heldout_tokens": 64}
+    out = tmp_path / "acts.zarr"
+    source = text_source(made_up_documents(1500))
+    pipeline.harvest(tiny_model, source, out, **ring)
+    sound = contents(out)
+    markers = out / "markers" / "train"
+    (markers / "00000003.json").unlink()  # fallen long ago,
+    (markers / "00000067.json").write_bytes(b"{")  # and the next of its lane,
+    (markers / "00000195.json").unlink()  # and the one that stays
+    assert ActivationStore.open(out).markers(TRAIN)[131].contexts == 0
+    found, left = pipeline.repair(out, model=tiny_model, text=source)
+    assert (len(found), left) == (3, [])
+    assert contents(out) == sound
+
+
+def test_a_training_does_not_go_on_with_a_ring_that_moved_on(
+    tmp_path: Path, tiny_model: NativeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring = {"keep_rows": LANES * 32, "tokens": 4 * LANES * 32, "heldout_tokens": 64}
+    source, out, real = text_source(made_up_documents(1500)), tmp_path / "acts.zarr", harvesting.harvest
+    half = {HELD_OUT: range(2), TRAIN: range(2 * LANES)}
+    with monkeypatch.context() as patch:
+        patch.setattr(harvesting, "harvest", lambda *things, **how: real(*things, **(how | {"only": half})))
+        pipeline.harvest(tiny_model, source, out, **ring)
+    train = {"d_sae": 24, "tokens": 512, "config": {"k": 2, "batch_tokens": 128}}
+    pipeline.train(out, tmp_path / "d", **train)
+    pipeline.train(out, tmp_path / "d", **train)  # the same rows still
+    pipeline.harvest(tiny_model, source, out, **ring)
+    with pytest.raises(ValueError, match=r"other settings: .*rows\.store\.rows_sha256 is"):
+        pipeline.train(out, tmp_path / "d", **train)
 
 
 def test_a_ring_smaller_than_a_context_of_each_lane_is_refused(tmp_path: Path, tiny_model: NativeModel) -> None:

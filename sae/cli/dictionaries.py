@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
-from sae.cli.flags import add_dictionary, add_kernels, add_text, add_verb
+from sae.cli.flags import add_dictionary, add_kernels, add_text, add_verb, size
 
 # As in sae.pipeline, without its imports.
 EXPORT_FORMATS = ("native", "sae-lens", "dictionary-learning", "sparsify")
@@ -44,10 +45,29 @@ def train(verbs: Any) -> None:
     verb.add_argument(
         "--log-to", action="append", choices=["tensorboard", "wandb"], help="beside metrics.jsonl; may repeat"
     )
+    verb.add_argument(
+        "--max-ram",
+        type=size,
+        default="1GB",
+        metavar="SIZE",
+        help="of rows held: a larger store is shuffled in two levels",
+    )
     add_kernels(verb)
 
 
+def _refuse_many_processes(verb: str) -> None:
+    """What torchrun starts many times would do the same work many times, into one directory."""
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    if world > 1:
+        raise ValueError(
+            f"sae {verb} runs as one process, and was started as {world} (WORLD_SIZE), which would all train the same "
+            "dictionary. Start it once, without torchrun; `sae sweep` trains several on one pass over the rows. A "
+            "data-parallel loop of your own gets each rank its rows from `sae.pipeline.open_rows`."
+        )
+
+
 def _run_train(args: argparse.Namespace) -> int:
+    _refuse_many_processes("train")
     from sae import pipeline
     from sae.config import parsed
 
@@ -60,7 +80,7 @@ def _run_train(args: argparse.Namespace) -> int:
         pipeline.Live(args.live, args.text) if args.live else args.acts, args.out,
         recipe=args.recipe, d_sae=args.d_sae, tokens=args.tokens, seed=args.seed,
         config=given | parsed(args.set or []), hook_point=hook_point, target_hook_point=target_hook_point,
-        kernels=args.kernels, device=args.device, keep=args.keep, log_to=args.log_to or [],
+        kernels=args.kernels, device=args.device, keep=args.keep, log_to=args.log_to or [], max_ram_bytes=args.max_ram,
     )  # fmt: skip
     print(args.out)
     return 0
@@ -83,6 +103,7 @@ def sweep(verbs: Any) -> None:
 
 
 def _run_sweep(args: argparse.Namespace) -> int:
+    _refuse_many_processes("sweep")
     from sae import pipeline
     from sae.config import parsed
 

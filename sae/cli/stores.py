@@ -30,6 +30,9 @@ def harvest(verbs: Any) -> None:
     )
     verb.add_argument("--rank", type=int, help="be this one of them, from 0 (default: RANK; else start them all here)")
     verb.add_argument("--max-disk", type=size, metavar="SIZE", help="stop, ready for use, before the store takes more")
+    verb.add_argument(
+        "--max-ram", type=size, metavar="SIZE", help="stop, ready for use, when the workers hold more memory"
+    )
     verb.add_argument("--keep-rows", type=int, help="a ring: keep only the newest training rows, at most so many")
     verb.add_argument("--take-over", action="store_true", help="of a remote store: take lanes from workers that died")
     add_device(verb)
@@ -52,8 +55,8 @@ def _run_harvest(args: argparse.Namespace) -> int:
     print(f"forecast: {pipeline.forecast_harvest(plan, widths, dtypes, args.out)}", file=sys.stderr)
     out = pipeline.harvest(
         model, source, args.out, tokens=args.tokens, hook_points=hook_points, dtype=dtypes,
-        heldout_tokens=heldout, seq_len=args.seq_len, max_disk_bytes=args.max_disk, keep_rows=args.keep_rows,
-        rank=rank or 0, world=_number(args.world, "WORLD_SIZE") or 1,
+        heldout_tokens=heldout, seq_len=args.seq_len, max_disk_bytes=args.max_disk, max_ram_bytes=args.max_ram,
+        keep_rows=args.keep_rows, rank=rank or 0, world=_number(args.world, "WORLD_SIZE") or 1,
         take_over=args.take_over,
     )  # fmt: skip
     if source.report.documents:
@@ -104,7 +107,8 @@ def _run_workers(args: argparse.Namespace) -> int:
     lanes_of(0, args.world)
     threads = max(1, (os.cpu_count() or 1) // args.world)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ  # what the user set wins
-    command = [sys.executable, "-m", "sae.cli", *args.arguments, "--rank"]
+    share = ["--max-ram", str(args.max_ram // args.world)] if args.max_ram else []
+    command = [sys.executable, "-m", "sae.cli", *args.arguments, *share, "--rank"]
     with interruptible() as interrupt:
         workers = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(args.world)]
         told = False

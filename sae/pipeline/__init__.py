@@ -3,7 +3,7 @@
 from sae.pipeline.comparing import compare
 from sae.pipeline.controls import controls
 from sae.pipeline.describing import describe
-from sae.pipeline.dictionaries import feature_max, feature_units, train
+from sae.pipeline.dictionaries import feature_max, feature_units, open_rows, train
 from sae.pipeline.exchange import EXPORT_FORMATS, IMPORT_FORMATS, export, import_dictionary
 from sae.pipeline.living import Live
 from sae.pipeline.measuring import evaluate, index
@@ -45,6 +45,7 @@ __all__ = [
     "import_dictionary",
     "index",
     "open_pair",
+    "open_rows",
     "sweep",
     "train",
     "verify",

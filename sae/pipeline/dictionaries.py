@@ -27,31 +27,39 @@ from store.activations import ActivationStore
 from store.batches import ShuffledRows
 from store.features import FeatureIndex
 
+SHUFFLE_BYTES = 10**9  # of rows held in memory, unless another budget is given
+
 
 class StoreRows:
-    """Training rows from an activation store: x, and what a recipe needs beside it from the same tokens."""
+    """Training rows from an activation store: x, and what a recipe needs beside it from the same tokens.
+
+    Of `world` data-parallel ranks each gets its own rows: over all of them every kept row comes once an epoch.
+    """
 
     def __init__(
         self, store: ActivationStore, hook_point: str, *, batch_tokens: int, seed: int,
         target_hook_point: str | None = None, resid_hook_point: str | None = None, downstream: Downstream | None = None,
+        max_ram_bytes: int = SHUFFLE_BYTES, rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
-        def rows(hook: str, pool_shards: int | None = None, parts: int = 1) -> ShuffledRows:
-            return ShuffledRows(store, hook, batch_rows=batch_tokens, seed=seed, pool_shards=pool_shards, parts=parts)
+        beside = [hook for hook in (target_hook_point, resid_hook_point) if hook]
+        wide = sum(store.hook_points[hook] for hook in (hook_point, *beside))
 
-        self._rows = rows(hook_point)
+        def rows(hook: str, **pools: Any) -> ShuffledRows:
+            return ShuffledRows(store, hook, batch_rows=batch_tokens, seed=seed, rank=rank, world=world, **pools)
+
+        self._rows = rows(hook_point, memory_bytes=max_ram_bytes * store.hook_points[hook_point] // wide)
         # Read in the pools of x, so that row n of each is of the same token.
-        self._targets = rows(target_hook_point, self._rows.pool_shards, self._rows.parts) if target_hook_point else None
-        self._resid = rows(resid_hook_point, self._rows.pool_shards, self._rows.parts) if resid_hook_point else None
+        pools = {"pool_shards": self._rows.pool_shards, "parts": self._rows.parts}
+        self._targets = rows(target_hook_point, **pools) if target_hook_point else None
+        self._resid = rows(resid_hook_point, **pools) if resid_hook_point else None
         self.d_in, self.n_rows = self._rows.d_in, self._rows.n_rows
         self.d_out = self._targets.d_in if self._targets else self.d_in
         self.downstream = downstream
 
     def batch(self, step: int) -> Batch:
-        x, y, resid = (
-            torch.from_numpy(rows.batch(step)) if rows else None for rows in (self._rows, self._targets, self._resid)
-        )
-        assert x is not None
-        return Batch(x, y, resid)
+        x, contexts = self._rows.draw(step)
+        y, resid = (torch.from_numpy(rows.batch(step)) if rows else None for rows in (self._targets, self._resid))
+        return Batch(torch.from_numpy(x), y, resid, mixing=self._rows.mixing(contexts))
 
     def sample(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
         return torch.from_numpy(self._rows.sample(min(n, self.n_rows), seed))
@@ -78,12 +86,14 @@ def train(
     device: str = "auto",
     keep: int = 1,
     log_to: Sequence[str] = (),
+    max_ram_bytes: int = SHUFFLE_BYTES,
 ) -> SAE:
     """Trains a dictionary on a store (its path), a model and a text (`Live`: nothing on disk) or any `Rows`; `config`
     overrides the recipe's settings.
 
     `tokens` is the number of rows seen (default: four epochs of a store, 4M of other rows); `keep` the number of saved
-    states that stay. A transcoder wants a `target_hook_point` too. `log_to` names trackers (`sae.trackers`).
+    states that stay. A transcoder wants a `target_hook_point` too. `log_to` names trackers (`sae.trackers`). A store
+    that fits into `max_ram_bytes` is shuffled exactly, else in two levels.
     Repeat the call to go on after an interruption: the result is the same bit for bit.
     Raises: ValueError for wrong settings, before any work; Interrupted on Ctrl-C or SIGTERM.
     """
@@ -103,12 +113,32 @@ def train(
     hook = hook_point_of(store, hook_point)
     kept_rows = store.totals(TRAIN, hook).kept_rows
     _, resolved = recipes.resolve(recipe, tokens=tokens or 4 * kept_rows, **overrides)
-    source = rows_for(store, hook, resolved, target_hook_point)
-    provenance = provenance_of(store, hook, out, target_hook_point)
+    source = rows_for(store, hook, resolved, target_hook_point, max_ram_bytes)
+    provenance = provenance_of(store, hook, out, target_hook_point, max_ram_bytes)
     return training.train(source, out, resolved, provenance=provenance, **how)
 
 
-def rows_for(store: ActivationStore, hook: str, config: TrainConfig, target_hook_point: str | None) -> StoreRows:
+def open_rows(
+    path: str | Path, *, batch_tokens: int, hook_point: str | None = None, seed: int = 0, rank: int | None = None,
+    world: int | None = None, max_ram_bytes: int = SHUFFLE_BYTES,
+) -> StoreRows:  # fmt: skip
+    """Rows of a store for a training loop of one's own, alone or as one of many ranks, each with rows of its own.
+
+    `batch_tokens` is of one rank; `rank` and `world` default to what torchrun says (RANK, WORLD_SIZE), else 0 and 1.
+    Every kept row comes once an epoch over all ranks. Raises: StoreError, PipelineError for a wrong hook point or rank.
+    """
+    store = ActivationStore.open(path)
+    return StoreRows(
+        store, hook_point_of(store, hook_point), batch_tokens=batch_tokens, seed=seed, max_ram_bytes=max_ram_bytes,
+        rank=int(os.environ.get("RANK") or 0) if rank is None else rank,
+        world=int(os.environ.get("WORLD_SIZE") or 1) if world is None else world,
+    )  # fmt: skip
+
+
+def rows_for(
+    store: ActivationStore, hook: str, config: TrainConfig, target_hook_point: str | None,
+    max_ram_bytes: int = SHUFFLE_BYTES,
+) -> StoreRows:  # fmt: skip
     """The rows that a recipe trains on. Raises: PipelineError for a hook point that it needs and is not there."""
     check_target(config.recipe, target_hook_point)
     resid, downstream = None, None
@@ -118,13 +148,14 @@ def rows_for(store: ActivationStore, hook: str, config: TrainConfig, target_hook
     return StoreRows(
         store, hook, batch_tokens=config.batch_tokens, seed=config.seed,
         target_hook_point=hook_point_of(store, target_hook_point) if target_hook_point else None,
-        resid_hook_point=resid, downstream=downstream,
+        resid_hook_point=resid, downstream=downstream, max_ram_bytes=max_ram_bytes,
     )  # fmt: skip
 
 
 def provenance_of(
-    store: ActivationStore, hook: str, out: str | Path, target_hook_point: str | None = None
-) -> dict[str, Any]:
+    store: ActivationStore, hook: str, out: str | Path, target_hook_point: str | None = None,
+    max_ram_bytes: int = SHUFFLE_BYTES,
+) -> dict[str, Any]:  # fmt: skip
     """Where a dictionary's rows come from, for its config.json."""
     return {
         "hook_point": hook,
@@ -136,6 +167,8 @@ def provenance_of(
             "text": store.provenance["text"],
             "text_sha256": store.provenance["text_sha256"],
             "kept_rows": store.totals(TRAIN, hook).kept_rows,
+            "rows_sha256": store.fingerprint(TRAIN),  # a ring moves on with as many rows, but not the same
+            "max_ram_bytes": max_ram_bytes,  # decides their order
         },
     }
 

@@ -13,11 +13,13 @@ from sae import harvesting
 from sae.documents import HELD_OUT, TRAIN
 from sae.lanes import LANES, Plan, default_heldout_tokens, lanes_of, plan
 from sae.lm import LanguageModel, load_model
+from sae.memory import resident_bytes
 from sae.model_identity import same_model
 from sae.pipeline.pairing import PipelineError
 from sae.text import TextSource, combine, open_text
 from store.activation_input import differences
 from store.activations import ActivationStore, is_url
+from store.schema import StoreError
 
 DEFAULT_HOOK_POINT = "blocks.0.mlp.hook_post"
 BYTES_PER_VALUE = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -27,16 +29,19 @@ Text = str | Path | TextSource | Sequence[str | Path]
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a harvest will take on disk, against what is free; `shard_bytes` with marker and rounding to blocks."""
+    """What a harvest will take: disk, against what is free (`shard_bytes` with marker and rounding to blocks), and
+    memory: what this process holds now and the rows in hand, without the text's window of up to half a gigabyte."""
 
     rows: int
     disk_bytes: int
     free_bytes: int | None  # None: a remote store
     shard_bytes: int
+    ram_bytes: int
 
     def __str__(self) -> str:
         free = "" if self.free_bytes is None else f" ({self.free_bytes / 1e9:.1f} GB free)"
-        return f"{self.rows:,} rows, {self.disk_bytes / 1e9:.2f} GB on disk{free}"
+        ram = f"at least {self.ram_bytes / 1e9:.2f} GB of memory"
+        return f"{self.rows:,} rows, {self.disk_bytes / 1e9:.2f} GB on disk{free}, {ram}"
 
 
 def forecast_harvest(
@@ -50,10 +55,12 @@ def forecast_harvest(
     # A marker holds Σx in float64 (base64) and the documents; every file takes whole blocks of 4 KiB.
     marker = sum(widths.values()) * 11 + shard_rows * 10
     shard_bytes = shard_rows * row_bytes + marker + 4096 * (len(widths) + 4)
-    if is_url(out):
-        return Forecast(rows, rows * row_bytes, None, shard_bytes)
-    folder = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
-    return Forecast(rows, rows * row_bytes, shutil.disk_usage(folder).free, shard_bytes)
+    ram_bytes = resident_bytes() + harvesting.SHARDS_IN_HAND * shard_rows * sum(widths.values()) * 4  # float32
+    free_bytes = None
+    if not is_url(out):
+        folder = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
+        free_bytes = shutil.disk_usage(folder).free
+    return Forecast(rows, rows * row_bytes, free_bytes, shard_bytes, ram_bytes)
 
 
 def harvest(
@@ -70,16 +77,18 @@ def harvest(
     rank: int = 0,
     world: int = 1,
     max_disk_bytes: int | None = None,
+    max_ram_bytes: int | None = None,
     keep_rows: int | None = None,
     take_over: bool = False,
 ) -> str | Path:
     """Streams the activations of `tokens` tokens (and a frozen held-out split) into a Zarr store at `out`.
 
     Worker `rank` of `world` fills its lanes of 64; together they write the bytes that one would. `max_disk_bytes`
-    stops short of the plan, with everything written ready for use; `keep_rows` keeps only the newest training rows.
+    and `max_ram_bytes` (of this process) stop short of the plan, with everything written ready for use; `keep_rows`
+    keeps only the newest training rows.
     Repeat the call to go on after an interruption: committed shards stay, the result is the same byte for byte.
-    Raises: PipelineError when the disk is too small; StoreError when `out` is another store, or another process
-    writes one of these lanes; DiskFull when the room runs out; TextError for bad text.
+    Raises: PipelineError when disk or memory is too small at the start, OutOfMemoryBudget and DiskFull on the way;
+    StoreError when `out` is another store, or another process writes one of these lanes; TextError for bad text.
     """
     lm = load_model(model, device=device) if isinstance(model, str) else model
     source = source_of(text)
@@ -96,6 +105,11 @@ def harvest(
     wanted_bytes = forecast.disk_bytes if only is None else max_disk_bytes or 0
     if forecast.free_bytes is not None and not Path(out).exists() and wanted_bytes > forecast.free_bytes:
         raise PipelineError(f"harvest needs {forecast}. Lower --tokens, or choose another disk with --out.")
+    if max_ram_bytes is not None and forecast.ram_bytes > max_ram_bytes:
+        raise PipelineError(
+            f"harvest needs {forecast.ram_bytes / 1e6:,.0f} MB of memory for the model and the rows in hand, more than "
+            f"the {max_ram_bytes / 1e6:,.0f} MB allowed. Raise --max-ram, or name fewer hook points at once."
+        )
     store = ActivationStore.create(
         out,
         hook_points=widths,
@@ -103,12 +117,12 @@ def harvest(
         contexts_per_shard=planned.contexts_per_shard,
         n_shards=planned.n_shards,
         dtype=dtypes,
-        provenance=provenance_of(lm, source),
+        provenance=_as_recorded(out, provenance_of(lm, source)),
         ring_shards_per_lane=planned.ring_shards_per_lane,
     )
     if not store.is_complete:
         with store.hold(lanes, take_over=take_over):
-            harvesting.harvest(lm, source, store, lanes=lanes, only=only)
+            harvesting.harvest(lm, source, store, lanes=lanes, only=only, max_ram_bytes=max_ram_bytes)
     return out
 
 
@@ -167,6 +181,15 @@ def provenance_of(lm: LanguageModel, source: TextSource) -> dict[str, Any]:
     }
 
 
+def _as_recorded(out: str | Path, provenance: dict[str, Any]) -> dict[str, Any]:
+    """With the model as a store at `out` records it, if it is the same one: where it lies decides no row."""
+    try:
+        there = ActivationStore.open(out).provenance.get("model", {})
+    except StoreError:  # none yet, or damaged, which is said later
+        return provenance
+    return provenance | {"model": there} if same_model(there, provenance["model"]) else provenance
+
+
 def verify(path: str | Path) -> list[str]:
     """Checks every checksum of an activation store; returns the problems as sentences."""
     return [problem.text for problem in ActivationStore.open(path).verify()]
@@ -220,13 +243,10 @@ def _as_harvested(
     source = source_of(text or store.provenance["text_specs"])
     ours = provenance_of(lm, source)
     decisive = ("tokenizer_sha256", "text_sha256", "bos", "weight_processing", "held_out")
-    held = store.provenance["model"]
-    differing = differences(*({k: where.get(k) for k in decisive} for where in (store.provenance, ours)))
-    if not same_model(held, lm.identity()):
-        differing = [
-            f"model: the store has {held['sha256']}, this call asks for {lm.weights_sha256}",
-            *differing,
-        ]
+    named = store.provenance["model"]
+    there = {"model_sha256": named["sha256"], **{k: store.provenance.get(k) for k in decisive}}
+    found = named["sha256"] if same_model(named, ours["model"]) else lm.weights_sha256
+    differing = differences(there, {"model_sha256": found, **{k: ours[k] for k in decisive}})
     if differing:
         raise PipelineError(
             f"{store.path} was harvested from something else, and nothing in it was changed:\n  "
