@@ -9,4 +9,5 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
+[ $# -gt 0 ] || bash scripts/newest_zarr.sh
 exec python -m pytest "$@"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from fakes import made_up_documents, write_jsonl, write_model
+from without_torch import no_waiting_for_the_disk, pytest_terminal_summary  # noqa: F401
 
 from sae import pipeline
 from sae.lm import NativeModel
@@ -16,14 +16,6 @@ from sae.lm import NativeModel
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is made, so before any is
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_waiting_for_the_disk() -> Iterator[None]:
-    """What fsync protects from is a loss of power, which no test here makes; a killed process loses nothing by it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
 
 
 @pytest.fixture(scope="session")
