@@ -1,6 +1,6 @@
 """Kills writers of an activation store at random moments and counts what is wrong afterwards; prints a table.
 
-usage: python scripts/fault_injection.py [--kills 200] [--pipeline-kills 10] [--seed 0]
+usage: python scripts/fault_injection.py [--kills 200] [--pipeline-kills 10] [--seed 0] [--json FILE]
 
 After each SIGKILL every committed shard is read and compared with what it must hold, and no shard that was committed
 before may be gone. A store that is complete is compared, byte for byte, with one that was written without a break.
@@ -20,10 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from figures import record, table
 
 from store.activations import ActivationStore
 
@@ -181,7 +182,8 @@ def _kill_when(
                 if process.poll() is None:
                     os.kill(process.pid, signal.SIGKILL)
                     tally.kills += 1
-        time.sleep(0.002)
+            break
+        time.sleep(0.01)
     for process in running:
         process.wait()
 
@@ -190,14 +192,9 @@ def _markers(path: Path) -> int:
     return sum(1 for _ in path.glob("markers/*/*.json"))
 
 
-def table(tallies: list[Tally]) -> str:
-    columns = ["writer", "workers", "kills", "stores", "shards checked"]
-    columns += ["wrong rows", "committed shards lost", "unequal stores"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for t in tallies:
-        counts = (t.workers, t.kills, t.stores, t.shards_checked, t.wrong_rows, t.lost_shards, t.unequal_stores)
-        lines.append(f"| {t.writer} | {' | '.join(f'{count:,}' for count in counts)} |")
-    return "\n".join(lines)
+def shown(tallies: list[Tally]) -> str:
+    names = {field.name: field.name.replace("_", " ") for field in fields(Tally)}
+    return table(list(names.values()), [[getattr(tally, name) for name in names] for tally in tallies])
 
 
 def main() -> int:
@@ -205,13 +202,17 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="of writers without a model, alone and two at once")
     parser.add_argument("--pipeline-kills", type=int, default=10, help="of `sae harvest`, alone and two at once")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also put the figures into this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         tallies = [kill_store_writers(args.kills, workers, args.seed, scratch) for workers in (1, 2) if args.kills]
         if args.pipeline_kills:
             tallies += [kill_harvests(args.pipeline_kills, workers, args.seed, scratch) for workers in (1, 2)]
-    print(table(tallies))
+    print(shown(tallies))
+    for section, of in (("kills of store writers", "store"), ("kills of sae harvest", "sae harvest")):
+        if found := [asdict(tally) for tally in tallies if tally.writer == of]:
+            record(args.json, section, found)
     return 0 if all(tally.sound for tally in tallies) else 1
 
 

@@ -1,8 +1,9 @@
 """Feeds damaged bytes to every parser of files, and stops at the first that neither reads nor refuses them.
 
 usage: python scripts/fuzz.py [--inputs 1000000] [--seed 0] [--only attributes marker jsonl tokenizer safetensors]
+                              [--json FILE]
 
-With atheris installed (`pip install atheris`) the search follows the code's coverage, one parser a process; without
+With atheris installed (`pip install atheris`) the search follows the code's coverage (`fuzz_coverage.py`); without
 it, inputs are mutations of sound files drawn from a seed. Either way the count of inputs tried is printed. A parser
 may return, or raise an error of the ValueError family that names the file; what it returns must be consistent.
 """
@@ -13,15 +14,18 @@ import argparse
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from figures import record
 
 from store.activation_layout import metadata_files, parse_attributes
 from store.schema import StoreError
@@ -174,21 +178,15 @@ def fuzz(name: str, parser: Parser, sound: bytes, inputs: int, seed: int) -> tup
     return accepted, time.perf_counter() - start
 
 
-def follow_coverage(name: str, inputs: int, seed: int) -> None:
-    """One parser under atheris, which ends its process by itself."""
-    import atheris
-
-    with atheris.instrument_imports():
-        import store.activation_layout
-        import store.shards  # noqa: F401
-    parser, sound = seeds()[name]
-    with tempfile.TemporaryDirectory() as corpus:
-        (Path(corpus) / "sound").write_bytes(sound)
-        atheris.Setup(
-            ["fuzz", f"-runs={inputs}", f"-seed={seed + 1}", "-max_len=8192", corpus],
-            lambda raw: accepts_or_refuses(parser, raw),
-        )
-        atheris.Fuzz()
+def follow_coverage(name: str, inputs: int, seed: int) -> dict[str, Any]:
+    """One parser in a process of its own under atheris. Raises what stopped it."""
+    command = [sys.executable, str(Path(__file__).with_name("fuzz_coverage.py")), name, str(inputs), str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    ran = re.search(r"Done (\d+) runs in (\d+) second", done.stderr)
+    if done.returncode or ran is None:
+        raise RuntimeError(f"{name}: neither read nor refused, or stopped:\n{done.stderr[-3000:]}")
+    covered = [int(found) for found in re.findall(r"cov: (\d+)", done.stderr)]
+    return {"parser": name, "inputs": int(ran[1]), "seconds": int(ran[2]), "code_edges": [covered[0], covered[-1]]}
 
 
 def main() -> int:
@@ -196,26 +194,21 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=1_000_000, help="in all, shared out among the parsers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=["attributes", "marker", "jsonl", "tokenizer", "safetensors"])
-    parser.add_argument("--coverage", help=argparse.SUPPRESS)  # the name of one parser: this is atheris' process
+    parser.add_argument("--json", type=Path, help="also put the figures into this file")
     args = parser.parse_args()
     share = args.inputs // len(args.only)
-    if args.coverage:
-        follow_coverage(args.coverage, args.inputs, args.seed)
-        return 0
-    try:
-        import atheris  # noqa: F401
-    except ImportError:
+    guided = find_spec("atheris") is not None
+    if not guided:
         print("atheris is not installed: random mutations instead of a search that follows coverage")
-        for name in args.only:
-            accepted, seconds = fuzz(name, *seeds()[name], share, args.seed)
-            print(f"{name:12} {share:>10,} inputs  {accepted:>9,} accepted  {seconds:7.1f} s  no crash")
-        return 0
+    done = []
     for name in args.only:
-        command = [sys.executable, __file__, "--coverage", name, "--inputs", str(share), "--seed", str(args.seed)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        print(f"{name:12} {share:>10,} inputs  {'no crash' if done.returncode == 0 else done.stderr[-3000:]}")
-        if done.returncode:
-            return 1
+        if guided:
+            done.append(follow_coverage(name, share, args.seed))
+        else:
+            accepted, seconds = fuzz(name, *seeds()[name], share, args.seed)
+            done.append({"parser": name, "inputs": share, "seconds": round(seconds), "accepted": accepted})
+        print(*(f"{key} {value}" for key, value in done[-1].items()), "no crash", sep="  ", flush=True)
+    record(args.json, "fuzzing", {"coverage_guided": guided, "parsers": done})
     return 0
 
 

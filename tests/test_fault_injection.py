@@ -21,7 +21,7 @@ def test_killed_writers_lose_nothing_and_end_in_the_bytes_of_an_unbroken_run(
     tally = faults.kill_store_writers(kills, workers, seed=5, scratch=tmp_path)
     assert tally.kills >= kills
     assert tally.stores >= 1
-    assert tally.sound, faults.table([tally])
+    assert tally.sound, faults.shown([tally])
 
 
 def test_what_is_wrong_is_counted(tmp_path: Path) -> None:
