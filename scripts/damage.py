@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def second_writer(sound: Path) -> Row:
             with ActivationStore.open(sound).hold([6]):
                 return row("two writers of a lane", False, "", False)
         except StoreError as error:
-            said = str(error).replace(f"{sound.parent}/", "")
+            said = str(error).replace(f"{sound.parent}/", "").replace(f" on {platform.node()}", " on this machine")
     return row("two writers of a lane", f"pid {os.getpid()}" in said, said, "nothing was written")
 
 
