@@ -1,6 +1,7 @@
 """Kills writers of an activation store at random moments and counts what is wrong afterwards; prints a table.
 
-usage: python scripts/fault_injection.py [--kills 200] [--pipeline-kills 10] [--seed 0] [--json FILE]
+usage: python scripts/fault_injection.py [--kills 200] [--pipeline-kills 10] [--workers 1 2] [--seed 0]
+                                         [--json FILE]
 
 After each SIGKILL every committed shard is read and compared with what it must hold, and no shard that was committed
 before may be gone. A store that is complete is compared, byte for byte, with one that was written without a break.
@@ -199,16 +200,19 @@ def shown(tallies: list[Tally]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200, help="of writers without a model, alone and two at once")
-    parser.add_argument("--pipeline-kills", type=int, default=10, help="of `sae harvest`, alone and two at once")
+    parser.add_argument("--kills", type=int, default=200, help="of writers without a model")
+    parser.add_argument("--pipeline-kills", type=int, default=10, help="of `sae harvest`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also put the figures into this file")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="at once")
     args = parser.parse_args()
+    tallies = []
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
-        tallies = [kill_store_writers(args.kills, workers, args.seed, scratch) for workers in (1, 2) if args.kills]
-        if args.pipeline_kills:
-            tallies += [kill_harvests(args.pipeline_kills, workers, args.seed, scratch) for workers in (1, 2)]
+        for kills, kill in ((args.kills, kill_store_writers), (args.pipeline_kills, kill_harvests)):
+            for workers in args.workers if kills else ():
+                tallies.append(kill(kills, workers, args.seed, scratch))
+                print(tallies[-1], file=sys.stderr, flush=True)
     print(shown(tallies))
     for section, of in (("kills of store writers", "store"), ("kills of sae harvest", "sae harvest")):
         if found := [asdict(tally) for tally in tallies if tally.writer == of]:
