@@ -32,6 +32,14 @@ def main() -> None:
         return
     entry, view, number = _top_bar(entries)
     page = Page(entry, number, entries)
+    if entry.is_dump and not VIEWS[view].for_dumps:
+        state.explain(
+            f"{VIEWS[view].title} needs more than {entry.id} holds",
+            "It was imported from another tool's feature pages: samples of the firings of each feature, without the "
+            "dictionary's weights and without the firings that were not sampled. Features and Feature show what it "
+            "has. Weights can be imported too (sae import), then indexed on your own text.",
+        )
+        return
     if VIEWS[view].needs_index:
         try:
             page = Page(entry, min(number, page.index.d_sae - 1), entries)

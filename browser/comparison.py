@@ -79,6 +79,14 @@ def splits(found: Comparison, least: float) -> pd.DataFrame:
     return table[table["into"] > 1].sort_values(["into", "masked"], ascending=False, kind="stable")
 
 
+def partner(found: Comparison, feature: int) -> tuple[int | None, float]:
+    """The feature of B that correlates best with a feature of A, and how much; None where it was not analysed."""
+    row = found.a.iloc[feature]
+    if row["best"] != row["best"] or row["correlation"] != row["correlation"]:
+        return None, float("nan")
+    return int(row["best"]), float(row["correlation"])
+
+
 def children(found: Comparison, feature: int, least: float) -> pd.DataFrame:
     """The features of B that a feature of A goes with, strongest first."""
     edges = found.edges

@@ -15,11 +15,11 @@ import pandas as pd
 from browser.tokens import Piece, label, pieces
 from store.features import FeatureIndex
 
+DUMP = "feature-dump"  # imported feature pages: an index of samples, no weights
 LEVELS = 4  # how deep below the root an SAE may lie
 ULTRA_LOW = 1e-5  # firings per kept token; the bound of eval.json's ultra_low_share
 DENSE = 0.1
 N_INTERVALS = 11
-TEXT_COLUMNS = ("label", "auto_label", "top_token", "top_logits", "domain")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class SaeEntry:
     @property
     def has_index(self) -> bool:
         return self.index_path.is_dir()
+
+    @property
+    def is_dump(self) -> bool:
+        """Whether it is another tool's feature pages: samples to look at, without weights."""
+        return self.config.get("kind") == DUMP
 
     @property
     def unfinished(self) -> bool:
@@ -82,7 +87,7 @@ def scan(root: Path) -> list[SaeEntry]:
 
 def _scan(root: Path, folder: Path, levels: int) -> Iterator[SaeEntry]:
     config = read_config(folder / "config.json") or _begun(folder)
-    if config.get("kind") == "sae":
+    if config.get("kind") in ("sae", DUMP):
         yield SaeEntry(folder.relative_to(root).as_posix(), folder, config)
     if not levels:
         return
@@ -122,16 +127,20 @@ def read_config(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def top_rows(rows: np.ndarray, values: np.ndarray, n: int, seq_len: int) -> np.ndarray:
-    """Rows of the `n` largest values, largest first, one for each context (ties: lower row)."""
+def top_rows(rows: np.ndarray, values: np.ndarray, n: int, seq_len: int, *, one_per_context: bool = True) -> np.ndarray:
+    """Rows of the `n` largest values, largest first (ties: lower row), the largest of each context or all."""
     order = np.lexsort((rows, -values))
+    if not one_per_context:
+        return rows[order[:n]]
     _, first = np.unique(rows[order] // seq_len, return_index=True)
     return rows[order[np.sort(first)[:n]]]
 
 
-def bottom_rows(rows: np.ndarray, values: np.ndarray, n: int, seq_len: int) -> np.ndarray:
-    """Rows of the `n` smallest firings, smallest first, one for each context (ties: lower row)."""
-    return top_rows(rows, -values, n, seq_len)
+def bottom_rows(
+    rows: np.ndarray, values: np.ndarray, n: int, seq_len: int, *, one_per_context: bool = True
+) -> np.ndarray:
+    """Rows of the `n` smallest firings, smallest first (ties: lower row), the smallest of each context or all."""
+    return top_rows(rows, -values, n, seq_len, one_per_context=one_per_context)
 
 
 def control_rows(index: FeatureIndex, rows: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -142,6 +151,41 @@ def control_rows(index: FeatureIndex, rows: np.ndarray, n: int, seed: int) -> np
     silent = drawn[rows[place] != drawn] if len(rows) else drawn
     kept = [row for row in silent.tolist() if index.keep_at(row // index.seq_len)[row % index.seq_len]]
     return np.sort(np.array(kept[:n], np.int64))
+
+
+def same_token_rows(index: FeatureIndex, rows: np.ndarray, n: int, seed: int, n_tokens: int = 5) -> np.ndarray:
+    """Hard negatives: up to `n` kept rows on which the feature is silent though the token is one of the `n_tokens` it
+    fires on most often, drawn uniformly, ascending."""
+    ids, counts = np.unique(index.tokens_of(rows), return_counts=True)
+    usual = ids[np.lexsort((ids, -counts))[:n_tokens]]
+    found = np.flatnonzero((np.isin(index.all_tokens, usual) & index.all_kept).reshape(-1))
+    return _drawn(found[~np.isin(found, rows)], n, seed)
+
+
+def neighbour_rows(index: FeatureIndex, feature: int, rows: np.ndarray, n: int, seed: int) -> tuple[int, np.ndarray]:
+    """Hard negatives: the nearest feature by decoder cosine (-1: none), and up to `n` rows drawn from the stronger half
+    of its firings on which `feature` is silent, ascending."""
+    nearest = int(index.panel("neighbours/id", feature)[0]) if index.has("neighbours/id") else -1
+    if nearest < 0:
+        return -1, rows[:0]
+    its_rows, its_values = index.firings(nearest)
+    strong = its_rows[its_values >= np.median(its_values)] if len(its_rows) else its_rows
+    return nearest, _drawn(strong[~np.isin(strong, rows)], n, seed)
+
+
+def _drawn(rows: np.ndarray, n: int, seed: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(seed).choice(rows, min(n, len(rows)), replace=False))
+
+
+def rows_before_tokens(
+    index: FeatureIndex, rows: np.ndarray, values: np.ndarray, wanted: np.ndarray, n: int, seed: int
+) -> tuple[np.ndarray, int]:
+    """Up to `n` of the firings that one of the tokens `wanted` follows, drawn uniformly, strongest first; and how many
+    there are."""
+    inside = np.flatnonzero(rows % index.seq_len < index.seq_len - 1)
+    inside = inside[np.isin(index.tokens_of(rows[inside] + 1), wanted)]
+    drawn = np.random.default_rng(seed).choice(inside, min(n, len(inside)), replace=False)
+    return rows[drawn[np.argsort(-values[drawn], kind="stable")]], len(inside)
 
 
 def rows_in_range(
@@ -167,15 +211,19 @@ def loss_shares(index: FeatureIndex, feature: int, counts: Sequence[int]) -> lis
 
 
 def intervals(
-    rows: np.ndarray, values: np.ndarray, *, per_interval: int, seed: int, n: int = N_INTERVALS
+    rows: np.ndarray, values: np.ndarray, *, per_interval: int, seed: int, n: int = N_INTERVALS, by_rank: bool = False
 ) -> list[Interval]:
-    """The firings in `n` intervals (lo, hi] with edges linspace(0, max, n + 1), highest first.
+    """The firings in `n` intervals (lo, hi], highest first.
 
-    Of each, up to `per_interval` rows drawn uniformly without replacement, largest first.
+    Edges are linspace(0, max, n + 1), or `by_rank` the quantiles i / n of the firings (the lowest at 0), so that each
+    interval holds as many of them. Of each, up to `per_interval` rows drawn uniformly without replacement, largest
+    first.
     """
     if not len(values):
         return []
     edges = np.linspace(0.0, float(values.max()), n + 1)
+    if by_rank:
+        edges[1:] = np.quantile(values, np.arange(1, n + 1) / n, method="inverted_cdf")
     place = np.searchsorted(edges, values, side="left") - 1
     found = []
     for i in reversed(range(n)):
@@ -268,15 +316,25 @@ def token_shares(index: FeatureIndex, rows: np.ndarray, values: np.ndarray, n: i
 
 
 def density(index: FeatureIndex) -> np.ndarray:
-    """Firings per kept token [d_sae]."""
-    return index.stats["count"] / max(1, index.kept_tokens)
+    """Firings per kept token [d_sae]; of a sampled index what its source says, nan where it says nothing."""
+    return index.stats["density"] if index.sampled else index.stats["count"] / max(1, index.kept_tokens)
 
 
 def flags(index: FeatureIndex) -> np.ndarray:
-    """ "dead", "ultra-low", "dense" or "" for each feature [d_sae]."""
+    """ "dead", "ultra-low", "dense" or "" for each feature [d_sae]; "absent" where a sampled index has nothing."""
     share = density(index)
-    conditions = [index.stats["count"] == 0, share < ULTRA_LOW, share > DENSE]
-    return np.select(conditions, ["dead", "ultra-low", "dense"], "")
+    silent = (index.stats["count"] == 0) & ~(share > 0)
+    unknown = silent & np.isnan(share)
+    conditions = [unknown, silent, share < ULTRA_LOW, share > DENSE]
+    return np.select(conditions, ["absent", "dead", "ultra-low", "dense"], "")
+
+
+def logit_weights(index: FeatureIndex, side: str, feature: int, n: int) -> list[tuple[int, float]]:
+    """(token id, logit weight) of the `n` tokens a feature raises ("top") or lowers ("bottom") most, if known."""
+    if not index.has(f"logits/{side}_id"):
+        return []
+    ids, weights = (index.panel(f"logits/{side}_{column}", feature)[:n].tolist() for column in ("id", "value"))
+    return [(i, weight) for i, weight in zip(ids, weights, strict=True) if i >= 0]
 
 
 LABEL_KINDS = ("token", "after", "pair", "domain")
@@ -302,10 +360,10 @@ def auto_label(index: FeatureIndex, feature: int) -> AutoLabel | None:
         return None
     keys = index.panel("label/keys", feature)
     precision, recall, f1 = index.panel("label/score", feature).tolist()
-    return AutoLabel(_rule_text(index, LABEL_KINDS[kind], keys), LABEL_KINDS[kind], precision, recall, f1)
+    return AutoLabel(rule_text(index, LABEL_KINDS[kind], keys), LABEL_KINDS[kind], precision, recall, f1)
 
 
-def _rule_text(index: FeatureIndex, kind: str, keys: np.ndarray) -> str:
+def rule_text(index: FeatureIndex, kind: str, keys: np.ndarray) -> str:
     def token(number: int) -> str:
         return label(index.token_bytes(number))
 
@@ -317,82 +375,3 @@ def _rule_text(index: FeatureIndex, kind: str, keys: np.ndarray) -> str:
     if kind == "pair":
         return "  ".join(token(a) + token(b) for a, b in used)
     return "  ".join(token(b) for _, b in used)
-
-
-def feature_table(index: FeatureIndex) -> pd.DataFrame:
-    """One row a feature: every statistic of the index, with tokens as visible labels."""
-    stats = index.stats
-
-    def token(number: int) -> str:
-        return label(index.token_bytes(number)) if number >= 0 else ""
-
-    columns: dict[str, Any] = {
-        "feature": np.arange(index.d_sae),
-        "flag": flags(index),
-        "density": density(index),
-        "max": stats["max"],
-        "mean": stats["mean"],
-        "top_token": [token(t) for t in stats["top_token"].tolist()],
-        "top_token_share": stats["top_token_share"],
-    }
-    if index.has("logits/top_id"):
-        ids = index.column("logits/top_id")[:, :5].tolist()
-        columns["top_logits"] = ["  ".join(token(t) for t in row) for row in ids]
-    columns["domain"] = [index.domains[d] if d >= 0 else "" for d in stats["domain_top"].tolist()]
-    columns["domain_purity"] = stats["domain_purity"]
-    for name in ("delta_loss", "logit_kurtosis", "cos_enc_dec", "nearest_cosine"):
-        if name in stats:
-            columns[name] = stats[name]
-    if "resampled_step" in stats:
-        columns["resampled_step"] = pd.Series(stats["resampled_step"], dtype="Int32").where(lambda step: step >= 0)
-    if index.has("label/kind"):
-        kinds, keys = index.column("label/kind").tolist(), index.column("label/keys")
-        columns["auto_label"] = [
-            _rule_text(index, LABEL_KINDS[kind], key) if kind >= 0 else ""
-            for kind, key in zip(kinds, keys, strict=True)
-        ]
-        columns["auto_f1"] = index.column("label/score")[:, 2]
-    return pd.DataFrame(columns)
-
-
-def select_features(
-    table: pd.DataFrame,
-    *,
-    flag: str = "",
-    domain: str = "",
-    log_density: tuple[float, float] | None = None,
-    text: str = "",
-) -> pd.DataFrame:
-    """Rows of `feature_table` that pass every filter; `text` is looked for in tokens and domains.
-
-    `flag` is "", "alive" or one of the flags; `log_density` are bounds on log10 density, and
-    features that never fire fall outside them.
-    """
-    keep = np.ones(len(table), bool)
-    if flag == "alive":
-        keep &= (table["flag"] != "dead").to_numpy()
-    elif flag:
-        keep &= (table["flag"] == flag).to_numpy()
-    if domain:
-        keep &= (table["domain"] == domain).to_numpy()
-    if log_density is not None:
-        share = table["density"].to_numpy()
-        low, high = 10.0 ** log_density[0], 10.0 ** log_density[1]
-        keep &= (share >= low) & (share <= high)
-    if text:
-        needle = label(text.encode()).casefold()
-        hit = np.zeros(len(table), bool)
-        for name in TEXT_COLUMNS:
-            if name in table:
-                hit |= table[name].str.casefold().str.contains(needle, regex=False).to_numpy()
-        keep &= hit
-    return table[keep]
-
-
-def to_csv(table: pd.DataFrame) -> bytes:
-    """The table as UTF-8 CSV; text cells are JSON strings, so none is taken for a formula."""
-    safe = table.copy()
-    for name in TEXT_COLUMNS:
-        if name in safe:
-            safe[name] = [json.dumps(text, ensure_ascii=False) for text in safe[name]]
-    return safe.to_csv(index=False).encode()

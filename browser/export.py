@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from browser import data
+import numpy as np
+
+from browser import data, dumps
 from browser.data import Example
 from browser.notes import Note
 from browser.tokens import Piece, label, visible
@@ -31,44 +33,65 @@ dd { margin: 0; } .ex { font: 12.5px/1.7 ui-monospace, monospace; border-bottom:
 """
 
 
+OF_ALL_FIRINGS = ("count", "mean", "mean_sq", "p99", "domain_top", "domain_purity", "top_token_share")
+
+
 def describe(index: FeatureIndex, feature: int, note: Note) -> dict[str, Any]:
     """Everything the feature's page shows, as plain values; examples hold token ids, text and activations."""
     rows, values = index.firings(feature)
     stats = {name: column[feature].item() for name, column in index.stats.items()}
+    stats["density"] = float(data.density(index)[feature])
+    if index.sampled:
+        stats = {name: value for name, value in stats.items() if name not in OF_ALL_FIRINGS}
     found: dict[str, Any] = {
         "feature": feature,
         "label": note.label,
         "note": note.note,
-        "statistics": {name: value for name, value in stats.items() if value == value}
-        | {"density": stats["count"] / max(1, index.kept_tokens)},
-        "fires_on": [
-            {"token_id": t.token_id, "token": label(index.token_bytes(t.token_id)), "precision": float(t.share),
-             "recall": float(t.recall), "mean": t.mean}
-            for t in data.token_shares(index, rows, values, N_LIST)
-        ],
-    }  # fmt: skip
+        "sampled": index.sampled,
+        "statistics": {name: value for name, value in stats.items() if value == value},
+        "fires_on": [_share(index, each) for each in data.token_shares(index, rows, values, N_LIST)],
+    }
     automatic = data.auto_label(index, feature)
     if automatic is not None:
         found["automatic_label"] = vars(automatic)
     for side, name in (("top", "raises"), ("bottom", "lowers")):
         if index.has(f"logits/{side}_id"):
-            ids = index.panel(f"logits/{side}_id", feature)[:N_LIST].tolist()
-            weights = index.panel(f"logits/{side}_value", feature)[:N_LIST].tolist()
             found[name] = [
                 {"token_id": i, "token": label(index.token_bytes(i)), "logit_weight": weight}
-                for i, weight in zip(ids, weights, strict=True)
+                for i, weight in data.logit_weights(index, side, feature, N_LIST)
             ]
-    found["examples"] = []
-    if len(rows):
-        top = data.top_rows(rows, values, N_TOP, index.seq_len)
-        groups = [("Top activations", f"max {values.max():.3f}", top)] + [
-            (f"({each.low:.3g}, {each.high:.3g}]", f"{each.count:,} firings, {each.share:.2%} of all", each.rows)
-            for each in data.intervals(rows, values, per_interval=PER_INTERVAL, seed=0)
-        ]
-        for title, said, wanted in groups:
-            shown = data.examples(index, rows, values, wanted, before=BEFORE, after=AFTER)
-            found["examples"].append({"title": title, "note": said, "texts": [_text(example) for example in shown]})
+    found["examples"] = [
+        {"title": title, "note": said, "texts": [_text(example) for example in shown]}
+        for title, said, shown in _examples(index, feature, rows, values)
+    ]
     return found
+
+
+def _share(index: FeatureIndex, each: data.TokenShare) -> dict[str, Any]:
+    """How often a feature fires on a token; without recall where the index holds samples only."""
+    token = {"token_id": each.token_id, "token": label(index.token_bytes(each.token_id))}
+    scores = {"precision": float(each.share), "mean": each.mean}
+    return token | scores | ({} if index.sampled else {"recall": float(each.recall)})
+
+
+def _examples(
+    index: FeatureIndex, feature: int, rows: np.ndarray, values: np.ndarray
+) -> Iterator[tuple[str, str, list[Example]]]:
+    """Title, note and texts of each group."""
+    if index.sampled:
+        for title, n, shown in dumps.groups(index, feature, before=BEFORE, after=AFTER):
+            yield title, f"{n:,} samples", shown
+        return
+    if not len(rows):
+        return
+
+    def around(wanted: np.ndarray) -> list[Example]:
+        return data.examples(index, rows, values, wanted, before=BEFORE, after=AFTER)
+
+    yield "Top activations", f"max {values.max():.3f}", around(data.top_rows(rows, values, N_TOP, index.seq_len))
+    for each in data.intervals(rows, values, per_interval=PER_INTERVAL, seed=0):
+        title, said = f"({each.low:.3g}, {each.high:.3g}]", f"{each.count:,} firings, {each.share:.2%} of all"
+        yield title, said, around(each.rows)
 
 
 def _text(example: Example) -> dict[str, Any]:

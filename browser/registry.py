@@ -11,17 +11,19 @@ from browser.views import attention, compare, feature, features, map, microscope
 
 @dataclass(frozen=True)
 class View:
-    """`show` draws the page; without `needs_index` it is drawn for a dictionary that has no index too."""
+    """`show` draws the page; without `needs_index` it is drawn for a dictionary that has no index too, with `for_dumps`
+    for imported feature pages, which have samples and no weights."""
 
     title: str
     show: Callable[[Page], None]
     needs_index: bool = True
+    for_dumps: bool = False
 
 
 VIEWS = {
-    "run": View("Run", run.show, needs_index=False),
-    "features": View("Features", features.show),
-    "feature": View("Feature", feature.show),
+    "run": View("Run", run.show, needs_index=False, for_dumps=True),
+    "features": View("Features", features.show, for_dumps=True),
+    "feature": View("Feature", feature.show, for_dumps=True),
     "microscope": View("Microscope", microscope.show),
     "steering": View("Steering", steering.show),
     "map": View("Map", map.show),

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from browser import data
+from browser import catalogue, comparison, data
+from browser.comparison import Comparison
 from browser.data import SaeEntry
 from browser.notes import Notes, NotesError
 from browser.tokens import label
@@ -63,7 +64,7 @@ def _open_index(path: Path, stamp: int) -> FeatureIndex:
 
 
 def table_of(page: Page) -> pd.DataFrame:
-    """`data.feature_table` of the page's index, made once; callers must not change it."""
+    """`catalogue.feature_table` of the page's index, made once; callers must not change it."""
     table = _feature_table(page.index, page.index.path, _stamp(page.index.path))
     try:
         said = {note.feature: note.label for note in Notes(page.entry.path).all() if note.label}
@@ -78,7 +79,7 @@ def table_of(page: Page) -> pd.DataFrame:
 
 @st.cache_resource(max_entries=4, show_spinner="Reading the dictionary …")
 def _feature_table(_index: FeatureIndex, path: Path, stamp: int) -> pd.DataFrame:
-    return data.feature_table(_index)
+    return catalogue.feature_table(_index)
 
 
 def panel_of(page: Page, name: str) -> np.ndarray:
@@ -105,11 +106,32 @@ def token_label(index: FeatureIndex, feature: int) -> str:
     return label(index.token_bytes(top)) if top >= 0 else "dead"
 
 
+def fires_on(entry: SaeEntry, feature: int) -> str:
+    """`token_label` of a feature of any dictionary; "" without an index or the feature."""
+    try:
+        index = open_index(entry)
+    except StoreError:
+        return ""
+    return token_label(index, feature) if 0 <= feature < index.d_sae else ""
+
+
+def comparison_of(a: SaeEntry, b: SaeEntry) -> Comparison | None:
+    """`comparison.find`, read again only when one was written."""
+    folders = [comparison.folder_of(*pair) for pair in ((a, b), (b, a))]
+    stamps = [(f / "compare.json").stat().st_mtime_ns if (f / "compare.json").is_file() else 0 for f in folders]
+    return _comparison(a, b, str(a.path), str(b.path), *stamps) if any(stamps) else None
+
+
+@st.cache_resource(max_entries=4, show_spinner="Reading the comparison …")
+def _comparison(_a: SaeEntry, _b: SaeEntry, a: str, b: str, forth: int, back: int) -> Comparison | None:
+    return comparison.find(_a, _b)
+
+
 def open_feature(feature: int) -> None:
     """Shows a feature: for callbacks only, before the widgets of the next run exist."""
     st.session_state["feature"] = feature
     st.session_state["view"] = "feature"
-    st.session_state["range"] = ""  # of the feature left behind
+    _forget_ranges()
 
 
 def open_feature_of(sae_id: str, feature: int) -> None:
@@ -124,9 +146,14 @@ def step_feature(by: int, d_sae: int) -> None:
     leave_table()
 
 
+def _forget_ranges() -> None:
+    """Ranges dragged over the histograms of the feature left behind."""
+    st.session_state["range"] = st.session_state["weights"] = ""
+
+
 def leave_table() -> None:
     """A feature chosen on the table page is shown; a range dragged for another feature means nothing now."""
-    st.session_state["range"] = ""
+    _forget_ranges()
     if st.session_state.get("view") == "features":
         st.session_state["view"] = "feature"
 

@@ -72,6 +72,11 @@ class FeatureIndex:
             raise StoreError(f"{path}: an index of format {found}, this version reads format {INDEX_FORMAT}; {mend}")
         return cls(path, root)
 
+    @property
+    def sampled(self) -> bool:
+        """Whether it holds samples of the firings only (another tool's dump), so that counting them says nothing."""
+        return bool(self.attributes.get("sampled"))
+
     def firings(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows (int64, ascending) and values (float32) where `feature` fires."""
         part = self._slice("firings/ptr", feature, self.d_sae, "feature")

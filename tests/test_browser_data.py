@@ -13,7 +13,7 @@ from browser_fixture import DEAD, DENSE, DNA, HOSTILE, HOSTILE_TOKENS, SEQ_LEN, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from browser import data
+from browser import catalogue, data
 from browser.tokens import label, pieces
 from store.features import FeatureIndex
 
@@ -124,7 +124,7 @@ def test_token_shares(index: FeatureIndex, acts: np.ndarray) -> None:
 
 
 def test_feature_table_and_its_filters(index: FeatureIndex, acts: np.ndarray) -> None:
-    table = data.feature_table(index)
+    table = catalogue.feature_table(index)
     fired = (acts > 0).sum(0)
     np.testing.assert_allclose(table["density"], fired / index.kept_tokens)
     assert set(table["feature"][table["flag"] == "dead"]) == set(np.flatnonzero(fired == 0))
@@ -133,7 +133,7 @@ def test_feature_table_and_its_filters(index: FeatureIndex, acts: np.ndarray) ->
     assert table["top_token"][5] == "␣the"
 
     def numbers(**filters: object) -> set[int]:
-        return set(data.select_features(table, **filters)["feature"])  # type: ignore[arg-type]
+        return set(catalogue.select_features(table, **filters)["feature"])  # type: ignore[arg-type]
 
     everything = set(range(index.d_sae))
     assert numbers() == everything
@@ -151,7 +151,7 @@ def test_feature_table_and_its_filters(index: FeatureIndex, acts: np.ndarray) ->
 
 def test_csv_is_exact_and_starts_no_formula() -> None:
     table = pd.DataFrame({"feature": [1, 2], "top_token": ["=1+1", '"a,b\n'], "density": [0.5, 0.25]})
-    back = pd.read_csv(io.BytesIO(data.to_csv(table)))
+    back = pd.read_csv(io.BytesIO(catalogue.to_csv(table)))
     assert [json.loads(text) for text in back["top_token"]] == ["=1+1", '"a,b\n']
     assert all(text.startswith('"') for text in back["top_token"])
 

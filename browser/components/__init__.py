@@ -144,11 +144,12 @@ def draw_effects(
                 effect = effects.at.get((example.context, example.start + i))
                 if effect is None:
                     continue
-                delta = effect.loss_ablated - effect.loss
-                largest = max(largest, abs(delta))
-                numbers = (i, delta, math.exp(-effect.loss), math.exp(-effect.loss_ablated))
-                for name, number in zip("idpq", numbers, strict=True):
-                    found[name].append(number if name == "i" else float(f"{number:.4g}"))
+                largest = max(largest, abs(effect.change))
+                found["i"].append(i)
+                found["d"].append(_rounded(effect.change))
+                losses = (None, None) if effect.loss is None else (effect.loss, effect.loss + effect.change)
+                for name, loss in zip("pq", losses, strict=True):
+                    found[name].append(None if loss is None else _rounded(math.exp(-loss)))
                 found["up"].append(moved(effect.raised))
                 found["down"].append(moved(effect.lowered))
             if found["i"]:
@@ -157,6 +158,10 @@ def draw_effects(
         data={"key": effects_key, "scale": largest or 1.0, "vocab": vocabulary.entries, "examples": examples},
         key="effects",
     )
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.4g}")
 
 
 def draw_histograms(charts: Sequence[Histogram], *, key: str, on_range: Callable[[str, Any, Any], None]) -> None:

@@ -102,14 +102,14 @@ function effectLines(tip, effects, g, e, i) {
   const sign = found.d[n] > 0 ? "+" : "−";
   add("Δloss", sign + number(Math.abs(found.d[n])) + " nats " +
     (found.d[n] > 0 ? "(the feature helps)" : "(the feature hurts)"));
-  add("p(token)", number(found.p[n]) + " → " + number(found.q[n]) + " without");
+  if (found.p[n] !== null) add("p(token)", number(found.p[n]) + " → " + number(found.q[n]) + " without");
   for (const [name, side] of [["raises", found.up[n]], ["lowers", found.down[n]]]) {
     const shown = side.flatMap(([entry, change]) => {
       const token = element("bdi", "moved");
       appendPieces(token, effects.vocab[entry][1], true);
       return [token, " " + (change > 0 ? "+" : "−") + number(Math.abs(change)) + "  "];
     });
-    add(name, ...shown);
+    if (shown.length) add(name, ...shown);
   }
   tip.append(list);
 }

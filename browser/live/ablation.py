@@ -17,10 +17,11 @@ CONTEXTS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Effect:
-    """What removing the feature does to the prediction of one token: losses in nats, logits (token id, change)."""
+    """What removing the feature does to the prediction of one token: `change` of its loss in nats (> 0: the feature
+    helps), its loss with the feature (None where it is not known), and logits (token id, change)."""
 
-    loss: float
-    loss_ablated: float
+    loss: float | None
+    change: float
     raised: list[tuple[int, float]]
     lowered: list[tuple[int, float]]
 
@@ -80,7 +81,7 @@ def effects(
         columns = [column.tolist() for column in changed]
         for context, position, loss, ablated, up_ids, up, down_ids, down in zip(*columns, strict=True):
             found.at[batch[context], position] = Effect(
-                loss, ablated, list(zip(up_ids, up, strict=True)), list(zip(down_ids, down, strict=True))
+                loss, ablated - loss, list(zip(up_ids, up, strict=True)), list(zip(down_ids, down, strict=True))
             )
     found.seconds = time.monotonic() - started
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import streamlit as st
 
 from browser.data import SaeEntry
@@ -54,6 +55,14 @@ def _inspect(_live: Live, sae: str, weights: int, model: str, ids: tuple[int, ..
     from sae.microscope import inspect
 
     return inspect(_live.model, _live.sae, ids, hook_point=hook)
+
+
+def activations(found: Any, feature: int, n_tokens: int) -> np.ndarray:
+    """Activation of one feature on every token [n_tokens] of what `inspect` found."""
+    acts = np.zeros(n_tokens)
+    own = np.asarray(found.features) == feature
+    acts[np.asarray(found.positions)[own]] = np.asarray(found.acts)[own]
+    return acts
 
 
 def attribute(live: Live, entry: SaeEntry, ids: list[int], position: int, token: int) -> Any:

@@ -40,7 +40,7 @@ def show(page: Page) -> None:
         pattern = np.asarray(prompts.patterns(loaded, page.entry, ids))
         shown, head, at = _settings(len(pattern), len(ids))
         paths = prompts.paths(loaded, page.entry, ids, feature=page.feature, position=at)
-        acts = _activation(prompts.inspect(loaded, page.entry, ids), page.feature, len(ids))
+        acts = prompts.activations(prompts.inspect(loaded, page.entry, ids), page.feature, len(ids))
     except LiveError as error:
         state.explain("This prompt cannot be taken apart", str(error))
         return
@@ -54,13 +54,6 @@ def show(page: Page) -> None:
     with right:
         _lists(page, ids, paths, at)
     st.html(f'<i id="attention-done" data-at="{at}" data-feature="{page.feature}"></i>')
-
-
-def _activation(found: Any, feature: int, n_tokens: int) -> np.ndarray:
-    acts = np.zeros(n_tokens)
-    own = np.asarray(found.features) == feature
-    acts[np.asarray(found.positions)[own]] = np.asarray(found.acts)[own]
-    return acts
 
 
 def _settings(n_heads: int, n_tokens: int) -> tuple[str, int, int]:

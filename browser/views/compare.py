@@ -15,8 +15,6 @@ from browser.live import LiveError
 from browser.live.comparing import cosine_table
 from browser.state import Page
 from browser.style import BLUE, ORANGE
-from store.features import FeatureIndex
-from store.schema import StoreError
 
 LISTS = {"matched": "Matched", "unmatched": "Unmatched in A", "alone": "Unmatched in B", "splits": "Splitting"}
 HELP = {
@@ -46,7 +44,7 @@ def show(page: Page) -> None:
     pick, which = st.columns([0.4, 0.6], vertical_alignment="bottom")
     name = str(pick.selectbox("Compare this dictionary (A) with B", others, key="other", bind="query-params"))
     other = page.entries[name]
-    found = _find(page.entry, other)
+    found = state.comparison_of(page.entry, other)
     if found is None:
         _by_weights(page, other)
         return
@@ -65,32 +63,9 @@ def show(page: Page) -> None:
     st.html(f'<i id="compare-done" data-list="{chosen}"></i>')
 
 
-def _find(a: SaeEntry, b: SaeEntry) -> Comparison | None:
-    """`comparison.find`, read again only when one was written."""
-    folders = [comparison.folder_of(*pair) for pair in ((a, b), (b, a))]
-    stamps = [(f / "compare.json").stat().st_mtime_ns if (f / "compare.json").is_file() else 0 for f in folders]
-    return _read(a, b, str(a.path), str(b.path), *stamps)
-
-
-@st.cache_resource(max_entries=4, show_spinner="Reading the comparison …")
-def _read(_a: SaeEntry, _b: SaeEntry, a: str, b: str, forth: int, back: int) -> Comparison | None:
-    return comparison.find(_a, _b)
-
-
-def _index_of(entry: SaeEntry) -> FeatureIndex | None:
-    try:
-        return state.open_index(entry)
-    except StoreError:
-        return None
-
-
 def _labels(entry: SaeEntry, features: pd.Series) -> list[str]:
     """What each feature fires on most; "" without an index or a feature."""
-    index = _index_of(entry)
-    known = [-1 if pd.isna(f) else int(f) for f in features]
-    if index is None:
-        return [""] * len(known)
-    return [state.token_label(index, f) if 0 <= f < index.d_sae else "" for f in known]
+    return ["" if pd.isna(f) else state.fires_on(entry, int(f)) for f in features]
 
 
 def _facts(page: Page, other: SaeEntry, found: Comparison) -> None:

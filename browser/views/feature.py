@@ -7,13 +7,14 @@ import html
 import numpy as np
 import streamlit as st
 
-from browser import data, state
+from browser import comparison, data, dumps, state
 from browser.components import Histogram, Row, RowList, draw_histograms, draw_lists
 from browser.state import Page
 from browser.tokens import label
-from browser.views import feature_examples, feature_notes, feature_rule
+from browser.views import feature_dump, feature_examples, feature_notes, feature_rule, feature_text
 
 N_LIST = 10
+SIZES = {"max": "max", "p99": "P99", "mean": "mean"}
 
 HELP = {
     "activations": "Firings (activations above zero) in equal bins up to the maximum. Zeros are "
@@ -30,6 +31,10 @@ HELP = {
     "of this feature's firings.",
     "successors": "Features likely to fire on the next token: the share of its next tokens on which they fire, and how "
     "many times their density that is. Chains of these are the paper's finite-state assemblies.",
+    "others": "The feature of another dictionary of this root with the largest correlation of activations on the same "
+    "text, where `sae compare` was run.",
+    "samples": "The dump holds some firings of each feature, so this is a share of the samples and says nothing of "
+    "recall.",
     "tokens": "Precision: the share of this feature's firings that are on the token. Recall: the share of the token's "
     "occurrences on which it fires.",
     "label": "Found without a language model: the short rule (tokens, the token before, a pair, a domain) that tells "
@@ -43,39 +48,64 @@ def show(page: Page) -> None:
     _header(page)
     feature_notes.show(page, provenance(page))
     if not len(rows):
+        _explain_silence(page)
+    side, main = st.columns([0.36, 0.64], gap="medium")
+    with side:
+        _histograms(page, values)
+        _lists(page, rows, values)
+        if not page.index.sampled:
+            _tools(page, rows, values)
+    with main:
+        if page.index.sampled:
+            feature_dump.show(page)
+        elif len(rows):
+            feature_examples.show(page, rows, values)
+        else:
+            st.html(f'<i id="done" data-feature="{page.feature}"></i>')
+
+
+def _explain_silence(page: Page) -> None:
+    if str(data.flags(page.index)[page.feature]) == "absent":
+        state.explain(
+            f"Feature {page.feature} is not in this dump",
+            "The imported feature pages hold nothing about it: neither samples nor a density.",
+        )
+    elif page.index.sampled:
+        state.explain(f"No sample of feature {page.feature} fires", "What the dump says of it is below.")
+    else:
         state.explain(
             f"Feature {page.feature} is dead",
             f"It fires on none of the {page.index.kept_tokens:,} tokens of this index, so there "
             "are no activations to show. What its weights say is below.",
         )
-    side, main = st.columns([0.36, 0.64], gap="medium")
-    with side:
-        _histograms(page, values)
-        _lists(page, rows, values)
-        if len(rows):
-            specific = st.expander("Activation specificity", key="specificity", on_change="rerun")
-            if specific.open:
-                with specific:
-                    feature_rule.show(page, rows, values)
-    with main:
-        if len(rows):
-            feature_examples.show(page, rows, values)
-        else:
-            st.html(f'<i id="done" data-feature="{page.feature}"></i>')
+
+
+def _tools(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
+    """What is drawn only when it is asked for."""
+    text = st.expander("Try a text", key="own-text", on_change="rerun")
+    if text.open:
+        with text:
+            feature_text.show(page)
+    if not len(rows):
+        return
+    specific = st.expander("Activation specificity", key="specificity", on_change="rerun")
+    if specific.open:
+        with specific:
+            feature_rule.show(page, rows, values)
 
 
 def _header(page: Page) -> None:
     stats, feature, index = page.index.stats, page.feature, page.index
     flag = str(data.flags(index)[feature])
     domain = int(stats["domain_top"][feature])
-    facts = {
-        "density": f"{data.density(index)[feature]:.3g}",
-        "firings": f"{int(stats['count'][feature]):,}",
-        "max": f"{stats['max'][feature]:.3f}",
-        "P99": f"{stats['p99'][feature]:.3f}",
-        "mean": f"{stats['mean'][feature]:.3f}",
-    }
-    if domain >= 0:
+    facts = {"density": f"{data.density(index)[feature]:.3g}"}
+    if index.sampled:
+        facts["firings in the samples"] = f"{int(stats['count'][feature]):,}"
+        facts["max"] = f"{np.fmax(stats['max'], stats['recorded_max'])[feature]:.3f}"
+    else:
+        facts["firings"] = f"{int(stats['count'][feature]):,}"
+        facts |= {title: f"{stats[name][feature]:.3f}" for name, title in SIZES.items()}
+    if domain >= 0 and not index.sampled:
         share = f"{stats['domain_purity'][feature]:.0%}"
         facts["purity"] = f"{share} {html.escape(index.domains[domain])}"
     for name, title in (("delta_loss", "Δloss when active"), ("logit_kurtosis", "logit kurtosis")):
@@ -112,6 +142,12 @@ def provenance(page: Page) -> str:
     model = attributes.get("model") or {}
     name = model.get("id", "?") if isinstance(model, dict) else model
     recipe = page.entry.config.get("recipe", "?")
+    if page.index.sampled:
+        imported = page.entry.config.get("imported") or {}
+        return (
+            f"{page.entry.id} · {recipe}, imported from {imported.get('files', '?')} files · {name} "
+            f"{attributes.get('hook_point', '')} · {page.index.kept_tokens:,} tokens of sampled text"
+        )
     return (
         f"{page.entry.id} · {recipe} · {page.index.d_sae:,} features · {name} "
         f"{attributes.get('hook_point', '')} · {page.index.kept_tokens:,} tokens in "
@@ -120,29 +156,44 @@ def provenance(page: Page) -> str:
 
 
 def _histograms(page: Page, values: np.ndarray) -> None:
+    sampled, ranges = page.index.sampled, {}
+    if sampled:
+        acts, logits = (dumps.histogram(page.index, kind, page.feature) for kind in ("act", "logit"))
+    else:
+        acts, logits = data.activation_histogram(values), data.logit_histogram(page.index, page.feature)
+        ranges = {name: feature_examples.parse_range(st.session_state.get(name, "")) for name in ("range", "weights")}
     charts = []
-    if len(values):
-        bars = data.activation_histogram(values).itertuples(index=False, name=None)
-        chosen = feature_examples.parse_range(st.session_state.get("range", ""))
+    if len(acts):
+        help_ = "As the dump has it." if sampled else HELP["activations"]
         charts.append(
-            Histogram("acts", "Activations", list(bars), "firings", HELP["activations"], log=True, chosen=chosen)
-        )
-    if page.index.has("logits/histogram"):
-        bars = data.logit_histogram(page.index, page.feature).itertuples(index=False, name=None)
-        charts.append(Histogram("logits", "Logit weights", list(bars), "tokens", HELP["logits"], split=True))
-    draw_histograms(charts, key="histograms", on_range=_ranged)
+            Histogram(
+                "range", "Activations", list(acts.itertuples(index=False, name=None)), "firings", help_, log=True,
+                chosen=ranges.get("range"),
+            )
+        )  # fmt: skip
+    if len(logits):
+        charts.append(
+            Histogram(
+                "weights", "Logit weights", list(logits.itertuples(index=False, name=None)), "tokens", HELP["logits"],
+                split=True, chosen=ranges.get("weights"),
+            )
+        )  # fmt: skip
+    draw_histograms(charts, key="histograms", on_range=(lambda *_: None) if sampled else _ranged)
 
 
 def _ranged(which: str, low: float | None, high: float | None) -> None:
-    if which == "acts":
-        st.session_state["range"] = "" if low is None or high is None else f"{low:.4g}–{high:.4g}"
+    """A range dragged over a histogram goes into the box of the same name, and so into the address."""
+    if which in ("range", "weights"):
+        st.session_state[which] = "" if low is None or high is None else f"{low:.4g}…{high:.4g}"
 
 
 def _lists(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
     index, feature = page.index, page.feature
-    lists = []
-    if index.has("logits/top_id"):
-        lists += [_logit_list(page, "top", "Raises"), _logit_list(page, "bottom", "Lowers")]
+    lists = [
+        _logit_list(page, side, title)
+        for side, title in (("top", "Raises"), ("bottom", "Lowers"))
+        if index.has(f"logits/{side}_id")
+    ]
     if len(rows):
         lists.append(_token_list(page, rows, values))
     for name, score, title in (
@@ -154,12 +205,13 @@ def _lists(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
         if index.has(f"{name}/id"):
             lists.append(RowList(title, _feature_rows(page, name, score), HELP[name], empty="none found"))
     if index.has("neurons/weight_id"):
-        ids, weights, shares = (
-            index.panel(f"neurons/weight_{column}", feature).tolist() for column in ("id", "value", "share")
-        )
+        ids, weights = (index.panel(f"neurons/weight_{column}", feature) for column in ("id", "value"))
+        known = index.has("neurons/weight_share")
+        shares = index.panel("neurons/weight_share", feature) if known else np.abs(weights) / np.nansum(np.abs(weights))
         rows_ = [
-            Row(f"neuron {i}", f"{weight:+.3f}", share * 5, f"{share:.1%}", negative=weight < 0)
-            for i, weight, share in zip(ids, weights, shares, strict=True)
+            Row(f"neuron {i}", f"{weight:+.3f}", share * 5, f"{share:.1%}" if known else "", negative=weight < 0)
+            for i, weight, share in zip(ids.tolist(), weights.tolist(), shares.tolist(), strict=True)
+            if i >= 0
         ]
         lists.append(RowList("Aligned neurons", rows_, HELP["weight"]))
     if index.has("neurons/corr_id"):
@@ -167,25 +219,54 @@ def _lists(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
         rows_ = [Row(f"neuron {i}", f"{r:+.3f}", abs(r), negative=r < 0) for i, r in zip(ids, values_, strict=True)]
         lists.append(RowList("Correlated neurons", rows_, HELP["pearson"]))
     draw_lists(lists, key="lists", two=True, on_open=state.open_feature)
+    _elsewhere(page)
+
+
+def _elsewhere(page: Page) -> None:
+    """The feature's best partner in every dictionary this one was compared with."""
+    found = []
+    for name, other in page.entries.items():
+        compared = state.comparison_of(page.entry, other) if name != page.entry.id else None
+        if compared is not None:
+            best, correlation = comparison.partner(compared, page.feature)
+            if best is not None:
+                found.append((name, other, best, correlation))
+    if not found:
+        return
+    rows = [
+        Row(
+            f"{state.fires_on(other, best)}  {name}", f"{correlation:.3f}", correlation, prefix=str(best), open=number
+        )
+        for number, (name, other, best, correlation) in enumerate(found)
+    ]  # fmt: skip
+    draw_lists(
+        [RowList("In other dictionaries: correlation", rows, HELP["others"])], key="elsewhere",
+        on_open=lambda number: state.open_feature_of(found[number][0], found[number][2]),
+    )  # fmt: skip
 
 
 def _logit_list(page: Page, side: str, title: str) -> RowList:
-    ids = page.index.panel(f"logits/{side}_id", page.feature)[:N_LIST].tolist()
-    weights = page.index.panel(f"logits/{side}_value", page.feature)[:N_LIST].tolist()
-    most = max((abs(w) for w in weights), default=1.0) or 1.0
+    found = data.logit_weights(page.index, side, page.feature, N_LIST)
+    most = max((abs(weight) for _, weight in found), default=1.0) or 1.0
     rows = [
         Row(label(page.index.token_bytes(i)), f"{weight:+.2f}", abs(weight) / most, negative=side == "bottom")
-        for i, weight in zip(ids, weights, strict=True)
+        for i, weight in found
     ]
     return RowList(title, rows, HELP["logits"])
 
 
 def _token_list(page: Page, rows: np.ndarray, values: np.ndarray) -> RowList:
     shares = data.token_shares(page.index, rows, values, N_LIST)
+    sampled = page.index.sampled
     shown = [
-        Row(label(page.index.token_bytes(each.token_id)), f"{each.share:.1%}", each.share, f"{each.recall:.0%}")
+        Row(
+            label(page.index.token_bytes(each.token_id)), f"{each.share:.1%}", each.share,
+            "" if sampled else f"{each.recall:.0%}",
+        )
         for each in shares
-    ]
+    ]  # fmt: skip
+    if sampled:
+        return RowList("Fires on, share of the samples", shown, HELP["samples"], "orange")
     return RowList("Fires on: precision, recall", shown, HELP["tokens"], "orange")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from browser import data, state
+from browser import catalogue, data, state
 from browser.state import Page
 
 SORTS = {
@@ -25,7 +25,7 @@ SORTS = {
     "F1 of the label by rule": ("auto_f1", False),
     "label": ("label", False),
 }
-FLAGS = ["alive", "dead", "ultra-low", "dense"]
+FLAGS = ["alive", "dead", "ultra-low", "dense", "absent"]
 
 
 def show(page: Page) -> None:
@@ -42,7 +42,7 @@ def show(page: Page) -> None:
     name = f"features-{page.entry.id.replace('/', '-')}"
     csv, parquet = right.columns(2)
     csv.download_button(
-        "CSV", data=lambda: data.to_csv(shown), file_name=f"{name}.csv", mime="text/csv", width="stretch"
+        "CSV", data=lambda: catalogue.to_csv(shown), file_name=f"{name}.csv", mime="text/csv", width="stretch"
     )
     parquet.download_button(
         "Parquet", data=lambda: shown.to_parquet(index=False), file_name=f"{name}.parquet", width="stretch",
@@ -53,6 +53,16 @@ def show(page: Page) -> None:
 def _summary(page: Page, table: pd.DataFrame) -> None:
     counts = table["flag"].value_counts()
     live = table.loc[table["flag"] != "dead", "density"]
+    if page.index.sampled:
+        known = table["density"].notna().sum()
+        facts = {"features": f"{len(table):,}", "in the dump": f"{(table['flag'] != 'absent').sum():,}",
+                 "with a density": f"{known:,}", "sampled tokens": f"{page.index.kept_tokens:,}"}  # fmt: skip
+        st.html(_facts(facts))
+        st.caption(
+            "Imported feature pages: samples of another tool, without weights and without the firings that were not "
+            "sampled. Densities and maxima are the dump's own."
+        )
+        return
     facts = {
         "features": f"{len(table):,}",
         "dead": f"{counts.get('dead', 0) / len(table):.1%}",
@@ -62,8 +72,12 @@ def _summary(page: Page, table: pd.DataFrame) -> None:
         "features per token (L0)": f"{table['density'].sum():.1f}",
         "kept tokens": f"{page.index.kept_tokens:,}",
     }
+    st.html(_facts(facts))
+
+
+def _facts(facts: dict[str, str]) -> str:
     cells = "".join(f"<div><span>{name}</span>{value}</div>" for name, value in facts.items())
-    st.html(f'<div class="mono-facts">{cells}</div>')
+    return f'<div class="mono-facts">{cells}</div>'
 
 
 def _filters(page: Page, table: pd.DataFrame) -> pd.DataFrame:
@@ -85,7 +99,8 @@ def _filters(page: Page, table: pd.DataFrame) -> pd.DataFrame:
         help="dead: never fires in the indexed text. ultra-low: density below "
         f"{data.ULTRA_LOW:g}. dense: fires on more than {data.DENSE:.0%} of tokens.",
     )
-    domain_now = domain.selectbox("Main domain", ["all", *page.index.domains], key="domain", bind="query-params")
+    domains = ["all", *(name for name in page.index.domains if name)]
+    domain_now = domain.selectbox("Main domain", domains, key="domain", bind="query-params")
     bounds = density.slider(
         "Density, log₁₀",
         -7.0,
@@ -99,7 +114,7 @@ def _filters(page: Page, table: pd.DataFrame) -> pd.DataFrame:
     )
     names = [name for name, (column, _) in SORTS.items() if column in table]
     sorting = sort.selectbox("Sort by", names, key="sort", bind="query-params")
-    shown = data.select_features(
+    shown = catalogue.select_features(
         table,
         flag="" if flag_now == "all" else str(flag_now),
         domain="" if domain_now == "all" else str(domain_now),
@@ -142,6 +157,7 @@ def _columns() -> dict[str, Any]:
         "flag": text("flag", width=62),
         "density": number("density", format="%.2e", width=76, help="firings / kept tokens (no BOS, no padding)"),
         "max": number("max", format="%.2f", width=58, help="largest activation in the index"),
+        "samples": number("samples", format="%d", width=72, help="firings in the texts of the dump, not all there are"),
         "mean": number("mean", format="%.2f", width=58, help="mean activation over its firings"),
         "top_token": text("top token", width=110, help="the token it fires on most often"),
         "top_token_share": share(

@@ -24,6 +24,9 @@ CURVES = {
 
 def show(page: Page) -> None:
     """Draws the run of `page.entry`, trained or not."""
+    if page.entry.is_dump:
+        _dump(page)
+        return
     log = runs.read_log(page.entry.path / "metrics.jsonl")
     progress = runs.progress_of(page.entry, log)
     _header(page, progress)
@@ -45,6 +48,26 @@ def show(page: Page) -> None:
         _fidelity(page, report, progress)
         _density(page, report)
         _costs(page, log)
+    st.html('<i id="done" data-view="run"></i>')
+
+
+def _dump(page: Page) -> None:
+    """Where imported feature pages come from: there is no run behind them here."""
+    config, imported = page.entry.config, page.entry.config.get("imported") or {}
+    facts = {
+        "format": str(imported.get("format", "?")),
+        "imported from": f"{imported.get('source', '?')} ({imported.get('files', '?')} files)",
+        "features in it": f"{imported.get('features', '?')} of {page.entry.d_sae:,}",
+        "model": str((config.get("model") or {}).get("id", "?")),
+        "place": str(config.get("hook_point") or "?"),
+    }
+    title = f'<div class="mono-title">{html.escape(page.entry.id)} <span class="mono-flag">imported pages</span></div>'
+    st.html(_facts({k: v for k, v in facts.items() if v != "?"}, title))
+    state.explain(
+        "These are another tool's feature pages",
+        "They hold samples of each feature's firings, its logit weights and some statistics. There is no training run, "
+        "no evaluation and no weights here; Features and Feature show what there is.",
+    )
     st.html('<i id="done" data-view="run"></i>')
 
 

@@ -13,6 +13,7 @@ from sae.cli.flags import add_dictionary, add_kernels, add_text, add_verb, size
 # As in sae.pipeline, without its imports.
 EXPORT_FORMATS = ("native", "sae-lens", "dictionary-learning", "sparsify")
 IMPORT_FORMATS = ("sae-lens", "dictionary-learning", "sparsify", "llamascopium", "nanda", "openai")
+DUMP_FORMATS = ("sae-dashboard", "paper")  # feature pages without weights
 
 
 def train(verbs: Any) -> None:
@@ -165,16 +166,26 @@ def _run_export(args: argparse.Namespace) -> int:
 
 
 def import_dictionary(verbs: Any) -> None:
-    verb = add_verb(verbs, "import", _run_import, "take another tool's dictionary, then use it as one of ours")
+    verb = add_verb(verbs, "import", _run_import, "take another tool's dictionary, or its feature pages to browse")
     verb.add_argument("source", help="directory, file, or hub:owner/repo[/path][@revision] (downloads)")
     verb.add_argument("--out", required=True, help="directory of the dictionary, by custom runs/<run>/<name>")
-    verb.add_argument("--format", choices=IMPORT_FORMATS, help="whose layout it is (default: as the files say)")
+    verb.add_argument(
+        "--format", choices=(*IMPORT_FORMATS, *DUMP_FORMATS),
+        help="whose layout it is (default: as the files say); sae-dashboard (Neuronpedia too) and paper: feature pages",
+    )  # fmt: skip
     verb.add_argument("--model", help="directory, shipped name or hub id to check it against and record")
     verb.add_argument("--hook-point", help="where it reads its activations (default: as the files say)")
 
 
 def _run_import(args: argparse.Namespace) -> int:
     from sae import pipeline
+
+    if args.format in DUMP_FORMATS:
+        if args.model or args.hook_point:
+            raise ValueError("--model and --hook-point are for dictionaries; feature pages are shown as they stand.")
+        pipeline.import_dump(args.source, args.out, format=args.format)
+        print(args.out)
+        return 0
 
     sae = pipeline.import_dictionary(
         args.source, args.out, format=args.format, model=args.model, hook_point=args.hook_point

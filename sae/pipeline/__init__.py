@@ -4,6 +4,7 @@ from sae.pipeline.comparing import compare
 from sae.pipeline.controls import controls
 from sae.pipeline.describing import describe
 from sae.pipeline.dictionaries import feature_max, feature_units, open_rows, train
+from sae.pipeline.dumps import DUMP_FORMATS, import_dump
 from sae.pipeline.exchange import EXPORT_FORMATS, IMPORT_FORMATS, export, import_dictionary
 from sae.pipeline.living import Live
 from sae.pipeline.measuring import evaluate, index
@@ -28,6 +29,7 @@ __all__ = [
     "export_numpy",
     "clean",
     "DEFAULT_HOOK_POINT",
+    "DUMP_FORMATS",
     "EXPORT_FORMATS",
     "IMPORT_FORMATS",
     "Forecast",
@@ -43,6 +45,7 @@ __all__ = [
     "forecast_harvest",
     "harvest",
     "import_dictionary",
+    "import_dump",
     "index",
     "open_pair",
     "open_rows",

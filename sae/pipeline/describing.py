@@ -27,6 +27,8 @@ def describe(path: str | Path | None = None) -> dict[str, Any]:
         config = json.loads((path / "config.json").read_text())
         if isinstance(config, dict) and config.get("kind") == "sae":
             return {"kind": "sae", **{k: v for k, v in config.items() if k != "kind"}, **_choices_here()}
+        if isinstance(config, dict) and config.get("kind") == "feature-dump":
+            return {**config, "kind": "feature dump (samples of another tool's dictionary, to look at)"}
         return {"kind": "model", **config}
     if path.name.endswith(".zarr") and (path / "firings").is_dir():
         found = FeatureIndex.open(path)

@@ -23,7 +23,7 @@ def export(sae: SAE | str | Path, format: str, out: str | Path) -> Path:
     out = Path(out)
     if format not in EXPORT_FORMATS:
         raise PipelineError(f"export: format must be one of {', '.join(EXPORT_FORMATS)}; got {format!r}.")
-    _refuse_filled(out, "export")
+    refuse_filled(out, "export")
     if format == "native":
         return save(dictionary, out, dictionary.config)
     return registry.WRITERS[format].write(dictionary, out)
@@ -45,7 +45,7 @@ def import_dictionary(
     holds files, an unknown hook point, or a model whose activations there have another width.
     """
     out = Path(out)
-    _refuse_filled(out, "import")
+    refuse_filled(out, "import")
     named = str(source)
     path = hub.fetch(named) if named.startswith(hub.PREFIX) else Path(source)
     sae = registry.read(path, format)
@@ -66,6 +66,7 @@ def import_dictionary(
     return sae
 
 
-def _refuse_filled(out: Path, verb: str) -> None:
+def refuse_filled(out: Path, verb: str) -> None:
+    """Raises: PipelineError for an `out` that holds files."""
     if out.is_file() or (out.exists() and any(out.iterdir())):
         raise PipelineError(f"{verb}: {out} is {'a file' if out.is_file() else 'not empty'}; choose another --out.")

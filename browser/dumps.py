@@ -1,0 +1,54 @@
+"""What an index made of another tool's feature pages holds beside its texts: samples, so no count of them is shown.
+
+Each text of a feature is a context; its document's name is the group it was sampled for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from browser.data import Example, examples
+from browser.live.ablation import Effect, Effects
+from store.features import FeatureIndex
+
+MAX_TEXTS = 30  # of one group
+
+
+def histogram(index: FeatureIndex, kind: str, feature: int) -> pd.DataFrame:
+    """low, high, count of the dump's own histogram of "act"ivations or "logit" weights; empty where it has none."""
+    if not index.has(f"dump/{kind}_counts"):
+        return pd.DataFrame({"low": [], "high": [], "count": []})
+    counts, edges = index.panel(f"dump/{kind}_counts", feature), index.panel(f"dump/{kind}_edges", feature)
+    known = np.isfinite(counts)
+    edges = edges[: int(known.sum()) + 1].astype(float)
+    return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "count": counts[known]})
+
+
+def groups(index: FeatureIndex, feature: int, *, before: int, after: int) -> list[tuple[str, int, list[Example]]]:
+    """Title, how many texts, and the texts of each group, as the dump has them and in its order."""
+    rows, values = index.firings(feature)
+    first, count = index.panel("dump/contexts", feature).tolist()
+    found: dict[str, list[int]] = {}
+    for context in range(first, first + count):
+        hit = int(index.panel("dump/hit", context))
+        row = context * index.seq_len + hit
+        found.setdefault(index.document_of(row)[0], []).append(row)
+    return [
+        (title, len(own), examples(index, rows, values, np.array(own[:MAX_TEXTS]), before=before, after=after))
+        for title, own in found.items()
+    ]
+
+
+def effects(index: FeatureIndex, shown: Sequence[Example]) -> Effects:
+    """The ablation losses the dump holds, for the tokens of `shown`: only how much the loss changes."""
+    found = Effects()
+    for example in shown:
+        losses = index.panel("dump/loss", example.context)
+        for i in range(len(example.token_ids)):
+            change = float(losses[example.start + i])
+            if np.isfinite(change) and change:
+                found.at[example.context, example.start + i] = Effect(None, change, [], [])
+    return found

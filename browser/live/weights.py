@@ -1,0 +1,26 @@
+"""The logit weights of one feature on the whole vocabulary: one product with the unembedding, made when asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import streamlit as st
+
+from browser import live
+from browser.data import SaeEntry
+from browser.live import Live, prompts
+
+
+def tokens_in_range(entry: SaeEntry, feature: int, low: float, high: float) -> np.ndarray:
+    """Ids of the tokens whose logit weight lies in (low, high], highest first. Raises LiveError without the model."""
+    loaded = live.load(entry)
+    weights = _weights(loaded, str(entry.path), feature, loaded.model.weights_sha256, prompts.hook_point(entry))
+    inside = np.flatnonzero((weights > low) & (weights <= high))
+    return inside[np.argsort(-weights[inside], kind="stable")]
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _weights(_live: Live, sae: str, feature: int, model: str, hook: str) -> np.ndarray:
+    import torch
+
+    with torch.inference_mode():
+        return _live.model.logit_weights(_live.sae.W_dec[feature][None], hook)[0].cpu().numpy()
