@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import streamlit as st
 
-from browser import state, style
+from browser import live, state, style
+from browser.components.keys import draw_keys
 from browser.data import SaeEntry
 from browser.registry import DEFAULT, VIEWS
 from browser.state import Page
@@ -31,6 +32,7 @@ def main() -> None:
         )
         return
     entry, view, number = _top_bar(entries)
+    draw_keys()
     page = Page(entry, number, entries)
     if entry.is_dump and not VIEWS[view].for_dumps:
         state.explain(
@@ -47,6 +49,7 @@ def main() -> None:
             _explain_index(entry, str(error))
             return
     VIEWS[view].show(page)
+    live.warm(entry)
 
 
 BRAND = '<div class="mono-brand">mono<i>sem</i></div>'

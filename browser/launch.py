@@ -22,6 +22,8 @@ OPTIONS = {
     "server.fileWatcherType": "none",
     "browser.gatherUsageStats": "false",
     "client.toolbarMode": "minimal",
+    "runner.magicEnabled": "false",
+    "global.disableWidgetStateDuplicationWarning": "true",  # deep links set what callbacks set
 }
 
 

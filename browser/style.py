@@ -31,6 +31,7 @@ CSS = """<style>
 [data-testid="stMainBlockContainer"] { padding-left: 1.6rem; padding-right: 1.6rem;
   padding-bottom: 3rem; }
 [data-testid="stMainBlockContainer"] [data-testid="stVerticalBlock"] { gap: 0.65rem; }
+.st-key-keys { position: absolute; }
 .mono-brand { font-weight: 650; letter-spacing: 0.01em; font-size: 1.12rem; white-space: nowrap; }
 .mono-brand i { font-style: normal; color: #e8820c; }
 .mono-title { font-size: 1.28rem; font-weight: 650; margin-right: 0.6rem; }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 
 Piece = tuple[str, str]  # ("text", "é") or ("hex", "c3")
 
@@ -39,6 +40,10 @@ def pieces(tokens: Sequence[bytes]) -> list[list[Piece]]:
         pending.clear()
 
     for i, raw in enumerate(tokens):
+        if raw.isascii():  # most tokens
+            give_up()
+            shown[i] = [("text", raw.decode())] if raw else []
+            continue
         for byte in raw:
             if pending and 0x80 <= byte < 0xC0:
                 pending.append((i, byte))
@@ -66,6 +71,7 @@ def pieces(tokens: Sequence[bytes]) -> list[list[Piece]]:
     return shown
 
 
+@lru_cache(maxsize=1 << 16)
 def label(token: bytes) -> str:
     """One token on its own for tables: spaces, line ends and bytes made visible."""
     (shown,) = pieces([token])

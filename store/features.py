@@ -32,7 +32,7 @@ class Window:
 
 
 class FeatureIndex:
-    """Reads one finished index; every method reads slices only."""
+    """Reads one finished index, slices of it only; what was read last is kept."""
 
     def __init__(self, path: Path, root: zarr.Group) -> None:
         self.path, self._root = path, root
@@ -44,7 +44,10 @@ class FeatureIndex:
         self.d_vocab = int(self.attributes["d_vocab"])
         self.domains: list[str] = list(self.attributes["domains"])
         self._array = lru_cache(maxsize=None)(self._open_array)
-        self._chunk = lru_cache(maxsize=128)(self._read_chunk)
+        # a page reads a row of each of about thirty panels, and the next feature's rows lie in the same chunks
+        self._chunk = lru_cache(maxsize=256)(self._read_chunk)
+        self._pointers = lru_cache(maxsize=None)(self._read_pointers)
+        self.has = lru_cache(maxsize=None)(self._has)
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureIndex:
@@ -135,7 +138,7 @@ class FeatureIndex:
         assert isinstance(group, zarr.Group)
         return {name: np.asarray(array[:]) for name, array in group.arrays()}
 
-    def has(self, name: str) -> bool:
+    def _has(self, name: str) -> bool:
         """Whether the panel `name` ("logits/top_id", …) was written."""
         return name in self._root
 
@@ -143,7 +146,11 @@ class FeatureIndex:
         """Row `feature` of a panel. Raises StoreError when the index holds no such panel."""
         if not self.has(name):
             raise StoreError(f"{self.path}: no panel {name}; build the index again to have it")
-        return np.asarray(self._array(name)[feature])
+        array = self._array(name)
+        if not 0 <= feature < array.shape[0]:
+            raise StoreError(f"{self.path}: {name} has no row {feature}; it has {array.shape[0]}")
+        number, place = divmod(feature, array.chunks[0])
+        return self._chunk(name, number)[place]
 
     def column(self, name: str) -> np.ndarray:
         """A whole panel [d_sae, …], for the table of all features."""
@@ -200,8 +207,11 @@ class FeatureIndex:
     def _slice(self, name: str, group: int, n_groups: int, what: str) -> slice:
         if not 0 <= group < n_groups:
             raise StoreError(f"{self.path}: {what} {group} is outside 0..{n_groups - 1}")
-        lo, hi = np.asarray(self._array(name)[group : group + 2]).tolist()
+        lo, hi = self._pointers(name)[group : group + 2].tolist()
         return slice(lo, hi)
+
+    def _read_pointers(self, name: str) -> np.ndarray:
+        return np.asarray(self._array(name)[:])
 
     def _context(self, name: str, context: int) -> np.ndarray:
         if not 0 <= context < self.n_contexts:
@@ -212,7 +222,9 @@ class FeatureIndex:
     def _read_chunk(self, name: str, number: int) -> np.ndarray:
         array = self._array(name)
         per_chunk = array.chunks[0]
-        return np.asarray(array[number * per_chunk : (number + 1) * per_chunk])
+        chunk = np.asarray(array[number * per_chunk : (number + 1) * per_chunk])
+        chunk.setflags(write=False)
+        return chunk
 
     def _open_array(self, name: str) -> zarr.Array:
         array = self._root[name]

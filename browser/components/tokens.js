@@ -75,9 +75,11 @@ function drawExample(data, example, e, g, drawn) {
 
 // Underlines what ablation changes, once effects.js has brought it for these very examples.
 function applyEffects(root, data, tokens) {
+  root.removeAttribute("data-underlined");
   const effects = window.__monosem_effects;
   root.effects = effects && data.key && effects.key === data.key ? effects : null;
   if (!root.effects) return;
+  root.dataset.underlined = data.key;
   for (const [place, found] of Object.entries(effects.examples)) {
     found.i.forEach((i, n) => {
       const token = tokens.get(place + "," + i);
@@ -164,6 +166,7 @@ export default function (component) {
   });
   drawn.append(tip);
   root.replaceChildren(drawn);
+  root.dataset.key = data.key || ""; // what is drawn now, for whoever waits for it
   applyEffects(root, data, tokens);
   if (root.listener) window.removeEventListener("monosem-effects", root.listener);
   root.listener = () => applyEffects(root, data, tokens);

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import streamlit as st
@@ -46,6 +49,28 @@ def load(entry: SaeEntry) -> Live:
             f"{found.model.weights_sha256[:12]}…, expected {sha256[:12]}…. What it computed would be wrong here."
         )
     return found
+
+
+_warmed: set[Path] = set()
+
+
+def warm(entry: SaeEntry) -> None:
+    """Loads the entry's model in the background, once, so that the first ablation or prompt need not wait for it.
+
+    What goes wrong there is told by the page that needs the model.
+    """
+    if entry.path in _warmed or not (entry.path / "sae.safetensors").is_file():
+        return
+    _warmed.add(entry.path)
+    threading.Thread(target=_warm, args=(entry,), daemon=True, name="warm").start()
+
+
+def _warm(entry: SaeEntry) -> None:
+    from browser.live import prompts
+
+    with contextlib.suppress(ValueError, OSError):
+        loaded = load(entry)
+        prompts.inspect(loaded, entry, prompts.encode(loaded, "one two"))  # the kernels are compiled at first use
 
 
 @st.cache_resource(max_entries=2, show_spinner="Loading the model …")

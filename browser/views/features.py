@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ def show(page: Page) -> None:
     _summary(page, table)
     shown = _filters(page, table)
     _table(shown)
+    sort = st.session_state.get("sort", "")
+    st.html(f'<i id="features-done" data-shown="{len(shown)}" data-sort="{html.escape(str(sort))}"></i>')
     left, right = st.columns([0.8, 0.2], vertical_alignment="center")
     left.caption(
         f"{len(shown):,} of {len(table):,} features. Select a row to open its feature; a click on "

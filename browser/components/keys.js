@@ -1,0 +1,58 @@
+// Keys that no button has: "/" goes to the search of the page, "?" shows the keys, Escape leaves either.
+// data: {keys: [[key, what it does]]}
+function element(tag, name, text) {
+  const node = document.createElement(tag);
+  if (name) node.className = name;
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+
+function writing(event) {
+  const at = event.composedPath()[0];
+  return at instanceof HTMLElement && (at.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(at.tagName));
+}
+
+// The page's own search box where it has one, else the number of the feature.
+function search() {
+  const boxes = ["Search", "Token", "Find", "Feature"].map((name) =>
+    [...document.querySelectorAll("input[aria-label]")].find((box) => box.ariaLabel === name && box.offsetParent));
+  return boxes.find(Boolean);
+}
+
+export default function (component) {
+  const { data, parentElement } = component;
+  let help = parentElement.querySelector(".keys");
+  if (!help) {
+    help = element("dialog", "keys");
+    help.setAttribute("aria-label", "Keys");
+    parentElement.append(help);
+  }
+  const list = element("dl");
+  for (const [key, what] of data.keys) {
+    const name = element("dt");
+    for (const each of key.split(" ")) name.append(element("kbd", "", each));
+    list.append(name, element("dd", "", what));
+  }
+  help.replaceChildren(element("div", "title", "Keys"), list);
+  help.onclick = () => help.close();
+  const pressed = (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "Escape" && writing(event)) { event.composedPath()[0].blur(); return; }
+    if (writing(event)) return;
+    if (event.key === "?") {
+      event.preventDefault();
+      if (help.open) help.close(); else help.showModal();
+    } else if (event.key === "/") {
+      const box = search();
+      if (!box) return;
+      event.preventDefault();
+      help.close();
+      box.focus();
+      box.select();
+    }
+  };
+  if (help.listener) document.removeEventListener("keydown", help.listener);
+  help.listener = pressed;
+  document.addEventListener("keydown", pressed);
+  return () => document.removeEventListener("keydown", pressed);
+}
