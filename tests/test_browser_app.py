@@ -78,7 +78,10 @@ def test_feature_page_sends_groups_of_tokens(visit: Any, root: Path) -> None:
     (sent,) = tokens_of(page)
     assert sent["max"] == pytest.approx(values.max())
     titles = [group["title"] for group in sent["groups"]]
-    assert titles == ["Top activations", *(f"Interval {i}" for i in range(11, 0, -1)), "Bottom activations", "Controls"]
+    assert titles == [
+        "Top activations", *(f"Interval {i}" for i in range(11, 0, -1)), "Bottom activations", "Controls",
+        "Hard negatives: its tokens", "Hard negatives: its neighbour",
+    ]  # fmt: skip
     top = sent["groups"][0]["examples"]
     assert [e["value"] for e in top] == sorted((e["value"] for e in top), reverse=True)
     assert top[0]["value"] == pytest.approx(values.max())
@@ -88,9 +91,9 @@ def test_feature_page_sends_groups_of_tokens(visit: Any, root: Path) -> None:
     weakest = [e["value"] for e in sent["groups"][12]["examples"]]
     assert weakest == sorted(weakest)
     fired = set(rows.tolist())
-    controls = sent["groups"][13]["examples"]
+    controls, its_tokens, its_neighbour = (group["examples"] for group in sent["groups"][13:])
     assert len(controls) == 20
-    for control in controls:
+    for control in [*controls, *its_tokens, *its_neighbour]:
         assert control["value"] == 0
         assert control["context"] * index.seq_len + control["start"] + control["hit"] not in fired
 
@@ -107,13 +110,39 @@ def test_a_range_of_activations_comes_from_the_url(visit: Any, root: Path) -> No
     assert page.session_state["range"] == ""
 
 
+def test_intervals_by_rank_hold_as_many_firings_each(visit: Any) -> None:
+    page = visit(view="Feature", feature=str(DNA), division="rank", intervals="4", single="false")
+    (sent,) = tokens_of(page)
+    notes = {group["title"]: group["note"] for group in sent["groups"]}
+    shares = [float(re.findall(r"([\d.]+)%", notes[f"Rank interval {i}"])[0]) for i in (4, 3, 2, 1)]
+    assert shares == pytest.approx([25] * 4, abs=1.5)
+    assert "the 20 weakest firings" in notes["Bottom activations"]
+
+
+def test_a_range_of_logit_weights_needs_the_model_and_says_so(visit: Any) -> None:
+    page = visit(view="Feature", feature=str(DNA), weights="0.5…2")
+    (sent,) = tokens_of(page)
+    group = next(g for g in sent["groups"] if g["title"] == "Your logit weights")
+    assert "no sae.safetensors" in group["note"]
+    assert group["examples"] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "bounds"),
+    [("1.5-3", (1.5, 3)), ("-0.5…1.2", (-0.5, 1.2)), ("2 , 1e1", (2, 10)), ("2,1", (1, 2)), ("-2–-1", (-2, -1)),
+     ("", None), ("x–3", None), ("1e999…2e999", None), ("3…3", None)],
+)  # fmt: skip
+def test_ranges_as_they_are_typed_and_dragged(text: str, bounds: tuple[float, float] | None) -> None:
+    assert feature_examples.parse_range(text) == bounds
+
+
 def test_lists_of_the_feature_page(visit: Any) -> None:
     page = visit(view="Feature", feature=str(HOSTILE))
     (lists,) = [p["lists"] for p in payloads(page.main) if "lists" in p]
     titles = {each["title"] for each in lists}
     assert {"Raises", "Lowers", "Fires next", "Fires together", "Similar activations", "Aligned neurons"} <= titles
     (charts,) = [p["charts"] for p in payloads(page.main) if "charts" in p]
-    assert [chart["which"] for chart in charts] == ["acts", "logits"]
+    assert [chart["which"] for chart in charts] == ["range", "weights"]
     assert "label by rule" in html(page)
 
 
@@ -153,7 +182,7 @@ def test_dead_feature_explains_itself(visit: Any) -> None:
     page = visit(view="Feature", feature=str(DEAD))
     assert f"Feature {DEAD} is dead" in html(page)
     assert tokens_of(page) == []
-    assert len(payloads(page.main)) == 2  # what its weights say is still there
+    assert any("lists" in p for p in payloads(page.main))  # what its weights say is still there
 
 
 def test_previous_and_next_go_round_the_ends(visit: Any) -> None:

@@ -67,6 +67,49 @@ def test_intervals_partition_the_firings(values: list[int], per_interval: int, s
     assert sum(each.count for each in found) == len(values)
 
 
+@given(
+    values=st.lists(st.integers(1, 60), min_size=1, max_size=80),
+    n=st.integers(1, 20),
+)
+def test_intervals_by_rank_partition_the_firings(values: list[int], n: int) -> None:
+    value, row = np.array(values, np.float32), np.arange(len(values))
+    found = data.intervals(row, value, per_interval=len(values), seed=0, n=n, by_rank=True)
+    assert sorted(r for each in found for r in each.rows.tolist()) == row.tolist()
+    for each in found:
+        assert all(each.low < value[r] <= each.high for r in each.rows)
+    if len(set(values)) == len(values):
+        counts = [each.count for each in found]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_hard_negatives_are_silent_and_look_alike(index: FeatureIndex, acts: np.ndarray) -> None:
+    tokens, keep = index.all_tokens.reshape(-1), index.all_kept.reshape(-1)
+    for feature in (5, DENSE, 20):
+        rows, _ = index.firings(feature)
+        ids, counts = np.unique(tokens[rows], return_counts=True)
+        fifth = np.sort(counts)[-5:][0]
+        alike = data.same_token_rows(index, rows, 10, 0)
+        assert (acts[alike, feature] == 0).all()
+        assert keep[alike].all()
+        assert all(counts[ids == tokens[row]] >= fifth for row in alike)
+        nearest, strong = data.neighbour_rows(index, feature, rows, 10, 0)
+        assert nearest == index.panel("neighbours/id", feature)[0]
+        its = acts[:, nearest]
+        assert (acts[strong, feature] == 0).all()
+        assert (its[strong] >= np.median(its[its > 0])).all()
+
+
+def test_firings_that_a_token_follows(index: FeatureIndex, acts: np.ndarray) -> None:
+    tokens = index.all_tokens.reshape(-1)
+    rows, values = index.firings(DENSE)
+    wanted = np.unique(tokens)[::7]
+    expected = [r for r in rows.tolist() if (r + 1) % SEQ_LEN and tokens[r + 1] in wanted]
+    drawn, n = data.rows_before_tokens(index, rows, values, wanted, 10_000, 0)
+    assert n == len(expected)
+    assert sorted(drawn.tolist()) == expected
+    assert (np.diff(acts[drawn, DENSE]) <= 0).all()
+
+
 def test_interval_draws_are_uniform_and_follow_the_seed() -> None:
     rows, values = np.arange(10), np.ones(10, np.float32)  # all in the highest interval
     drawn = np.zeros(10)

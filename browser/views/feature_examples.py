@@ -20,7 +20,7 @@ from browser.tokens import Piece, label, pieces, plain_markdown
 
 CONTEXTS = {"short": (10, 6), "medium": (22, 12), "whole": (1 << 20, 1 << 20)}
 N_TOP, PER_INTERVAL, N_BOTTOM, N_CONTROLS, N_HARD, N_RANGE = 20, 5, 20, 20, 10, 20
-DIVISIONS = {"even": "even activation", "rank": "rank (as many firings each)"}
+DIVISIONS = ["activation", "rank"]
 NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
 HELP = (
     "Orange is the activation on that token, in proportion to this feature's maximum. The underline is the ablation "
@@ -76,7 +76,11 @@ def _settings() -> Sampling:
     )
     with more.popover("Sampling", icon=":material/tune:", width="stretch"):
         division = st.selectbox(
-            "Intervals by", list(DIVISIONS), format_func=DIVISIONS.__getitem__, key="division", bind="query-params"
+            "Intervals by",
+            DIVISIONS,
+            key="division",
+            bind="query-params",
+            help="activation: of equal width. rank: with as many firings each.",
         )
         count = st.number_input("Intervals", 1, 20, data.N_INTERVALS, key="intervals", bind="query-params")
         single = st.toggle(
