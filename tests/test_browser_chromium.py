@@ -158,6 +158,55 @@ def test_keyboard_goes_to_the_next_feature_and_neighbours_open(page: Any, site: 
     wait_feature(page, 4)
 
 
+def test_slash_goes_to_the_search_and_question_mark_lists_the_keys(page: Any, site: str) -> None:
+    page.goto(site)
+    page.wait_for_selector("#features-done", state="attached")
+    wait_idle(page)
+    page.keyboard.press("?")
+    keys = page.get_by_role("dialog", name="Keys")
+    keys.wait_for()
+    assert "next feature" in keys.text_content()
+    page.keyboard.press("Escape")
+    keys.wait_for(state="hidden")
+    page.keyboard.press("/")
+    page.keyboard.type("the?/")  # in a box they are letters
+    assert page.locator('input[aria-label="Search"]').input_value() == "the?/"
+    assert keys.count() == 0
+    page.keyboard.press("Escape")
+    page.goto(f"{site}?view=Feature&feature=4")
+    wait_feature(page, 4)
+    page.keyboard.press("/")
+    page.keyboard.type("6")
+    page.keyboard.press("Enter")
+    wait_feature(page, 6)
+
+
+def drag(page: Any, chart: int, low: float, high: float) -> None:
+    """Drags over the histogram number `chart` between two shares of its width."""
+    box = page.locator(".charts .plot").nth(chart).bounding_box()
+    y = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + low * box["width"], y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + high * box["width"], y, steps=4)
+    page.mouse.up()
+
+
+def test_a_range_dragged_over_the_activations_shows_its_examples(page: Any, site: str) -> None:
+    page.goto(f"{site}?view=Feature&feature=4")
+    page.wait_for_selector(".groups .tok")
+    wait_feature(page, 4)
+    most = float(page.locator(".group .note").first.text_content().removeprefix("max "))
+    drag(page, 0, 0.25, 0.75)
+    group = page.locator(".group", has_text="Your range")
+    group.wait_for()
+    values = [float(text) for text in group.locator(".example .value").all_text_contents()]
+    assert values
+    assert all(0.24 * most <= value <= 0.76 * most for value in values)
+    assert "range=" in page.url
+    page.go_back()
+    group.wait_for(state="detached")
+
+
 def test_dark_theme(dark_page: Any, site: str) -> None:
     dark_page.goto(f"{site}?view=Feature&feature=0")
     dark_page.wait_for_selector(".tok.on")

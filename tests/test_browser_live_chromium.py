@@ -10,7 +10,7 @@ from urllib.parse import quote
 import pytest
 from browser_fixture import HOSTILE_TOKENS
 from browser_live_fixture import D_SAE, NAMES, build_live_root
-from test_browser_chromium import _watched, chromium, pytestmark, served, wait_feature, wait_idle  # noqa: F401
+from test_browser_chromium import _watched, chromium, drag, pytestmark, served, wait_feature, wait_idle  # noqa: F401
 
 from sae.lm import NativeModel
 
@@ -100,6 +100,33 @@ def test_a_click_on_the_map_opens_a_feature(page: Any, site: str) -> None:
     assert f"feature={where[2]}" in page.url
     page.go_back()
     page.wait_for_selector(".map canvas")
+
+
+def test_a_range_dragged_over_the_logit_weights_shows_what_they_follow(page: Any, site: str) -> None:
+    visit(page, site, "Feature", feature="7")
+    page.wait_for_selector("#ablated", state="attached")
+    wait_idle(page)
+    drag(page, 1, 0.3, 0.9)
+    group = page.locator(".group", has_text="Your logit weights")
+    group.wait_for()
+    assert "firings are followed by one" in group.locator(".note").text_content()
+    assert group.locator(".example").count() > 0
+    assert "weights=" in page.url
+
+
+def test_a_text_of_ones_own_is_coloured_by_the_feature(page: Any, site: str) -> None:
+    visit(page, site, "Feature", feature="7")
+    page.wait_for_selector("#ablated", state="attached")
+    wait_idle(page)
+    page.get_by_text("Try a text").click()
+    box = page.get_by_label("Text", exact=True)
+    box.fill("the quick <b>fox</b>")
+    box.press("Control+Enter")
+    page.wait_for_selector("#tried-done", state="attached")
+    tried = page.locator(".group", has_text="Your text")
+    tried.locator(".tok").first.wait_for()
+    shown = "".join(tried.locator(".tok").all_text_contents())
+    assert shown.endswith("the quick <b>fox</b>")
 
 
 def test_hostile_prompts_are_text(page: Any, site: str) -> None:

@@ -6,6 +6,7 @@ from sae.pipeline.describing import describe
 from sae.pipeline.dictionaries import feature_max, feature_units, open_rows, train
 from sae.pipeline.dumps import DUMP_FORMATS, import_dump
 from sae.pipeline.exchange import EXPORT_FORMATS, IMPORT_FORMATS, export, import_dictionary
+from sae.pipeline.feature_text import describe_feature, feature_text
 from sae.pipeline.living import Live
 from sae.pipeline.measuring import evaluate, index
 from sae.pipeline.pairing import PipelineError, open_pair
@@ -38,9 +39,11 @@ __all__ = [
     "compare",
     "controls",
     "describe",
+    "describe_feature",
     "evaluate",
     "export",
     "feature_max",
+    "feature_text",
     "feature_units",
     "forecast_harvest",
     "harvest",
