@@ -6,6 +6,7 @@ Each text of a feature is a context; its document's name is the group it was sam
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -37,9 +38,16 @@ def groups(index: FeatureIndex, feature: int, *, before: int, after: int) -> lis
         row = context * index.seq_len + hit
         found.setdefault(index.document_of(row)[0], []).append(row)
     return [
-        (title, len(own), examples(index, rows, values, np.array(own[:MAX_TEXTS]), before=before, after=after))
+        (title, len(own), [_unpadded(index, example) for example in shown])
         for title, own in found.items()
+        for shown in [examples(index, rows, values, np.array(own[:MAX_TEXTS]), before=before, after=after)]
     ]
+
+
+def _unpadded(index: FeatureIndex, example: Example) -> Example:
+    """The example without what fills its context up to the longest text of the dump."""
+    n = int(index.keep_at(example.context).sum()) - example.start
+    return replace(example, token_ids=example.token_ids[:n], shown=example.shown[:n], acts=example.acts[:n])
 
 
 def effects(index: FeatureIndex, shown: Sequence[Example]) -> Effects:

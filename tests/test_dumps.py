@@ -170,6 +170,10 @@ def test_a_dump_in_the_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (shown,) = (p for p in payloads(page.main) if "groups" in p)
     assert [group["title"] for group in shown["groups"]] == ["Top", "Subsample <interval> 1"]
     assert "Controls" not in json.dumps(shown)
+    drawn = [[shown["vocab"][v][1] for v in e["v"]] for group in shown["groups"] for e in group["examples"]]
+    assert [len(tokens) for tokens in drawn] == [len(TEXTS[i]) for i in (1, 2, 0)]  # and none that fills up
+    assert "".join(text for pieces in drawn[0] for kind, text in pieces) == "".join(TEXTS[1])
+    assert drawn[1][1:3] == [[["hex", "c3"]], [["text", "ï"]]]
     charts = next(p for p in payloads(page.main) if "charts" in p)["charts"]
     assert charts[0]["bars"] == [[0, 1, 8], [1, 2, 2]]
     effects = next(p for p in payloads(page.main) if "examples" in p)["examples"]

@@ -145,7 +145,8 @@ def provenance(page: Page) -> str:
     if page.index.sampled:
         imported = page.entry.config.get("imported") or {}
         return (
-            f"{page.entry.id} · {recipe}, imported from {imported.get('files', '?')} files · {name} "
+            f"{page.entry.id} · {recipe}, imported from {imported.get('files', '?')} files · "
+            f"{'unknown model' if name == '?' else name} "
             f"{attributes.get('hook_point', '')} · {page.index.kept_tokens:,} tokens of sampled text"
         )
     return (

@@ -30,7 +30,7 @@ def show(page: Page) -> None:
     before, after = CONTEXTS[str(window)]
     found = dumps.groups(page.index, page.feature, before=before, after=after)
     groups = [
-        Group(name, f"{n:,} texts" + (f", {len(shown)} shown" if len(shown) < n else ""), shown)
+        Group(name, f"{n:,} text{'s' if n != 1 else ''}" + (f", {len(shown)} shown" if len(shown) < n else ""), shown)
         for name, n, shown in found
     ]
     largest = max((float(e.acts.max()) for g in groups for e in g.examples), default=1.0)

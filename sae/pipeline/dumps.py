@@ -29,7 +29,7 @@ N_LOGITS, N_NEURONS = 20, 10
 class _Survey:
     """What must be known before the first text is written."""
 
-    vocabulary: dict[bytes, int] = field(default_factory=dict)
+    vocabulary: dict[bytes, int] = field(default_factory=lambda: {b"": 0})  # 0 fills shorter texts up
     groups: dict[tuple[str, str], int] = field(default_factory=dict)  # (title, file) → document number
     sha256: dict[str, str] = field(default_factory=dict)
     found: dict[int, str] = field(default_factory=dict)  # feature → file
@@ -113,7 +113,7 @@ def _write(out: Path, paths: Sequence[Path], format: str, survey: _Survey, d_sae
     writer = FeatureWriter(
         out / "features.zarr", d_sae=d_sae, seq_len=survey.longest, n_contexts=n_contexts,
         attributes={"sampled": True, "hook_point": place, "model": {"id": model or "?"}, "provenance": {"dump": name}},
-        vocabulary=list(survey.vocabulary) or [b""],
+        vocabulary=list(survey.vocabulary),
         documents=[(title, file, "", survey.sha256[file]) for title, file in survey.groups],
     )  # fmt: skip
     try:
