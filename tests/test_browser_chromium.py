@@ -161,7 +161,7 @@ def test_keyboard_goes_to_the_next_feature_and_neighbours_open(page: Any, site: 
 def test_slash_goes_to_the_search_and_question_mark_lists_the_keys(page: Any, site: str) -> None:
     page.goto(site)
     page.wait_for_selector("#features-done", state="attached")
-    wait_idle(page)
+    page.wait_for_selector("dialog.keys", state="attached")
     page.keyboard.press("?")
     keys = page.get_by_role("dialog", name="Keys")
     keys.wait_for()
@@ -175,6 +175,7 @@ def test_slash_goes_to_the_search_and_question_mark_lists_the_keys(page: Any, si
     page.keyboard.press("Escape")
     page.goto(f"{site}?view=Feature&feature=4")
     wait_feature(page, 4)
+    page.wait_for_selector("dialog.keys", state="attached")
     page.keyboard.press("/")
     page.keyboard.type("6")
     page.keyboard.press("Enter")
