@@ -14,6 +14,7 @@ from sae.model import SAE
 
 ENCODER_SHARE_OF_ALIVE_NORM = 0.2
 MEDIAN_ROWS = 16_384
+ROWS_AT_ONCE = 1024
 SEED_ROWS = 32_768
 THRESHOLD_ROWS = 2048
 POOL_PER_DEAD = 4
@@ -167,9 +168,12 @@ def initialise_(
             sae.threshold.fill_(_least_of_largest(pre, l0) if l0 else threshold)
         if not sae.pre_bias:  # as with one, to start
             sae.b_enc.copy_(-sae.b_dec @ sae.W_enc)
-        x = sample[:MEDIAN_ROWS] - sae.b_dec
-        x_hat = sae.reconstruct(sample[:MEDIAN_ROWS]) - sae.b_dec
-        best = (x * x_hat).sum() / x_hat.pow(2).sum().clamp_min(1e-12)
+        along, length = sample.new_zeros(()), sample.new_zeros(())
+        for part in sample[:MEDIAN_ROWS].split(ROWS_AT_ONCE):  # dense activations of all would outweigh all of training
+            x_hat = sae.reconstruct(part) - sae.b_dec
+            along += ((part - sae.b_dec) * x_hat).sum()
+            length += x_hat.pow(2).sum()
+        best = along / length.clamp_min(1e-12)
         sae.W_enc.mul_(best)
         if sae.activation == "jumprelu":
             sae.threshold.mul_(best)

@@ -23,7 +23,7 @@ from sae.recipes import Recipe
 from sae.rows import Rows
 
 STATE = "state.safetensors"
-SCALE_ROWS = 65_536
+SCALE_ROWS, SCALE_ROWS_AT_ONCE = 65_536, 4096
 TIED_FREE_NORM = 0.1  # of decoder rows that are free, at the start; unit rows start at 1
 
 
@@ -146,7 +146,8 @@ def _adam(sae: SAE, kernels: Kernels, config: TrainConfig, recipe: Recipe) -> op
 
 
 def _scale(sample: Tensor, width: int) -> float:
-    mean_square = sample.double().pow(2).sum(-1).mean().item()
+    # By parts: in float64 the whole sample and its squares would be the most memory that a run ever takes.
+    mean_square = sum(part.double().pow(2).sum().item() for part in sample.split(SCALE_ROWS_AT_ONCE)) / len(sample)
     if not mean_square > 0:
         raise ValueError("training: every sampled activation is zero; is the hook point right?")
     return math.sqrt(width / mean_square)
