@@ -55,6 +55,7 @@ BREACHES = [
     ("sae/indexing.py", "import umap", "umap has one door"),
     ("sae/report.py", "import scipy", "scipy, scikit-learn and pyarrow have one room"),
     ("sae/lm/base.py", "import huggingface_hub", "huggingface_hub has one door"),
+    ("sae/progress.py", "import wandb", "trackers have one door"),
     ("sae/training.py", "import triton", "triton has one room"),
     ("sae/optim.py", "import numba", "numba has one door"),
     ("sae/losses.py", "import sae.tokenizer", "the trainer runs on a bare machine"),

@@ -94,11 +94,11 @@ def seen(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, object]:
 def test_a_config_file_gives_settings_and_flags_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "train.toml"
     file.write_text(
-        'acts = "a"\nout = "o"\nd-sae = 128\ntokens = 4000\nlr = 0.5\nset = ["exact=true"]\nbatch_tokens = 64\n'
+        'acts = "a"\nout = "o"\nd-sae = 128\ntokens = 4000\nl0 = 0.5\nset = ["exact=true"]\nbatch_tokens = 64\n'
     )
     call = seen(monkeypatch, "train", "--config", str(file), "--d-sae", "256", "--out=elsewhere")
     assert (call["acts"], call["out"], call["d_sae"], call["tokens"]) == ("a", "elsewhere", 256, 4000)
-    assert call["config"] == {"lr": 0.5, "exact": True, "batch_tokens": 64}
+    assert call["config"] == {"target_l0": 0.5, "exact": True, "batch_tokens": 64}
 
 
 def test_a_flag_that_repeats_replaces_the_files_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_a_config_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[
         ("harvest --model M --text T --out T/acts.zarr --tokens 64", "made-up.jsonl"),
         ("train --acts nowhere --out O", "nowhere"),
         ("train --acts A --out O --recipe topkk", "Did you mean 'topk'?"),
-        ("train --acts A --out O --l1 3", "no L1 penalty"),
+        ("train --acts A --out O --set l1=3", "no L1 penalty"),
         ("train --acts A --out O --tokens 5", "less than one batch"),
         ("train --acts A --out O --hook-point other", "blocks.0.mlp.hook_post"),
         ("eval nowhere", "is not a dictionary"),

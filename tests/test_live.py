@@ -292,7 +292,7 @@ def test_a_text_of_held_out_documents_alone_is_refused(tiny_model: NativeModel) 
 def training(model: object, text: object, out: Path) -> list[str]:
     return [
         "train", "--live", str(model), "--text", str(text), "--out", str(out), "--recipe", "towards-monosemanticity",
-        "--d-sae", "96", "--tokens", str(600 * 256), "--batch-tokens", "256", "--l1", "60", "--lr", "0.01",
+        "--d-sae", "96", "--tokens", str(600 * 256), "--batch-tokens", "256", "--set", "l1=60", "--set", "lr=0.01",
     ]  # fmt: skip
 
 

@@ -22,8 +22,8 @@ from sae.rundir import cut_log
 
 RECIPES = {
     # l1 and the learning rate are high so that features die and every resampling event has work
-    "towards-monosemanticity": ["--l1", "60", "--lr", "0.01"],
-    "topk": ["--l0", "4", "--lr", "0.02"],
+    "towards-monosemanticity": ["--set", "l1=60", "--set", "lr=0.01"],
+    "topk": ["--l0", "4", "--set", "lr=0.02"],
 }
 OTHERS = [recipe for recipe in ALL if recipe not in RECIPES]
 PLACES = ("blocks.0.mlp.hook_in", "blocks.0.hook_resid_mid", "blocks.0.mlp.hook_post", "blocks.0.hook_mlp_out")
@@ -157,7 +157,7 @@ def test_every_other_recipe_killed_twice_ends_in_the_same_bytes(
 ) -> None:
     """Killed for good while it saves at every step: before and after its first resampling, or anywhere else."""
     hooks = PLACES[::3] if recipe == "transcoder" else PLACES[2:3]
-    small = ["--d-sae", 48, "--tokens", 200 * 64, "--batch-tokens", 64, "--lr", 0.01]
+    small = ["--d-sae", 48, "--tokens", 200 * 64, "--batch-tokens", 64, "--set", "lr=0.01"]
     command = ["train", "--acts", places, "--recipe", recipe, *small, *(f"--hook-point={hook}" for hook in hooks)]
     assert commands.run(*command, "--out", tmp_path / "whole") == 0
     out, rng = tmp_path / "sae", random.Random(time.time_ns())

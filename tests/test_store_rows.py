@@ -72,7 +72,7 @@ def test_training_logs_how_well_its_batches_are_mixed(
 
 
 def test_memory_decides_the_order_so_a_run_goes_on_with_the_same(tiny_store: Path, tmp_path: Path) -> None:
-    command = ["train", "--acts", str(tiny_store), "--out", str(tmp_path / "d"), "--d-sae", "24", "--k", "2",
+    command = ["train", "--acts", str(tiny_store), "--out", str(tmp_path / "d"), "--d-sae", "24", "--l0", "2",
                "--tokens", "512", "--batch-tokens", "128", "--device", "cpu"]  # fmt: skip
     assert main([*command, "--max-ram", "100k"]) == 0
     assert json.loads((tmp_path / "d" / "config.json").read_text())["store"]["max_ram_bytes"] == 100_000

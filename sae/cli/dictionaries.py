@@ -31,11 +31,12 @@ def train(verbs: Any) -> None:
     verb.add_argument("--l0", type=float, help="active features per token wanted: sets k, or finds λ while training")
     verb.add_argument("--tokens", type=int, help="rows seen (default: four epochs of the store; 4M live)")
     verb.add_argument("--batch-tokens", type=int, help="rows per step")
-    verb.add_argument("--lr", type=float, help="peak learning rate")
-    verb.add_argument("--l1", type=float, help="λ on inputs scaled to E‖x‖² = d_in (config.json has other conventions)")
     verb.add_argument("--seed", type=int, default=0, help="of initialisation and row order")
     verb.add_argument(
-        "--set", action="append", metavar="NAME=VALUE", help="any other setting, e.g. exact=true or multi_k=4; repeats"
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        help="any other setting, e.g. lr=5e-4, l1=3 or exact=true; repeats",
     )
     verb.add_argument(
         "--hook-point",
@@ -72,7 +73,7 @@ def _run_train(args: argparse.Namespace) -> int:
     from sae import pipeline
     from sae.config import parsed
 
-    settings = {name: getattr(args, name) for name in ("batch_tokens", "lr", "l1")} | {"target_l0": args.l0}
+    settings = {"batch_tokens": args.batch_tokens, "target_l0": args.l0}
     given = {name: value for name, value in settings.items() if value is not None}
     hook_point, target_hook_point = (*(args.hook_point or []), None, None)[:2]
     if bool(args.acts) == bool(args.live) or bool(args.live) != bool(args.text):

@@ -36,6 +36,8 @@ def _run_info(args: argparse.Namespace) -> int:
     from sae.report import description
 
     if args.feature is not None:
+        if not args.path:
+            raise ValueError("--feature is of a dictionary: name its directory before it.")
         feature = pipeline.describe_feature(args.path, args.feature)
         print(json.dumps(feature, indent=2, ensure_ascii=False) if args.json else pipeline.feature_text(feature))
         return 0
