@@ -21,6 +21,7 @@ OPTIONS = {
     "server.enableStaticServing": "false",
     "server.fileWatcherType": "none",
     "browser.gatherUsageStats": "false",
+    "server.showEmailPrompt": "false",  # Streamlit asks for one on its first run, and waits
     "client.toolbarMode": "minimal",
     "runner.magicEnabled": "false",
     "global.disableWidgetStateDuplicationWarning": "true",  # deep links set what callbacks set
