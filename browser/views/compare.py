@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import altair as alt
 import numpy as np
 import pandas as pd
@@ -201,10 +203,18 @@ def _children(page: Page, other: SaeEntry, found: Comparison) -> None:
     )  # fmt: skip
 
 
+def _of_one_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether one hash is recorded in both: dictionaries of the first versions have only what is now the older one."""
+    one, other = (config.get("model") or {} for config in (a, b))
+    hashes = ({model.get(key) for key in ("sha256", "older_sha256")} - {None} for model in (one, other))
+    return one == other or not set.isdisjoint(*hashes)
+
+
 def _by_weights(page: Page, other: SaeEntry) -> None:
     """Without a comparison on text: decoder cosines, where the two have the same space."""
     command = f"sae compare {page.entry.path} {other.path}"
-    same = all(page.entry.config.get(key) == other.config.get(key) for key in ("model", "hook_point", "d_in"))
+    configs = (page.entry.config, other.config)
+    same = _of_one_model(*configs) and all(configs[0].get(key) == configs[1].get(key) for key in ("hook_point", "d_in"))
     if not same:
         state.explain(
             "These two read different activations",
