@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_store import write_store
 from safetensors.numpy import load_file, save_file
 
 from sae import harvesting, pipeline
@@ -75,22 +76,6 @@ def timed(into: dict[str, float], name: str) -> Iterator[None]:
 
 def made_rows(rows: int, d_in: int) -> np.ndarray:
     return np.maximum(np.random.default_rng(0).normal(size=(rows, d_in)), 0).astype(np.float16)
-
-
-def write_store(path: Path, acts: np.ndarray, shard_rows: int) -> None:
-    contexts = shard_rows // SEQ_LEN
-    n_shards = len(acts) // shard_rows
-    store = ActivationStore.create(
-        path, hook_points={"h": acts.shape[1]}, seq_len=SEQ_LEN, contexts_per_shard=contexts,
-        n_shards={"heldout": 0, "train": n_shards}, dtype="float16", provenance={},
-    )  # fmt: skip
-    text = np.ones((contexts, SEQ_LEN), int)
-    with store.hold():
-        for shard in range(n_shards):
-            store.write_shard(
-                "train", shard, acts={"h": acts[shard * shard_rows : (shard + 1) * shard_rows]}, tokens=text,
-                keep=text > 0, document=text, documents={}, cursor={},
-            )  # fmt: skip
 
 
 def formats(rows: int, d_in: int, shard_rows: int, scratch: Path) -> list[dict[str, Any]]:
