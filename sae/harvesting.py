@@ -30,6 +30,7 @@ class ShardSink(Protocol):
 
     seq_len: int
     hook_points: dict[str, int]
+    dtype: dict[str, str]
     contexts_per_shard: int
     n_shards: dict[str, int]
 
@@ -187,11 +188,12 @@ def _emit(model: LanguageModel, sink: ShardSink, lane: Lane, count: int, write: 
     tokens, keep = packed(tokens, sink.seq_len, model.bos_id)
     present = np.unique(numbers).tolist()
     cursor = lane.cursor_after(present[-1]) if present else {"document": lane.document, "token": 0}
+    rows = _activations(model, sink.hook_points, tokens)
     write(
         count,
         lane.split,
         shard,
-        acts=_activations(model, sink.hook_points, tokens),
+        acts={hook: _rounded(rows[hook], dtype) for hook, dtype in sink.dtype.items()},
         tokens=tokens,
         keep=keep,
         document=document,
@@ -213,3 +215,16 @@ def _activations(model: LanguageModel, hook_points: dict[str, int], tokens: np.n
         for hook, captured in model.capture_all(part, list(hook_points)).items():
             torch.from_numpy(rows[hook][where]).copy_(captured.flatten(0, 1))
     return rows
+
+
+def _rounded(rows: np.ndarray, dtype: str) -> np.ndarray:
+    """In the dtype of the store, bfloat16 as its bits: torch rounds many times faster than numpy, to the same bits.
+
+    Rows with a value that does not fit stay as they are, for the store to name.
+    """
+    if dtype == "float32":
+        return rows
+    stored = torch.from_numpy(rows).to({"float16": torch.float16, "bfloat16": torch.bfloat16}[dtype])
+    if not stored.isfinite().all():
+        return rows
+    return (stored.view(torch.uint16) if dtype == "bfloat16" else stored).numpy()

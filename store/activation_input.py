@@ -13,6 +13,8 @@ from store.activation_layout import HOOK_NAME, SPLITS, acts_name
 from store.schema import StoreError, decode, encode, stored_dtype
 from store.shards import Document, as_document
 
+EXPONENT = {"float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80)}
+
 
 def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a store as they will be read back from JSON; StoreError if one is wrong."""
@@ -148,8 +150,10 @@ def _padded(array: np.ndarray, length: int, fill: int | bool) -> np.ndarray:
 def _check_finite(
     hook: str, rows: np.ndarray, stored: np.ndarray, dtype: str, first_context: int, seq_len: int
 ) -> None:
-    # All exponent bits set is how bfloat16 writes both inf and NaN.
-    finite = (stored & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(stored)
+    if dtype in EXPONENT:  # all its bits set is how a format writes both inf and NaN
+        finite = (stored.view(np.uint16) & EXPONENT[dtype]) != EXPONENT[dtype]
+    else:
+        finite = np.isfinite(stored)
     if finite.all():
         return
     bad = int(np.flatnonzero(~finite.all(axis=1))[0])

@@ -9,6 +9,8 @@ the rows that step n of an unbroken one got.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,7 +57,7 @@ class ShuffledRows:
         """Plan the epochs of a split's written shards; raises StoreError if no row is kept.
 
         `memory_bytes` bounds the rows held (in the dtype on disk) with their permutation and contexts; one shard's
-        rows are always held, and one more shard is in memory while it is read. `parts` counts with `pool_shards` alone.
+        rows are always held, and two more shards are in memory while they are read. `parts` counts with `pool_shards` alone.
         """
         if hook_point not in store.hook_points:
             known = ", ".join(store.hook_points)
@@ -235,13 +237,25 @@ class ShuffledRows:
             self._buffer = np.empty((largest, self.d_in), self._dtype)
             self._contexts_held = np.empty(largest, np.int64)
         end = 0
-        for place, size in zip(group.tolist(), sizes, strict=True):
+        for place, size, stored in zip(group.tolist(), sizes, self._stored(group), strict=True):
             start, end = end, end + size
             rows = self._kept_numbers(place)[self._part(epoch, place, part)]
-            stored = self.store.read_stored(self.split, int(self._shards[place]), self.hook_point)
             np.take(stored, rows, axis=0, out=self._buffer[start:end], mode="clip")  # unlike "raise" without a copy
             self._contexts_held[start:end] = self._first_contexts[place] + rows // self.store.seq_len
         self._pool_held = wanted
+
+    def _stored(self, group: np.ndarray) -> Iterator[np.ndarray]:
+        """Each shard's rows, the next one read and checked while the caller copies from this one."""
+
+        def read(place: int) -> np.ndarray:
+            return self.store.read_stored(self.split, int(self._shards[place]), self.hook_point)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="shards") as reader:
+            coming = reader.submit(read, group[0])
+            for place in group[1:]:
+                stored, coming = coming.result(), reader.submit(read, place)
+                yield stored
+            yield coming.result()
 
     def _kept_numbers(self, place: int) -> np.ndarray:
         """Numbers inside a shard of its kept rows, ascending. Kept in memory as bits: each part asks again."""

@@ -28,6 +28,8 @@ STORED_DTYPE: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(np.uint16),
     "float32": np.dtype(np.float32),
 }
+# The float32 value of every float16, by its bits: numpy widens one at a time, in software, several times slower.
+_WIDENED = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 PARTIAL_SUFFIX = ".partial"  # the same that zarr gives its own temporary files
 
 
@@ -85,6 +87,8 @@ def decode(stored: np.ndarray, dtype: str, out: np.ndarray | None = None) -> np.
         bits = values.view(np.uint32)
         bits[...] = stored
         bits <<= 16
+    elif dtype == "float16":
+        np.take(_WIDENED, stored.view(np.uint16), out=values, mode="clip")  # no index is out of bounds
     else:
         values[...] = stored
     return values

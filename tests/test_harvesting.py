@@ -19,6 +19,7 @@ from sae.lanes import LANES
 from sae.lm import NativeModel
 from sae.progress import Interrupted
 from store.activations import ActivationStore
+from store.schema import encode
 
 SEQ_LEN = 32
 BOS = 0
@@ -318,3 +319,15 @@ def test_a_budget_of_nothing_is_refused(arguments: tuple[int, int, int]) -> None
 def test_a_context_longer_than_the_models_is_refused(tmp_path: Path, tiny_model: NativeModel) -> None:
     with pytest.raises(pipeline.PipelineError, match="seq_len = 64"):
         pipeline.harvest(tiny_model, text_source(made_up_documents(9)), tmp_path / "a.zarr", tokens=64, seq_len=64)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_rows_are_rounded_to_the_bits_that_the_store_would_round_them_to(dtype: str) -> None:
+    values = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32) * 10.0 ** np.arange(-28, 4)
+    values[0, :4] = [0.0, -0.0, 6e-8, 2.9e-8]  # the smallest of float16, and what rounds to zero
+    assert np.array_equal(encode(harvesting._rounded(values, dtype), dtype), encode(values, dtype))
+
+
+def test_rows_that_do_not_fit_are_left_for_the_store_to_name() -> None:
+    values = np.array([[1.0, 1e5]], np.float32)
+    assert harvesting._rounded(values, "float16") is values

@@ -60,6 +60,12 @@ def test_bfloat16_bits_pass_through() -> None:
     assert np.array_equal(again, bits)
 
 
+def test_every_float16_widens_as_numpy_widens_it() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    for stored in (every, every.reshape(256, 256)[::-1, ::2]):
+        assert np.array_equal(decode(stored, "float16"), stored.astype(np.float32), equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_every_stored_value_survives(dtype: str) -> None:
     values = np.array([[0.0, -0.0, 1.5], [-2.0, 0.15625, 1024.0]], np.float64)
