@@ -69,7 +69,6 @@ def _top_bar(entries: dict[str, SaeEntry]) -> tuple[SaeEntry, str, int]:
         "Feature",
         0,
         max(1, last),
-        0,
         key="feature",
         bind="query-params",
         label_visibility="collapsed",

@@ -147,10 +147,16 @@ def control_rows(index: FeatureIndex, rows: np.ndarray, n: int, seed: int) -> np
     """Up to `n` rows drawn uniformly from the kept rows on which the feature does not fire, ascending."""
     rng = np.random.default_rng(seed)
     drawn = rng.choice(index.n_contexts * index.seq_len, min(8 * n, index.n_contexts * index.seq_len), replace=False)
-    place = np.minimum(np.searchsorted(rows, drawn), max(0, len(rows) - 1))
-    silent = drawn[rows[place] != drawn] if len(rows) else drawn
-    kept = [row for row in silent.tolist() if index.keep_at(row // index.seq_len)[row % index.seq_len]]
+    kept = [row for row in _silent(drawn, rows).tolist() if index.keep_at(row // index.seq_len)[row % index.seq_len]]
     return np.sort(np.array(kept[:n], np.int64))
+
+
+def _silent(candidates: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Those of the candidates that are not among the ascending `rows`."""
+    if not len(rows):
+        return candidates
+    place = np.minimum(np.searchsorted(rows, candidates), len(rows) - 1)
+    return candidates[rows[place] != candidates]
 
 
 def same_token_rows(index: FeatureIndex, rows: np.ndarray, n: int, seed: int, n_tokens: int = 5) -> np.ndarray:
@@ -158,8 +164,11 @@ def same_token_rows(index: FeatureIndex, rows: np.ndarray, n: int, seed: int, n_
     fires on most often, drawn uniformly, ascending."""
     ids, counts = np.unique(index.tokens_of(rows), return_counts=True)
     usual = ids[np.lexsort((ids, -counts))[:n_tokens]]
-    found = np.flatnonzero((np.isin(index.all_tokens, usual) & index.all_kept).reshape(-1))
-    return _drawn(found[~np.isin(found, rows)], n, seed)
+    is_usual = np.zeros(int(index.all_tokens.max(initial=0)) + 1, bool)
+    is_usual[usual] = True
+    found = (is_usual[index.all_tokens] & index.all_kept).reshape(-1)
+    found[rows] = False
+    return _drawn(np.flatnonzero(found), n, seed)
 
 
 def neighbour_rows(index: FeatureIndex, feature: int, rows: np.ndarray, n: int, seed: int) -> tuple[int, np.ndarray]:
@@ -170,7 +179,7 @@ def neighbour_rows(index: FeatureIndex, feature: int, rows: np.ndarray, n: int, 
         return -1, rows[:0]
     its_rows, its_values = index.firings(nearest)
     strong = its_rows[its_values >= np.median(its_values)] if len(its_rows) else its_rows
-    return nearest, _drawn(strong[~np.isin(strong, rows)], n, seed)
+    return nearest, _drawn(_silent(strong, rows), n, seed)
 
 
 def _drawn(rows: np.ndarray, n: int, seed: int) -> np.ndarray:

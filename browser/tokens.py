@@ -23,6 +23,8 @@ _VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
 
 def pieces(tokens: Sequence[bytes]) -> list[list[Piece]]:
     """One list of pieces for each of the neighbouring `tokens`."""
+    if all(map(bytes.isascii, tokens)):
+        return list(map(_ascii, tokens))
     shown: list[list[Piece]] = [[] for _ in tokens]
     pending: list[tuple[int, int]] = []  # (token, byte) of an unfinished character
     missing = 0
@@ -41,8 +43,9 @@ def pieces(tokens: Sequence[bytes]) -> list[list[Piece]]:
 
     for i, raw in enumerate(tokens):
         if raw.isascii():  # most tokens
-            give_up()
-            shown[i] = [("text", raw.decode())] if raw else []
+            if pending:
+                give_up()
+            shown[i] = _ascii(raw)
             continue
         for byte in raw:
             if pending and 0x80 <= byte < 0xC0:
@@ -69,6 +72,10 @@ def pieces(tokens: Sequence[bytes]) -> list[list[Piece]]:
                 add(i, "hex", f"{byte:02x}")
     give_up()
     return shown
+
+
+def _ascii(token: bytes) -> list[Piece]:
+    return [("text", token.decode())] if token else []
 
 
 @lru_cache(maxsize=1 << 16)

@@ -10,18 +10,25 @@ from sae.config import TrainConfig
 from sae.kernels.acts import FeatureActs
 
 LEVEL_RATE = 0.01  # of the running mean that becomes the level
-PATIENCE = 40  # a threshold has fallen from the level to zero after this many times 1 / min_density silent rows
+PATIENCE = 8  # a threshold has fallen from the level to zero after this many times 1 / min_density silent rows
 
 
 @torch.no_grad()
-def settle_(threshold: Float[Tensor, " d_sae"], acts: FeatureActs, step: int, config: TrainConfig) -> None:
+def settle_(
+    threshold: Float[Tensor, " d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    acts: FeatureActs,
+    step: int,
+    config: TrainConfig,
+) -> None:
     """Moves the thresholds by what a batch kept: those of inference, and the ranks within the next batch.
 
     `level ← mean over batches of the least kept (f + lift)`, `threshold = level − lift`,
-    `lift ← lift + level / PATIENCE · (min_density · rows − firings)`, between 0 and the level.
+    `lift ← lift + level / PATIENCE · (min_density · rows − firings)`, between 0 and the level;
+    what it would rise beyond the level is added to b_enc.
 
     A feature that fires less than on `min_density` of the rows is ranked higher until it does, gets gradients again
-    and learns; its value is not changed. Frequent features have no lift. With `min_density` = 0 all share the level.
+    and learns; its value is not changed unless it is nowhere above zero, where no rank helps. Frequent features have no lift. With `min_density` = 0 all share the level.
     Source: Bussmann et al. 2024 (arXiv 2412.06410), §3, for the level, E over batches of min{f : f > 0}; the lift is
     the loss-free balancing that Wang et al. 2024 (arXiv 2408.15664) found for experts.
     """
@@ -37,4 +44,5 @@ def settle_(threshold: Float[Tensor, " d_sae"], acts: FeatureActs, step: int, co
     if config.min_density:
         firings = torch.bincount(features, minlength=len(threshold))
         lift = lift + level / PATIENCE * (config.min_density * acts.n_rows - firings)
+        b_enc += (lift - level).clamp_min(0)
     threshold.copy_(level - lift.clamp_min(0).clamp_max(level))

@@ -228,7 +228,7 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     state.tokens_since_fired += len(scaled.x)
     state.tokens_since_fired[acts.fired()] = 0
     if recipe.activation == "batchtopk":
-        thresholds.settle_(state.sae.threshold, acts, state.step, config)
+        thresholds.settle_(state.sae.threshold, state.sae.b_enc, acts, state.step, config)
     if recipe.coefficient:
         penalty.search_(state.penalty, active.item(), state.step, config)
     if config.p_end < 1:

@@ -156,7 +156,11 @@ class Bench:
 def server_part(root: Path, sae: str, start: int, n: int) -> tuple[list[float], list[float]]:
     """Seconds, and processor seconds, of one run of the Feature page's script without ablation, as AppTest runs it."""
     os.environ[launch.ROOT_VARIABLE] = str(root)
+    from streamlit import config
     from streamlit.testing.v1 import AppTest
+
+    for option, value in launch.OPTIONS.items():
+        config.set_option(option, value == "true" if value in ("true", "false") else value)
 
     from browser import live
     from browser.views import feature_examples

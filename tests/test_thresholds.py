@@ -30,29 +30,34 @@ def batches(seed: int, n: int) -> list[torch.Tensor]:
     return list(torch.from_numpy(found).float())
 
 
-def by_hand(activations: list[torch.Tensor], min_density: float) -> np.ndarray:
-    """The docstring's recurrence, entry by entry in float64."""
-    level, lift = 0.0, np.zeros(D_SAE)
+def by_hand(activations: list[torch.Tensor], min_density: float) -> tuple[np.ndarray, np.ndarray]:
+    """The docstring's recurrence, entry by entry in float64: thresholds, and what was added to b_enc."""
+    level, lift, added = 0.0, np.zeros(D_SAE), np.zeros(D_SAE)
     for step, acts in enumerate(activations):
         dense = acts.double().numpy()
         least = min(dense[row, f] + lift[f] for row, f in zip(*dense.nonzero(), strict=True))
         level = least if step == 0 else (1 - LEVEL_RATE) * level + LEVEL_RATE * least
         for f in range(D_SAE):
             wanted = min_density * ROWS - (dense[:, f] > 0).sum()
-            lift[f] = min(level, max(0.0, lift[f] + (level / PATIENCE * wanted if min_density else 0.0)))
+            lift[f] = max(0.0, lift[f] + (level / PATIENCE * wanted if min_density else 0.0))
+            added[f] += max(0.0, lift[f] - level)
+            lift[f] = min(level, lift[f])
         level, lift = level - lift.min(), lift - lift.min()  # only differences of lifts rank
-    return level - lift
+    return level - lift, added
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("min_density", [0.0, 0.1, 0.2])
 def test_the_recurrence(min_density: float, sparse: bool) -> None:
     config = TrainConfig(min_density=min_density)
-    threshold = torch.zeros(D_SAE)
+    threshold, b_enc = torch.zeros(D_SAE), torch.full((D_SAE,), -1.0)
     for step, acts in enumerate(found := batches(0, 40)):
-        settle_(threshold, DenseActs(acts).sparse() if sparse else DenseActs(acts), step, config)
-    np.testing.assert_allclose(threshold, by_hand(found, min_density), rtol=1e-4)
+        settle_(threshold, b_enc, DenseActs(acts).sparse() if sparse else DenseActs(acts), step, config)
+    wanted, added = by_hand(found, min_density)
+    np.testing.assert_allclose(threshold, wanted, rtol=1e-4)
+    np.testing.assert_allclose(b_enc, added - 1, rtol=1e-4)
     assert (threshold[0] < threshold[2]) == (min_density > 0)
+    assert (b_enc[0] > -1) == (min_density > 0)  # never above zero: only its bias can bring it back
 
 
 @given(st.integers(0, 1000), st.floats(0, 0.2))
@@ -60,7 +65,7 @@ def test_the_recurrence(min_density: float, sparse: bool) -> None:
 def test_thresholds_lie_between_zero_and_the_level(seed: int, min_density: float) -> None:
     threshold = torch.zeros(D_SAE)
     for step, acts in enumerate(batches(seed, 12)):
-        settle_(threshold, DenseActs(acts), step, TrainConfig(min_density=min_density))
+        settle_(threshold, torch.zeros(D_SAE), DenseActs(acts), step, TrainConfig(min_density=min_density))
         assert (threshold >= 0).all()
         assert threshold.amax() > 0
 
@@ -68,7 +73,7 @@ def test_thresholds_lie_between_zero_and_the_level(seed: int, min_density: float
 def test_a_batch_without_activations_moves_nothing() -> None:
     threshold = torch.rand(D_SAE)
     before = threshold.clone()
-    settle_(threshold, DenseActs(torch.zeros(ROWS, D_SAE)), 3, TrainConfig(min_density=0.1))
+    settle_(threshold, torch.zeros(D_SAE), DenseActs(torch.zeros(ROWS, D_SAE)), 3, TrainConfig(min_density=0.1))
     assert torch.equal(threshold, before)
 
 
@@ -92,17 +97,20 @@ class Weak:
         return self.draw(min(n, self.n_rows), seed)
 
 
+@pytest.mark.parametrize("silent", ["too small", "negative everywhere"])
 @pytest.mark.parametrize("min_density", [0.0, 0.01])
 def test_features_that_never_win_come_back_with_a_least_density_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, min_density: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, min_density: float, silent: str
 ) -> None:
-    """Where the encoder can still reach its bar: one that is negative everywhere no rank brings back."""
     rows, start = Weak(), training.start
 
     def start_half_weak(*args: object) -> TrainState:
         state = start(*args)  # type: ignore[arg-type]
         with torch.no_grad():
-            state.sae.W_enc[:, 12:] *= 0.02
+            if silent == "too small":
+                state.sae.W_enc[:, 12:] *= 0.02
+            else:
+                state.sae.b_enc[12:] = -3.0
         return state
 
     monkeypatch.setattr(training, "start", start_half_weak)

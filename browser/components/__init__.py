@@ -239,7 +239,7 @@ def _example(example: Example, vocabulary: _Vocabulary) -> dict[str, Any]:
     entries = zip(example.token_ids.tolist(), example.shown, strict=True)
     return {
         "v": [vocabulary.add(token, shown) for token, shown in entries],
-        "a": [float(a) for a in np.round(example.acts, 4)],
+        "a": [round(a, 4) for a in example.acts.tolist()],
         "start": example.start,
         "hit": example.hit,
         "value": example.value,
