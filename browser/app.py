@@ -50,6 +50,7 @@ def main() -> None:
             return
     VIEWS[view].show(page)
     live.warm(entry)
+    state.spare_collections()
 
 
 BRAND = '<div class="mono-brand">mono<i>sem</i></div>'

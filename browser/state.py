@@ -5,6 +5,7 @@ State lives in widgets bound to the URL; a move sets their session keys inside a
 
 from __future__ import annotations
 
+import gc
 import html
 import os
 from collections.abc import Mapping
@@ -51,6 +52,16 @@ def root() -> Path:
 def saes(folder: Path) -> list[SaeEntry]:
     """SAEs below `folder`, looked for again after five seconds."""
     return data.scan(folder)
+
+
+@st.cache_resource(show_spinner=False)
+def spare_collections() -> None:
+    """Once, after the first page: what is loaded by then stays, and the collector need not look through it again.
+
+    Each of its full rounds would hold a page up for a tenth of a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def open_index(entry: SaeEntry) -> FeatureIndex:

@@ -10,7 +10,7 @@ from sae.config import TrainConfig
 from sae.kernels.acts import FeatureActs
 
 LEVEL_RATE = 0.01  # of the running mean that becomes the level
-PATIENCE = 8  # a threshold has fallen from the level to zero after this many times 1 / min_density silent rows
+PATIENCE = 16  # a threshold has fallen from the level to zero after this many times 1 / min_density silent rows
 
 
 @torch.no_grad()
@@ -28,7 +28,8 @@ def settle_(
     what it would rise beyond the level is added to b_enc.
 
     A feature that fires less than on `min_density` of the rows is ranked higher until it does, gets gradients again
-    and learns; its value is not changed unless it is nowhere above zero, where no rank helps. Frequent features have no lift. With `min_density` = 0 all share the level.
+    and learns; its value is not changed unless it is nowhere above zero, where no rank helps. Frequent features have no
+    lift. With `min_density` = 0 all share the level.
     Source: Bussmann et al. 2024 (arXiv 2412.06410), §3, for the level, E over batches of min{f : f > 0}; the lift is
     the loss-free balancing that Wang et al. 2024 (arXiv 2408.15664) found for experts.
     """

@@ -1,7 +1,7 @@
 """The frontier of recipes on a corpus, with what fidelity does not show: domains, probes, alignment with neurons.
 
     sae harvest --text corpus.jsonl.xz --out runs/grid/acts.zarr --tokens 6200000 --hook-point blocks.0.mlp.hook_post \\
-        --hook-point blocks.0.hook_resid_mid --hook-point blocks.0.ln2.hook_normalized --hook-point blocks.0.hook_mlp_out
+        --hook-point blocks.0.hook_resid_mid --hook-point blocks.0.mlp.hook_in --hook-point blocks.0.hook_mlp_out
     python scripts/grid.py --acts runs/grid/acts.zarr --json docs/grid.json --l0 5 --l0 20
     python scripts/grid.py --acts runs/grid/acts.zarr --json docs/grid.json --recipe topk --l0 2 --seed 0 --seed 1
     python scripts/grid.py --json docs/grid.json                                   # the table of what is there
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 HOOK = "blocks.0.mlp.hook_post"
-TRANSCODED = ("blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out")
+TRANSCODED = ("blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out")
 FIDELITY = ("l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "dead_share", "ultra_low_share")
 QUALITY = ("mean_f1", "pure_features", "probe_k1", "probe_k5", "top_neuron")
 COLUMNS = (*FIDELITY, *QUALITY)
