@@ -165,7 +165,7 @@ RECIPES = {
             # the learning rate falls. Measured, 4M rows, k = 5 and 20: fvu 0.081 and 0.0035 with batches of 2,048, 0.049
             # and 0.0003 with 512.
             uses=("min_density",),
-            least_share=0.02,
+            least_share=0.04,
             defaults={"k": 20, "batch_tokens": 512, "decay_share": 0.8},
         ),
         Recipe(

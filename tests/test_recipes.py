@@ -60,8 +60,8 @@ def test_wrong_settings_are_refused(overrides: dict[str, Any], message: str) -> 
 def test_a_least_density_that_would_fill_k_is_refused() -> None:
     with pytest.raises(ValueError, match=r"4,096 features on min_density = 0.001 .* fill k = 4. .* k / d_sae = 0.001"):
         resolve("balanced", k=4, d_sae=4096, min_density=1e-3)
-    assert resolve("balanced", k=4, d_sae=4096)[1].min_density == pytest.approx(0.02 * 4 / 4096)
-    assert resolve("balanced", target_l0=8, d_sae=512)[1].min_density == pytest.approx(0.02 * 8 / 512)
+    assert resolve("balanced", k=4, d_sae=4096)[1].min_density == pytest.approx(0.04 * 4 / 4096)
+    assert resolve("balanced", target_l0=8, d_sae=512)[1].min_density == pytest.approx(0.04 * 8 / 512)
     assert resolve("balanced", k=4, d_sae=4096, min_density=0.0)[1].min_density == 0
 
 
