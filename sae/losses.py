@@ -15,7 +15,7 @@ LP_EPSILON = 1e-2  # in scaled units, where active features are about 1 to 10
 
 def squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     """`mean over rows of ‖x − x̂‖²`."""
-    return (x - x_hat).pow(2).sum(-1).mean()
+    return torch.nn.functional.mse_loss(x_hat, x, reduction="sum") / len(x)
 
 
 def l1_norm(acts: FeatureActs, weights: Float[Tensor, " d_sae"] | None = None) -> Float[Tensor, ""]:
