@@ -14,7 +14,7 @@ import numpy as np
 from sae.documents import HELD_OUT, TRAIN, Document, sha256_of
 
 LANES = 64
-SHARD_TOKENS = 8192  # larger shards mix worse where memory is short, smaller ones cost files; bench_data.py compares
+SHARD_TOKENS = 8192  # larger shards mix worse where memory is short, smaller ones cost files; bench_store.py compares
 
 
 @dataclass(frozen=True)

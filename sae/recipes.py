@@ -161,9 +161,9 @@ RECIPES = {
             activation="batchtopk",
             objective=objectives.topk,
             encoder_init="data",
-            # What counts is lr · steps: many small batches fit best, and what they silence the balance brings back while
-            # the learning rate falls. Measured, 4M rows, k = 5 and 20: fvu 0.081 and 0.0035 with batches of 2,048, 0.049
-            # and 0.0003 with 512.
+            # What counts is lr · steps: many small batches fit best, and what they silence the balance brings back
+            # while the learning rate falls. Measured, 4M rows, k = 5 and 20: fvu 0.081 and 0.0035 with batches of
+            # 2,048, 0.051 and 0.0003 with 512.
             uses=("min_density",),
             least_share=0.04,
             defaults={"k": 20, "batch_tokens": 512, "decay_share": 0.8},

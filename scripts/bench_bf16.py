@@ -16,8 +16,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
-from bench_data import hardware
 
 import sae
 from sae.config import parsed
@@ -72,7 +72,8 @@ def main() -> None:
     show(runs)
     settings = {name: getattr(args, name) for name in ("recipe", "d_sae", "l0", "tokens", "set")}
     if args.json:
-        args.json.write_text(json.dumps({"hardware": hardware(), "settings": settings, "runs": runs}, indent=1) + "\n")
+        content = {"hardware": machine.described(), "settings": settings, "runs": runs}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

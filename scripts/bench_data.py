@@ -1,10 +1,8 @@
-"""Measures the data path in one run: formats of a store, harvest, store and live model → trainer, index.
+"""Measures the data path in one run: harvest, store and live model → trainer, index.
 
     python scripts/bench_data.py                                                       # small: does it run
     python scripts/bench_data.py --text FILE --tokens 3100000 --peers DIR --json data.json
 
-- `formats`: the activation store against numpy memmap and safetensors shards, with shards of several sizes, read whole
-  and read mixed in short memory;
 - `harvest`: against the bare forward pass to the hook on the same contexts (goal: 0.85 of its pace), and with `--peers`
   (the directory that holds the peers' environments) against SAELens' own caching of them (goal: twice its pace);
 - `trainer`: how long steps wait for rows, from that store and from the running model;
@@ -17,27 +15,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 import torch
-from bench_store import write_store
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from sae import harvesting, pipeline
 from sae.lm import LanguageModel, load_model, shipped_models
 from sae.text import TextSource
 from store.activations import ActivationStore
-from store.batches import ShuffledRows
 
 SEQ_LEN = 256
 HOOK = "blocks.0.mlp.hook_post"
@@ -65,93 +61,6 @@ class Clock:
 
     def median(self, name: str) -> tuple[float, float]:
         return statistics.median(self.seconds[name]), statistics.median(self.cpu_s[name])
-
-
-@contextmanager
-def timed(into: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    into[name] = time.perf_counter() - start
-
-
-def made_rows(rows: int, d_in: int) -> np.ndarray:
-    return np.maximum(np.random.default_rng(0).normal(size=(rows, d_in)), 0).astype(np.float16)
-
-
-def formats(rows: int, d_in: int, shard_rows: int, scratch: Path) -> list[dict[str, Any]]:
-    """Write (fsync'd), then one epoch of shuffled float32 batches, a quarter of the rows in memory at a time."""
-    acts = made_rows(rows, d_in)
-    memory_rows = rows // 4
-    shards = rows // shard_rows
-
-    def memmap_write() -> None:
-        with open(scratch / "memmap", "wb") as file:
-            file.write(acts.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def safetensors_write() -> None:
-        for shard in range(shards):
-            path = scratch / f"{shard}.safetensors"
-            save_file({"acts": acts[shard * shard_rows : (shard + 1) * shard_rows]}, path)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-
-    def pooled(read: Callable[[int], np.ndarray]) -> int:
-        """What ShuffledRows does, over another format: pools of whole shards, permuted."""
-        rng, seen = np.random.default_rng(1), 0
-        for places in np.array_split(rng.permutation(shards), max(1, rows // memory_rows)):
-            pool = np.concatenate([read(place) for place in places.tolist()])
-            order = rng.permutation(len(pool))
-            for start in range(0, len(pool), BATCH_ROWS):
-                seen += len(pool[order[start : start + BATCH_ROWS]].astype(np.float32))
-        return seen
-
-    def store_read(**memory: int) -> int:
-        store = ActivationStore.open(scratch / "acts.zarr")
-        source = ShuffledRows(store, "h", batch_rows=BATCH_ROWS, seed=1, **memory)
-        return sum(len(source.batch(step)) for step in range(rows // BATCH_ROWS))
-
-    def whole_shards_read() -> int:
-        """Pools of as many whole shards as the other formats'."""
-        return store_read(pool_shards=max(1, memory_rows // shard_rows))
-
-    def mixed_read() -> int:
-        """As the trainer reads in so much memory: as many parts of shards in a pool as mix well."""
-        return store_read(memory_bytes=memory_rows * (d_in * acts.itemsize + 8))
-
-    def memmap_read() -> int:
-        mapped = np.memmap(scratch / "memmap", np.float16, "r", shape=(rows, d_in))
-        return pooled(lambda shard: mapped[shard * shard_rows : (shard + 1) * shard_rows])
-
-    found = []
-    for name, write, read in (
-        ("numpy memmap", memmap_write, memmap_read),
-        (
-            "safetensors shards",
-            safetensors_write,
-            lambda: pooled(lambda shard: load_file(scratch / f"{shard}.safetensors")["acts"]),
-        ),
-        ("store, whole shards", lambda: write_store(scratch / "acts.zarr", acts, shard_rows), whole_shards_read),
-        ("store, mixed", lambda: None, mixed_read),
-    ):
-        seconds: dict[str, float] = {}
-        with timed(seconds, "write"):
-            write()
-        read()  # every format from a warm page cache
-        with timed(seconds, "read"):
-            assert read() >= rows - BATCH_ROWS
-        found.append(
-            {"format": name, "shard_rows": shard_rows,
-             "write_rows_per_s": 0.0 if name == "store, mixed" else rows / seconds["write"],
-             "read_rows_per_s": rows / seconds["read"]}
-        )  # fmt: skip
-    for entry in found:
-        entry["read_against_memmap"] = entry["read_rows_per_s"] / found[0]["read_rows_per_s"]
-    return found
-
-
-# --- the data path of a model ---------------------------------------------------------------------------------------
 
 
 def harvest(
@@ -246,57 +155,24 @@ def data_path(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return result
 
 
-def hardware() -> dict[str, Any]:
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    return {
-        "cpu": cpu or platform.processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0],
-        "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-    }  # fmt: skip
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
-def show_formats(found: list[dict[str, Any]]) -> None:
-    print("\n| format | rows a shard | written, rows/s (fsync'd) | shuffled reads, rows/s | against memmap |")
-    print("|---|--:|--:|--:|--:|")
-    for entry in found:
-        print(
-            f"| {entry['format']} | {entry['shard_rows']:,} | {entry['write_rows_per_s']:,.0f} "
-            f"| {entry['read_rows_per_s']:,.0f} | {entry['read_against_memmap']:.2f} |"
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="formats,model", help="formats (store layouts), model (all else)")
     parser.add_argument("--text", action="append", help="what is harvested (default: the embedded text)")
     parser.add_argument("--tokens", type=int, default=131_072, help="training tokens harvested, indexed and trained on")
     parser.add_argument("--rounds", type=int, default=1, help="harvests, each beside its forward pass and the peer")
     parser.add_argument("--steps", type=int, default=50, help="of each training")
     parser.add_argument("--peers", type=Path, help="directory of the peers' environments")
-    parser.add_argument("--rows", type=int, default=131_072, help="of the formats")
-    parser.add_argument("--d-in", type=int, default=512, help="of the formats")
-    parser.add_argument("--shard-rows", type=int, nargs="+", default=[1024, 8192, 65_536])
     parser.add_argument("--scratch", type=Path, help="where to write meanwhile (default: the temporary directory)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     args.text = args.text or ["default"]
     torch.set_num_threads(int(os.environ.get("BENCH_THREADS", "2")))
-    result: dict[str, Any] = {"hardware": hardware()}
-    print(json.dumps(result["hardware"]))
-    if "formats" in args.only:
-        result["formats"] = []
-        for shard_rows in args.shard_rows:
-            with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-                result["formats"] += formats(args.rows, args.d_in, shard_rows, Path(scratch))
-        show_formats(result["formats"])
-    if "model" in args.only:
-        with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-            result["model"] = data_path(args, Path(scratch))
+    hardware = machine.described() | {"load_1_min": round(os.getloadavg()[0], 1)}
+    print(json.dumps(hardware))
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        result = data_path(args, Path(scratch))
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps({"hardware": hardware, **result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ class Point:
 def run(acts: Path, point: Point) -> dict[str, Any]:
     """Trains and measures one point; one entry of the JSON."""
     import machine
+
     import sae
     from sae import recipes
     from sae.pipeline import controls
@@ -123,7 +124,7 @@ def table(held: dict[str, Any]) -> str:
     for entry in held.values():
         key = (entry["target_l0"], entry["recipe"], entry["d_sae"], json.dumps(entry["settings"]), entry["rows"])
         groups.setdefault(key, []).append(entry)
-    lines = ["| L0 asked | recipe | seeds | " + " | ".join(COLUMNS) + " |", "|---|---|--:" + "|--:" * len(COLUMNS) + "|"]
+    lines = [f"| L0 asked | recipe | seeds | {' | '.join(COLUMNS)} |", "|--:|---|--:" + "|--:" * len(COLUMNS) + "|"]
     for key in sorted(groups, key=str):
         cells = [_cell([entry.get(column) for entry in groups[key]]) for column in COLUMNS]
         settings = "" if key[3] == "{}" else f" {key[3]}"

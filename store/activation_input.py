@@ -150,10 +150,8 @@ def _padded(array: np.ndarray, length: int, fill: int | bool) -> np.ndarray:
 def _check_finite(
     hook: str, rows: np.ndarray, stored: np.ndarray, dtype: str, first_context: int, seq_len: int
 ) -> None:
-    if dtype in EXPONENT:  # all its bits set is how a format writes both inf and NaN
-        finite = (stored.view(np.uint16) & EXPONENT[dtype]) != EXPONENT[dtype]
-    else:
-        finite = np.isfinite(stored)
+    exponent = EXPONENT.get(dtype)  # all its bits set is how a format writes both inf and NaN
+    finite = np.isfinite(stored) if exponent is None else (stored.view(np.uint16) & exponent) != exponent
     if finite.all():
         return
     bad = int(np.flatnonzero(~finite.all(axis=1))[0])

@@ -57,7 +57,8 @@ class ShuffledRows:
         """Plan the epochs of a split's written shards; raises StoreError if no row is kept.
 
         `memory_bytes` bounds the rows held (in the dtype on disk) with their permutation and contexts; one shard's
-        rows are always held, and two more shards are in memory while they are read. `parts` counts with `pool_shards` alone.
+        rows are always held, and two more shards are in memory while they are read. `parts` counts with `pool_shards`
+        alone.
         """
         if hook_point not in store.hook_points:
             known = ", ".join(store.hook_points)

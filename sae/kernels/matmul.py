@@ -25,8 +25,8 @@ from sae.kernels import memory
 
 NAMES = ("auto", "highest", "medium", "bf16")
 FLOAT32_ERROR = 2e-6  # relative, of a product over 512 terms; bfloat16's is about 3e-3
-# Times as fast as `highest`: measured 1.1 to 2 where the error is float32's. The bound lies where no processor is known to
-# be, because two runs of one command must take the same products however busy the machine is.
+# Times as fast as `highest`: measured 1.1 to 2 where the error is float32's. The bound lies where no processor is known
+# to be, because two runs of one command must take the same products however busy the machine is.
 WORTH = 0.75
 PROBE_ROUNDS = 8
 
