@@ -161,8 +161,8 @@ RECIPES = {
             activation="batchtopk",
             objective=objectives.topk,
             encoder_init="data",
-            # What counts is lr · steps. Measured on a corpus, 4M rows, batches of 2,048 and of 512: k = 5, FVU 0.081 and
-            # 0.051; k = 20, 0.0035 and 0.0003. But where the fit is that close, few features do the work and the
+            # What counts is lr · steps. Measured on a corpus, 4M rows, batches of 2,048 and of 512: k = 5, FVU 0.081
+            # and 0.051; k = 20, 0.0035 and 0.0003. But where the fit is that close, few features do the work and the
             # balance holds up the rest: half as many features of one domain, or named by a rule.
             uses=("min_density",),
             least_share=0.04,

@@ -30,8 +30,9 @@ def measured(args: argparse.Namespace, mode: str, seed: int) -> dict[str, Any]:
     out = args.out / f"{args.recipe}-{args.d_sae}-{mode}-s{seed}"
     settings = {"matmul": mode, **({"target_l0": args.l0} if args.l0 else {}), **parsed(args.set or [])}
     trained = sae.train(
-        args.acts, out, recipe=args.recipe, d_sae=args.d_sae, tokens=args.tokens, seed=seed, config=settings
-    )
+        args.acts, out, recipe=args.recipe, d_sae=args.d_sae, tokens=args.tokens, seed=seed, config=settings,
+        hook_point=args.hook_point,
+    )  # fmt: skip
     report = out / "eval.json"
     metrics = (json.loads(report.read_text()) if report.is_file() else sae.evaluate(out))["metrics"]
     found = {name: metrics[name]["value"] for name in METRICS}
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--acts", type=Path, required=True, help="the activation store")
     parser.add_argument("--out", type=Path, required=True, help="directory of the runs")
     parser.add_argument("--recipe", default="towards-monosemanticity", help="one with dense products shows the most")
+    parser.add_argument("--hook-point", help="needed when the store holds several")
     parser.add_argument("--d-sae", type=int, default=4096)
     parser.add_argument("--l0", type=float, default=0.0, help="active features per token (default: the recipe's)")
     parser.add_argument("--tokens", type=int, default=1_500_000, help="rows that each run sees")
