@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from sae.lm import LanguageModel
 from sae.memory import resident_bytes
 from sae.progress import Interrupt, Interrupted, interruptible, progress
 from sae.text import TextSource
+from sae.tokenizer import pieces_of
 
 TOKENISE_DOCUMENTS = 256
 TOKENISE_CHARACTERS = 1 << 22
@@ -157,18 +159,34 @@ def _fed_lanes(model: LanguageModel, source: TextSource, lanes: dict[tuple[str, 
 def tokenised(
     model: LanguageModel, documents: Iterable[tuple[int, Document]]
 ) -> Iterator[tuple[int, Document, np.ndarray]]:
-    """Numbered documents with their token ids, BOS first; read some ahead, to be tokenised together."""
-    bos = [] if model.bos_id is None else [model.bos_id]
+    """Numbered documents with their token ids, BOS first; read some ahead, to be tokenised together.
+
+    A document longer than that is tokenised piece by piece: the tokenizer's own record of a text takes twenty times
+    its size.
+    """
+    bos = np.array([] if model.bos_id is None else [model.bos_id], np.uint32)
+    encode = partial(model.tokenizer.encode_batch_fast, add_special_tokens=False)
+
+    def ids_of(encoding: Any) -> np.ndarray:
+        return np.array(encoding.ids, np.uint32)
+
     for some in _at_once(documents):
-        encodings = model.tokenizer.encode_batch_fast([document.text for _, document in some], add_special_tokens=False)
-        for (number, document), encoding in zip(some, encodings, strict=True):
-            yield number, document, np.array(bos + encoding.ids, dtype=np.uint32)
+        if len(some) == 1:
+            (number, document), *_ = some
+            pieces = pieces_of(model.tokenizer, document.text, TOKENISE_CHARACTERS)
+            yield number, document, np.concatenate([bos, *(ids_of(encode([piece])[0]) for piece in pieces)])
+            continue
+        for (number, document), encoding in zip(some, encode([document.text for _, document in some]), strict=True):
+            yield number, document, np.concatenate([bos, ids_of(encoding)])
 
 
 def _at_once(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
     pending: list[tuple[int, Document]] = []
     characters = 0
     for number, document in documents:
+        if len(document.text) > TOKENISE_CHARACTERS and pending:
+            yield pending
+            pending, characters = [], 0
         pending.append((number, document))
         characters += len(document.text)
         if len(pending) >= TOKENISE_DOCUMENTS or characters >= TOKENISE_CHARACTERS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -13,6 +13,8 @@ BOS = "<|endoftext|>"
 SMALLEST_VOCAB = 257
 PROBE = "The quick brown fox 0123 (é, 你好)!\n\tend."
 FALLBACK_BYTE = re.compile("<0x[0-9A-F]{2}>")
+CUT = re.compile(r"(?<=[\w.,!?。！？])[ \n]")
+CUT_SOUGHT = 10_000  # characters before a piece's end
 
 
 def train_tokenizer(texts: Iterable[str], d_vocab: int) -> Tokenizer:
@@ -66,6 +68,33 @@ def parse_tokenizer(raw: bytes, where: object) -> Tokenizer:
         raise
     except BaseException as error:  # the library raises a bare Exception, and its panics are not even that
         raise ValueError(f"{where} is not a tokenizer.json: {error}") from error
+
+
+def pieces_of(tokenizer: Tokenizer, text: str, characters: int) -> Iterator[str]:
+    """A long text in pieces of about so many characters, whose token ids one after another are the text's own.
+
+    Cut before a space or line end that follows a letter, digit or stop: there the words of byte-level tokenizers end,
+    too. Other tokenizers may join across, and get the text whole.
+    """
+    start, cuttable = 0, len(text) > characters and _ends_words_at_spaces(tokenizer)
+    while cuttable and len(text) - start > characters:
+        limit = start + characters
+        cuts = [found.start() for found in CUT.finditer(text, max(start + 1, limit - CUT_SOUGHT), limit)]
+        if not cuts:
+            found = CUT.search(text, limit)
+            if found is None:
+                break
+            cuts = [found.start()]
+        yield text[start : cuts[-1]]
+        start = cuts[-1]
+    yield text[start:]
+
+
+def _ends_words_at_spaces(tokenizer: Tokenizer) -> bool:
+    settings = json.loads(tokenizer.to_str())
+    splits = settings["pre_tokenizer"] or {}
+    usual = splits.get("type") == "ByteLevel" and splits.get("use_regex", True) and not splits["add_prefix_space"]
+    return bool(usual) and settings["normalizer"] is None and settings["model"]["type"] == "BPE"
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from sae.tokenizer import BOS, load_tokenizer, token_bytes, train_tokenizer
+from sae.tokenizer import BOS, load_tokenizer, pieces_of, token_bytes, train_tokenizer
 
 TEXTS = ["def forward(self, x): return self.out(x)\n" * 3, "Grüße, 世界! naïve café — 10% of 3.14\r\n\t" * 3]
 TOKENIZER = train_tokenizer(TEXTS, 300)
@@ -81,3 +81,24 @@ def test_byte_fallback_vocabularies_give_bytes_and_spaces() -> None:
     vocab = {"<unk>": 0, "<0x0A>": 1, "▁the": 2, "ByteLevel": 3, "é": 4}
     sentencepiece = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     assert token_bytes(sentencepiece) == [b"<unk>", b"\n", b" the", b"ByteLevel", "é".encode()]
+
+
+SPACED = st.text(st.sampled_from("ab1_é你。.,!' \n\t\r\u00a0\u2003\x1c<|>"), max_size=300)
+
+
+@given(st.one_of(SPACED, st.text()), st.integers(1, 40))
+@settings(max_examples=400, deadline=None)
+def test_a_long_text_in_pieces_has_the_token_ids_of_the_whole(text: str, characters: int) -> None:
+    pieces = list(pieces_of(TOKENIZER, text, characters))
+    assert "".join(pieces) == text
+    assert [i for piece in pieces for i in encode(piece)] == encode(text)
+
+
+def test_pieces_are_of_the_size_asked_and_other_tokenizers_get_the_whole() -> None:
+    text = "some words, and more of them.\n" * 100
+    pieces = list(pieces_of(TOKENIZER, text, 64))
+    assert len(pieces) > 40
+    assert max(map(len, pieces)) <= 64
+    joining = Tokenizer.from_str(TOKENIZER.to_str())
+    joining.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert list(pieces_of(joining, text, 64)) == [text]
