@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from sae.firings import Firings
 from sae.lm import NativeModel
 from sae.model import SAE, save
 from sae.report import eval_table
+from store.activations import ActivationStore
 
 CONTEXTS, SEQ_LEN, D_IN = 12, 20, 32
 DOMAINS = ["dna", "prose", "unseen"]
@@ -407,3 +409,22 @@ def test_files_of_an_evaluated_dictionary(tmp_path: Path, tiny_model: NativeMode
               "ce_loss_score_mean", "dead_share", "ultra_low_share")  # fmt: skip
     assert set(wanted) <= set(result["metrics"])
     assert sum(entry["tokens"] for entry in result["by_domain"].values()) == result["tokens"]
+
+
+@pytest.mark.parametrize("work", ["evaluate", "index", "controls"])
+def test_the_markers_are_not_read_once_a_shard(
+    work: str, tmp_path: Path, tiny_model: NativeModel, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading them all takes time in proportion to their number: once a shard would be its square."""
+    save(random_sae(), tmp_path / "sae", {"hook_point": HOOK_POINT, "model": tiny_model.identity()})
+    calls, real = [0], ActivationStore.markers
+
+    def counted(self: ActivationStore, split: str) -> dict[int, Any]:
+        calls[0] += 1
+        return real(self, split)
+
+    monkeypatch.setattr(ActivationStore, "markers", counted)
+    how = {"evaluate": {}, "index": {"tokens": 9216}, "controls": {"tokens": 1024, "only": []}}[work]
+    getattr(pipeline, work)(tmp_path / "sae", store=tiny_store, model=tiny_model, **how)
+    assert len(real(ActivationStore.open(tiny_store), "heldout")) == 32
+    assert calls[0] < 16

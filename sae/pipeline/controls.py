@@ -106,9 +106,10 @@ class Setup:
         self.store, self.model, self.hook_point, self.live = store, model, hook_point, live
         n_shards = max(1, -(-tokens // store.rows_per_shard))
         self.shards = {split: sorted(store.markers(split))[:n_shards] for split in (HELD_OUT, TRAIN)}
-        documents = (store.markers(HELD_OUT)[shard].documents for shard in self.shards[HELD_OUT])
-        self.domains = sorted({entry[2] for table in documents for entry in table.values()})
-        self.kept_tokens = sum(store.markers(HELD_OUT)[shard].kept_rows for shard in self.shards[HELD_OUT])
+        markers = store.markers(HELD_OUT)
+        judged = [markers[shard] for shard in self.shards[HELD_OUT]]
+        self.domains = sorted({entry[2] for marker in judged for entry in marker.documents.values()})
+        self.kept_tokens = sum(marker.kept_rows for marker in judged)
         self.ablated: evaluation.Ablated = {}  # what no dictionary has a part in, measured once
         self.trainable_rows = sum(marker.kept_rows for marker in store.markers(TRAIN).values())
 

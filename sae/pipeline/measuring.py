@@ -151,9 +151,7 @@ def index(
             "model": lm.id,
             "sae": directory.name if directory else dictionary.config.get("recipe", "sae"),
             "bos": lm.bos_id,
-            "heldout_contexts": sum(
-                acts.markers(split)[shard].contexts for split, shard in shards if split == HELD_OUT
-            ),
+            "heldout_contexts": sum(markers[split][shard].contexts for split, shard in shards if split == HELD_OUT),
             "provenance": {"store": acts.provenance, "recipe": dictionary.config.get("recipe")},
         },
         vocabulary=token_bytes(lm.tokenizer),
