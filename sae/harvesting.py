@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +22,7 @@ from sae.tokenizer import pieces_of
 
 TOKENISE_DOCUMENTS = 256
 TOKENISE_CHARACTERS = 1 << 22
+PIECE_CHARACTERS = 1 << 18
 SHARDS_IN_HAND = 4  # in memory at once: one computed, one waiting, one written, and that one as encoded
 FORWARD_TOKENS = 8192  # per forward pass: bounds the memory of long contexts, and is part of a shard's bytes
 
@@ -161,32 +161,21 @@ def tokenised(
 ) -> Iterator[tuple[int, Document, np.ndarray]]:
     """Numbered documents with their token ids, BOS first; read some ahead, to be tokenised together.
 
-    A document longer than that is tokenised piece by piece: the tokenizer's own record of a text takes twenty times
-    its size.
+    A long one is tokenised in pieces: the tokenizer's own record of a text takes hundreds of times its size.
     """
     bos = np.array([] if model.bos_id is None else [model.bos_id], np.uint32)
-    encode = partial(model.tokenizer.encode_batch_fast, add_special_tokens=False)
-
-    def ids_of(encoding: Any) -> np.ndarray:
-        return np.array(encoding.ids, np.uint32)
-
     for some in _at_once(documents):
-        if len(some) == 1:
-            (number, document), *_ = some
-            pieces = pieces_of(model.tokenizer, document.text, TOKENISE_CHARACTERS)
-            yield number, document, np.concatenate([bos, *(ids_of(encode([piece])[0]) for piece in pieces)])
-            continue
-        for (number, document), encoding in zip(some, encode([document.text for _, document in some]), strict=True):
-            yield number, document, np.concatenate([bos, ids_of(encoding)])
+        pieces = [list(pieces_of(model.tokenizer, document.text, PIECE_CHARACTERS)) for _, document in some]
+        texts = [piece for mine in pieces for piece in mine]
+        encodings = iter(model.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        for (number, document), mine in zip(some, pieces, strict=True):
+            yield number, document, np.concatenate([bos, *(np.array(next(encodings).ids, np.uint32) for _ in mine)])
 
 
 def _at_once(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
     pending: list[tuple[int, Document]] = []
     characters = 0
     for number, document in documents:
-        if len(document.text) > TOKENISE_CHARACTERS and pending:
-            yield pending
-            pending, characters = [], 0
         pending.append((number, document))
         characters += len(document.text)
         if len(pending) >= TOKENISE_DOCUMENTS or characters >= TOKENISE_CHARACTERS:
