@@ -27,8 +27,9 @@ from sae.recipes import Recipe, recipe_named
 from sae.rows import Batch, Rows, prefetched
 from sae.rundir import claim, cut_log
 from sae.trackers import Tracker
-from sae.trainstate import TrainState, restore, save_state, start
+from sae.trainstate import STATE, TrainState, restore, save_state, start
 
+CLAIM = "train.json"  # the settings of the run that a directory holds
 LOG_STEPS = 25
 SPARSE_BELOW_DENSITY = 1 / 20  # about where the four sparse products cost what dense ones do
 
@@ -85,7 +86,12 @@ def train_together(
     others go on. Raises: as `train`, for rows that are not finite too.
     """
     for plan in plans:
-        claim(plan.out, "train.json", {"train": plan.config.to_dict(), "rows": plan.provenance})
+        if (plan.out / STATE).exists() and not (plan.out / CLAIM).exists():
+            raise ValueError(
+                f"{plan.out} holds the state of a run but not its settings ({CLAIM}): they were deleted, perhaps while "
+                "it ran. Delete the directory, or choose another --out."
+            )
+        claim(plan.out, CLAIM, {"train": plan.config.to_dict(), "rows": plan.provenance})
     with ExitStack() as open_files, interruptible() as interrupt:
         runs = [Run(rows, plan, kernels, device, open_files) for plan in plans]
         first, last = min(run.state.step for run in runs), max(run.config.steps for run in runs)

@@ -514,3 +514,12 @@ def test_metrics_name_what_they_say(tmp_path: Path) -> None:
         assert 0 < line["lr"] <= config.lr
     # one step before the end of a linear decay
     assert log[-1]["lr"] == pytest.approx(config.lr / (config.decay_share * 60))
+
+
+def test_a_state_without_its_settings_is_refused(tmp_path: Path) -> None:
+    """A directory deleted while its run still lived gets the run's last state back: nothing may go on from it."""
+    (tmp_path / "state.safetensors").write_bytes(b"of a run that is gone")
+    _, config = resolve("topk", d_sae=16, k=2, tokens=640, batch_tokens=64)
+    with pytest.raises(ValueError, match=r"holds the state of a run but not its settings \(train\.json\)"):
+        train(Planted(), tmp_path, config)
+    assert not (tmp_path / "train.json").exists()

@@ -88,7 +88,7 @@ def sweep(
                 write_json(plan.out / DIVERGED, {"reason": str(found)})
     ablated: Ablated = {}
     for point in points:
-        claim(out / point.name, "train.json", _claimed(acts, hook, out / point.name, point.config))
+        claim(out / point.name, training.CLAIM, _claimed(acts, hook, out / point.name, point.config))
         if not (out / point.name / DIVERGED).is_file() and not (out / point.name / "eval.json").is_file():
             evaluate(out / point.name, device=device, kernels=kernels, ablated=ablated)
     return write_frontier(out, points, model=acts.provenance["model"]["id"], hook_point=hook)
