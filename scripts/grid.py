@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -110,12 +108,10 @@ def missing(points: Iterable[Point], held: dict[str, Any], rows_sha256: str) -> 
 
 def add(path: Path, name: str, entry: dict[str, Any]) -> None:
     """One more entry, the file whole at any moment."""
+    from sae.checkpoint import write_json
+
     held = json.loads(path.read_text()) if path.exists() else {}
-    held[name] = entry
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(json.dumps(held, indent=1, sort_keys=True) + "\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_json(path, held | {name: entry})
 
 
 def table(held: dict[str, Any]) -> str:

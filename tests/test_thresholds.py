@@ -119,5 +119,6 @@ def test_features_that_never_win_come_back_with_a_least_density_alone(
     density = (sae.encode(rows.draw(20_000, 7)) > 0).double().mean(0)
     if min_density:
         assert (density > 0).sum() >= 22
+        assert (density > min_density / 3).sum() >= 20
     else:
         assert (density[12:] == 0).sum() >= 5

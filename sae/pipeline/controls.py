@@ -105,13 +105,13 @@ class Setup:
     ) -> None:
         self.store, self.model, self.hook_point, self.live = store, model, hook_point, live
         n_shards = max(1, -(-tokens // store.rows_per_shard))
-        self.shards = {split: sorted(store.markers(split))[:n_shards] for split in (HELD_OUT, TRAIN)}
-        markers = store.markers(HELD_OUT)
-        judged = [markers[shard] for shard in self.shards[HELD_OUT]]
+        markers = {split: store.markers(split) for split in (HELD_OUT, TRAIN)}
+        self.shards = {split: sorted(there)[:n_shards] for split, there in markers.items()}
+        judged = [markers[HELD_OUT][shard] for shard in self.shards[HELD_OUT]]
         self.domains = sorted({entry[2] for marker in judged for entry in marker.documents.values()})
         self.kept_tokens = sum(marker.kept_rows for marker in judged)
         self.ablated: evaluation.Ablated = {}  # what no dictionary has a part in, measured once
-        self.trainable_rows = sum(marker.kept_rows for marker in store.markers(TRAIN).values())
+        self.trainable_rows = sum(marker.kept_rows for marker in markers[TRAIN].values())
 
     def blocks(self, split: str, shards: list[int] | None = None) -> Iterator[evaluation.Block]:
         shards = self.shards[split] if shards is None else shards

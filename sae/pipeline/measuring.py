@@ -19,6 +19,7 @@ from sae.pipeline.pairing import PipelineError, model_of, opened, output_hook_po
 from sae.tokenizer import token_bytes
 from store.activations import ActivationStore
 from store.features import FeatureWriter
+from store.shards import Marker
 
 DONORS, DONOR_SHARDS = 4096, 8
 CHOOSING_TOKENS = 65_536
@@ -138,7 +139,7 @@ def index(
     shards = first_shards(acts, tokens)
     markers = {split: acts.markers(split) for split in (HELD_OUT, TRAIN)}
     contexts = sum(markers[split][shard].contexts for split, shard in shards)
-    documents, renumbered = _documents_of(acts, shards)
+    documents, renumbered = _documents_of(markers, shards)
     writer = FeatureWriter(
         path,
         d_sae=dictionary.d_sae,
@@ -188,13 +189,12 @@ def first_shards(store: ActivationStore, tokens: int) -> list[tuple[str, int]]:
 
 
 def _documents_of(
-    store: ActivationStore, shards: list[tuple[str, int]]
+    markers: dict[str, dict[int, Marker]], shards: list[tuple[str, int]]
 ) -> tuple[list[tuple[str, str, str, str]], np.ndarray]:
     """The documents of these shards, and a table from the store's numbers to their place in that list."""
-    tables = {split: store.markers(split) for split in {split for split, _ in shards}}
     found: dict[int, tuple[str, str, str, str]] = {}
     for split, shard in shards:
-        found |= {int(n): tuple(entry) for n, entry in tables[split][shard].documents.items()}  # type: ignore[misc]
+        found |= {int(n): tuple(entry) for n, entry in markers[split][shard].documents.items()}  # type: ignore[misc]
     numbers = sorted(found)
     renumbered = np.full(max(numbers, default=0) + 2, -1, np.int32)  # the last entry answers padding's -1
     renumbered[numbers] = np.arange(len(numbers), dtype=np.int32)
