@@ -3,7 +3,8 @@
     python scripts/bench_gpu.py
     python scripts/bench_gpu.py --d-in 512,4096 --d-sae 16384,131072 --json gpu.json
 
-Needs torch, triton, numpy, safetensors and this tree, nothing else; rows lie on the device. All contenders take turns
+Needs torch, triton, numpy, safetensors and this tree, nothing else (a peer asked for: its own package); rows lie on the
+device. All contenders take turns
 in one run; a step is timed with CUDA events, from handing out the batch to the optimiser's end, bookkeeping included.
 Without a CUDA device it says so and exits with 2.
 
@@ -92,8 +93,10 @@ def ours(kernels: str, variant: str, d_in: int, d_sae: int, k: int, batches: lis
     return step
 
 
-def dense_torch(variant: str, d_in: int, d_sae: int, k: int, batches: list[Any]) -> Callable[[], None]:
-    """The step everyone writes first: dense float32 products, autograd, torch's fused Adam."""
+def dense_torch(
+    variant: str, d_in: int, d_sae: int, k: int, batches: list[Any], *, bfloat16: bool = False
+) -> Callable[[], None]:
+    """The step everyone writes first: dense products, autograd, torch's fused Adam on float32 weights."""
     import torch
 
     W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, device="cuda"), dim=-1)
@@ -104,17 +107,50 @@ def dense_torch(variant: str, d_in: int, d_sae: int, k: int, batches: list[Any])
 
     def step() -> None:
         x = batches[next(place) % len(batches)]
-        pre = ((x - b_dec) @ W_enc + b_enc).relu()
-        flat = pre.flatten() if variant == "batchtopk" else pre
-        values, chosen = flat.topk(k * len(x) if variant == "batchtopk" else k, dim=-1, sorted=False)
-        f = torch.zeros_like(flat).scatter(-1, chosen, values).view_as(pre)
-        ((x - b_dec - f @ W_dec) ** 2).sum(-1).mean().backward()
+        with torch.autocast("cuda", torch.bfloat16, enabled=bfloat16):
+            pre = ((x - b_dec) @ W_enc + b_enc).relu()
+            flat = pre.flatten() if variant == "batchtopk" else pre
+            values, chosen = flat.topk(k * len(x) if variant == "batchtopk" else k, dim=-1, sorted=False)
+            f = torch.zeros_like(flat).scatter(-1, chosen, values).view_as(pre)
+            loss = ((x - b_dec - f @ W_dec) ** 2).sum(-1).mean()
+        loss.backward()
+        assert W_dec.grad is not None
         with torch.no_grad():
             W_dec.grad -= (W_dec.grad * W_dec).sum(-1, keepdim=True) * W_dec
         adam.step()
         adam.zero_grad()
         with torch.no_grad():
             W_dec.div_(W_dec.norm(dim=-1, keepdim=True))
+
+    return step
+
+
+def sparsify(variant: str, d_in: int, d_sae: int, k: int, batches: list[Any]) -> Callable[[], None]:
+    """sparsify's own module and Triton decoder under its bfloat16 autocast, with torch's fused Adam.
+
+    Its trainer's loop is left out (it hooks a model); what it does for each step besides is in: decoder gradients
+    projected, rows normalised, the count of rows since each feature fired.
+    """
+    import torch
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    if variant != "topk":
+        raise ValueError("sparsify has no batch-topk")
+    coder = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k), "cuda")
+    adam = torch.optim.Adam(coder.parameters(), lr=1e-6, fused=True)
+    silent = torch.zeros(d_sae, dtype=torch.int64, device="cuda")
+    place = iter(range(10**9))
+
+    def step() -> None:
+        x = batches[next(place) % len(batches)]
+        out = coder(x)
+        out.fvu.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        adam.step()
+        adam.zero_grad()
+        coder.set_decoder_norm_to_unit_norm()
+        silent.add_(len(x))
+        silent[out.latent_indices.flatten()] = 0
 
     return step
 
@@ -188,6 +224,8 @@ def measure(
         "monosem triton": lambda: ours("triton", variant, d_in, d_sae, k, batches),
         "monosem reference": lambda: ours("reference", variant, d_in, d_sae, k, batches),
         "dense torch": lambda: dense_torch(variant, d_in, d_sae, k, batches),
+        "dense torch bf16": lambda: dense_torch(variant, d_in, d_sae, k, batches, bfloat16=True),
+        "sparsify": lambda: sparsify(variant, d_in, d_sae, k, batches),
     }
     bound = roofline(d_in, d_sae, k, rows, *rate)
     shape = {"variant": variant, "d_in": d_in, "d_sae": d_sae, "k": k, "rows": rows}
@@ -197,9 +235,10 @@ def measure(
         try:
             contenders[name] = make[name](), []
             seconds_of(contenders[name][0], WARM_STEPS)
-        except torch.cuda.OutOfMemoryError:
+        except (torch.cuda.OutOfMemoryError, ImportError, ValueError) as error:
             contenders.pop(name, None)
-            found.append({**shape, "who": name, "problem": "out of memory", "roofline": bound})
+            said = str(error).splitlines()[0] if not isinstance(error, torch.cuda.OutOfMemoryError) else "out of memory"
+            found.append({**shape, "who": name, "problem": said, "roofline": bound})
             torch.cuda.empty_cache()
     for _ in range(steps):
         for step, taken in contenders.values():
@@ -252,7 +291,11 @@ def main() -> int:
     parser.add_argument("--k", type=int, default=32, help="active features per row")
     parser.add_argument("--batch", type=int, default=4096, help="rows per step")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each contender")
-    parser.add_argument("--who", default="monosem triton,dense torch", help="comma-separated; also monosem reference")
+    parser.add_argument(
+        "--who",
+        default="monosem triton,dense torch",
+        help="comma-separated; also monosem reference, dense torch bf16, sparsify (the package eai-sparsify)",
+    )
     parser.add_argument("--json", type=Path, help="write all times here")
     args = parser.parse_args()
     import torch

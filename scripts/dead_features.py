@@ -83,6 +83,7 @@ def measured(dictionary: sae.SAE, acts: ActivationStore, tokens: int) -> dict[st
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--acts", type=Path, required=True, help="the activation store")
+    parser.add_argument("--hook-point", help="of the store's, where it holds several")
     parser.add_argument("--out", type=Path, required=True, help="directory of the three dictionaries")
     parser.add_argument("--d-sae", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=2_000_000, help="rows each run sees")
@@ -98,7 +99,7 @@ def main() -> int:
         with put_in_place:
             dictionary = sae.train(
                 args.acts, args.out / name, recipe=RECIPE, d_sae=args.d_sae, tokens=args.tokens, seed=args.seed,
-                config=given | settings,
+                hook_point=args.hook_point, config=given | settings,
             )  # fmt: skip
         found[name] = measured(dictionary, ActivationStore.open(args.acts), args.heldout_tokens)
         print(f"{name:8} " + " ".join(f"{found[name][column]:14,.4g}" for column in COLUMNS), flush=True)

@@ -47,7 +47,7 @@ class Point:
     @property
     def name(self) -> str:
         changed = "".join(f"-{name}_{value}" for name, value in self.settings)
-        return f"{self.recipe}-{self.d_sae}-l0_{self.l0:g}{changed}-s{self.seed}"
+        return f"{self.recipe}-{self.d_sae}-l0_{self.l0:g}{changed}-{self.tokens / 1e6:g}M-s{self.seed}"
 
 
 def run(acts: Path, point: Point) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from sae import training
 from sae.kernels import choose, device_named
 from sae.kernels.support import Above, BatchTopK, NotSparse, Rule, Support, TopK
+from sae.lm import NativeModel
 from sae.model import SAE
 from sae.placed import Placed
 from sae.recipes import resolve
@@ -242,6 +243,17 @@ def test_a_resumed_run_on_the_gpu_is_the_unbroken_one(tmp_path: Path, monkeypatc
         assert torch.equal(tensor, again.tensors()[name]), name
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_goes_on_from_rows_on_another_device(tiny_model: NativeModel) -> None:
+    downstream = tiny_model.downstream("blocks.0.mlp.hook_post")
+    widths = (tiny_model.hook_width(f"blocks.0.{hook}") for hook in ("mlp.hook_post", "hook_resid_mid"))
+    x, resid = (random(number, 5, width) for number, width in enumerate(widths))
+    there = downstream(x.cuda(), resid.cuda())
+    assert there.device.type == "cuda"
+    torch.testing.assert_close(there.cpu(), downstream(x.cpu(), resid.cpu()), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("settings", [{"activation": "topk", "k": 3}, {"activation": "relu"}], ids=str)
 def test_a_placed_dictionary_answers_on_the_cpu_what_it_would_say_there(settings: dict[str, Any]) -> None:
     with torch.device("cpu"):
@@ -260,7 +272,7 @@ def test_a_placed_dictionary_answers_on_the_cpu_what_it_would_say_there(settings
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
+def bench_gpu() -> ModuleType:
     spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "scripts" / "bench_gpu.py")
     assert spec is not None
     assert spec.loader is not None
@@ -270,25 +282,25 @@ def benchmark() -> ModuleType:
 
 
 def test_the_gpu_benchmark_says_so_where_there_is_no_gpu(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["bench_gpu.py"])
-    assert benchmark.main() == 2
+    assert bench_gpu.main() == 2
     assert capsys.readouterr().err == "There is no CUDA device here, and this benchmark needs one.\n"
 
 
-def test_the_roofline_is_the_slower_of_bytes_and_operations(benchmark: ModuleType) -> None:
+def test_the_roofline_is_the_slower_of_bytes_and_operations(bench_gpu: ModuleType) -> None:
     """Per input dimension: 9 numbers for each of 2 · 8 weights, 8 for the product, 2 · 6 active, 3 · 3 of the batch."""
-    bound = benchmark.roofline(10, 8, 2, 3, bytes_per_s=1e3, operations_per_s=1e9)
+    bound = bench_gpu.roofline(10, 8, 2, 3, bytes_per_s=1e3, operations_per_s=1e9)
     assert bound["bytes"] == 4 * 10 * (9 * 16 + 8 + 12 + 9)
     assert bound["operations"] == 2 * 3 * 10 * 8
     assert bound["seconds"] == bound["bytes"] / 1e3
-    assert benchmark.roofline(10, 8, 2, 3, 1e12, 1.0)["seconds"] == 480.0
-    assert benchmark.dense_operations(10, 8, 3) == 5 * 480
+    assert bench_gpu.roofline(10, 8, 2, 3, 1e12, 1.0)["seconds"] == 480.0
+    assert bench_gpu.dense_operations(10, 8, 3) == 5 * 480
 
 
-def test_the_gpu_benchmarks_contender_takes_real_steps(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_benchmarks_contender_takes_real_steps(bench_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":  # what it asks of a GPU, here in the interpreter
         choose_there, start_there = choose, training.start
         monkeypatch.setattr("sae.kernels.choose", lambda name, device: choose_there(name, "cpu"))
@@ -298,7 +310,7 @@ def test_the_gpu_benchmarks_contender_takes_real_steps(benchmark: ModuleType, mo
     monkeypatch.setattr(training, "train_step", lambda *args: steps.append(take(*args)))
     batches = [FewRows().sample(16, seed).to(DEVICE) for seed in range(2)]
     for variant in ("topk", "batchtopk"):
-        step = benchmark.ours("triton", variant, 8, 32, 3, batches)
+        step = bench_gpu.ours("triton", variant, 8, 32, 3, batches)
         step()
         step()
     assert len(steps) == 4

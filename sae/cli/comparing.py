@@ -39,6 +39,9 @@ def controls(verbs: Any) -> None:
     verb.add_argument("--train-tokens", type=int, default=1_000_000, help="rows the shuffled model's dictionary sees")
     verb.add_argument("--only", action="append", metavar="CONTROL", help="random, pca, …; may repeat (default: all)")
     verb.add_argument("--seed", type=int, default=0, help="of directions, ICA and the shuffle")
+    verb.add_argument(
+        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="where model and dictionary run"
+    )
     verb.add_argument("--json", action="store_true", help="print controls.json")
 
 
@@ -48,7 +51,7 @@ def _run_controls(args: argparse.Namespace) -> int:
 
     result = pipeline.controls(
         args.sae, store=args.acts, model=args.model, tokens=args.tokens, train_tokens=args.train_tokens,
-        only=args.only, seed=args.seed, report=lambda line: print(line, file=sys.stderr),
+        only=args.only, seed=args.seed, device=args.device, report=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     print(json.dumps(result, indent=2) if args.json else controls_table(result))
     return 0

@@ -49,9 +49,11 @@ class SparseActs:
         return self.where((features >= start) & (features < stop))
 
     def fired(self) -> Bool[Tensor, " d_sae"]:
-        found = torch.zeros(self.support.d_sae, dtype=torch.bool, device=self.values.device)
-        found[self.support.features[self.values.detach() > 0].long()] = True
-        return found
+        # The entries at zero go to a feature that is none: choosing the others would wait for a GPU.
+        d_sae = self.support.d_sae
+        found = torch.zeros(d_sae + 1, dtype=torch.bool, device=self.values.device)
+        found[self.support.features.long().masked_fill(self.values.detach() <= 0, d_sae)] = True
+        return found[:d_sae]
 
     def dense(self) -> Float[Tensor, "rows d_sae"]:
         return self.support.dense(self.values)

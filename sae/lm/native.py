@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +104,17 @@ class NativeModel(LanguageModel):
     def downstream(self, hook_point: str) -> Callable[[Tensor, Tensor], Tensor]:
         if self.module.config.n_layers != 1 or hook_point != "blocks.0.mlp.hook_post":
             raise ModelError(f"{self.id}: end to end goes from blocks.0.mlp.hook_post of one layer, not {hook_point}.")
-        out = self.module.blocks[0].get_submodule("mlp.out")
-        return lambda x, resid: self.module.unembed(self.module.ln_final(resid + out(x)))
+
+        @lru_cache  # rows may lie on another device than the model, whose weights are then copied there, once
+        def on(device: torch.device) -> Transformer:
+            here = next(self.module.parameters()).device
+            return self.module if device == here else deepcopy(self.module).to(device)
+
+        def logits(x: Tensor, resid: Tensor) -> Tensor:
+            module = on(x.device)
+            return module.unembed(module.ln_final(resid + module.blocks[0].get_submodule("mlp.out")(x)))
+
+        return logits
 
     def bridge(self) -> Any:
         """The same weights as a TransformerLens `TransformerBridge`: the slow twin, with every TransformerLens tool."""

@@ -13,6 +13,7 @@ from sae import evaluation, training
 from sae.checkpoint import write_json
 from sae.config import TrainConfig, with_overrides
 from sae.documents import HELD_OUT, TRAIN
+from sae.kernels import device_named
 from sae.lab import controls as lab
 from sae.lab.absorption import Tokens, absorption, kinds_of_token
 from sae.lab.probing import Labelled, probe
@@ -21,6 +22,7 @@ from sae.lm import LanguageModel
 from sae.model import SAE
 from sae.pipeline.measuring import donors, eval_blocks
 from sae.pipeline.pairing import autoencoder, model_of, store_of
+from sae.placed import Placed
 from sae.tokenizer import token_bytes
 from store.activations import ActivationStore
 
@@ -38,6 +40,7 @@ def controls(
     train_tokens: int = 1_000_000,
     only: Sequence[str] | None = None,
     seed: int = 0,
+    device: str = "auto",
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measures a dictionary and its controls (`lab.controls.MEANING`) on held-out tokens; writes controls.json.
@@ -50,8 +53,9 @@ def controls(
     wanted = list(only) if only is not None else list(lab.MEANING)
     if unknown := [name for name in wanted if name not in lab.MEANING]:
         raise ValueError(f"controls: no control {unknown[0]!r}; there are {', '.join(lab.MEANING)}.")
-    acts, lm = store_of(dictionary, directory, store), model_of(dictionary, model)
-    setup = Setup(acts, lm, dictionary.config["hook_point"], tokens)
+    acts = store_of(dictionary, directory, store)
+    lm = model_of(dictionary, model, device=str(device_named(device)))
+    setup = Setup(acts, lm, dictionary.config["hook_point"], tokens, device)
     report(forecast(setup, dictionary, wanted, train_tokens))
     measured = {"dictionary": setup.measure(dictionary, learned=True)}
     k = max(1, round(measured["dictionary"]["l0"] or 1))
@@ -62,7 +66,7 @@ def controls(
     skipped = {}
     if "shuffled_model" in wanted:
         with lab.shuffled_weights(lm, seed) as shuffled:
-            there = Setup(acts, shuffled, setup.hook_point, tokens, live=True)
+            there = Setup(acts, shuffled, setup.hook_point, tokens, device, live=True)
             try:
                 control = _trained_on(there, dictionary, directory / "controls" / "shuffled_model", train_tokens)
             except NoRecipe as error:
@@ -101,9 +105,10 @@ class Setup:
     """One text and one model: what every control is measured on. `live` runs the model instead of reading the store."""
 
     def __init__(
-        self, store: ActivationStore, model: LanguageModel, hook_point: str, tokens: int, *, live: bool = False
-    ) -> None:
-        self.store, self.model, self.hook_point, self.live = store, model, hook_point, live
+        self, store: ActivationStore, model: LanguageModel, hook_point: str, tokens: int, device: str = "auto", *,
+        live: bool = False,
+    ) -> None:  # fmt: skip
+        self.store, self.model, self.hook_point, self.device, self.live = store, model, hook_point, device, live
         n_shards = max(1, -(-tokens // store.rows_per_shard))
         markers = {split: store.markers(split) for split in (HELD_OUT, TRAIN)}
         self.shards = {split: sorted(there)[:n_shards] for split, there in markers.items()}
@@ -139,9 +144,11 @@ class Setup:
         found, _ = evaluation.evaluate(
             sae, self.model, self.blocks(HELD_OUT), training=self.blocks(TRAIN), hook_point=self.hook_point,
             heldout_mean=(mean / self.kept_tokens).numpy(), train_mean=given.double().mean(0).numpy(), donors=given,
-            domains=self.domains, kept_tokens=self.kept_tokens, ablated=self.ablated,
+            domains=self.domains, kept_tokens=self.kept_tokens, device=self.device, ablated=self.ablated,
         )  # fmt: skip
-        probed = probe(self._labelled(sae, TRAIN), self._labelled(sae, HELD_OUT), self.domains)
+        (train, train_labels), (test, test_labels) = self._seen(sae, TRAIN), self._seen(sae, HELD_OUT)
+        probed = probe(Labelled(train.acts, train_labels), Labelled(test.acts, test_labels), self.domains)
+        kinds = kinds_of_token(token_bytes(self.model.tokenizer)) if learned else {}
         return {
             "features": sae.d_sae,
             **{name: found["metrics"][name]["value"] for name in METRICS},
@@ -154,29 +161,20 @@ class Setup:
                 domain: entry and entry["f1"] for domain, entry in found["domains"]["best_feature"].items()
             },
             "probe_by_domain": probed["classes"],
-            "absorption": self._absorption(sae) if learned else None,
+            "absorption": absorption(train, test, kinds, sae.W_dec.numpy()) if learned else None,
         }  # fmt: skip
 
-    def _labelled(self, sae: SAE, split: str) -> Labelled:
-        recorder, labels = Recorder(sae.d_sae), []
+    def _seen(self, sae: SAE, split: str) -> tuple[Tokens, np.ndarray]:
+        """The kept tokens of a split, and the number of each one's domain."""
+        recorder, placed = Recorder(sae.d_sae), Placed(sae, self.device)
+        ids, x, labels = [], [], []
         for block in self.blocks(split):
-            keep = block.keep.flatten()
-            recorder.add(sae.feature_acts(block.acts.flatten(0, 1)), keep)
-            labels.append(block.domain.reshape(-1)[keep.numpy()])
-        return Labelled(recorder.matrix(), np.concatenate(labels))
-
-    def _absorption(self, sae: SAE) -> dict[str, Any]:
-        kinds = kinds_of_token(token_bytes(self.model.tokenizer))
-        return absorption(self._tokens(sae, TRAIN), self._tokens(sae, HELD_OUT), kinds, sae.W_dec.numpy())
-
-    def _tokens(self, sae: SAE, split: str) -> Tokens:
-        recorder = Recorder(sae.d_sae)
-        ids, x = [], []
-        for block in self.blocks(split):
-            recorder.add(sae.feature_acts(block.acts.flatten(0, 1)), block.keep.flatten())
-            ids.append(block.tokens[block.keep].numpy())
+            keep = block.keep.numpy()
+            recorder.add(placed.encode(block.acts.flatten(0, 1)), block.keep.flatten())
+            ids.append(block.tokens.numpy()[keep])
             x.append(block.acts[block.keep].float().numpy())
-        return Tokens(np.concatenate(ids), np.concatenate(x), recorder.matrix())
+            labels.append(block.domain[keep])
+        return Tokens(np.concatenate(ids), np.concatenate(x), recorder.matrix()), np.concatenate(labels)
 
 
 def _trained_on(setup: Setup, sae: SAE, out: Path, train_tokens: int) -> SAE:

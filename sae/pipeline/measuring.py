@@ -133,7 +133,7 @@ def index(
     """
     dictionary, directory = opened(sae)
     acts = store_of(dictionary, directory, store)
-    lm = model_of(dictionary, model, acts)
+    lm = model_of(dictionary, model, acts, device=str(device_named(device)))
     hook, written = dictionary.config["hook_point"], output_hook_point(dictionary)
     path = Path(out) if out else (directory or Path(".")) / "features.zarr"
     shards = first_shards(acts, tokens)
