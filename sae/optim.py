@@ -277,6 +277,4 @@ def _restart(sae: SAE, optimizer: Adam, features: Tensor, encoder: Tensor, decod
     if sae.activation == "gated":  # the magnitude is the gate's value again, as at the start
         sae.r_mag[features] = 0.0
         sae.b_mag[features] = 0.0
-    if sae.activation == "batchtopk":  # its rank is the common one again
-        sae.threshold[features] = sae.threshold.amax()
     optimizer.forget(features)

@@ -12,7 +12,7 @@ import torch
 
 
 def described() -> dict[str, Any]:
-    """Processor, cores, threads, versions and the day (UTC)."""
+    """Processor, cores, threads, GPU where there is one, versions and the day (UTC)."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -23,4 +23,5 @@ def described() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }

@@ -337,16 +337,6 @@ def test_reseeded_features_rank_in_the_middle_of_their_input_and_write_what_it_l
     assert torch.equal(before.W_dec[ALIVE], after.W_dec[ALIVE])
 
 
-def test_a_reseeded_batchtopk_feature_ranks_as_the_frequent_ones_again() -> None:
-    sae = SAE(4, 6, activation="batchtopk", k=1)
-    optim.initialise_(sae, torch.zeros(1, 4), "kaiming", 0)
-    sae.threshold.copy_(torch.tensor([0.5, 0.1, 0.5, 0.2, 0.0, 0.5]))
-    optimizer = optim.Adam(sae, choose(), beta1=0.9)
-    rows = torch.eye(4).repeat_interleave(25, 0) * 2
-    optim.reseed_(sae, optimizer, torch.tensor([1, 4]), rows, torch.ones(100), torch.Generator().manual_seed(0))
-    torch.testing.assert_close(sae.threshold, torch.tensor([0.5, 0.5, 0.5, 0.2, 0.5, 0.5]))
-
-
 def test_reseeding_takes_bad_rows_that_are_far_from_each_other() -> None:
     sae = SAE(4, 6, activation="topk", k=1)
     optim.initialise_(sae, torch.zeros(1, 4), "kaiming", 0)
