@@ -15,6 +15,9 @@ from sae.together import Firings, evenly
 
 INTERVALS = 11
 PER_INTERVAL = 2
+NEAR_SHARE = (
+    1 / 8
+)  # of the contexts, drawn at random, are looked to first: most of the cost is running the model on them
 MAX_FIRINGS = 20_000
 CONTEXTS_AT_ONCE = 64
 
@@ -63,6 +66,7 @@ def _drawn(firings: Firings, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     d_sae, seq_len = len(firings.ptr) - 1, firings.tokens.shape[1]
     keep = firings.keep.reshape(-1)
     rng = np.random.default_rng(seed)
+    far = rng.random(len(firings.tokens)) >= NEAR_SHARE
     parts: list[tuple[np.ndarray, ...]] = [(np.zeros(0, np.int64),) * 2 + (np.zeros(0),) + (np.zeros(0, np.int64),)]
     counts = np.zeros((d_sae, INTERVALS), np.int64)
     for f in range(d_sae):
@@ -81,7 +85,7 @@ def _drawn(firings: Firings, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndar
             weak = able[place[able] == 0]
             able = np.concatenate([strong[evenly(len(strong), MAX_FIRINGS, rng)], weak[evenly(len(weak), 64, rng)]])
         able = able[rng.permutation(len(able))]
-        able = able[np.argsort(place[able], kind="stable")]
+        able = able[np.lexsort((far[rows[able] // seq_len], place[able]))]
         ids, first, n = np.unique(place[able], return_index=True, return_counts=True)
         rank = np.arange(len(able)) - np.repeat(first, n)
         chosen = able[rank < PER_INTERVAL]

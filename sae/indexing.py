@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from sae import effects, labels, layout, together
 from sae.kernels.acts import SparseActs
+from sae.kernels.cpu_loops import add_moments
 from sae.lm import LanguageModel
 from sae.model import SAE
 from sae.placed import Placed
@@ -24,6 +26,7 @@ LOGIT_BUCKETS = 40
 NEURONS = 10
 NEIGHBOURS = 10
 FEATURES_AT_ONCE = 512
+FOLD_ROWS = 32_768
 
 
 class IndexBlock(NamedTuple):
@@ -68,18 +71,28 @@ def index(
     `resampled` is the step of a feature's last resampling, `stats/resampled_step` (-1: never).
     """
     correlation, placed = Correlation(sae.d_sae, sae.d_in), Placed(sae, device, kernels)
-    with progress("index", tokens, "tok") as bar:
+
+    @torch.inference_mode()
+    def take(block: IndexBlock, acts: SparseActs) -> None:
+        kept = torch.from_numpy(block.keep.reshape(-1))
+        acts = acts.where(kept[acts.support.rows] & (acts.values > 0))
+        first_row = block.first_context * block.tokens.shape[1]
+        sink.append(
+            block.first_context, block.tokens, block.keep, block.document,
+            acts.support.rows.numpy() + first_row, acts.support.features.numpy(), acts.values.numpy(),
+        )  # fmt: skip
+        correlation.add(acts, block.acts, kept)
+
+    with progress("index", tokens, "tok") as bar, ThreadPoolExecutor(1, thread_name_prefix="index") as taker:
+        behind: Future[None] | None = None
         for block in blocks:
-            kept = torch.from_numpy(block.keep.reshape(-1))
             acts = placed.encode(block.acts)
-            acts = acts.where(kept[acts.support.rows] & (acts.values > 0))
-            first_row = block.first_context * block.tokens.shape[1]
-            sink.append(
-                block.first_context, block.tokens, block.keep, block.document,
-                acts.support.rows.numpy() + first_row, acts.support.features.numpy(), acts.values.numpy(),
-            )  # fmt: skip
-            correlation.add(acts, block.acts, kept)
+            if behind:
+                behind.result()
+            behind = taker.submit(take, block, acts)  # while the next block is encoded
             bar.update(block.tokens.size)
+        if behind:
+            behind.result()
 
     def from_firings(firings: Firings) -> dict[str, np.ndarray]:
         return together.panels(firings) | labels.panels(firings) | effects.panels(sae, model, firings, hook_point)
@@ -97,24 +110,30 @@ class Correlation:
     def __init__(self, d_sae: int, d_in: int) -> None:
         self.n = 0
         self.products = torch.zeros(d_sae, d_in, dtype=torch.float64)
+        self._latest, self._latest_rows = torch.zeros(d_sae, d_in), 0  # float32, to join the products now and then
         self.f, self.ff = (torch.zeros(d_sae, dtype=torch.float64) for _ in range(2))
         self.x, self.xx = (torch.zeros(d_in, dtype=torch.float64) for _ in range(2))
 
     def add(self, acts: SparseActs, x: Float[Tensor, "rows d_in"], kept: Bool[Tensor, " rows"]) -> None:
         """Rows and the activations of the kept ones among them."""
         self.n += int(kept.sum())
-        products = torch.zeros(self.products.shape)
-        acts.kernels.add_by_feature_(products, acts.values, acts.support, x)
-        self.products += products
+        acts.kernels.add_by_feature_(self._latest, acts.values, acts.support, x)
+        self._latest_rows += len(x)
+        if self._latest_rows >= FOLD_ROWS:
+            self._fold()
         features, wide = acts.support.features.long(), acts.values.double()
         self.f.index_add_(0, features, wide)
         self.ff.index_add_(0, features, wide**2)
-        x = x[kept].double()
-        self.x += x.sum(0)
-        self.xx += x.pow(2).sum(0)
+        add_moments(x.numpy(), kept.numpy(), self.x.numpy(), self.xx.numpy())
+
+    def _fold(self) -> None:
+        self.products += self._latest
+        self._latest.zero_()
+        self._latest_rows = 0
 
     def matrix(self) -> Float[Tensor, "d_sae d_in"]:
         """`cov(f, x) / (σ_f σ_x)`; 0 where either never varies."""
+        self._fold()
         n = max(1, self.n)
         covariance = self.products / n - torch.outer(self.f / n, self.x / n)
         scale = torch.outer(_std(self.f / n, self.ff / n), _std(self.x / n, self.xx / n))

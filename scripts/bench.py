@@ -177,14 +177,15 @@ def screening_product_s(*, d_sae: int, l0: int, batch: int) -> float:
     """Median seconds of the product that finds the candidates, by itself."""
     import torch
 
-    from sae.kernels.cpu import SCREEN_ROWS, screen_dtype
+    from sae.kernels.cpu import screen_dtype, screen_rows
 
     torch.set_num_threads(THREADS)
     x, W = torch.rand(batch, D_IN).to(screen_dtype()), torch.rand(d_sae, D_IN).to(screen_dtype())
-    out, times = torch.empty((min(batch, SCREEN_ROWS), d_sae), dtype=x.dtype), []
+    at_once = screen_rows(batch, d_sae)
+    out, times = torch.empty((at_once, d_sae), dtype=x.dtype), []
     for _ in range(4):
         began = time.perf_counter()
-        for rows in x.split(SCREEN_ROWS):
+        for rows in x.split(at_once):
             torch.mm(rows, W.t(), out=out[: len(rows)])
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:])

@@ -325,3 +325,17 @@ def test_choosing_kernels_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("auto", "cuda").NAME == "reference"
     with pytest.raises(ValueError, match="need triton, which comes with torch for CUDA on Linux"):
         choose("triton", "cuda")
+
+
+def test_weights_written_to_past_pytorch_are_noticed() -> None:
+    """What is kept of a frozen encoder between calls must not outlive it, nor a swap of two features."""
+    kernels = choose("cpu")
+    W_enc, bias, _ = weights(24, 96)
+    x = random(5, 40, 24)
+    for _ in range(3):
+        support, values = kernels.select(x, W_enc, bias, TopK(4))
+        theirs, exact = choose("reference").select(x, W_enc, bias, TopK(4))
+        assert torch.equal(support.features, theirs.features)
+        torch.testing.assert_close(values, exact)
+        rows = W_enc.t().numpy()
+        rows[[3, 7]] = rows[[7, 3]]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from sae.kernels import cpu_loops, matmul, reference
 from sae.kernels.batch_topk import batch_topk
-from sae.kernels.cpu_loops import BLOCK
+from sae.kernels.cpu_loops import GROUP
 from sae.kernels.support import Above, BatchTopK, ByFeature, NotSparse, Rule, Support, TopK
 
 NAME = "cpu"
-SCREEN_ROWS = 1024  # rows of screened values held at once
+SCREEN_NUMBERS, SCREEN_ROWS = 1 << 24, (1024, 4096)  # screened values held at once, in so many rows at least, at most
 ROOM_SHARE = 1 / 4  # room for this share of the features in a row; a batch that needs more is a case for dense products
 ROOM_FEATURES = 64
 BFLOAT16_ROUNDING = 2.0**-8
@@ -55,16 +55,16 @@ def _screened(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, threshold: Tensor)
     """The k largest above the thresholds of each row, or all of them (k = 0)."""
     x = x.detach().float().contiguous()
     rows, d_sae = len(x), W_enc.shape[1]
-    weights = _feature_rows(W_enc)
-    screen = Screen.of(x, weights, bias, threshold)
+    encoder = _encoder(W_enc)
+    screen = Screen.of(x, encoder, bias, threshold)
     if not screen.finite:
         raise NotSparse("rows or weights are not finite")
     width = min(d_sae, k or max(ROOM_FEATURES, int(ROOM_SHARE * d_sae)))
     features, values = np.empty((rows, width), np.int32), np.empty((rows, width), np.float32)
     counts = np.zeros(rows, np.int64)
-    exact = [_numpy(t.detach().float().contiguous()) for t in (x, weights, bias, threshold)]
-    for start in range(0, rows, SCREEN_ROWS):
-        block = screen.rows(start, min(rows, start + SCREEN_ROWS))
+    exact = [_numpy(t.detach().float().contiguous()) for t in (x, encoder.rows, bias, threshold)]
+    for start in range(0, rows, len(screen.buffer)):
+        block = screen.rows(start, min(rows, start + len(screen.buffer)))
 
         def choose(a: int, b: int, block: np.ndarray = block, start: int = start) -> None:
             cpu_loops.choose(block, *screen.arrays, *exact, k, start, a, b, features, values, counts)
@@ -79,37 +79,77 @@ def _screened(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, threshold: Tensor)
     return Support(torch.from_numpy(flat_features), torch.from_numpy(offsets), d_sae), torch.from_numpy(flat_values)
 
 
+class Encoder(NamedTuple):
+    """An encoder narrowed, feature by feature, and per feature `norm ≥ ‖w‖, ‖ŵ‖` and `error = ‖w − ŵ‖`."""
+
+    rows: Tensor  # [d_sae, d_in] float32
+    narrow: Tensor  # padded with zero rows to whole groups
+    norm: np.ndarray
+    error: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Encoder:
+        narrow, (d_sae, d_in) = screen_dtype(), rows.shape
+        padded = -(-d_sae // GROUP) * GROUP
+        W_narrow = torch.zeros((padded, d_in), dtype=narrow)
+        W_narrow[:d_sae] = rows
+        return cls(rows, W_narrow, *_lengths(rows, W_narrow))
+
+
+def _lengths(rows: Tensor, narrow: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """`norm ≥ ‖row‖, ‖narrow row‖` and `error = ‖row − narrow row‖`, for each narrow row; padding has none."""
+    norm, error = np.zeros(len(narrow), np.float32), np.zeros(len(narrow), np.float32)
+    arrays = _numpy(rows), _bits(narrow), _shift(narrow.dtype)
+    _in_chunks(len(rows), lambda a, b: cpu_loops.lengths(*arrays, a, b, norm, error))
+    return norm, error
+
+
+_kept: list[tuple[Tensor, Encoder]] = []  # at most one
+
+
+def _encoder(W_enc: Tensor) -> Encoder:
+    """The narrowed encoder; that of weights which nobody trains is kept while their products with a vector stay."""
+    rows = _feature_rows(W_enc)
+    if W_enc.requires_grad:
+        return Encoder.of(rows)
+    mark = rows @ torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0))
+    held = _kept[0] if _kept else None  # once, as other threads may put in theirs
+    if held is None or not torch.equal(held[0], mark):
+        held = mark, Encoder.of(rows)
+        _kept[:] = [held]
+    return held[1]._replace(rows=rows)
+
+
+def screen_rows(rows: int, d_sae: int) -> int:
+    """Rows whose screened values are held at once: many, as each product wakes the threads that the loops need too."""
+    return min(max(SCREEN_NUMBERS // d_sae, SCREEN_ROWS[0]), SCREEN_ROWS[1], max(1, rows))
+
+
 @dataclass
 class Screen:
     """The narrow product of a batch, and how far each of its values may lie from the exact one.
 
-    `|x·w + bias − threshold − (screened + base)| ≤ ‖x̂‖ · margin[feature] + rounding · |screened|`, with
+    `|x·w + bias − threshold − (screened + base)| ≤ x_norm · margin[feature] + rounding · |screened|`, with
     base = bias − threshold.
     """
 
     x: Tensor  # narrow
-    weights: Tensor  # narrow, padded with zero rows to whole blocks
+    weights: Tensor  # narrow, padded with zero rows to whole groups
     buffer: Tensor
-    arrays: tuple[Any, ...]  # x_norm, margin, base, their block extremes, rounding, bit shift: what the loop needs
+    arrays: tuple[Any, ...]  # x_norm, margin, base, rounding, bit shift: what the loop needs
 
     @classmethod
-    def of(cls, x: Tensor, weights: Tensor, bias: Tensor, threshold: Tensor) -> Screen:
-        narrow, (d_sae, d_in) = screen_dtype(), weights.shape
-        padded = -(-d_sae // BLOCK) * BLOCK
-        x_narrow, W_narrow = x.to(narrow), torch.zeros((padded, d_in), dtype=narrow)
-        W_narrow[:d_sae] = weights
-        x_norm = x_narrow.float().norm(dim=-1)
-        relative = ((x - x_narrow).norm(dim=-1) / x_norm.clamp_min(1e-30)).amax() if len(x) else x.new_zeros(())
-        margin, base = np.zeros(padded, np.float32), np.full(padded, -np.inf, np.float32)
-        base[:d_sae] = _numpy(bias - threshold)
-        bits = _bits(W_narrow)
-        error = np.float32(relative + FLOAT32_SUM_ROUNDING)
-        _in_chunks(d_sae, lambda a, b: cpu_loops.margins(_numpy(weights), bits, _shift(narrow), error, a, b, margin))
-        by_block = margin.reshape(-1, BLOCK), base.reshape(-1, BLOCK)
-        extremes = by_block[0].max(1), by_block[1].min(1), by_block[1].max(1)
+    def of(cls, x: Tensor, encoder: Encoder, bias: Tensor, threshold: Tensor) -> Screen:
+        narrow, padded = encoder.narrow.dtype, len(encoder.narrow)
+        x_narrow = x.to(narrow)
+        x_norm, x_error = _lengths(x, x_narrow)
+        relative = (x_error / np.maximum(x_norm, np.float32(1e-30))).max(initial=0)
+        base = np.full(padded, cpu_loops.LEAST, np.float32)
+        base[: len(bias)] = _numpy(bias - threshold)
+        margin = np.float32(relative + FLOAT32_SUM_ROUNDING) * encoder.norm + encoder.error
         rounding = np.float32(BFLOAT16_ROUNDING if narrow == torch.bfloat16 else 0.0)
-        buffer = torch.empty((min(len(x), SCREEN_ROWS), padded), dtype=narrow)
-        return cls(x_narrow, W_narrow, buffer, (_numpy(x_norm), margin, base, *extremes, rounding, _shift(narrow)))
+        buffer = torch.empty((screen_rows(len(x), padded), padded), dtype=narrow)
+        return cls(x_narrow, encoder.narrow, buffer, (x_norm, margin, base, rounding, _shift(narrow)))
 
     @property
     def finite(self) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-BLOCK = 32  # features looked at together: most blocks hold no candidate and cost one comparison
+GROUP = 32  # features of which the surest stands for all when a row's k-th largest is sought
+LEAST = np.float32(-1e38)  # below any pre-activation, and no infinity: the fast loops are promised numbers
 
 # Sums may be reordered, so that they vectorise; NaN and infinity stay what they are.
 compiled: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
@@ -18,29 +19,30 @@ compiled_for_numbers: Any = njit(nogil=True, cache=True, error_model="numpy", fa
 
 
 @compiled
-def margins(W, bits, shift, relative, start, stop, margin):
-    """`relative · ‖w‖ + ‖w − ŵ‖` per feature: times ‖x̂‖, how far a screened value may lie from the exact one."""
+def lengths(W, bits, shift, start, stop, norm, error):
+    """The larger of ‖w‖ and ‖ŵ‖, and ‖w − ŵ‖, of each row w."""
     wide = np.empty(W.shape[1], np.uint32)
     narrowed = wide.view(np.float32)
     for j in range(start, stop):
-        norm, error = np.float32(0), np.float32(0)
+        square, narrow_square, off = np.float32(0), np.float32(0), np.float32(0)
         for d in range(W.shape[1]):
             wide[d] = np.uint32(bits[j, d]) << shift
         for d in range(W.shape[1]):
             difference = W[j, d] - narrowed[d]
-            norm += W[j, d] * W[j, d]
-            error += difference * difference
-        margin[j] = relative * np.sqrt(norm) + np.sqrt(error)
+            square += W[j, d] * W[j, d]
+            narrow_square += narrowed[d] * narrowed[d]
+            off += difference * difference
+        norm[j], error[j] = np.sqrt(max(square, narrow_square)), np.sqrt(off)
 
 
 @compiled_for_numbers
 def choose(
-    bits, x_norm, margin, base, block_margin, block_base_low, block_base_high, rounding, shift,
+    bits, x_norm, margin, base, rounding, shift,
     x, W, bias, threshold, k, first, start, stop, features, values, counts,
 ):  # fmt: skip
     """Rows start..stop of one screened block, whose row 0 is row `first` of x."""
-    n_blocks, width = len(block_margin), features.shape[1]
-    low, high = np.empty(n_blocks, np.float32), np.empty(n_blocks, np.float32)
+    n_groups, width = len(margin) // GROUP, features.shape[1]
+    surest = np.empty(n_groups, np.float32)
     wide = np.empty(len(margin), np.uint32)
     screened = wide.view(np.float32)
     scratch, reach = np.empty(len(margin), np.float32), np.empty(len(margin), np.float32)
@@ -51,27 +53,25 @@ def choose(
         norm = x_norm[row]
         for feature in range(len(margin)):
             wide[feature] = np.uint32(bits[i, feature]) << shift
-        for block in range(n_blocks):
-            largest = screened[block * BLOCK]
-            for n in range(BLOCK):
-                value = screened[block * BLOCK + n]
-                largest = value if value > largest else largest
-            slack = norm * block_margin[block] + rounding * abs(largest)
-            low[block] = largest - slack + block_base_low[block]
-            high[block] = largest + slack + block_base_high[block]
-        # The k-th largest of the blocks' sure values is a floor that spares most blocks.
-        bar = floor(low, k) if k else np.float32(0)
+        # Groups of features n_groups apart, so that the largest of many groups are sought side by side.
+        surest[:] = LEAST
+        for member in range(GROUP):
+            for group in range(n_groups):
+                feature = member * n_groups + group
+                slack = norm * margin[feature] + rounding * abs(screened[feature])
+                value = screened[feature] + base[feature]
+                reach[feature] = value + slack
+                surest[group] = max(surest[group], value - slack)
+        # The k-th largest of the groups' sure values is a floor that spares most features.
+        bar = floor(surest, k) if k else np.float32(0)
         possible = 0
-        for block in range(n_blocks):
-            if high[block] >= bar:
-                for feature in range(block * BLOCK, block * BLOCK + BLOCK):
-                    slack = norm * margin[feature] + rounding * abs(screened[feature])
-                    value = screened[feature] + base[feature]
-                    if value + slack >= bar:
-                        candidates[possible] = feature
-                        reach[possible] = value + slack
-                        scratch[possible] = value - slack
-                        possible += 1
+        for feature in range(len(margin)):
+            if reach[feature] >= bar:
+                candidates[possible] = feature
+                reach[possible] = reach[feature]
+                scratch[possible] = screened[feature] + base[feature]
+                scratch[possible] -= norm * margin[feature] + rounding * abs(screened[feature])
+                possible += 1
         if 0 < k <= possible:
             bar = max(bar, floor(scratch[:possible], k))
         kept = 0
@@ -226,3 +226,14 @@ def adam(p, g, m, v, rate, beta1, rest1, beta2, rest2, eps, correction, unit_row
             scale = np.float32(1) / max(np.sqrt(square), np.float32(1e-12))
             for d in range(p.shape[1]):
                 p[row, d] *= scale
+
+
+@compiled
+def add_moments(x, kept, total, square):
+    """Adds Σ x and Σ x² over the kept rows to float64 sums, without a wide copy of x."""
+    for row in range(x.shape[0]):
+        if kept[row]:
+            for d in range(x.shape[1]):
+                value = np.float64(x[row, d])
+                total[d] += value
+                square[d] += value * value

@@ -17,7 +17,9 @@ from sae.lm import LanguageModel
 from sae.model import SAE
 from sae.pipeline.pairing import PipelineError, model_of, opened, output_hook_point, store_of
 from sae.tokenizer import token_bytes
+from store.activation_reader import Contexts
 from store.activations import ActivationStore
+from store.ahead import read_ahead
 from store.features import FeatureWriter
 from store.shards import Marker
 
@@ -204,11 +206,15 @@ def _documents_of(
 def _index_blocks(
     store: ActivationStore, hook_point: str, shards: list[tuple[str, int]], renumbered: np.ndarray
 ) -> Iterator[indexing.IndexBlock]:
+    def read(place: tuple[str, int]) -> tuple[Contexts, np.ndarray]:
+        contexts = store.read_contexts(*place)
+        return contexts, store.read_acts(*place, hook_point) if len(contexts.tokens) else np.empty(0)
+
     first_context = 0
-    for split, shard in shards:
-        contexts = store.read_contexts(split, shard)
+    for contexts, acts in read_ahead(read, shards):
         if not len(contexts.tokens):
             continue
-        acts = torch.from_numpy(store.read_acts(split, shard, hook_point))
-        yield indexing.IndexBlock(first_context, acts, contexts.tokens, contexts.keep, renumbered[contexts.document])
+        yield indexing.IndexBlock(
+            first_context, torch.from_numpy(acts), contexts.tokens, contexts.keep, renumbered[contexts.document]
+        )
         first_context += len(contexts.tokens)
