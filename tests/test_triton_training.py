@@ -1,0 +1,165 @@
+"""The trainer, and dictionaries asked on the CPU, with the Triton kernels: on a GPU where there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from test_kernels import random
+from torch import Tensor
+
+from sae import training
+from sae.kernels import choose, device_named
+from sae.lm import NativeModel
+from sae.model import SAE
+from sae.placed import Placed
+from sae.recipes import resolve
+from sae.rows import Batch
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class FewRows:
+    """Made-up rows near a few directions, the same on every call."""
+
+    d_in = 8
+
+    def batch(self, step: int) -> Batch:
+        return Batch(self.sample(16, step))
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        g = torch.Generator().manual_seed(seed)
+        noise = torch.randn(n, 8, generator=g)
+        return noise + 3 * torch.eye(8)[torch.randint(8, (n,), generator=g)]
+
+
+@pytest.mark.parametrize(("recipe", "settings"), [
+    ("topk", {"k": 3, "resample_shares": (0.5,), "dead_tokens": 16}),
+    ("towards-monosemanticity", {"l1": 2.0, "resample_shares": (0.5,), "dead_tokens": 16}),
+])  # fmt: skip
+def test_the_trainer_does_with_them_what_it_does_with_the_reference(
+    recipe: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    _, config = resolve(recipe, d_sae=24, tokens=64, batch_tokens=16, **settings)
+    found = {
+        kernels: training.train(FewRows(), tmp_path / kernels, config, kernels=kernels, device=device)
+        for kernels, device in (("triton", DEVICE), ("reference", "cpu"))
+    }
+    for name, theirs in found["reference"].tensors().items():
+        torch.testing.assert_close(found["triton"].tensors()[name].cpu(), theirs, rtol=1e-3, atol=1e-4, msg=name)
+    assert found["triton"].config["kernels"] == "triton"
+    assert found["triton"].config["device"] == DEVICE
+
+
+def test_a_run_goes_on_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, config = resolve("topk", d_sae=24, tokens=32, batch_tokens=16, k=3, resample_shares=())
+    training.train(FewRows(), tmp_path / "cpu", config, kernels="reference", device="cpu")
+    with pytest.raises(ValueError, match="begun on cpu; on cuda it would not go on bit for bit. Say --device cpu"):
+        training.train(FewRows(), tmp_path / "cpu", config, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA device here"):
+        training.train(FewRows(), tmp_path / "cuda", config, device="cuda")
+    with pytest.raises(ValueError, match="runs on cpu or cuda, not on 'tpu'"):
+        device_named("tpu")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_resumed_run_on_the_gpu_is_the_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, config = resolve("topk", d_sae=96, tokens=640, batch_tokens=16, k=3, resample_shares=(0.5,), dead_tokens=32)
+    whole = training.train(FewRows(), tmp_path / "whole", config, device="cuda")
+    step = training.train_step
+
+    def broken(state: training.TrainState, *args: Any) -> Any:
+        if state.step == 25:
+            raise KeyboardInterrupt
+        return step(state, *args)
+
+    monkeypatch.setattr(training, "train_step", broken)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(FewRows(), tmp_path / "broken", config, device="cuda", save_minutes=0.0)
+    monkeypatch.setattr(training, "train_step", step)
+    again = training.train(FewRows(), tmp_path / "broken", config, device="cuda")
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(tensor, again.tensors()[name]), name
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_goes_on_from_rows_on_another_device(tiny_model: NativeModel) -> None:
+    downstream = tiny_model.downstream("blocks.0.mlp.hook_post")
+    widths = (tiny_model.hook_width(f"blocks.0.{hook}") for hook in ("mlp.hook_post", "hook_resid_mid"))
+    x, resid = (random(number, 5, width) for number, width in enumerate(widths))
+    there = downstream(x.cuda(), resid.cuda())
+    assert there.device.type == "cuda"
+    torch.testing.assert_close(there.cpu(), downstream(x, resid), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"activation": "topk", "k": 3}, {"activation": "relu"}], ids=str)
+def test_a_placed_dictionary_answers_on_the_cpu_what_it_would_say_there(settings: dict[str, Any]) -> None:
+    sae = SAE(8, 40, **settings).requires_grad_(False)
+    for number, parameter in enumerate(sae.parameters()):
+        parameter.copy_(random(number, *parameter.shape) * 0.5)
+    x = FewRows().sample(20, 0)
+    acts, x_hat = Placed(sae, "cpu", "reference").reconstruct(x)
+    found, theirs = Placed(sae, DEVICE, "triton").reconstruct(x)
+    assert x_hat.abs().amax() > 1
+    torch.testing.assert_close(theirs, x_hat, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.dense(), acts.dense(), rtol=1e-4, atol=1e-5)
+    assert Placed(sae, DEVICE, "triton").encode(x).values.device.type == "cpu"
+    with pytest.raises(ValueError, match="no kernels 'fast'"):
+        Placed(sae, "cpu", "fast")
+
+
+@pytest.fixture(scope="module")
+def bench_gpu() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "scripts" / "bench_gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_gpu_benchmark_says_so_where_there_is_no_gpu(
+    bench_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py"])
+    assert bench_gpu.main() == 2
+    assert capsys.readouterr().err == "There is no CUDA device here, and this benchmark needs one.\n"
+
+
+def test_the_roofline_is_the_slower_of_bytes_and_operations(bench_gpu: ModuleType) -> None:
+    """Per input dimension: 9 numbers for each of 2 · 8 weights, 8 for the product, 2 · 6 active, 3 · 3 of the batch."""
+    bound = bench_gpu.roofline(10, 8, 2, 3, bytes_per_s=1e3, operations_per_s=1e9)
+    assert bound["bytes"] == 4 * 10 * (9 * 16 + 8 + 12 + 9)
+    assert bound["operations"] == 2 * 3 * 10 * 8
+    assert bound["seconds"] == bound["bytes"] / 1e3
+    assert bench_gpu.roofline(10, 8, 2, 3, 1e12, 1.0)["seconds"] == 480.0
+    assert bench_gpu.dense_operations(10, 8, 3) == 5 * 480
+
+
+def test_the_gpu_benchmarks_contender_takes_real_steps(bench_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":  # what it asks of a GPU, here in the interpreter
+        choose_there, start_there = choose, training.start
+        monkeypatch.setattr("sae.kernels.choose", lambda name, device: choose_there(name, "cpu"))
+        monkeypatch.setattr(training, "start", lambda *args: start_there(*args[:-1], "cpu"))
+    steps: list[Any] = []
+    take = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda *args: steps.append(take(*args)))
+    batches = [FewRows().sample(16, seed).to(DEVICE) for seed in range(2)]
+    for variant in ("topk", "batchtopk"):
+        step = bench_gpu.ours("triton", variant, 8, 32, 3, batches)
+        step()
+        step()
+    assert len(steps) == 4
+    assert all(metrics["loss"] > 0 for metrics in steps)
