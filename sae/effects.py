@@ -15,9 +15,7 @@ from sae.together import Firings, evenly
 
 INTERVALS = 11
 PER_INTERVAL = 2
-NEAR_SHARE = (
-    1 / 8
-)  # of the contexts, drawn at random, are looked to first: most of the cost is running the model on them
+NEAR_SHARE = 1 / 8  # of the contexts, drawn at random, are looked in first: running the model on each is what costs
 MAX_FIRINGS = 20_000
 CONTEXTS_AT_ONCE = 64
 
