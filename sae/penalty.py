@@ -10,7 +10,8 @@ from sae.config import TrainConfig
 
 MEAN_L0_STEPS = 10  # L0 is averaged over about this many steps before it is compared
 SEARCH_SHARES = (0.1, 0.95)  # of the run, in which λ is searched; before it rises, so that features find inputs
-GAIN = 10.0  # e-folds of λ over a whole run in which L0 is off by a factor of e
+GAIN, LARGEST_GAIN = 40.0, 0.1  # e-folds of λ over a run in which L0 is off by a factor of e; in a step at most
+LEAD_STEPS = 40  # L0 is judged by where it will be: what λ has silenced by then seldom comes back
 RESPONSE = 0.5  # λ answers at once to L0 by this power, which damps the search: L0 follows λ with a delay
 LARGEST_RATIO = 2.0  # what L0 is off by counts as no more than this, either way
 USUAL_L0 = 15.0  # about what a recipe's own λ leads to; L0 goes about as 1/λ
@@ -52,20 +53,22 @@ def p_at(step: int, config: TrainConfig) -> float:
 def search_(penalty: Penalty, l0: float, step: int, config: TrainConfig) -> None:
     """Moves λ after a step towards the one at which L0 is `target_l0`: a proportional and integral controller.
 
-    `log λ = ∫ gain · off + response · off`, `off = log(mean L0 / target)`, bounded either way. Before the search λ
-    rises no further once L0 is down to the target: what a λ too strong silences comes back slowly or never.
+    `log λ = ∫ gain · off + response · off`, `off = log(mean L0 / target) + LEAD_STEPS · d log(mean L0) / d step`,
+    bounded either way. Before the search λ does not rise while L0 is on its way below the target, but may fall.
     """
     if not config.target_l0:
         return
     start, stop = (share * config.steps for share in SEARCH_SHARES)
+    before = penalty.mean_l0 if step else l0
     penalty.mean_l0 += (l0 - penalty.mean_l0) / min(MEAN_L0_STEPS, step + 1)
+    now, then = (math.log(max(mean, 1e-9)) for mean in (penalty.mean_l0, before))
     bound = math.log(LARGEST_RATIO)
-    off = min(bound, max(-bound, math.log(max(penalty.mean_l0, 1e-9) / config.target_l0)))
+    off = min(bound, max(-bound, now - math.log(config.target_l0) + LEAD_STEPS * (now - then)))
     if step < start and off < 0:
         penalty.coefficient *= _rise(step, config) / _rise(step + 1, config)
-    if start <= step < stop:
+    if step < stop and (step >= start or off < 0):
         penalty.response = math.exp(RESPONSE * off)
-        penalty.coefficient *= math.exp(GAIN / config.steps * off)
+        penalty.coefficient *= math.exp(min(GAIN / config.steps, LARGEST_GAIN) * off)
     else:
         penalty.response = 1.0
 
