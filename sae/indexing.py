@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -13,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae import effects, labels, layout, together
+from sae.ahead import read_ahead
 from sae.kernels.acts import SparseActs
-from sae.kernels.cpu_loops import add_moments
 from sae.lm import LanguageModel
 from sae.model import SAE
 from sae.placed import Placed
@@ -26,7 +25,7 @@ LOGIT_BUCKETS = 40
 NEURONS = 10
 NEIGHBOURS = 10
 FEATURES_AT_ONCE = 512
-FOLD_ROWS = 32_768
+ROWS_AT_ONCE = 1024  # in float64: few enough to stay in the cache
 
 
 class IndexBlock(NamedTuple):
@@ -73,26 +72,20 @@ def index(
     correlation, placed = Correlation(sae.d_sae, sae.d_in), Placed(sae, device, kernels)
 
     @torch.inference_mode()
-    def take(block: IndexBlock, acts: SparseActs) -> None:
-        kept = torch.from_numpy(block.keep.reshape(-1))
-        acts = acts.where(kept[acts.support.rows] & (acts.values > 0))
-        first_row = block.first_context * block.tokens.shape[1]
-        sink.append(
-            block.first_context, block.tokens, block.keep, block.document,
-            acts.support.rows.numpy() + first_row, acts.support.features.numpy(), acts.values.numpy(),
-        )  # fmt: skip
-        correlation.add(acts, block.acts, kept)
+    def encoded(block: IndexBlock) -> tuple[IndexBlock, SparseActs]:
+        return block, placed.encode(block.acts)
 
-    with progress("index", tokens, "tok") as bar, ThreadPoolExecutor(1, thread_name_prefix="index") as taker:
-        behind: Future[None] | None = None
-        for block in blocks:
-            acts = placed.encode(block.acts)
-            if behind:
-                behind.result()
-            behind = taker.submit(take, block, acts)  # while the next block is encoded
+    with progress("index", tokens, "tok") as bar:
+        for block, acts in read_ahead(encoded, blocks):  # the next block is encoded while this one is taken in
+            kept = torch.from_numpy(block.keep.reshape(-1))
+            acts = acts.where(kept[acts.support.rows] & (acts.values > 0))
+            first_row = block.first_context * block.tokens.shape[1]
+            sink.append(
+                block.first_context, block.tokens, block.keep, block.document,
+                acts.support.rows.numpy() + first_row, acts.support.features.numpy(), acts.values.numpy(),
+            )  # fmt: skip
+            correlation.add(acts, block.acts, kept)
             bar.update(block.tokens.size)
-        if behind:
-            behind.result()
 
     def from_firings(firings: Firings) -> dict[str, np.ndarray]:
         return together.panels(firings) | labels.panels(firings) | effects.panels(sae, model, firings, hook_point)
@@ -110,30 +103,25 @@ class Correlation:
     def __init__(self, d_sae: int, d_in: int) -> None:
         self.n = 0
         self.products = torch.zeros(d_sae, d_in, dtype=torch.float64)
-        self._latest, self._latest_rows = torch.zeros(d_sae, d_in), 0  # float32, to join the products now and then
         self.f, self.ff = (torch.zeros(d_sae, dtype=torch.float64) for _ in range(2))
         self.x, self.xx = (torch.zeros(d_in, dtype=torch.float64) for _ in range(2))
 
     def add(self, acts: SparseActs, x: Float[Tensor, "rows d_in"], kept: Bool[Tensor, " rows"]) -> None:
         """Rows and the activations of the kept ones among them."""
         self.n += int(kept.sum())
-        acts.kernels.add_by_feature_(self._latest, acts.values, acts.support, x)
-        self._latest_rows += len(x)
-        if self._latest_rows >= FOLD_ROWS:
-            self._fold()
+        products = torch.zeros(self.products.shape)
+        acts.kernels.add_by_feature_(products, acts.values, acts.support, x)
+        self.products += products
         features, wide = acts.support.features.long(), acts.values.double()
         self.f.index_add_(0, features, wide)
         self.ff.index_add_(0, features, wide**2)
-        add_moments(x.numpy(), kept.numpy(), self.x.numpy(), self.xx.numpy())
-
-    def _fold(self) -> None:
-        self.products += self._latest
-        self._latest.zero_()
-        self._latest_rows = 0
+        for part, counted in zip(x.split(ROWS_AT_ONCE), kept.split(ROWS_AT_ONCE), strict=True):
+            wide_x = part[counted].double()
+            self.x += wide_x.sum(0)
+            self.xx += wide_x.pow(2).sum(0)
 
     def matrix(self) -> Float[Tensor, "d_sae d_in"]:
         """`cov(f, x) / (σ_f σ_x)`; 0 where either never varies."""
-        self._fold()
         n = max(1, self.n)
         covariance = self.products / n - torch.outer(self.f / n, self.x / n)
         scale = torch.outer(_std(self.f / n, self.ff / n), _std(self.x / n, self.xx / n))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from sae.ahead import read_ahead
 
 
 class Batch(NamedTuple):
@@ -48,12 +49,8 @@ def prefetched(rows: Rows, start: int, stop: int, *, pinned: bool = False) -> It
         batch = rows.batch(step)
         return batch._replace(x=batch.x.pin_memory()) if pinned and batch.x.device.type == "cpu" else batch
 
-    with ThreadPoolExecutor(1, thread_name_prefix="rows") as reader:
-        ahead = reader.submit(read, start)
-        for step in range(start, stop):
-            asked = time.perf_counter()
-            batch = ahead.result()
-            waited_s = time.perf_counter() - asked
-            if step + 1 < stop:
-                ahead = reader.submit(read, step + 1)
-            yield batch, waited_s
+    batches = read_ahead(read, range(start, stop))
+    for _ in range(start, stop):
+        asked = time.perf_counter()
+        batch = next(batches)
+        yield batch, time.perf_counter() - asked

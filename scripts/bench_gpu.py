@@ -4,9 +4,8 @@
     python scripts/bench_gpu.py --d-in 512,4096 --d-sae 16384,131072 --json gpu.json
 
 Needs torch, triton, numpy, safetensors and this tree, nothing else (a peer asked for: its own package); rows lie on the
-device. All contenders take turns
-in one run; a step is timed with CUDA events, from handing out the batch to the optimiser's end, bookkeeping included.
-Without a CUDA device it says so and exits with 2.
+device. All contenders take turns in one run; a step is timed with CUDA events, from handing out the batch to the
+optimiser's end, bookkeeping included. Without a CUDA device it says so and exits with 2.
 
 The roofline is a bound, from what a TopK step cannot avoid: the larger of bytes / bandwidth and operations / rate, both
 rates measured here (a copy, a float16 product). Bytes: Adam reads four numbers for each weight and writes three, its
@@ -135,7 +134,7 @@ def sparsify(variant: str, d_in: int, d_sae: int, k: int, batches: list[Any]) ->
     from sparsify import SparseCoder, SparseCoderConfig
 
     if variant != "topk":
-        raise ValueError("sparsify has no batch-topk")
+        raise NotImplementedError("sparsify has no batch-topk")
     coder = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k), "cuda")
     adam = torch.optim.Adam(coder.parameters(), lr=1e-6, fused=True)
     silent = torch.zeros(d_sae, dtype=torch.int64, device="cuda")
@@ -235,7 +234,7 @@ def measure(
         try:
             contenders[name] = make[name](), []
             seconds_of(contenders[name][0], WARM_STEPS)
-        except (torch.cuda.OutOfMemoryError, ImportError, ValueError) as error:
+        except (torch.cuda.OutOfMemoryError, ImportError, NotImplementedError) as error:
             contenders.pop(name, None)
             said = str(error).splitlines()[0] if not isinstance(error, torch.cuda.OutOfMemoryError) else "out of memory"
             found.append({**shape, "who": name, "problem": said, "roofline": bound})

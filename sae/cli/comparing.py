@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from sae.cli.flags import add_dictionary, add_verb
+from sae.cli.flags import add_dictionary, add_dictionary_device, add_verb
 
 
 def compare(verbs: Any) -> None:
@@ -39,9 +39,7 @@ def controls(verbs: Any) -> None:
     verb.add_argument("--train-tokens", type=int, default=1_000_000, help="rows the shuffled model's dictionary sees")
     verb.add_argument("--only", action="append", metavar="CONTROL", help="random, pca, …; may repeat (default: all)")
     verb.add_argument("--seed", type=int, default=0, help="of directions, ICA and the shuffle")
-    verb.add_argument(
-        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="where model and dictionary run"
-    )
+    add_dictionary_device(verb)
     verb.add_argument("--json", action="store_true", help="print controls.json")
 
 

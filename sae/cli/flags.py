@@ -30,8 +30,12 @@ def add_device(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where the model runs")
 
 
-def add_kernels(verb: argparse.ArgumentParser) -> None:
+def add_dictionary_device(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where the dictionary runs")
+
+
+def add_kernels(verb: argparse.ArgumentParser) -> None:
+    add_dictionary_device(verb)
     verb.add_argument(
         "--kernels", default="auto", choices=["auto", "cpu", "reference", "triton"],
         help="what computes (default: the fastest, or SAE_KERNELS)",

@@ -226,14 +226,3 @@ def adam(p, g, m, v, rate, beta1, rest1, beta2, rest2, eps, correction, unit_row
             scale = np.float32(1) / max(np.sqrt(square), np.float32(1e-12))
             for d in range(p.shape[1]):
                 p[row, d] *= scale
-
-
-@compiled
-def add_moments(x, kept, total, square):
-    """Adds Σ x and Σ x² over the kept rows to float64 sums, without a wide copy of x."""
-    for row in range(x.shape[0]):
-        if kept[row]:
-            for d in range(x.shape[1]):
-                value = np.float64(x[row, d])
-                total[d] += value
-                square[d] += value * value

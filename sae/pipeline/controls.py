@@ -13,7 +13,6 @@ from sae import evaluation, training
 from sae.checkpoint import write_json
 from sae.config import TrainConfig, with_overrides
 from sae.documents import HELD_OUT, TRAIN
-from sae.kernels import device_named
 from sae.lab import controls as lab
 from sae.lab.absorption import Tokens, absorption, kinds_of_token
 from sae.lab.probing import Labelled, probe
@@ -54,7 +53,7 @@ def controls(
     if unknown := [name for name in wanted if name not in lab.MEANING]:
         raise ValueError(f"controls: no control {unknown[0]!r}; there are {', '.join(lab.MEANING)}.")
     acts = store_of(dictionary, directory, store)
-    lm = model_of(dictionary, model, device=str(device_named(device)))
+    lm = model_of(dictionary, model, device=device)
     setup = Setup(acts, lm, dictionary.config["hook_point"], tokens, device)
     report(forecast(setup, dictionary, wanted, train_tokens))
     measured = {"dictionary": setup.measure(dictionary, learned=True)}

@@ -10,16 +10,15 @@ import numpy as np
 import torch
 
 from sae import evaluation, indexing
+from sae.ahead import read_ahead
 from sae.checkpoint import write_json, write_tensors
 from sae.documents import HELD_OUT, TRAIN
-from sae.kernels import device_named
 from sae.lm import LanguageModel
 from sae.model import SAE
 from sae.pipeline.pairing import PipelineError, model_of, opened, output_hook_point, store_of
 from sae.tokenizer import token_bytes
 from store.activation_reader import Contexts
 from store.activations import ActivationStore
-from store.ahead import read_ahead
 from store.features import FeatureWriter
 from store.shards import Marker
 
@@ -45,7 +44,7 @@ def evaluate(
     """
     dictionary, directory = opened(sae)
     acts = store_of(dictionary, directory, store)
-    lm = model_of(dictionary, model, acts, device=str(device_named(device)))
+    lm = model_of(dictionary, model, acts, device=device)
     read, replaced = dictionary.config["hook_point"], output_hook_point(dictionary)
     target = replaced if dictionary.is_transcoder else None
     heldout = acts.totals(HELD_OUT, replaced)
@@ -135,7 +134,7 @@ def index(
     """
     dictionary, directory = opened(sae)
     acts = store_of(dictionary, directory, store)
-    lm = model_of(dictionary, model, acts, device=str(device_named(device)))
+    lm = model_of(dictionary, model, acts, device=device)
     hook, written = dictionary.config["hook_point"], output_hook_point(dictionary)
     path = Path(out) if out else (directory or Path(".")) / "features.zarr"
     shards = first_shards(acts, tokens)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sae.kernels import device_named
 from sae.lm import LanguageModel, load_model
 from sae.model import SAE, load, refuse_transcoder
 from sae.model_identity import same_model
@@ -92,7 +93,7 @@ def model_of(
 
     Raises: PipelineError for a model with other weights: their effects are not the dictionary's.
     """
-    lm = asked if isinstance(asked, LanguageModel) else _named_model(sae, asked, device)
+    lm = asked if isinstance(asked, LanguageModel) else _named_model(sae, asked, str(device_named(device)))
     ours = sae.config.get("model", {})
     if "sha256" in ours and not same_model(ours, lm.identity()):
         raise PipelineError(

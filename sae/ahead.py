@@ -1,4 +1,4 @@
-"""Reading ahead: the next piece comes from the disk while the caller works on this one."""
+"""Reading ahead: the next piece is made, or comes from the disk, while the caller works on this one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ Piece = TypeVar("Piece")
 
 def read_ahead(read: Callable[[Item], Piece], items: Iterable[Item]) -> Iterator[Piece]:
     """`read(item)` for each item in order, one of them in a thread ahead of the caller."""
-    with ThreadPoolExecutor(1, thread_name_prefix="shards") as reader:
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as reader:
         coming: Future[Piece] | None = None
         for item in items:
-            present, coming = coming, reader.submit(read, item)
-            if present:
-                yield present.result()
-        if coming:
+            if coming is None:
+                coming = reader.submit(read, item)
+            else:
+                piece, coming = coming.result(), reader.submit(read, item)
+                yield piece
+        if coming is not None:
             yield coming.result()
