@@ -25,7 +25,7 @@ from sae.placed import Placed
 from sae.progress import progress
 from sae.replacement import replaced_losses, splice_identity_error
 
-EVAL_FORMAT = 1
+EVAL_FORMAT = 2  # 2: domains' features are chosen on text spread over the store
 DONOR_SEED = 0
 
 Ablated = dict[int, dict[str, Tensor]]  # by block: what the model loses there whatever the dictionary

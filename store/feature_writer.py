@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -162,33 +163,17 @@ class FeatureWriter:
             )
         root = zarr.open_group(self.partial, mode="a", zarr_format=3)
         ptr, firings = self._coo.scatter("feature", self.d_sae)
-        _put(root, "firings/ptr", ptr)
-        _put(root, "firings/row", firings["row"])
-        _put(root, "firings/value", firings["value"])
-        stats, inverted = self._statistics(ptr, firings["row"], firings["value"])
-        for name, column in stats.items():
-            _put(root, f"stats/{name}", column)
-        for group, pairs in inverted.items():
-            token_ptr, columns = pairs.scatter("token", len(self.vocabulary))
-            for name, column in ({"ptr": token_ptr} | columns).items():
-                _put(root, f"{group}/{name}", column)
-        for name, column in (
-            ("tokens", self._tokens),
-            ("keep", self._keep),
-            ("document", self._document),
-        ):
-            _put(root, name, column)
-        flat, kept = self._tokens.reshape(-1), self._keep.reshape(-1)
-        _put(root, "by_token/occurrences", np.bincount(flat[kept], minlength=len(self.vocabulary)).astype(np.uint32))
-        if from_firings is not None:
-            row_ptr, by_row = self._coo.scatter("row", self.n_contexts * self.seq_len)
-            panels = panels | from_firings(
-                SortedFirings(
-                    ptr, firings["row"], firings["value"], row_ptr, by_row["feature"], by_row["value"],
-                    self._tokens, self._keep, self._domain_of()[self._document],
-                )
-            )  # fmt: skip
-        self._put_panels(root, panels, {f"stats/{name}" for name in stats})
+        with ThreadPoolExecutor(1) as beside:  # single-threaded, and nothing `from_firings` reads
+            statistics = beside.submit(self._put_statistics, root, ptr, firings)
+            if from_firings is not None:
+                row_ptr, by_row = self._coo.scatter("row", self.n_contexts * self.seq_len)
+                panels = panels | from_firings(
+                    SortedFirings(
+                        ptr, firings["row"], firings["value"], row_ptr, by_row["feature"], by_row["value"],
+                        self._tokens, self._keep, self._domain_of()[self._document],
+                    )
+                )  # fmt: skip
+        self._put_panels(root, panels, statistics.result())
         atomic_json(self.partial / "documents.json", [list(d) for d in self.documents])
         strings = [token.decode("latin-1") for token in self.vocabulary]
         atomic_json(self.partial / "vocabulary.json", strings)
@@ -265,6 +250,24 @@ class FeatureWriter:
                 f"{self.path}: feature {features[i]} has activation {values[i]} on row {rows[i]}; "
                 "the index holds values in (0, 65504]"
             )
+
+    def _put_statistics(self, root: zarr.Group, ptr: np.ndarray, firings: dict[str, np.ndarray]) -> set[str]:
+        """Stores the text, the sorted activations and what they say of each feature; the names of its panels."""
+        _put(root, "firings/ptr", ptr)
+        _put(root, "firings/row", firings["row"])
+        _put(root, "firings/value", firings["value"])
+        stats, inverted = self._statistics(ptr, firings["row"], firings["value"])
+        for name, column in stats.items():
+            _put(root, f"stats/{name}", column)
+        for group, pairs in inverted.items():
+            token_ptr, columns = pairs.scatter("token", len(self.vocabulary))
+            for name, column in ({"ptr": token_ptr} | columns).items():
+                _put(root, f"{group}/{name}", column)
+        for name, column in (("tokens", self._tokens), ("keep", self._keep), ("document", self._document)):
+            _put(root, name, column)
+        occurrences = np.bincount(self._tokens[self._keep], minlength=len(self.vocabulary))
+        _put(root, "by_token/occurrences", occurrences.astype(np.uint32))
+        return {f"stats/{name}" for name in stats}
 
     def _statistics(
         self, ptr: np.ndarray, rows: np.ndarray, values: np.ndarray

@@ -17,6 +17,7 @@ from sae.evaluation import DONOR_SEED, Block, evaluate
 from sae.firings import Firings
 from sae.lm import NativeModel
 from sae.model import SAE, save
+from sae.pipeline import measuring
 from sae.report import eval_table
 from store.activations import ActivationStore
 
@@ -409,6 +410,24 @@ def test_files_of_an_evaluated_dictionary(tmp_path: Path, tiny_model: NativeMode
               "ce_loss_score_mean", "dead_share", "ultra_low_share")  # fmt: skip
     assert set(wanted) <= set(result["metrics"])
     assert sum(entry["tokens"] for entry in result["by_domain"].values()) == result["tokens"]
+
+
+def test_the_choosing_text_is_spread_over_the_store(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard holds few documents: the first ones alone would lack whole domains."""
+    store = ActivationStore.open(tiny_store)
+    shards = sorted(store.markers("train"))
+    monkeypatch.setattr(measuring, "CHOOSING_SHARDS", 4)
+    monkeypatch.setattr(measuring, "CHOOSING_TOKENS", 2 * store.rows_per_shard)
+    quarter = len(shards) // 4
+    expected = [store.read_contexts("train", shards[i * quarter]) for i in range(4)]
+    found = list(measuring.choosing_blocks(store, HOOK_POINT, ["prose", "dna", "numbers"]))
+    assert len(shards) % 4 == 0
+    assert len(found) == 4
+    for i, (block, contexts) in enumerate(zip(found, expected, strict=True)):
+        assert np.array_equal(block.tokens.numpy(), contexts.tokens[::2])
+        assert np.array_equal(block.keep.numpy(), contexts.keep[::2])
+        acts = store.read_acts("train", shards[i * quarter], HOOK_POINT).reshape(*contexts.tokens.shape, -1)
+        assert np.array_equal(block.acts.numpy(), acts[::2])
 
 
 @pytest.mark.parametrize("work", ["evaluate", "index", "controls"])

@@ -19,13 +19,13 @@ from sae.lab.probing import Labelled, probe
 from sae.lab.sample import Recorder
 from sae.lm import LanguageModel
 from sae.model import SAE
-from sae.pipeline.measuring import donors, eval_blocks
+from sae.pipeline.measuring import donors, eval_blocks, spread
 from sae.pipeline.pairing import autoencoder, model_of, store_of
 from sae.placed import Placed
 from sae.tokenizer import token_bytes
 from store.activations import ActivationStore
 
-CONTROLS_FORMAT = 1
+CONTROLS_FORMAT = 2  # 2: on shards spread over the store
 BASIS_ROWS = 65_536
 METRICS = ("l0", "fvu", "delta_ce", "ce_loss_score_zero", "dead_share")
 
@@ -110,7 +110,7 @@ class Setup:
         self.store, self.model, self.hook_point, self.device, self.live = store, model, hook_point, device, live
         n_shards = max(1, -(-tokens // store.rows_per_shard))
         markers = {split: store.markers(split) for split in (HELD_OUT, TRAIN)}
-        self.shards = {split: sorted(there)[:n_shards] for split, there in markers.items()}
+        self.shards = {split: spread(sorted(there), n_shards) for split, there in markers.items()}
         judged = [markers[HELD_OUT][shard] for shard in self.shards[HELD_OUT]]
         self.domains = sorted({entry[2] for marker in judged for entry in marker.documents.values()})
         self.kept_tokens = sum(marker.kept_rows for marker in judged)

@@ -23,7 +23,7 @@ from store.features import FeatureWriter
 from store.shards import Marker
 
 DONORS, DONOR_SHARDS = 4096, 8
-CHOOSING_TOKENS = 65_536
+CHOOSING_TOKENS, CHOOSING_SHARDS = 65_536, 64  # a few contexts of each shard: one shard holds few documents
 
 
 def evaluate(
@@ -53,7 +53,7 @@ def evaluate(
         dictionary,
         lm,
         eval_blocks(acts, read, domains, HELD_OUT, sorted(acts.markers(HELD_OUT)), target),
-        training=eval_blocks(acts, read, domains, TRAIN, _choosing_shards(acts)),
+        training=choosing_blocks(acts, read, domains),
         hook_point=replaced,
         heldout_mean=heldout.mean,
         train_mean=acts.totals(TRAIN, replaced).mean,
@@ -70,16 +70,23 @@ def evaluate(
     return result
 
 
-def _choosing_shards(store: ActivationStore) -> list[int]:
-    """Training shards on which each domain's feature is chosen."""
-    return sorted(store.markers(TRAIN))[: -(-CHOOSING_TOKENS // store.rows_per_shard)]
+def choosing_blocks(store: ActivationStore, hook_point: str, domains: list[str]) -> Iterator[evaluation.Block]:
+    """Training contexts on which each domain's feature is chosen, spread over the whole store."""
+    shards = spread(sorted(store.markers(TRAIN)), CHOOSING_SHARDS)
+    every = max(1, len(shards) * store.rows_per_shard // CHOOSING_TOKENS)
+    return eval_blocks(store, hook_point, domains, TRAIN, shards, every=every)
+
+
+def spread(shards: list[int], n: int) -> list[int]:
+    """n of the shards, evenly spaced; all where there are no more."""
+    return [shards[i * len(shards) // n] for i in range(n)] if n < len(shards) else shards
 
 
 def eval_blocks(
     store: ActivationStore, hook_point: str, domains: list[str], split: str, shards: list[int],
-    target: str | None = None,
+    target: str | None = None, *, every: int = 1,
 ) -> Iterator[evaluation.Block]:  # fmt: skip
-    """Whole contexts of some shards; with y where there is a target hook point."""
+    """Whole contexts of some shards, or one in `every`; with y where there is a target hook point."""
     markers = store.markers(split)
     documents = {int(n): entry for shard in shards for n, entry in markers[shard].documents.items()}
     lookup = np.full(max(documents, default=0) + 2, -1)
@@ -90,15 +97,17 @@ def eval_blocks(
         if not len(contexts.tokens):  # the text was over before this shard
             continue
         acts, wanted = (
-            torch.from_numpy(store.read_acts(split, shard, hook)).view(*contexts.tokens.shape, -1) if hook else None
+            torch.from_numpy(store.read_acts(split, shard, hook)).view(*contexts.tokens.shape, -1)[::every]
+            if hook
+            else None
             for hook in (hook_point, target)
         )
         assert acts is not None
         yield evaluation.Block(
             acts,
-            torch.from_numpy(contexts.tokens.astype(np.int64)),
-            torch.from_numpy(contexts.keep),
-            lookup[contexts.document],
+            torch.from_numpy(contexts.tokens[::every].astype(np.int64)),
+            torch.from_numpy(contexts.keep[::every]),
+            lookup[contexts.document[::every]],
             wanted,
         )
 
