@@ -24,11 +24,10 @@ from torch import Tensor
 
 import sae
 from sae import optim
-from sae.documents import HELD_OUT
-from store.activations import ActivationStore
+from sae.checkpoint import read_tensors
 
 RECIPE = "towards-monosemanticity"
-COLUMNS = ("alive", "not_ultra_low", "l0", "fvu")
+COLUMNS = ("alive", "not_ultra_low", "l0", "fvu", "delta_ce")
 ULTRA_LOW = 1e-5  # density
 
 
@@ -54,29 +53,16 @@ def cures() -> dict[str, tuple[dict[str, Any], AbstractContextManager[Any]]]:
     }
 
 
-@torch.inference_mode()
-def measured(dictionary: sae.SAE, acts: ActivationStore, tokens: int) -> dict[str, Any]:
-    """One line of the table, on the first held-out tokens."""
-    hook_point, centre = dictionary.config["hook_point"], None
-    count, error, variance, rows = torch.zeros(dictionary.d_sae, dtype=torch.int64), 0.0, 0.0, 0
-    for shard in sorted(acts.markers(HELD_OUT)):
-        kept = acts.read_contexts(HELD_OUT, shard).keep.reshape(-1)
-        x = torch.from_numpy(acts.read_acts(HELD_OUT, shard, hook_point)[kept])
-        centre = torch.from_numpy(acts.totals(HELD_OUT, hook_point).mean).float() if centre is None else centre
-        found = dictionary.feature_acts(x).sparse()
-        count += torch.bincount(found.support.features[found.values > 0].long(), minlength=dictionary.d_sae)
-        error += (x - dictionary.output(found, x)).double().pow(2).sum().item()
-        variance += (x - centre).double().pow(2).sum().item()
-        rows += len(x)
-        if rows >= tokens:
-            break
+def measured(directory: Path, ablated: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table, on all held-out tokens."""
+    result = sae.evaluate(directory, ablated=ablated)
+    count = read_tensors(directory / "feature_stats.safetensors")[0]["count"]
     return {
         "alive": int((count > 0).sum()),
-        "not_ultra_low": int((count > ULTRA_LOW * rows).sum()),
-        "l0": count.sum().item() / rows,
-        "fvu": error / variance,
-        "heldout_tokens": rows,
-        "events": dictionary.config["resample_events"],
+        "not_ultra_low": int((count > ULTRA_LOW * result["tokens"]).sum()),
+        **{name: result["metrics"][name]["value"] for name in ("l0", "fvu", "delta_ce")},
+        "heldout_tokens": result["tokens"],
+        "events": sae.load(directory).config["resample_events"],
     }
 
 
@@ -87,21 +73,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory of the three dictionaries")
     parser.add_argument("--d-sae", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=2_000_000, help="rows each run sees")
-    parser.add_argument("--heldout-tokens", type=int, default=200_000, help="tokens on which features must fire")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all three")
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
     given = {name: json.loads(value) for name, _, value in (entry.partition("=") for entry in args.set)}
-    found = {}
+    found: dict[str, Any] = {}
+    ablated: dict[str, Any] = {}
     print(f"{'cure':8} " + " ".join(f"{name:>14}" for name in COLUMNS))
     for name, (settings, put_in_place) in cures().items():
         with put_in_place:
-            dictionary = sae.train(
+            sae.train(
                 args.acts, args.out / name, recipe=RECIPE, d_sae=args.d_sae, tokens=args.tokens, seed=args.seed,
                 hook_point=args.hook_point, config=given | settings,
             )  # fmt: skip
-        found[name] = measured(dictionary, ActivationStore.open(args.acts), args.heldout_tokens)
+        found[name] = measured(args.out / name, ablated)
         print(f"{name:8} " + " ".join(f"{found[name][column]:14,.4g}" for column in COLUMNS), flush=True)
     summary = {
         "hardware": machine.described(),
