@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import machine
 from bench_plot import line_plot
 
 D_IN, BATCH_TOKENS, K = 512, 4096, 32
@@ -203,17 +203,13 @@ def plot(results: list[dict[str, Any]]) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.processor())  # fmt: skip
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     import torch
 
     from sae.kernels import choose, matmul
 
     torch.set_num_threads(THREADS)
-    return {"cpu": model, "threads": THREADS, "torch": torch.__version__, "python": platform.python_version(),
-            "commit": commit, "matmul_for_all": os.environ.get("BENCH_MATMUL", ""), "load": os.getloadavg()[0],
-            "kernels": choose().describe(), "matmul": matmul.describe()}  # fmt: skip
+    chosen = {"kernels": choose().describe(), "matmul": matmul.describe()}
+    return machine.described() | {"matmul_for_all": os.environ.get("BENCH_MATMUL", "")} | chosen
 
 
 def main() -> int:

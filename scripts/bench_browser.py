@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -20,11 +19,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import machine
 from playwright.sync_api import Page, sync_playwright
 
 from browser import launch
@@ -180,15 +179,6 @@ def server_part(root: Path, sae: str, start: int, n: int) -> tuple[list[float], 
     return times, processor
 
 
-def hardware() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "cpu": cpu, "cores": os.cpu_count(), "load_average": [round(x, 1) for x in os.getloadavg()],
-        "python": platform.python_version(), "date": datetime.now(UTC).isoformat(timespec="minutes"),
-    }  # fmt: skip
-
-
 def summary(times: list[float]) -> dict[str, Any]:
     ordered = sorted(times)
     p95 = ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))]
@@ -207,7 +197,7 @@ def main() -> int:
     if not entries:
         parser.error(f"{args.root} holds no indexed dictionary{f' {args.sae}' if args.sae else ''}")
     sae, index = entries[0].id, FeatureIndex.open(entries[0].index_path)
-    begun = hardware()
+    begun = machine.described()
     with server(args.root) as site, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
 
@@ -237,7 +227,7 @@ def main() -> int:
     for name, found in figures.items():
         print(f"{name:34}{found['goal_s']:7.2f}{found['median_s']:9.3f}{found['p95_s']:9.3f}{found['n']:4}")
     if args.json:
-        content = {"hardware": begun, "load_average_after": hardware()["load_average"], "index": size}
+        content = {"hardware": begun, "load_average_after": machine.described()["load_average"], "index": size}
         args.json.write_text(json.dumps(content | {"figures": figures}, indent=1) + "\n")
     return 0
 

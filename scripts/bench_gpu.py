@@ -18,16 +18,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -273,12 +272,9 @@ def hardware(rate: tuple[float, float]) -> dict[str, Any]:
     import torch
     import triton
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
-    return {
-        "gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(),
-        "copy_gb_per_s": round(rate[0] / 1e9), "float16_tflop_per_s": round(rate[1] / 1e12),
-        "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
-        "commit": commit.strip(), "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    return machine.described() | {
+        "capability": torch.cuda.get_device_capability(), "copy_gb_per_s": round(rate[0] / 1e9),
+        "float16_tflop_per_s": round(rate[1] / 1e12), "triton": triton.__version__,
     }  # fmt: skip
 
 
@@ -304,8 +300,8 @@ def main() -> int:
         return 2
     spare_the_package_its_small_dependencies()
     rate = rates()
-    machine = hardware(rate)
-    print(machine)
+    description = hardware(rate)
+    print(description)
     everything: list[dict[str, Any]] = []
     for variant in args.variants.split(","):
         for d_in in map(int, args.d_in.split(",")):
@@ -315,7 +311,7 @@ def main() -> int:
                 sys.stdout.flush()
                 everything += found
                 if args.json:
-                    args.json.write_text(json.dumps({"hardware": machine, "results": everything}, indent=1) + "\n")
+                    args.json.write_text(json.dumps({"hardware": description, "results": everything}, indent=1) + "\n")
                 torch.cuda.empty_cache()
     return 0
 
