@@ -5,6 +5,7 @@
     python scripts/grid.py --acts runs/grid/acts.zarr --json docs/grid.json --l0 5 --l0 20
     python scripts/grid.py --acts runs/grid/acts.zarr --json docs/grid.json --recipe topk --l0 2 --seed 0 --seed 1
     python scripts/grid.py --json docs/grid.json                                   # the table of what is there
+    python scripts/grid.py --json docs/grid.json --domains --l0 20                 # best features' F1 by domain instead
 
 Trains every combination beside the store, evaluates it on all held-out tokens, and adds one entry to the JSON as each
 is done; what is there with the same settings and rows is not trained again. `--processes 2` shares the processor among
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,6 @@ def run(acts: Path, point: Point) -> dict[str, Any]:
 
     import sae
     from sae import recipes
-    from sae.pipeline import controls
 
     out = acts.parent / point.name
     transcodes = recipes.recipe_named(point.recipe).needs == "y"
@@ -81,10 +82,19 @@ def run(acts: Path, point: Point) -> dict[str, Any]:
         "hardware": machine.described(),
     }  # fmt: skip
     if not transcodes:
-        probed = controls(out, tokens=PROBE_TOKENS, only=[])["measured"]["dictionary"]
+        probed = _setup(acts, hook, str(about["model"]["id"])).probed(sae.load(out), learned=True)
         entry |= {f"probe_{k}": value for k, value in probed["probe"].items()}
         entry["absorption"] = probed["absorption"] and probed["absorption"]["mean"]
     return entry
+
+
+@cache
+def _setup(acts: Path, hook_point: str, model: str) -> Any:
+    import sae
+    from sae.pipeline.controls import Setup
+    from store.activations import ActivationStore
+
+    return Setup(ActivationStore.open(acts), sae.load_model(model), hook_point, PROBE_TOKENS)
 
 
 _ABLATED: dict[str, Any] = {}  # of a process: what all dictionaries of a hook point have in common
@@ -128,6 +138,21 @@ def table(held: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def domain_table(held: dict[str, Any], l0: float) -> str:
+    """Held-out F1 of the best single feature for each domain, a column for each recipe asked for this L0."""
+    groups: dict[str, list[dict[str, float | None]]] = {}
+    for entry in held.values():
+        if entry["target_l0"] == l0:
+            settings = "" if not entry["settings"] else f" {json.dumps(entry['settings'])}"
+            groups.setdefault(entry["recipe"] + settings, []).append(entry["best_f1"])
+    names = sorted({domain for found in groups.values() for best in found for domain in best})
+    lines = [f"| domain | {' | '.join(groups)} |", "|---|" + "--:|" * len(groups)]
+    for name in names:
+        cells = [_cell([best.get(name) for best in found]) for found in groups.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _cell(values: list[Any]) -> str:
     known = [value for value in values if value is not None]
     if not known:
@@ -147,8 +172,12 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=4_000_000, help="rows each run sees")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of every run")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--domains", action="store_true", help="print the best features' F1 by domain, train nothing")
     args = parser.parse_args()
     held = json.loads(args.json.read_text()) if args.json.exists() else {}
+    if args.domains:
+        print("\n\n".join(domain_table(held, l0) for l0 in args.l0 or [20.0]))
+        return 0
     if args.acts is None:
         print(table(held))
         return 0

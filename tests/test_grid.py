@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-from grid import COLUMNS, Point, add, main, missing, table  # noqa: E402
+from grid import COLUMNS, Point, add, domain_table, main, missing, table  # noqa: E402
 
 
 def entry(seed: int = 0, **figures: Any) -> dict[str, Any]:
@@ -50,3 +50,13 @@ def test_entries_are_added_one_by_one_and_seeds_share_a_line(
     monkeypatch.setattr(sys, "argv", ["grid.py", "--json", str(path)])
     assert main() == 0
     assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_domains_have_a_line_and_recipes_a_column() -> None:
+    held = {
+        "a": entry(0, best_f1={"dna": 0.5, "hex": None}), "b": entry(1, best_f1={"dna": 0.7, "hex": 0.25}),
+        "c": entry(0, best_f1={"dna": 0.1}, recipe="gated"), "d": entry(0, best_f1={"dna": 0.9}, target_l0=20.0),
+    }  # fmt: skip
+    assert domain_table(held, 5.0).splitlines() == [
+        "| domain | topk | gated |", "|---|--:|--:|", "| dna | 0.6 (0.5 to 0.7) | 0.1 |", "| hex | 0.25 |  |",
+    ]  # fmt: skip

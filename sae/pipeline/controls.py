@@ -145,23 +145,29 @@ class Setup:
             heldout_mean=(mean / self.kept_tokens).numpy(), train_mean=given.double().mean(0).numpy(), donors=given,
             domains=self.domains, kept_tokens=self.kept_tokens, device=self.device, ablated=self.ablated,
         )  # fmt: skip
-        (train, train_labels), (test, test_labels) = self._seen(sae, TRAIN), self._seen(sae, HELD_OUT)
-        probed = probe(Labelled(train.acts, train_labels), Labelled(test.acts, test_labels), self.domains)
-        kinds = kinds_of_token(token_bytes(self.model.tokenizer)) if learned else {}
         return {
             "features": sae.d_sae,
             **{name: found["metrics"][name]["value"] for name in METRICS},
             "mean_f1": found["domains"]["mean_f1"],
             "pure_features": found["domains"]["pure_features"],
-            "probe": probed["mean"],
             "top_neuron": found["decoder"]["top_neuron"]["median"],
             "nearest_cosine": found["decoder"]["nearest_cosine"]["median"],
             "best_f1": {
                 domain: entry and entry["f1"] for domain, entry in found["domains"]["best_feature"].items()
             },
-            "probe_by_domain": probed["classes"],
-            "absorption": absorption(train, test, kinds, sae.W_dec.numpy()) if learned else None,
+            **self.probed(sae, learned=learned),
         }  # fmt: skip
+
+    def probed(self, sae: SAE, *, learned: bool = False) -> dict[str, Any]:
+        """k-sparse probes of each token's domain and, of `learned` dictionaries, absorption."""
+        (train, train_labels), (test, test_labels) = self._seen(sae, TRAIN), self._seen(sae, HELD_OUT)
+        found = probe(Labelled(train.acts, train_labels), Labelled(test.acts, test_labels), self.domains)
+        kinds = kinds_of_token(token_bytes(self.model.tokenizer)) if learned else {}
+        return {
+            "probe": found["mean"],
+            "probe_by_domain": found["classes"],
+            "absorption": absorption(train, test, kinds, sae.W_dec.numpy()) if learned else None,
+        }
 
     def _seen(self, sae: SAE, split: str) -> tuple[Tokens, np.ndarray]:
         """The kept tokens of a split, and the number of each one's domain."""
