@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -10,15 +11,17 @@ Item = TypeVar("Item")
 Piece = TypeVar("Piece")
 
 
-def read_ahead(read: Callable[[Item], Piece], items: Iterable[Item]) -> Iterator[Piece]:
-    """`read(item)` for each item in order, one of them in a thread ahead of the caller."""
+def read_ahead(read: Callable[[Item], Piece], items: Iterable[Item], *, pieces: int = 1) -> Iterator[Piece]:
+    """`read(item)` for each item in order, in a thread that is up to `pieces` of them ahead of the caller."""
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as reader:
-        coming: Future[Piece] | None = None
-        for item in items:
-            if coming is None:
-                coming = reader.submit(read, item)
-            else:
-                piece, coming = coming.result(), reader.submit(read, item)
-                yield piece
-        if coming is not None:
-            yield coming.result()
+        coming: deque[Future[Piece]] = deque()
+        try:
+            for item in items:
+                coming.append(reader.submit(read, item))
+                if len(coming) > pieces:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:  # a caller that stops early waits for the piece being read, not for all
+            for piece in coming:
+                piece.cancel()

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from sae.ahead import read_ahead
 
+BATCHES_AHEAD = 3  # a running model makes two batches or none: three waiting even that out
+
 
 class Batch(NamedTuple):
     """One step's rows; `y` is the target where it is not x (transcoders), `resid` and `tokens` for recipes that ask.
@@ -40,7 +42,7 @@ class Rows(Protocol):
 
 
 def prefetched(rows: Rows, start: int, stop: int, *, pinned: bool = False) -> Iterator[tuple[Batch, float]]:
-    """The batches of steps start … stop − 1, each read while the one before is worked on, and the seconds waited.
+    """The batches of steps start … stop − 1, read while the ones before are worked on, and the seconds waited.
 
     `pinned` puts x into page-locked memory, from which a GPU copies without holding up the program.
     """
@@ -49,7 +51,7 @@ def prefetched(rows: Rows, start: int, stop: int, *, pinned: bool = False) -> It
         batch = rows.batch(step)
         return batch._replace(x=batch.x.pin_memory()) if pinned and batch.x.device.type == "cpu" else batch
 
-    batches = read_ahead(read, range(start, stop))
+    batches = read_ahead(read, range(start, stop), pieces=BATCHES_AHEAD)
     for _ in range(start, stop):
         asked = time.perf_counter()
         batch = next(batches)

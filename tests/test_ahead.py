@@ -1,0 +1,60 @@
+"""Reading ahead: everything in order, never more than asked for ahead, nothing after the caller has stopped."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae.ahead import read_ahead
+
+
+@given(st.lists(st.integers(), max_size=12), st.integers(1, 5))
+def test_every_piece_comes_once_and_in_order(items: list[int], pieces: int) -> None:
+    assert list(read_ahead(lambda item: item * 2, items, pieces=pieces)) == [item * 2 for item in items]
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_the_reader_is_so_far_ahead_and_no_further(pieces: int) -> None:
+    begun: list[int] = []
+    found = read_ahead(lambda item: begun.append(item) or item, range(20), pieces=pieces)
+    for taken in range(5):
+        assert next(found) == taken
+        wanted = taken + 1 + pieces
+        deadline = time.monotonic() + 30
+        while len(begun) < wanted and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.01)  # for one more, if it were to come
+        assert begun == list(range(wanted))
+
+
+def test_who_stops_early_waits_for_one_piece() -> None:
+    begun, go = [], threading.Event()
+
+    def read(item: int) -> int:
+        begun.append(item)
+        if item == 1:
+            go.wait(30)
+        return item
+
+    found = read_ahead(read, range(9), pieces=4)
+    assert next(found) == 0
+    closing = threading.Timer(0.05, go.set)
+    closing.start()
+    found.close()
+    assert begun in ([0], [0, 1])  # pieces 2, 3 and 4 were waiting, and are not read
+
+
+def test_an_error_comes_where_its_piece_would() -> None:
+    def read(item: int) -> int:
+        if item == 2:
+            raise OSError("this piece is broken")
+        return item
+
+    found = read_ahead(read, range(9), pieces=3)
+    assert [next(found), next(found)] == [0, 1]
+    with pytest.raises(OSError, match="this piece is broken"):
+        next(found)
