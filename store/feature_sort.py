@@ -29,7 +29,7 @@ class SortedFirings:
     domain: np.ndarray
 
 
-def _stable_order(keys: np.ndarray) -> np.ndarray:
+def stable_order(keys: np.ndarray) -> np.ndarray:
     """Places of `keys` in ascending order, equal ones as they come; numpy sorts 16 bits by radix, which is fastest."""
     return np.argsort(keys.astype(np.uint16) if keys.max(initial=0) < 1 << 16 else keys, kind="stable")
 
@@ -82,7 +82,7 @@ class Spill:
         for _, offset, n in sorted(self.order):
             keys = source[by][offset : offset + n]
             groups, counts = _counted(keys)
-            order = _stable_order(keys - groups.start)
+            order = stable_order(keys - groups.start)
             where = np.repeat(free[groups] - (np.cumsum(counts) - counts), counts) + np.arange(n)
             for name in others:
                 out[name][where] = source[name][offset : offset + n][order]
@@ -132,8 +132,8 @@ class Pairs:
 
 def token_pairs(feature: np.ndarray, token: np.ndarray, value: np.ndarray) -> Pairs:
     """Count, Σ and max of `value` for each pair."""
-    order = _stable_order(token)
-    order = order[_stable_order(feature[order])]
+    order = stable_order(token)
+    order = order[stable_order(feature[order])]
     feature, token, value = feature[order], token[order], value[order]
     first = _firsts(feature, token)
     count = np.diff(first, append=len(feature))

@@ -22,6 +22,7 @@ from store.feature_sort import (
     moments,
     next_tokens,
     spill_pairs,
+    stable_order,
     token_pairs,
     top_tokens,
 )
@@ -138,7 +139,8 @@ class FeatureWriter:
         where = slice(first_context, first_context + len(tokens))
         self._check_contexts(where, tokens, keep, document)
         self._check_firings(where, keep, rows, features, values)
-        order = np.lexsort((rows, features))
+        order = stable_order(rows - where.start * self.seq_len)
+        order = order[stable_order(features[order])]
         rows, features = rows[order], features[order]
         if np.any((np.diff(rows) == 0) & (np.diff(features) == 0)):
             raise StoreError(f"{self.path}: a (row, feature) pair was appended twice")
