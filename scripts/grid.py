@@ -79,7 +79,7 @@ def run(acts: Path, point: Point) -> dict[str, Any]:
         "best_f1": {name: found and round(found["f1"], 3) for name, found in result["domains"]["best_feature"].items()},
         "top_neuron": result["decoder"]["top_neuron"]["median"],
         "nearest_cosine": result["decoder"]["nearest_cosine"]["median"],
-        "hardware": machine.described(),
+        "eval_format": result["format"], "hardware": machine.described(),
     }  # fmt: skip
     if not transcodes:
         probed = _setup(acts, hook, str(about["model"]["id"])).probed(sae.load(out), learned=True)

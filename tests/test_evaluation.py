@@ -416,7 +416,7 @@ def test_the_choosing_text_is_spread_over_the_store(tiny_store: Path, monkeypatc
     """A shard holds few documents: the first ones alone would lack whole domains."""
     store = ActivationStore.open(tiny_store)
     shards = sorted(store.markers("train"))
-    monkeypatch.setattr(measuring, "CHOOSING_SHARDS", 4)
+    monkeypatch.setattr(measuring, "SPREAD_SHARDS", 4)
     monkeypatch.setattr(measuring, "CHOOSING_TOKENS", 2 * store.rows_per_shard)
     quarter = len(shards) // 4
     expected = [store.read_contexts("train", shards[i * quarter]) for i in range(4)]

@@ -19,13 +19,13 @@ from sae.lab.probing import Labelled, probe
 from sae.lab.sample import Recorder
 from sae.lm import LanguageModel
 from sae.model import SAE
-from sae.pipeline.measuring import donors, eval_blocks, spread
+from sae.pipeline.measuring import donors, eval_blocks, thinned
 from sae.pipeline.pairing import autoencoder, model_of, store_of
 from sae.placed import Placed
 from sae.tokenizer import token_bytes
 from store.activations import ActivationStore
 
-CONTROLS_FORMAT = 2  # 2: on shards spread over the store
+CONTROLS_FORMAT = 2  # 2: on contexts spread over the store
 BASIS_ROWS = 65_536
 METRICS = ("l0", "fvu", "delta_ce", "ce_loss_score_zero", "dead_share")
 
@@ -108,18 +108,21 @@ class Setup:
         live: bool = False,
     ) -> None:  # fmt: skip
         self.store, self.model, self.hook_point, self.device, self.live = store, model, hook_point, device, live
-        n_shards = max(1, -(-tokens // store.rows_per_shard))
-        markers = {split: store.markers(split) for split in (HELD_OUT, TRAIN)}
-        self.shards = {split: spread(sorted(there), n_shards) for split, there in markers.items()}
-        judged = [markers[HELD_OUT][shard] for shard in self.shards[HELD_OUT]]
-        self.domains = sorted({entry[2] for marker in judged for entry in marker.documents.values()})
-        self.kept_tokens = sum(marker.kept_rows for marker in judged)
+        self.chosen = {split: thinned(store, split, tokens) for split in (HELD_OUT, TRAIN)}
+        shards, every = self.chosen[HELD_OUT]
+        documents, numbers, self.kept_tokens = store.documents(HELD_OUT), set[int](), 0
+        for contexts in (store.read_contexts(HELD_OUT, shard) for shard in shards):
+            keep = contexts.keep[::every]
+            numbers.update(np.unique(contexts.document[::every][keep]).tolist())
+            self.kept_tokens += int(keep.sum())
+        self.domains = sorted({documents[number][2] for number in numbers})
         self.ablated: evaluation.Ablated = {}  # what no dictionary has a part in, measured once
-        self.trainable_rows = sum(marker.kept_rows for marker in markers[TRAIN].values())
+        self.trainable_rows = sum(marker.kept_rows for marker in store.markers(TRAIN).values())
 
     def blocks(self, split: str, shards: list[int] | None = None) -> Iterator[evaluation.Block]:
-        shards = self.shards[split] if shards is None else shards
-        for block in eval_blocks(self.store, self.hook_point, self.domains, split, shards):
+        """Those chosen of a split, or whole shards."""
+        shards, every = self.chosen[split] if shards is None else (shards, 1)
+        for block in eval_blocks(self.store, self.hook_point, self.domains, split, shards, every=every):
             if self.live:
                 seen = self.model.capture(block.tokens, self.hook_point).float().cpu()
                 block = block._replace(acts=seen)

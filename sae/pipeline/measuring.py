@@ -23,7 +23,8 @@ from store.features import FeatureWriter
 from store.shards import Marker
 
 DONORS, DONOR_SHARDS = 4096, 8
-CHOOSING_TOKENS, CHOOSING_SHARDS = 65_536, 64  # a few contexts of each shard: one shard holds few documents
+CHOOSING_TOKENS = 65_536
+SPREAD_SHARDS = 64  # of which a few contexts each are taken: one shard holds few documents
 
 
 def evaluate(
@@ -72,14 +73,16 @@ def evaluate(
 
 def choosing_blocks(store: ActivationStore, hook_point: str, domains: list[str]) -> Iterator[evaluation.Block]:
     """Training contexts on which each domain's feature is chosen, spread over the whole store."""
-    shards = spread(sorted(store.markers(TRAIN)), CHOOSING_SHARDS)
-    every = max(1, len(shards) * store.rows_per_shard // CHOOSING_TOKENS)
+    shards, every = thinned(store, TRAIN, CHOOSING_TOKENS)
     return eval_blocks(store, hook_point, domains, TRAIN, shards, every=every)
 
 
-def spread(shards: list[int], n: int) -> list[int]:
-    """n of the shards, evenly spaced; all where there are no more."""
-    return [shards[i * len(shards) // n] for i in range(n)] if n < len(shards) else shards
+def thinned(store: ActivationStore, split: str, tokens: int) -> tuple[list[int], int]:
+    """Shards spread evenly over a split, and n: one in n of their contexts make about `tokens` tokens, or more."""
+    shards = sorted(store.markers(split))
+    n = min(len(shards), SPREAD_SHARDS)
+    chosen = [shards[i * len(shards) // n] for i in range(n)]
+    return chosen, max(1, n * store.rows_per_shard // tokens)
 
 
 def eval_blocks(
