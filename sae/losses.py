@@ -6,11 +6,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.kernels.acts import FeatureActs
-from sae.kernels.ops import take_features
+from sae.kernels.acts import DenseActs, FeatureActs, SparseActs
+from sae.kernels.ops import Kernels, encode, take_features
+from sae.kernels.support import NotSparse, TopK
 from sae.model import SAE
 
 LP_EPSILON = 1e-2  # in scaled units, where active features are about 1 to 10
+
+AUX_SPARSE_BELOW = 1 / 8  # of the dead features: with more a row, sparse products cost what dense ones do
 
 
 def squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
@@ -63,6 +66,7 @@ def aux_k_loss(
     x: Float[Tensor, "batch d_in"],
     error: Float[Tensor, "batch d_in"],
     dead: Bool[Tensor, " d_sae"],
+    kernels: Kernels,
 ) -> Float[Tensor, ""]:
     """What the error keeps of its variance after the strongest dead features have tried to explain it.
 
@@ -75,11 +79,19 @@ def aux_k_loss(
     variance = (target - target.mean(0)).pow(2).sum()
     if not len(features) or not variance > 0:
         return x.new_zeros(())
-    # Dense over the dead alone: so many of them are taken that a sparse product would cost more.
     W_enc, W_dec = take_features(sae.W_enc, features, 1), take_features(sae.W_dec, features, 0)
-    acts = (x @ W_enc + (sae.b_enc[features] - sae.input_bias @ W_enc)).relu()
     k_aux = min(sae.d_in // 2, len(features))
-    if k_aux < len(features):
-        values, columns = acts.topk(k_aux, dim=-1, sorted=False)
-        acts = torch.zeros_like(acts).scatter(-1, columns, values)
-    return torch.nan_to_num((target - acts @ W_dec).pow(2).sum() / variance)
+    acts = _largest(x, W_enc, sae.b_enc[features], sae.input_bias, k_aux, kernels)
+    return torch.nan_to_num((target - acts.decode(W_dec)).pow(2).sum() / variance)
+
+
+def _largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, kernels: Kernels) -> FeatureActs:
+    """The k largest of each row, where they are positive: dense, unless they are few of many on a CPU."""
+    if not x.is_cuda and k < AUX_SPARSE_BELOW * len(b_enc):
+        try:
+            pre, support = encode(kernels, x, W_enc, b_enc, b_dec, TopK(k))
+            return SparseActs(pre, support, kernels)
+        except NotSparse:
+            pass
+    acts = DenseActs((x @ W_enc + (b_enc - b_dec @ W_enc)).relu())
+    return acts.largest_of_rows(k) if k < len(b_enc) else acts

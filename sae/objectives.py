@@ -203,5 +203,5 @@ def _with_aux(loss: Tensor, sae: SAE, batch: Scaled, x_hat: Tensor, now: Now) ->
         return loss
     # Gao et al. weigh AuxK against a squared error normalised by the variance; ours is not: multiply it back.
     variance = (batch.target - batch.target.mean(0)).pow(2).sum(-1).mean().detach()
-    aux = losses.aux_k_loss(sae, batch.x, batch.target - x_hat, now.dead)
+    aux = losses.aux_k_loss(sae, batch.x, batch.target - x_hat, now.dead, now.kernels)
     return loss + now.config.aux_coefficient * (aux * variance)

@@ -97,7 +97,7 @@ DEAD = {
 def test_aux_k_value_and_gradients(dead: Tensor) -> None:
     sae, x = random_sae("topk", 2), rows()
     pre, _, x_hat = dense_parts(sae, x, 2)
-    found = losses.aux_k_loss(sae, x, x - x_hat, dead)
+    found = losses.aux_k_loss(sae, x, x - x_hat, dead, choose("reference"))
     if not dead.any():
         assert found.item() == 0
         return
@@ -112,11 +112,34 @@ def test_aux_k_value_and_gradients(dead: Tensor) -> None:
     assert not mine["b_enc"][~dead].any()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("n_dead", [16, 17, 40, 64])
+def test_aux_k_among_many_dead(backend: str, n_dead: int) -> None:
+    """d_in 4 has two chosen: sparse among more than 16 dead features, dense among 16; the formula is the same."""
+    g = torch.Generator().manual_seed(n_dead)
+    sae = SAE(4, 64, activation="topk", k=2)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=g))
+    x, error = torch.randn(2, BATCH, 4, generator=g)
+    dead = torch.zeros(64, dtype=torch.bool)
+    dead[torch.randperm(64, generator=g)[:n_dead]] = True
+    mine = losses.aux_k_loss(sae, x, error, dead, choose(backend))
+    target, pre = error.double(), (x.double() - sae.b_dec.double()) @ sae.W_enc.double() + sae.b_enc.double()
+    masked = pre.masked_fill(~dead, -torch.inf)
+    f = torch.where(masked >= masked.sort(-1).values[:, -2:-1], pre, 0.0).clamp_min(0.0)
+    exact = ((target - f @ sae.W_dec.double()) ** 2).sum() / ((target - target.mean(0)) ** 2).sum()
+    assert mine.item() == pytest.approx(exact.item(), rel=1e-5)
+    assert_same(gradients(sae, mine), gradients(sae, exact), rtol=1e-4, atol=1e-5)
+
+
 def test_aux_k_does_not_move_the_reconstruction_it_explains() -> None:
     """The error is detached: nothing flows into the living through x̂."""
     sae, x = random_sae("topk", 2), rows()
     error = (x - dense_parts(sae, x, 2)[2]).requires_grad_()
-    (flow,) = torch.autograd.grad(losses.aux_k_loss(sae, x, error, DEAD["some"]), error, allow_unused=True)
+    (flow,) = torch.autograd.grad(
+        losses.aux_k_loss(sae, x, error, DEAD["some"], choose("reference")), error, allow_unused=True
+    )
     assert flow is None
 
 
@@ -124,7 +147,7 @@ def test_aux_k_does_not_move_the_reconstruction_it_explains() -> None:
 def test_aux_k_is_zero_when_the_error_has_no_variance(error: Tensor) -> None:
     sae = random_sae("topk", 2)
     x = error.nan_to_num().double()
-    assert losses.aux_k_loss(sae, x, error.double(), DEAD["all"]).item() == 0
+    assert losses.aux_k_loss(sae, x, error.double(), DEAD["all"], choose("reference")).item() == 0
 
 
 # --- the whole step --------------------------------------------------------------------------------------------------
