@@ -15,7 +15,7 @@ PAPER_DEAD_STEPS = 12_500
 PAPER_RESAMPLE_ROWS = 819_200
 NOT_NEGATIVE = (
     "l1", "k", "aux_coefficient", "dead_tokens", "seed", "target_l0", "l0_penalty", "clip", "bandwidth",
-    "threshold_init", "multi_k", "min_density",
+    "threshold_init", "threshold_lr_ratio", "multi_k", "min_density",
 )  # fmt: skip
 
 
@@ -53,6 +53,7 @@ class TrainConfig:
     clip: float = 0.0  # of the gradient's norm over all parameters; 0: none
     bandwidth: float = 0.0  # ε of the thresholds' pseudo-gradients
     threshold_init: float = 0.0
+    threshold_lr_ratio: float = 1.0  # the thresholds' learning rate over lr
     min_density: float = 0.0  # share of rows on which every feature is made to fire, by its rank alone
     multi_k: int = 0  # Multi-TopK: also the loss with this many times k, at 1/8
     prefix_shares: tuple[float, ...] = ()  # of d_sae, rising to 1

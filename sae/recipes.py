@@ -12,8 +12,8 @@ from sae.config import TrainConfig, with_overrides
 
 # Settings that only some recipes have a use for; the others refuse them.
 OPTIONAL = (
-    "k", "l1", "l0_penalty", "aux_coefficient", "bandwidth", "threshold_init", "multi_k", "min_density",
-    "prefix_shares", "p_end", "p_from_share", "skip", "exact", "resample_shares",
+    "k", "l1", "l0_penalty", "aux_coefficient", "bandwidth", "threshold_init", "threshold_lr_ratio", "multi_k",
+    "min_density", "prefix_shares", "p_end", "p_from_share", "skip", "exact", "resample_shares",
 )  # fmt: skip
 
 
@@ -115,6 +115,9 @@ RECIPES = {
                 "l0_penalty": 2.0,
                 "bandwidth": 0.1,
                 "threshold_init": 0.1,
+                # Adam moves a threshold by its rate whatever λ weighs: at lr itself one of 10, as an L0 of 2 wants, is
+                # out of reach of a short run, and a search for λ then raises it without end and without effect.
+                "threshold_lr_ratio": 16.0,
                 "beta1": 0.0,
                 "penalty_warmup_share": 0.1,
             },

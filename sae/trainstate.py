@@ -142,7 +142,10 @@ def _dictionary(rows: Rows, config: TrainConfig, recipe: Recipe) -> SAE:
 
 
 def _adam(sae: SAE, kernels: Kernels, config: TrainConfig, recipe: Recipe) -> optim.Adam:
-    return optim.Adam(sae, kernels, beta1=config.beta1, unit_norm=recipe.unit_norm, clip=config.clip)
+    return optim.Adam(
+        sae, kernels, beta1=config.beta1, unit_norm=recipe.unit_norm, clip=config.clip,
+        threshold_lr_ratio=config.threshold_lr_ratio,
+    )  # fmt: skip
 
 
 def _scale(sample: Tensor, width: int) -> float:

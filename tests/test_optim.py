@@ -60,6 +60,29 @@ def test_adam_on_a_dictionary_is_torchs_with_unit_decoder_rows(kernels: str) -> 
         torch.testing.assert_close(optimizer.moments[name]["exp_avg_sq"].double(), moment, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_thresholds_move_by_their_own_rate_and_not_below_zero(kernels: str) -> None:
+    """Torch's Adam in float64 with 16 times the rate for the thresholds."""
+    sae = SAE(D_IN, D_SAE, activation="jumprelu")
+    with torch.no_grad():
+        sae.threshold.copy_(torch.linspace(0.01, 3.0, D_SAE))
+    twin = {name: p.detach().double().clone().requires_grad_() for name, p in sae.named_parameters()}
+    others = [p for name, p in twin.items() if name != "threshold"]
+    adam = torch.optim.Adam([{"params": others}, {"params": [twin["threshold"]], "lr": 16e-3}], lr=1e-3)
+    optimizer = optim.Adam(sae, choose(kernels), beta1=0.9, unit_norm=False, threshold_lr_ratio=16.0)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for name, parameter in sae.named_parameters():
+            parameter.grad += torch.rand(parameter.shape, generator=g) + 0.1
+            twin[name].grad = parameter.grad.double()
+        optimizer.step(1e-3)
+        adam.step()
+    assert (twin["threshold"] < 0).any()
+    for name, parameter in sae.named_parameters():
+        expected = twin[name].clamp_min(0) if name == "threshold" else twin[name]
+        torch.testing.assert_close(parameter.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_adam_goes_on_from_its_saved_tensors() -> None:
     sae, optimizer = trained_sae()
     other = SAE(D_IN, D_SAE)

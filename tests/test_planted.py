@@ -72,6 +72,15 @@ def test_training_finds_the_planted_dictionary(tmp_path: Path) -> None:
     assert random["dead_share"] == 1
 
 
+def test_thresholds_reach_the_l0_asked_for_at_a_moderate_lambda(tmp_path: Path) -> None:
+    """Far fewer than are active: at lr itself thresholds lag, and the search raises λ to 3e4 for an L0 of 2.6."""
+    planted = PlantedRows(n_truths=128, d_in=48, active=6.0, decay=0.98, batch_tokens=1024)
+    config = {"target_l0": 2.0, "batch_tokens": 1024}
+    sae = pipeline.train(planted, tmp_path, recipe="jumprelu", d_sae=128, tokens=300_000, seed=0, config=config)
+    assert judge(sae, planted)["l0"] == pytest.approx(2, rel=0.1)
+    assert sae.config["lambda"]["scaled"] < 48 / 2  # λ · L0 < E‖x‖²: the penalty outweighs no whole input
+
+
 def test_the_script_leaves_out_recipes_that_rows_are_not_enough_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
