@@ -11,9 +11,10 @@ from typing import Any
 from sae.checkpoint import write_json
 
 
-def claim(directory: Path, name: str, settings: Mapping[str, Any]) -> None:
+def claim(directory: Path, name: str, settings: Mapping[str, Any], absent: Mapping[str, Any] | None = None) -> None:
     """Writes `settings` to `directory/name` once; a later call with other settings is refused and changes nothing.
 
+    `absent` says what a setting meant before there was one, for directories begun by an earlier version.
     Raises: ValueError naming each differing key with both values.
     """
     path = directory / name
@@ -26,12 +27,20 @@ def claim(directory: Path, name: str, settings: Mapping[str, Any]) -> None:
         held = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); choose another --out, or delete {directory}.") from error
-    differing = list(_differences(held, asked, ""))
+    differing = list(_differences(_filled(held, absent or {}), asked, ""))
     if differing:
         raise ValueError(
             f"{directory} holds a run with other settings: {'; '.join(differing)}. Repeat the command it was "
             "started with, or choose another --out."
         )
+
+
+def _filled(held: Any, absent: Mapping[str, Any]) -> Any:
+    """`held` with what it lacks of `absent`, at every depth that both have."""
+    if not isinstance(held, dict):
+        return held
+    inner = {key: _filled(held[key], value) for key, value in absent.items() if key in held and isinstance(value, dict)}
+    return {**absent, **held, **inner}
 
 
 def _differences(held: Any, asked: Any, where: str) -> list[str]:

@@ -91,7 +91,7 @@ def train_together(
                 f"{plan.out} holds the state of a run but not its settings ({CLAIM}): they were deleted, perhaps while "
                 "it ran. Delete the directory, or choose another --out."
             )
-        claim(plan.out, CLAIM, {"train": plan.config.to_dict(), "rows": plan.provenance})
+        claim_run(plan.out, plan.config, plan.provenance)
     with ExitStack() as open_files, interruptible() as interrupt:
         runs = [Run(rows, plan, kernels, device, open_files) for plan in plans]
         first, last = min(run.state.step for run in runs), max(run.config.steps for run in runs)
@@ -119,6 +119,12 @@ def train_together(
                         "Repeat the command to go on."
                     )
         return [run.diverged or run.finish() for run in runs]
+
+
+def claim_run(out: Path, config: TrainConfig, provenance: dict[str, Any]) -> None:
+    """Makes `out` the directory of this run. Raises: ValueError when it is another's (`sae.rundir.claim`)."""
+    # A setting's default is what was done before there was one: a run begun by an earlier version goes on.
+    claim(out, CLAIM, {"train": config.to_dict(), "rows": provenance}, absent={"train": TrainConfig().to_dict()})
 
 
 class Run:

@@ -444,6 +444,18 @@ def test_other_settings_are_refused_and_nothing_is_touched(unbroken: dict[str, P
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
+def test_a_run_begun_before_a_setting_was_known_goes_on_as_it_began(tmp_path: Path) -> None:
+    """Its settings lack what came later; the default is how it began. A recipe that differs now has to be told."""
+    for recipe in ("topk", "jumprelu"):
+        train(rows(), tmp_path / recipe, small(recipe, threshold_lr_ratio=1.0))
+        claimed = json.loads((tmp_path / recipe / "train.json").read_text())
+        del claimed["train"]["threshold_lr_ratio"]
+        (tmp_path / recipe / "train.json").write_text(json.dumps(claimed))
+        train(rows(), tmp_path / recipe, small(recipe, threshold_lr_ratio=1.0))
+    with pytest.raises(ValueError, match=r"train\.threshold_lr_ratio is 1\.0 there, 16\.0 asked for\. Repeat"):
+        train(rows(), tmp_path / "jumprelu", small("jumprelu", threshold_lr_ratio=16.0))
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_seed_decides_the_run(tmp_path: Path, unbroken: dict[str, Path], recipe: str) -> None:
     again = train(rows(), tmp_path / "again", small(recipe))

@@ -19,7 +19,6 @@ from sae.frontier import FRONTIER_FORMAT, picture
 from sae.pipeline.dictionaries import hook_point_of, provenance_of, rows_for
 from sae.pipeline.measuring import evaluate
 from sae.pipeline.pairing import PipelineError
-from sae.rundir import claim
 from store.activations import ActivationStore
 
 MEASURED = ("l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "dead_share")
@@ -88,7 +87,7 @@ def sweep(
                 write_json(plan.out / DIVERGED, {"reason": str(found)})
     ablated: Ablated = {}
     for point in points:
-        claim(out / point.name, training.CLAIM, _claimed(acts, hook, out / point.name, point.config))
+        training.claim_run(out / point.name, point.config, provenance_of(acts, hook, out / point.name))
         if not (out / point.name / DIVERGED).is_file() and not (out / point.name / "eval.json").is_file():
             evaluate(out / point.name, device=device, kernels=kernels, ablated=ablated)
     return write_frontier(out, points, model=acts.provenance["model"]["id"], hook_point=hook)
@@ -125,10 +124,6 @@ def _outcome(directory: Path) -> dict[str, Any]:
     metrics = json.loads((directory / "eval.json").read_text())["metrics"]
     about = json.loads((directory / "config.json").read_text())
     return {"lambda": about["lambda"]["scaled"], **{name: metrics[name]["value"] for name in MEASURED}}
-
-
-def _claimed(acts: ActivationStore, hook: str, directory: Path, config: TrainConfig) -> dict[str, Any]:
-    return {"train": config.to_dict(), "rows": provenance_of(acts, hook, directory)}
 
 
 def _done(directory: Path) -> bool:
