@@ -14,6 +14,7 @@ GAIN, LARGEST_GAIN = 40.0, 0.1  # e-folds of λ over a run in which L0 is off by
 LEAD_STEPS = 40  # L0 is judged by where it will be: what λ has silenced by then seldom comes back
 RESPONSE = 0.5  # λ answers at once to L0 by this power, which damps the search: L0 follows λ with a delay
 LARGEST_RATIO = 2.0  # what L0 is off by counts as no more than this, either way
+MET_WITHIN = 1.2  # the factor by which an L0 may miss what was asked for without a word
 USUAL_L0 = 15.0  # about what a recipe's own λ leads to; L0 goes about as 1/λ
 
 
@@ -71,6 +72,17 @@ def search_(penalty: Penalty, l0: float, step: int, config: TrainConfig) -> None
         penalty.coefficient *= math.exp(min(GAIN / config.steps, LARGEST_GAIN) * off)
     else:
         penalty.response = 1.0
+
+
+def missed(penalty: Penalty, config: TrainConfig) -> str:
+    """What to say of a finished run whose L0 is not what was asked for; nothing where it is, or where none was."""
+    if not config.target_l0 or 1 / MET_WITHIN <= penalty.mean_l0 / config.target_l0 <= MET_WITHIN:
+        return ""
+    return (
+        f"recipe {config.recipe}: L0 {config.target_l0:g} was asked for; the search for λ ended at "
+        f"{penalty.mean_l0:.3g} in {config.steps:,} steps. More steps (--tokens, or a smaller --batch-tokens) bring it "
+        "nearer."
+    )
 
 
 def in_every_convention(found: float, penalised: str, scale: float, d_in: int) -> dict[str, Any]:

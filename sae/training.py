@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -208,6 +209,8 @@ class Run:
             sae = fold_decoder_norms(sae)
         sae.config = _final_config(state, self.config, self.recipe, self.provenance)
         save(sae, self.out, sae.config)
+        if self.recipe.coefficient and (said := penalty.missed(state.penalty, self.config)):
+            warnings.warn(f"{self.out}: {said}", stacklevel=2)
         return sae.eval().requires_grad_(False)
 
 

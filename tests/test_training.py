@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae import training, trainstate
+from sae import penalty, training, trainstate
 from sae.checkpoint import read_tensors
 from sae.config import TrainConfig
 from sae.kernels import choose, matmul
@@ -442,6 +444,23 @@ def test_other_settings_are_refused_and_nothing_is_touched(unbroken: dict[str, P
     with pytest.raises(ValueError, match="rows.*other"):
         train(rows(), out, small("topk"), provenance={"store": "other"})
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(("asked", "warned"), [(0.0, False), (12.0, True)])
+def test_a_missed_l0_is_said(tmp_path: Path, asked: float, warned: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(rows(), tmp_path, small("towards-monosemanticity", steps=4, target_l0=asked))
+    said = [str(entry.message) for entry in caught if "was asked for" in str(entry.message)]
+    assert bool(said) == warned
+    if warned:
+        assert re.search(r"L0 12 was asked for; the search for λ ended at [\d.]+ in 4 steps", said[0])
+
+
+@pytest.mark.parametrize(("l0", "missed"), [(3.59, False), (3.61, True), (2.51, False), (2.49, True)])
+def test_an_l0_is_missed_by_more_than_a_fifth(l0: float, missed: bool) -> None:
+    config = small("towards-monosemanticity", target_l0=3.0)
+    assert bool(penalty.missed(penalty.Penalty(1.0, mean_l0=l0), config)) == missed
 
 
 def test_a_run_begun_before_a_setting_was_known_goes_on_as_it_began(tmp_path: Path) -> None:
