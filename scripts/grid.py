@@ -141,10 +141,12 @@ def table(held: dict[str, Any]) -> str:
 def domain_table(held: dict[str, Any], l0: float) -> str:
     """Held-out F1 of the best single feature for each domain, a column for each recipe asked for this L0."""
     groups: dict[str, list[dict[str, float | None]]] = {}
-    for entry in held.values():
-        if entry["target_l0"] == l0:
-            settings = "" if not entry["settings"] else f" {json.dumps(entry['settings'])}"
-            groups.setdefault(entry["recipe"] + settings, []).append(entry["best_f1"])
+    asked = [entry for entry in held.values() if entry["target_l0"] == l0]
+    usual = statistics.mode(entry["rows"] for entry in asked) if asked else 0
+    for entry in asked:
+        settings = "" if not entry["settings"] else f" {json.dumps(entry['settings'])}"
+        length = "" if entry["rows"] == usual else f", {entry['rows']:,} rows"
+        groups.setdefault(entry["recipe"] + settings + length, []).append(entry["best_f1"])
     names = sorted({domain for found in groups.values() for best in found for domain in best})
     lines = [f"| domain | {' | '.join(groups)} |", "|---|" + "--:|" * len(groups)]
     for name in names:

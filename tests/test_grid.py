@@ -56,7 +56,10 @@ def test_domains_have_a_line_and_recipes_a_column() -> None:
     held = {
         "a": entry(0, best_f1={"dna": 0.5, "hex": None}), "b": entry(1, best_f1={"dna": 0.7, "hex": 0.25}),
         "c": entry(0, best_f1={"dna": 0.1}, recipe="gated"), "d": entry(0, best_f1={"dna": 0.9}, target_l0=20.0),
+        "e": entry(0, best_f1={"dna": 0.3}, rows=3000),
     }  # fmt: skip
     assert domain_table(held, 5.0).splitlines() == [
-        "| domain | topk | gated |", "|---|--:|--:|", "| dna | 0.6 (0.5 to 0.7) | 0.1 |", "| hex | 0.25 |  |",
+        "| domain | topk | gated | topk, 3,000 rows |", "|---|--:|--:|--:|",
+        "| dna | 0.6 (0.5 to 0.7) | 0.1 | 0.3 |", "| hex | 0.25 |  |  |",
     ]  # fmt: skip
+    assert domain_table(held, 7.0).splitlines() == ["| domain |  |", "|---|"]
