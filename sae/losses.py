@@ -12,7 +12,6 @@ from sae.kernels.support import NotSparse, TopK
 from sae.model import SAE
 
 LP_EPSILON = 1e-2  # in scaled units, where active features are about 1 to 10
-
 AUX_SPARSE_BELOW = 1 / 8  # of the dead features: with more a row, sparse products cost what dense ones do
 
 

@@ -27,7 +27,7 @@ def claim(directory: Path, name: str, settings: Mapping[str, Any], absent: Mappi
         held = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); choose another --out, or delete {directory}.") from error
-    differing = list(_differences(_filled(held, absent or {}), asked, ""))
+    differing = list(_differences(held, asked, absent or {}, ""))
     if differing:
         raise ValueError(
             f"{directory} holds a run with other settings: {'; '.join(differing)}. Repeat the command it was "
@@ -35,19 +35,12 @@ def claim(directory: Path, name: str, settings: Mapping[str, Any], absent: Mappi
         )
 
 
-def _filled(held: Any, absent: Mapping[str, Any]) -> Any:
-    """`held` with what it lacks of `absent`, at every depth that both have."""
-    if not isinstance(held, dict):
-        return held
-    inner = {key: _filled(held[key], value) for key, value in absent.items() if key in held and isinstance(value, dict)}
-    return {**absent, **held, **inner}
-
-
-def _differences(held: Any, asked: Any, where: str) -> list[str]:
+def _differences(held: Any, asked: Any, absent: Any, where: str) -> list[str]:
     if isinstance(held, dict) and isinstance(asked, dict):
         found = []
         for key in sorted({*held, *asked}):
-            found += _differences(held.get(key), asked.get(key), f"{where}.{key}" if where else key)
+            meant = absent.get(key) if isinstance(absent, Mapping) else None
+            found += _differences(held.get(key, meant), asked.get(key), meant, f"{where}.{key}" if where else key)
         return found
     return [] if held == asked else [f"{where} is {held!r} there, {asked!r} asked for"]
 
