@@ -17,11 +17,11 @@ _HOME = {
     "controls": "sae.pipeline",
     "export": "sae.pipeline",
     "import_dictionary": "sae.pipeline",
-    "load": "sae.model",
-    "SAE": "sae.model",
+    "load": "sae.dictionary.autoencoder",
+    "SAE": "sae.dictionary.autoencoder",
     "load_model": "sae.lm",
-    "steer": "sae.steering",
-    "Edit": "sae.steering",
+    "steer": "sae.interventions.steering",
+    "Edit": "sae.interventions.steering",
 }
 
 __all__ = sorted(_HOME)

@@ -20,7 +20,7 @@ import machine
 import torch
 
 import sae
-from sae.config import parsed
+from sae.training.config import parsed
 
 METRICS = ("l0", "fvu", "delta_ce", "ce_loss_score_zero", "dead_share")
 MODES = ("auto", "bf16")

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sae import effects, labels, together
-from sae.indexing import panels
+from sae.dictionary.autoencoder import SAE
+from sae.dictionary.files import save
+from sae.indexing import ablation_effects, co_activation, rules
+from sae.indexing.build import panels
 from sae.lm import NativeModel, load_model
-from sae.model import SAE, save
-from sae.text import open_text
-from sae.tokenizer import token_bytes
+from sae.text.sources import open_text
+from sae.text.tokenizer import token_bytes
 from store.features import FeatureWriter
 
 HOOK_POINT, MODEL, SEQ_LEN = "blocks.0.mlp.hook_post", "tiny-relu-1l", 256
@@ -96,7 +97,9 @@ def main() -> None:
         )
     writer.finish(
         panels(sae, model, HOOK_POINT),
-        lambda made: together.panels(made) | labels.panels(made) | effects.panels(sae, model, made, HOOK_POINT),
+        lambda made: (
+            co_activation.panels(made) | rules.panels(made) | ablation_effects.panels(sae, model, made, HOOK_POINT)
+        ),
     )
     save(sae, out, {"recipe": "made up", "hook_point": HOOK_POINT, "model": model.identity()})
     print(out)

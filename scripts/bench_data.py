@@ -30,9 +30,10 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from sae import harvesting, pipeline
+from sae import pipeline
+from sae.harvesting import harvest as harvesting
 from sae.lm import LanguageModel, load_model, shipped_models
-from sae.text import TextSource
+from sae.text.sources import TextSource
 from store.activations import ActivationStore
 
 SEQ_LEN = 256

@@ -68,13 +68,14 @@ def spare_the_package_its_small_dependencies() -> None:
 
 
 def ours(kernels: str, variant: str, d_in: int, d_sae: int, k: int, batches: list[Any]) -> Callable[[], None]:
-    """`sae.training.train_step` as `sae train` calls it."""
+    """`sae.training.step.train_step` as `sae train` calls it."""
     from dataclasses import replace
 
-    from sae import training
     from sae.kernels import choose
-    from sae.recipes import resolve
-    from sae.rows import Batch
+    from sae.training import loop
+    from sae.training import step as training_step
+    from sae.training.recipes import resolve
+    from sae.training.rows import Batch
 
     rows = len(batches[0])
     settings: dict[str, Any] = {"d_sae": d_sae, "tokens": 10**10, "batch_tokens": rows, "lr": 1e-6, "k": k}
@@ -82,11 +83,11 @@ def ours(kernels: str, variant: str, d_in: int, d_sae: int, k: int, batches: lis
     recipe, config = resolve(name, **settings, resample_shares=())
     # The start from data takes a while and changes no step.
     recipe = replace(recipe, encoder_init="kaiming")
-    state = training.start(HeldRows(batches), config, recipe, choose(kernels, "cuda"), "cuda")
+    state = loop.start(HeldRows(batches), config, recipe, choose(kernels, "cuda"), "cuda")
     place = iter(range(10**9))
 
     def step() -> None:
-        training.train_step(state, Batch(batches[next(place) % len(batches)]), config)
+        training_step.train_step(state, Batch(batches[next(place) % len(batches)]), config)
 
     return step
 
@@ -160,7 +161,7 @@ class HeldRows:
         self.batches, self.d_in = batches, batches[0].shape[1]
 
     def batch(self, step: int) -> Any:
-        from sae.rows import Batch
+        from sae.training.rows import Batch
 
         return Batch(self.batches[step % len(self.batches)])
 

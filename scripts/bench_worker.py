@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from sae import optim, training
-from sae.kernels.support import BatchTopK
-from sae.model import SAE
-from sae.recipes import RECIPES, resolve
-from sae.rows import Batch
+from sae.dictionary.autoencoder import SAE
+from sae.kernels.sparsity import BatchTopK
+from sae.training import initialise, loop
+from sae.training.recipes import RECIPES, resolve
+from sae.training.rows import Batch
 
 D_IN = 512
 VARIANTS = {
@@ -93,20 +93,20 @@ class Pace:
 
 def work(wanted: Work, out: Any) -> None:
     """Trains until it is told to stop. The start is made quick (and for `relu-sparse` sparse); no step is changed."""
-    pace, step, initialise = Pace(out), training.train_step, optim.initialise_
+    pace, step, begin = Pace(out), loop.train_step, initialise.initialise_
 
     def paced_step(*args: Any) -> Any:
         pace.turn()
         return step(*args)
 
     def initialised(sae: SAE, sample: torch.Tensor, _: str, *args: Any, **named: Any) -> None:
-        initialise(sae, sample, "kaiming", *args, **named)
+        begin(sae, sample, "kaiming", *args, **named)
         if wanted.variant == "relu-sparse":  # as after training: biases that leave l0 features active
             with torch.no_grad():
                 pre = sae.pre_acts(sample[:256]).flatten()
                 sae.b_enc -= pre.kthvalue(round((1 - wanted.l0 / wanted.d_sae) * len(pre))).values
 
-    training.train_step, optim.initialise_ = paced_step, initialised
+    loop.train_step, initialise.initialise_ = paced_step, initialised
     recipe = VARIANTS[wanted.variant]
     if recipe not in RECIPES:  # BatchTopK before its recipe
         recipe = "topk"
@@ -117,7 +117,7 @@ def work(wanted: Work, out: Any) -> None:
     _, config = resolve(recipe, **settings)
     with tempfile.TemporaryDirectory() as directory:
         rows = MadeUpRows(wanted.batch_tokens)
-        training.train(rows, Path(directory) / "sae", config, save_minutes=1e9, kernels=wanted.kernels)
+        loop.train(rows, Path(directory) / "sae", config, save_minutes=1e9, kernels=wanted.kernels)
 
 
 def main() -> int:

@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from sae.dictionary.autoencoder import SAE
+from sae.dictionary.files import load
 from sae.interop import registry
 from sae.interop.files import InteropError
-from sae.model import SAE, load
 
 SIDES = Path(__file__).resolve().parent / "peers"
 D_IN, D_SAE, K, ROWS = 24, 96, 6, 512

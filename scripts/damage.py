@@ -28,7 +28,7 @@ from figures import record, table
 
 from sae import pipeline
 from sae.lm import LanguageModel, load_model
-from sae.text import TextSource
+from sae.text.sources import TextSource
 from store.activations import ActivationStore, DiskFull
 from store.schema import StoreError
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 import sae
-from sae import optim
-from sae.checkpoint import read_tensors
+from sae.jobs.checkpoint import read_tensors
+from sae.training import resample
 
 RECIPE = "towards-monosemanticity"
 COLUMNS = ("alive", "not_ultra_low", "l0", "fvu", "delta_ce")
@@ -33,7 +33,12 @@ ULTRA_LOW = 1e-5  # density
 
 @torch.no_grad()
 def reinitialise_(
-    dictionary: sae.SAE, optimizer: optim.Adam, dead: Tensor, rows: Tensor, losses: Tensor, generator: torch.Generator
+    dictionary: sae.SAE,
+    optimizer: resample.Adam,
+    dead: Tensor,
+    rows: Tensor,
+    losses: Tensor,
+    generator: torch.Generator,
 ) -> Tensor:
     """In the place of `optim.resample_`: weights as at the start, whatever the rows; no row is a parent (-1)."""
     n, d_in = len(dead), dictionary.d_in
@@ -48,7 +53,7 @@ def cures() -> dict[str, tuple[dict[str, Any], AbstractContextManager[Any]]]:
     """Settings and what is put in the place of the paper's procedure."""
     return {
         "none": ({"resample_shares": ()}, nullcontext()),
-        "naive": ({}, patch.object(optim, "resample_", reinitialise_)),
+        "naive": ({}, patch.object(resample, "resample_", reinitialise_)),
         "paper": ({}, nullcontext()),
     }
 

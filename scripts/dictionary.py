@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--train-tokens", type=int, default=8_000_000, help="rows seen in training")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    from sae.report import eval_table
+    from sae.cli.tables import eval_table
 
     result, seconds = build(
         args.text, args.out, model=args.model, tokens=args.tokens, recipe=args.recipe, d_sae=args.d_sae,

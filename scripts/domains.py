@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sae.lab.domains import f1, scores
+from sae.evaluation.domains import f1, scores
 from store.features import FeatureIndex
 
 SCRIPT_BLOCKS = {

@@ -57,8 +57,8 @@ def marker(raw: bytes) -> None:
 
 
 def jsonl(raw: bytes) -> None:
-    from sae.documents import TextReport
-    from sae.text import read_jsonl
+    from sae.text.documents import TextReport
+    from sae.text.sources import read_jsonl
 
     report = TextReport()
     documents = list(read_jsonl(io.BytesIO(raw), "t.jsonl", report))
@@ -68,13 +68,13 @@ def jsonl(raw: bytes) -> None:
 
 
 def tokenizer(raw: bytes) -> None:
-    from sae.tokenizer import parse_tokenizer
+    from sae.text.tokenizer import parse_tokenizer
 
     parse_tokenizer(raw, "tokenizer.json").encode("plain text", add_special_tokens=False)
 
 
 def safetensors(raw: bytes) -> None:
-    from sae.checkpoint import read_tensors
+    from sae.jobs.checkpoint import read_tensors
 
     with tempfile.NamedTemporaryFile(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as file:
         file.write(raw)

@@ -15,9 +15,9 @@ import atheris
 with atheris.instrument_imports(include=["sae", "store"]):  # only what is imported inside is watched
     import fuzz
 
-    import sae.checkpoint
-    import sae.text
-    import sae.tokenizer  # noqa: F401
+    import sae.jobs.checkpoint
+    import sae.text.sources
+    import sae.text.tokenizer  # noqa: F401
 
 
 def main(name: str, inputs: int, seed: int) -> None:

@@ -57,7 +57,7 @@ def run(acts: Path, point: Point) -> dict[str, Any]:
     import machine
 
     import sae
-    from sae import recipes
+    from sae.training import recipes
 
     out = acts.parent / point.name
     transcodes = recipes.recipe_named(point.recipe).needs == "y"
@@ -118,7 +118,7 @@ def missing(points: Iterable[Point], held: dict[str, Any], rows_sha256: str) -> 
 
 def add(path: Path, name: str, entry: dict[str, Any]) -> None:
     """One more entry, the file whole at any moment."""
-    from sae.checkpoint import write_json
+    from sae.jobs.checkpoint import write_json
 
     held = json.loads(path.read_text()) if path.exists() else {}
     write_json(path, held | {name: entry})
@@ -183,7 +183,7 @@ def main() -> int:
     if args.acts is None:
         print(table(held))
         return 0
-    from sae import recipes
+    from sae.training import recipes
     from store.activations import ActivationStore
 
     settings = tuple((name, json.loads(value)) for name, _, value in (entry.partition("=") for entry in args.set))

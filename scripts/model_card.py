@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from sae.lm import NativeModel
-from sae.text import open_text
+from sae.text.sources import open_text
 
 HOOK_POINT = "blocks.0.mlp.hook_post"
 

@@ -22,9 +22,9 @@ import machine
 import torch
 
 import sae
-from sae.lab.matching import recovery
-from sae.lab.planted import PlantedRows, judge
-from sae.recipes import RECIPES, recipe_named
+from sae.analysis.matching import recovery
+from sae.analysis.planted import PlantedRows, judge
+from sae.training.recipes import RECIPES, recipe_named
 
 SIZES = {
     "small": {"n_truths": 512, "d_in": 256, "active": 5.0, "decay": 0.99},

@@ -22,7 +22,7 @@ import pyarrow.parquet as parquet
 import torch
 
 import sae
-from sae.documents import HELD_OUT
+from sae.text.documents import HELD_OUT
 from store.activations import ActivationStore
 
 MIN_FIRINGS, MAIN_SHARE = 10, 0.5

@@ -86,9 +86,9 @@ def long_model(directory: Path) -> Path:
     """Random weights of tiny-relu-1l's shape, but for 4,096 positions."""
     import torch
 
-    from sae.checkpoint import write_tensors
+    from sae.jobs.checkpoint import write_tensors
     from sae.lm import shipped_models
-    from sae.transformer import Transformer, TransformerConfig
+    from sae.lm.transformer import Transformer, TransformerConfig
 
     shipped = shipped_models()["tiny-relu-1l"]
     config = json.loads((shipped / "config.json").read_text()) | {"n_ctx": 4096}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sae import labels, together
+from sae.indexing import co_activation, rules
 from store.features import FeatureWriter
 
 SEQ_LEN = 64
@@ -228,7 +228,9 @@ def build_index(path: Path, *, d_sae: int, n_contexts: int, seed: int = 0) -> np
         tokens, keep, document = corpus.tokens[part], corpus.keep[part], corpus.document[part]
         rows_of_index = rows + start * SEQ_LEN
         writer.append(start, tokens, keep, document, rows_of_index, features, block[rows, features])
-    writer.finish(panels(corpus, d_sae, d_in, seed), lambda firings: together.panels(firings) | labels.panels(firings))
+    writer.finish(
+        panels(corpus, d_sae, d_in, seed), lambda firings: co_activation.panels(firings) | rules.panels(firings)
+    )
     return acts
 
 

@@ -8,8 +8,9 @@ import torch
 from fakes import HOOK_POINT, SHAPE
 
 from sae import pipeline
+from sae.dictionary.autoencoder import SAE
+from sae.dictionary.files import save
 from sae.lm import NativeModel
-from sae.model import SAE, save
 
 D_SAE = 48
 NAMES = ("tiny/a", "tiny/b")

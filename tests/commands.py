@@ -14,7 +14,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PRELOADED = ["sae.cli", "sae.pipeline", "sae.training", "sae.pretrain", "numpy", "torch._dynamo", "commands"]
+PRELOADED = ["sae.cli", "sae.pipeline", "sae.training.loop", "sae.lm.pretrain", "numpy", "torch._dynamo", "commands"]
 
 
 def _run(arguments: list[str], log: str, save_minutes: float | None) -> None:
@@ -25,13 +25,13 @@ def _run(arguments: list[str], log: str, save_minutes: float | None) -> None:
 
     os.fsync = lambda handle: None  # a killed process loses nothing that it wrote; only a loss of power does
 
-    from sae import training
     from sae.cli import main
+    from sae.training import loop
 
     torch.set_num_threads(1)
     if save_minutes is not None:
-        assert training.train.__kwdefaults__ is not None
-        training.train.__kwdefaults__["save_minutes"] = save_minutes
+        assert loop.train.__kwdefaults__ is not None
+        loop.train.__kwdefaults__["save_minutes"] = save_minutes
     sys.exit(main(arguments))
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from sae.checkpoint import write_json, write_tensors
-from sae.documents import Document
-from sae.text import TextSource
-from sae.tokenizer import BOS, train_tokenizer
-from sae.transformer import Transformer, TransformerConfig
+from sae.jobs.checkpoint import write_json, write_tensors
+from sae.lm.transformer import Transformer, TransformerConfig
+from sae.text.documents import Document
+from sae.text.sources import TextSource
+from sae.text.tokenizer import BOS, train_tokenizer
 
 SHAPE = TransformerConfig(d_model=16, d_mlp=32, n_heads=2, d_head=8, n_ctx=32, d_vocab=300)
 HOOK_POINT = "blocks.0.mlp.hook_post"
@@ -38,7 +38,7 @@ def made_up_documents(n: int, *, seed: int = 0) -> list[Document]:
 
 
 def text_source(documents: list[Document], name: str = "made up") -> TextSource:
-    """The documents as a source, as `sae.text.open_text` would give them (in its fixed shuffled order)."""
+    """The documents as a source, as `sae.text.sources.open_text` would give them (in its fixed shuffled order)."""
     return TextSource(
         name, lambda _: iter(documents), sha256("\n".join(d.text for d in documents).encode()).hexdigest()
     )

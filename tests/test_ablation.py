@@ -6,9 +6,9 @@ import pytest
 import torch
 from fakes import SHAPE, write_model
 
-from sae.ablation import Ablated, ablate, has_closed_form
+from sae.interventions.ablation import Ablated, ablate, has_closed_form
 from sae.lm import NativeModel
-from sae.transformer import TransformerConfig
+from sae.lm.transformer import TransformerConfig
 
 HOOKS = ("blocks.0.mlp.hook_post", "blocks.0.hook_mlp_out", "blocks.0.hook_resid_post")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from sae.lab.absorption import Tokens, absorption, kinds_of_token
+from sae.analysis.absorption import Tokens, absorption, kinds_of_token
 
 D_IN, D_VOCAB, MEMBERS = 12, 40, 10  # tokens 0 … 9 are of the kind
 KIND = {"kind": np.arange(D_VOCAB) < MEMBERS}

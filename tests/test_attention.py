@@ -9,9 +9,9 @@ import torch
 from fakes import HOOK_POINT, SHAPE, write_model
 from test_microscope import random_sae
 
-from sae.attention import HOOKS, paths, patterns
+from sae.interventions.attention_attribution import HOOKS, paths, patterns
 from sae.lm import ModelError, NativeModel
-from sae.transformer import TransformerConfig
+from sae.lm.transformer import TransformerConfig
 
 
 def model_of(tmp_path_factory: pytest.TempPathFactory, **changes: object) -> NativeModel:

@@ -23,10 +23,10 @@ from browser.live import LiveError, prompts, steering
 from browser.state import ROOT_VARIABLE
 from browser.views.steering import _as_text
 from sae.cli import main as sae_command
+from sae.dictionary.files import load
+from sae.interventions.attribution import attribute, inspect
+from sae.interventions.steering import Edit
 from sae.lm import NativeModel
-from sae.microscope import attribute, inspect
-from sae.model import load
-from sae.steering import Edit
 from store.features import FeatureIndex
 
 APP = Path(browser.__file__).with_name("app.py")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae import checkpoint
-from sae.checkpoint import (
+from sae.jobs import checkpoint
+from sae.jobs.checkpoint import (
     CheckpointError,
     adam_tensors,
     read_header,
@@ -60,7 +60,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     def fail(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(f"sae.checkpoint.{fails}", fail)
+    monkeypatch.setattr(f"sae.jobs.checkpoint.{fails}", fail)
     with pytest.raises(OSError, match="no space"):
         write_tensors(path, {"a": torch.zeros(2)}, {})
     assert path.read_bytes() == before

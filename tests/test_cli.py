@@ -102,7 +102,8 @@ def test_a_config_file_gives_settings_and_flags_win(tmp_path: Path, monkeypatch:
 
 
 def test_a_flag_that_repeats_replaces_the_files_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sae import pipeline, text
+    from sae import pipeline
+    from sae.text import sources
 
     file = tmp_path / "harvest.toml"
     file.write_text('text = ["one", "two"]\nout = "o"\nhook-point = ["a", "b"]\n')
@@ -110,10 +111,10 @@ def test_a_flag_that_repeats_replaces_the_files_list(tmp_path: Path, monkeypatch
 
     def open_text(spec: str) -> None:
         opened.append(spec)
-        raise text.TextError("enough")
+        raise sources.TextError("enough")
 
     monkeypatch.setattr("sae.lm.load_model", lambda *_, **__: None)
-    monkeypatch.setattr("sae.pipeline.stores.open_text", open_text)
+    monkeypatch.setattr("sae.pipeline.harvest.open_text", open_text)
     monkeypatch.setattr(pipeline, "harvest", lambda *_, **__: None)
     assert main(["harvest", "--config", str(file)]) == 2
     assert main(["harvest", "--config", str(file), "--text", "three"]) == 2

@@ -12,11 +12,12 @@ import torch
 from fakes import HOOK_POINT, SHAPE, made_up_documents, write_model
 
 from sae import pipeline
-from sae.checkpoint import write_json
 from sae.cli import main
+from sae.dictionary.autoencoder import SAE
+from sae.dictionary.files import save
+from sae.jobs.checkpoint import write_json
 from sae.lm import NativeModel
-from sae.model import SAE, save
-from sae.tokenizer import train_tokenizer
+from sae.text.tokenizer import train_tokenizer
 
 D_IN, D_SAE = SHAPE.d_mlp, 24
 
@@ -73,7 +74,7 @@ def test_two_seeds_on_one_store(runs: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def pipeline_weights(directory: Path) -> torch.Tensor:
-    from sae.model import load
+    from sae.dictionary.files import load
 
     return load(directory).W_dec
 
@@ -118,7 +119,7 @@ def test_another_tokenizer_is_refused(runs: Path, capsys: pytest.CaptureFixture[
 
 
 def test_dense_dictionaries_are_refused_before_memory_is_gone(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae.lab.comparison.MAX_ACTIVATIONS", 100)
+    monkeypatch.setattr("sae.analysis.comparison.MAX_ACTIVATIONS", 100)
     with pytest.raises(ValueError, match="Give fewer --tokens"):
         pipeline.compare(runs / "a" / "s0", runs / "a" / "s1", out=runs / "nowhere")
     assert not (runs / "nowhere").exists()

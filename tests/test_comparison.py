@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
-from sae.lab import comparison
-from sae.lab.comparison import PairedBlock, compare
-from sae.lab.correlation import NeuronPairs, pair_blocks
-from sae.lab.matching import best_cosines, one_to_one, recovery
-from sae.lab.sample import Recorder
-from sae.model import SAE
+from sae.analysis import comparison
+from sae.analysis.comparison import PairedBlock, compare
+from sae.analysis.correlation import NeuronPairs, pair_blocks
+from sae.analysis.matching import one_to_one, recovery
+from sae.analysis.recorder import Recorder
+from sae.dictionary.autoencoder import SAE
+from sae.dictionary.directions import best_cosines
 
 ROWS, D_IN = 600, 12
 
@@ -34,7 +35,7 @@ def all_pairs(a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def test_every_pair_against_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae.lab.correlation.PAIRS_AT_ONCE", 20)  # several slices
+    monkeypatch.setattr("sae.analysis.correlation.PAIRS_AT_ONCE", 20)  # several slices
     a, b = sparse_acts(ROWS, 9, 0.2, 0), sparse_acts(ROWS, 6, 0.3, 1)
     b[:, 2] = a[:, 4] * 3  # the same feature at another scale
     b[:, 3] = np.where(np.arange(ROWS) < 300, a[:, 5], 0)  # a part of another: a split
@@ -94,7 +95,7 @@ def test_the_matching_of_many_equals_the_dense_one() -> None:
 
 
 def test_best_cosines_and_recovery(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae.lab.matching.DIRECTIONS_AT_ONCE", 7)
+    monkeypatch.setattr("sae.analysis.matching.DIRECTIONS_AT_ONCE", 7)
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(20, D_IN, generator=generator)
     learned = torch.randn(33, D_IN, generator=generator)

@@ -12,18 +12,18 @@ from fakes import HOOK_POINT
 from scipy import sparse
 
 from sae import pipeline
-from sae.cli import main
-from sae.documents import TRAIN
-from sae.lab.controls import (
+from sae.analysis.baselines import (
     HeldRows,
     independent_components,
     made_without_training,
     principal_components,
     shuffled_weights,
 )
-from sae.lab.probing import Labelled, probe
+from sae.analysis.probing import Labelled, probe
+from sae.cli import main
 from sae.lm import NativeModel
 from sae.pipeline.controls import Setup
+from sae.text.documents import TRAIN
 from store.activations import ActivationStore
 
 D_IN = 16
@@ -159,11 +159,11 @@ def test_training_rows_are_the_stores_whatever_their_size(
 
 @pytest.mark.slow
 def test_the_table_end_to_end(tmp_path: Path, tiny_store: Path, tiny_model_dir: Path, capsys, monkeypatch) -> None:  # noqa: ANN001
-    monkeypatch.setattr("sae.lab.probing.MIN_TOKENS", 20)
-    monkeypatch.setattr("sae.lab.domains.MIN_TOKENS", 20)
-    monkeypatch.setattr("sae.lab.controls.ICA_ITERATIONS", 3)
-    monkeypatch.setattr("sae.lab.absorption.MIN_TOKENS", 20)
-    monkeypatch.setattr("sae.lab.absorption.MIN_PROBE_ACCURACY", 0.5)
+    monkeypatch.setattr("sae.analysis.probing.MIN_TOKENS", 20)
+    monkeypatch.setattr("sae.evaluation.domains.MIN_TOKENS", 20)
+    monkeypatch.setattr("sae.analysis.baselines.ICA_ITERATIONS", 3)
+    monkeypatch.setattr("sae.analysis.absorption.MIN_TOKENS", 20)
+    monkeypatch.setattr("sae.analysis.absorption.MIN_PROBE_ACCURACY", 0.5)
     (tmp_path / "acts.zarr").symlink_to(tiny_store)
     out = tmp_path / "topk"
     pipeline.train(tmp_path / "acts.zarr", out, d_sae=48, tokens=20_000, config={"k": 4, "batch_tokens": 256})

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import dead_features  # noqa: E402
 
 import sae  # noqa: E402
-from sae import optim  # noqa: E402
+from sae.training import resample  # noqa: E402
 from store.activations import ActivationStore  # noqa: E402
 
 
@@ -47,9 +47,9 @@ def test_three_cures_on_a_store(tmp_path: Path, tiny_store: Path, monkeypatch: p
         "--set", "l1=100", "--set", "lr=0.01", "--set", "resample_shares=[0.5, 0.7]",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", argv)
-    real = optim.resample_
+    real = resample.resample_
     assert dead_features.main() == 0
-    assert optim.resample_ is real
+    assert resample.resample_ is real
     results = json.loads((tmp_path / "dead.json").read_text())["results"]
     assert list(results) == ["none", "naive", "paper"]
     assert results["none"]["events"] == []

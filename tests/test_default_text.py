@@ -12,28 +12,28 @@ from pathlib import Path
 
 import pytest
 
-from sae import default_text, synthetic_text
-from sae.default_text import split_docstrings
-from sae.documents import HELD_OUT, Document, TextReport
-from sae.text import open_text
+from sae.text import default_corpus, synthetic
+from sae.text.default_corpus import split_docstrings
+from sae.text.documents import HELD_OUT, Document, TextReport
+from sae.text.sources import open_text
 
 INSTALLED_DOMAINS = {"code", "docstrings", "prose"}
 GENERATED_DOMAINS = {"dna", "base64", "hex", "dates", "arithmetic", "urls"}
-FRESH_SHA256 = "from sae.synthetic_text import generated_sha256; print(generated_sha256())"
-FRESH_FINGERPRINT = "from sae.default_text import fingerprint; print(fingerprint())"
+FRESH_SHA256 = "from sae.text.synthetic import generated_sha256; print(generated_sha256())"
+FRESH_FINGERPRINT = "from sae.text.default_corpus import fingerprint; print(fingerprint())"
 
 
 @pytest.fixture(scope="module")
 def generated() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for document in synthetic_text.generate():
+    for document in synthetic.generate():
         found.setdefault(document.domain, []).append(document.text)
     return found
 
 
 @pytest.fixture(scope="module")
 def whole() -> list[Document]:
-    return list(default_text.read(TextReport()))
+    return list(default_corpus.read(TextReport()))
 
 
 def fresh(program: str) -> str:
@@ -43,7 +43,7 @@ def fresh(program: str) -> str:
     return done.stdout.strip()
 
 
-ROOT = Path(default_text.__file__).parent.parent
+ROOT = Path(default_corpus.__file__).parent.parent
 
 
 # --- generated -------------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ ROOT = Path(default_text.__file__).parent.parent
 
 def test_the_generated_text_is_pinned() -> None:
     pinned = "aa3d01420ef02802cb809059ee86e6df470d46def597391b75d2e704dcd132cc"
-    assert synthetic_text.generated_sha256() == synthetic_text.GENERATED_SHA256 == pinned
+    assert synthetic.generated_sha256() == synthetic.GENERATED_SHA256 == pinned
     assert fresh(FRESH_SHA256) == pinned
 
 
@@ -124,20 +124,20 @@ def test_no_tests_and_no_machine_paths(whole: list[Document]) -> None:
 
 @pytest.mark.slow
 def test_reading_anew_gives_the_same(whole: list[Document]) -> None:
-    default_text._all_documents.cache_clear()
-    assert list(default_text.read(TextReport())) == whole
+    default_corpus._all_documents.cache_clear()
+    assert list(default_corpus.read(TextReport())) == whole
 
 
 def test_the_fingerprint_is_the_same_in_another_process() -> None:
-    before = default_text.fingerprint()
-    default_text.fingerprint.cache_clear()
-    assert default_text.fingerprint() == before == fresh(FRESH_FINGERPRINT)
+    before = default_corpus.fingerprint()
+    default_corpus.fingerprint.cache_clear()
+    assert default_corpus.fingerprint() == before == fresh(FRESH_FINGERPRINT)
 
 
 def test_open_text_knows_the_default(whole: list[Document]) -> None:
     source = open_text("default")
     assert sorted(d.id for d in source.documents()) == sorted(d.id for d in whole)
-    assert source.fingerprint == default_text.fingerprint()
+    assert source.fingerprint == default_corpus.fingerprint()
     assert source.report.documents == len(whole)
     assert source.report.duplicates > 0  # licences, at least
 
@@ -166,19 +166,19 @@ def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     (site / "toy-1.0.dist-info" / "RECORD").write_text(record)
     monkeypatch.setattr(sys, "path", [str(site)])
     (tmp_path / "stdlib").mkdir()
-    monkeypatch.setattr(default_text, "PACKAGES", ("toy", "not_installed_anywhere"))
-    monkeypatch.setattr(default_text.sysconfig, "get_path", lambda _: str(tmp_path / "stdlib"))
-    monkeypatch.setattr(synthetic_text, "MAKERS", {})
-    default_text._all_documents.cache_clear()
-    default_text.fingerprint.cache_clear()
+    monkeypatch.setattr(default_corpus, "PACKAGES", ("toy", "not_installed_anywhere"))
+    monkeypatch.setattr(default_corpus.sysconfig, "get_path", lambda _: str(tmp_path / "stdlib"))
+    monkeypatch.setattr(synthetic, "MAKERS", {})
+    default_corpus._all_documents.cache_clear()
+    default_corpus.fingerprint.cache_clear()
     yield site
-    default_text._all_documents.cache_clear()
-    default_text.fingerprint.cache_clear()
+    default_corpus._all_documents.cache_clear()
+    default_corpus.fingerprint.cache_clear()
 
 
 def test_files_are_taken_in_record_order(installation: Path) -> None:
     report = TextReport()
-    documents = list(default_text.read(report))
+    documents = list(default_corpus.read(report))
     assert [d.id for d in documents] == [
         "toy-1.0/toy/z.py:docstrings:0",
         "toy-1.0/toy/a.py:code:0",
@@ -191,16 +191,16 @@ def test_files_are_taken_in_record_order(installation: Path) -> None:
 
 
 def test_one_byte_moves_the_fingerprint(installation: Path) -> None:
-    before = default_text.fingerprint()
+    before = default_corpus.fingerprint()
     (installation / "toy" / "z.py").write_text("Z = 2\n")
-    assert default_text.fingerprint() == before  # one process, one answer
-    default_text.fingerprint.cache_clear()
-    assert default_text.fingerprint() != before
+    assert default_corpus.fingerprint() == before  # one process, one answer
+    default_corpus.fingerprint.cache_clear()
+    assert default_corpus.fingerprint() != before
 
 
 def test_a_package_is_capped(installation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(default_text, "PACKAGE_BYTES", 200)
-    taken = [f.name for f in default_text._installed_files(TextReport())]
+    monkeypatch.setattr(default_corpus, "PACKAGE_BYTES", 200)
+    taken = [f.name for f in default_corpus._installed_files(TextReport())]
     assert taken == ["toy/z.py", "toy/a.py"]
 
 
@@ -245,9 +245,9 @@ def test_what_does_not_parse_is_code(source: str) -> None:
 
 def test_pieces_are_cut_at_line_ends_and_lose_nothing() -> None:
     text = "".join(f"line {i} " + "x" * (i % 90) + "\n" for i in range(3_000))
-    pieces = list(default_text._pieces(text))
+    pieces = list(default_corpus._pieces(text))
     assert "".join(pieces) == text
     assert all(len(p) <= 8_000 and p.endswith("\n") for p in pieces)
     assert all(len(p) > 7_900 for p in pieces[:-1])
-    assert [len(p) for p in default_text._pieces("y" * 20_000)] == [8_000, 8_000, 4_000]
-    assert list(default_text._pieces("short")) == []
+    assert [len(p) for p in default_corpus._pieces("y" * 20_000)] == [8_000, 8_000, 4_000]
+    assert list(default_corpus._pieces("short")) == []

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae.kernels import dense, matmul, memory
-from sae.kernels.acts import DenseActs, l0
-from sae.losses import l1_norm
+from sae.kernels import buffers, dense, matmul
+from sae.kernels.activations import DenseActs, l0
+from sae.training.losses import l1_norm
 
 D_IN, D_SAE = 24, 70
 
@@ -97,7 +97,7 @@ def test_memory_is_handed_out_again_only_when_nobody_holds_it(moves: list[tuple[
     like = torch.empty(0)
     held: dict[int, Tensor] = {}
     for n, (size, drop) in enumerate(moves):
-        tensor = memory.empty(memory.POOLED_BYTES // 4 + size, like=like).fill_(n)
+        tensor = buffers.empty(buffers.POOLED_BYTES // 4 + size, like=like).fill_(n)
         held[n] = tensor[1:].view(1, -1)  # an alias keeps the memory, too
         del tensor
         if drop:
@@ -107,15 +107,15 @@ def test_memory_is_handed_out_again_only_when_nobody_holds_it(moves: list[tuple[
 
 
 def test_memory_is_reused_by_a_tensor_of_another_shape_and_type() -> None:
-    first = memory.empty(512, 1024, like=torch.empty(0))
+    first = buffers.empty(512, 1024, like=torch.empty(0))
     at = first.data_ptr()
-    second = memory.empty(512, 1024, like=torch.empty(0))
+    second = buffers.empty(512, 1024, like=torch.empty(0))
     assert second.data_ptr() != at
     del first
-    third = memory.empty(1024, 1024, like=torch.empty(0, dtype=torch.bfloat16))
+    third = buffers.empty(1024, 1024, like=torch.empty(0, dtype=torch.bfloat16))
     assert third.data_ptr() == at
     assert third.dtype == torch.bfloat16
-    small = memory.empty(3, 2, like=torch.empty(0, dtype=torch.float64))
+    small = buffers.empty(3, 2, like=torch.empty(0, dtype=torch.float64))
     assert small.shape == (3, 2)
     assert small.dtype == torch.float64
 

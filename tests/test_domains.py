@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sae.lab import domains
-from sae.lab.domains import best_features, domain_quality
-from sae.lab.geometry import A1_DENSITY, beside_a1, geometry, nearest_cosines
+from sae.evaluation import domains
+from sae.evaluation.domains import best_features, domain_quality
+from sae.evaluation.geometry import A1_DENSITY, beside_a1, geometry, nearest_cosines
 
 
 def made_up(seed: int) -> tuple[np.ndarray, np.ndarray]:

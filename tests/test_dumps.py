@@ -20,9 +20,9 @@ from browser.catalogue import feature_table
 from browser.notes import Note
 from browser.state import ROOT_VARIABLE
 from sae import cli, pipeline
-from sae.interop.dumps import token_bytes
+from sae.interop.dashboards import token_bytes
 from sae.interop.files import InteropError
-from sae.pipeline.pairing import PipelineError
+from sae.pipeline.resolve import PipelineError
 from store.features import FeatureIndex
 
 MAKE: dict[str, Callable[[Path], Path]] = {"sae-dashboard": dump_files.dashboard, "paper": dump_files.paper}

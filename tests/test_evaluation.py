@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import torch
 from fakes import HOOK_POINT
 
 from sae import pipeline
-from sae.checkpoint import read_tensors
-from sae.evaluation import DONOR_SEED, Block, evaluate
-from sae.firings import Firings
+from sae.cli.tables import eval_table
+from sae.dictionary.autoencoder import SAE
+from sae.dictionary.files import save
+from sae.evaluation.evaluate import DONOR_SEED, Block, evaluate
+from sae.evaluation.feature_stats import Firings
+from sae.jobs.checkpoint import read_tensors
 from sae.lm import NativeModel
-from sae.model import SAE, save
-from sae.pipeline import measuring
-from sae.report import eval_table
 from store.activations import ActivationStore
 
 CONTEXTS, SEQ_LEN, D_IN = 12, 20, 32
@@ -170,7 +171,7 @@ def test_every_figure_against_brute_force(tiny_model: NativeModel, kind: dict) -
 
 def test_domain_features_are_counted_on_kept_tokens(tiny_model: NativeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A feature made for one domain's rows, chosen on one text and judged on another, against a count by hand."""
-    monkeypatch.setattr("sae.lab.domains.MIN_TOKENS", 5)
+    monkeypatch.setattr("sae.evaluation.domains.MIN_TOKENS", 5)
     sae, blocks = random_sae(), make_blocks(tiny_model)
     block = whole(blocks)
     other = [b._replace(domain=np.where(b.domain == 1, -1, b.domain)) for b in blocks]  # prose is of no named domain
@@ -416,11 +417,12 @@ def test_the_choosing_text_is_spread_over_the_store(tiny_store: Path, monkeypatc
     """A shard holds few documents: the first ones alone would lack whole domains."""
     store = ActivationStore.open(tiny_store)
     shards = sorted(store.markers("train"))
-    monkeypatch.setattr(measuring, "SPREAD_SHARDS", 4)
-    monkeypatch.setattr(measuring, "CHOOSING_TOKENS", 2 * store.rows_per_shard)
+    chooser = import_module("sae.pipeline.evaluate")  # `pipeline.evaluate` is the function
+    monkeypatch.setattr(chooser, "SPREAD_SHARDS", 4)
+    monkeypatch.setattr(chooser, "CHOOSING_TOKENS", 2 * store.rows_per_shard)
     quarter = len(shards) // 4
     expected = [store.read_contexts("train", shards[i * quarter]) for i in range(4)]
-    found = list(measuring.choosing_blocks(store, HOOK_POINT, ["prose", "dna", "numbers"]))
+    found = list(chooser.choosing_blocks(store, HOOK_POINT, ["prose", "dna", "numbers"]))
     assert len(shards) % 4 == 0
     assert len(found) == 4
     for i, (block, contexts) in enumerate(zip(found, expected, strict=True)):

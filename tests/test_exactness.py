@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae import optim, training
-from sae.config import TrainConfig
-from sae.kernels import dense, ops
-from sae.recipes import resolve
-from sae.rows import Batch
+from sae.kernels import autograd, dense
+from sae.training import initialise, loop
+from sae.training.config import TrainConfig
+from sae.training.recipes import resolve
+from sae.training.rows import Batch
 
 D_IN, D_SAE, BATCH_TOKENS, STEPS = 16, 96, 64, 200
 PARAMETER_TOLERANCE, LOSS_TOLERANCE = 1e-2, 1e-5
@@ -98,10 +98,10 @@ def run(
     )
     start: dict[str, Tensor] = {}
     ways = {"dense": 0, "sparse": 0}
-    initialise, relu, encode = optim.initialise_, dense.relu, ops.encode
+    begin, relu, encode = initialise.initialise_, dense.relu, autograd.encode
 
     def initialised(sae: Any, *args: Any, **named: Any) -> None:
-        initialise(sae, *args, **named)
+        begin(sae, *args, **named)
         start.update({name: tensor.detach().clone() for name, tensor in sae.named_parameters()})
 
     def counted(way: str, function: Any) -> Any:
@@ -111,11 +111,11 @@ def run(
 
         return call
 
-    monkeypatch.setattr(optim, "initialise_", initialised)
+    monkeypatch.setattr(initialise, "initialise_", initialised)
     monkeypatch.setattr(dense, "relu", counted("dense", relu))
-    monkeypatch.setattr(ops, "encode", counted("sparse", encode))
+    monkeypatch.setattr(autograd, "encode", counted("sparse", encode))
     rows = MadeUp()
-    sae = training.train(rows, out, config, kernels="cpu")
+    sae = loop.train(rows, out, config, kernels="cpu")
     scale = (D_IN / rows.sample(4096, config.seed).double().pow(2).sum(-1).mean()).sqrt().item()
     mine = {n: t * scale if n.startswith("b_") else t for n, t in sae.tensors().items()}
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -14,13 +14,15 @@ import pytest
 from commands import Commands
 from fakes import HOOK_POINT, made_up_documents, text_source
 
-from sae import harvesting, pipeline
+from sae import pipeline
 from sae.cli import main
 from sae.cli.flags import size
-from sae.documents import HELD_OUT, TRAIN
-from sae.lanes import LANES, lanes_of
+from sae.harvesting import harvest as harvesting
+from sae.harvesting.lanes import lanes_of
 from sae.lm import NativeModel
 from sae.pipeline import PipelineError
+from sae.text.documents import HELD_OUT, TRAIN
+from sae.text.packing import LANES
 from store.activations import ActivationStore, DiskFull
 from store.places import LocalPlace
 from store.schema import StoreError
@@ -183,7 +185,7 @@ def test_a_memory_budget_stops_with_a_usable_store_and_goes_on_when_raised(
 def test_a_memory_budget_below_the_rows_in_hand_is_refused_before_anything_is_written(
     tmp_path: Path, tiny_model: NativeModel, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sae.pipeline.stores.resident_bytes", lambda: 3_000_000)
+    monkeypatch.setattr("sae.pipeline.harvest.resident_bytes", lambda: 3_000_000)
     budget = 3_000_000 + 4 * 32 * 32 * 4  # four shards of one context of 32 rows, 32 wide, float32
     out = tmp_path / "acts.zarr"
     with pytest.raises(PipelineError, match=r"more than the 3 MB allowed\. Raise --max-ram, or name fewer hook points"):

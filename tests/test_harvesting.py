@@ -13,11 +13,13 @@ import pytest
 import torch
 from fakes import HOOK_POINT, SHAPE, made_up_documents, text_source, write_jsonl
 
-from sae import harvesting, lanes, pipeline
-from sae.documents import HELD_OUT, TRAIN, Document, sha256_of
-from sae.lanes import LANES
+from sae import pipeline
+from sae.harvesting import harvest as harvesting
+from sae.harvesting import lanes
+from sae.jobs.progress import Interrupted
 from sae.lm import NativeModel
-from sae.progress import Interrupted
+from sae.text.documents import HELD_OUT, TRAIN, Document, sha256_of
+from sae.text.packing import LANES
 from store.activations import ActivationStore
 from store.schema import encode
 

@@ -13,8 +13,8 @@ from fakes import made_up_documents, text_source, write_jsonl
 from torch import Tensor
 
 from sae import pipeline
-from sae.documents import TRAIN
 from sae.lm import BridgeModel, ModelError, load_model
+from sae.text.documents import TRAIN
 from store.activations import ActivationStore
 
 COMMON = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}

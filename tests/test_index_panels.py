@@ -10,8 +10,8 @@ import torch
 from fakes import HOOK_POINT
 from test_indexing import D_SAE, SEQ_LEN, Built, make_sae
 
-from sae import effects, labels, together
-from sae.indexing import index
+from sae.indexing import ablation_effects, co_activation, rules
+from sae.indexing.build import index
 from sae.lm import NativeModel
 from store.feature_sort import SortedFirings
 
@@ -19,7 +19,7 @@ from store.feature_sort import SortedFirings
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, tiny_model: NativeModel) -> Built:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(effects, "PER_INTERVAL", 250)  # every firing: the estimate is then exact
+        patch.setattr(ablation_effects, "PER_INTERVAL", 250)  # every firing: the estimate is then exact
         return Built(tmp_path_factory.mktemp("index") / "features.zarr", tiny_model, make_sae(), per_block=3)
 
 
@@ -75,10 +75,10 @@ def test_what_fires_next(built: Built) -> None:
 
 def test_even_sampling_gives_every_firing_the_same_chance() -> None:
     rng = np.random.default_rng(0)
-    assert together.evenly(5, 8, rng).tolist() == [0, 1, 2, 3, 4]
+    assert co_activation.evenly(5, 8, rng).tolist() == [0, 1, 2, 3, 4]
     drawn = np.zeros(10)
     for _ in range(2000):
-        places = together.evenly(10, 4, rng)
+        places = co_activation.evenly(10, 4, rng)
         assert len(np.unique(places)) == 4
         drawn[places] += 1
     assert abs(drawn - 800).max() < 120  # 800 expected each, standard deviation 22
@@ -98,7 +98,7 @@ def test_delta_loss_is_the_mean_over_the_firings_of_a_spliced_model(built: Built
         cut = built.model.token_losses(built.tokens, HOOK_POINT, lambda x, a=a, row=row: x - a[..., None] * row)
         delta = cut.double().numpy() - clean
         where = (acts[:, :-1] > 0) & predicts
-        place = effects.interval_of(acts, float(acts.max()))
+        place = ablation_effects.interval_of(acts, float(acts.max()))
         counts = np.bincount(place[acts > 0], minlength=11)
         inside = [delta[where & (place[:, :-1] == i)] for i in range(11)]
         sampled = np.array([len(part) for part in inside])
@@ -141,8 +141,8 @@ def test_labels_find_planted_rules_and_score_them_on_unseen_contexts() -> None:
         ],
         -1,
     )
-    found = labels.panels(planted(fires, tokens, keep, domain))
-    kinds = [labels.KINDS[k] if k >= 0 else "" for k in found["label/kind"]]
+    found = rules.panels(planted(fires, tokens, keep, domain))
+    kinds = [rules.KINDS[k] if k >= 0 else "" for k in found["label/kind"]]
     assert kinds == ["token", "after", "pair", "domain", "token", ""]
     keys = [{tuple(k) for k in each.tolist() if k != [-1, -1]} for each in found["label/keys"]]
     assert keys[:5] == [{(-1, 3), (-1, 5)}, {(7, -1)}, {(2, 4)}, {(1, -1)}, {(-1, 6)}]
@@ -158,7 +158,7 @@ def test_a_rule_that_held_by_chance_is_found_out() -> None:
     tokens = rng.integers(0, 200, (40, 25)).astype(np.uint32)
     keep = np.ones(tokens.shape, bool)
     fires = (rng.random(tokens.shape) < 0.05)[..., None]
-    found = labels.panels(planted(fires, tokens, keep, np.zeros(tokens.shape, int)))
+    found = rules.panels(planted(fires, tokens, keep, np.zeros(tokens.shape, int)))
     assert found["label/score"][0, 2] < 0.25  # learned on the noise of one half, it says nothing of the other
 
 

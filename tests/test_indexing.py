@@ -9,12 +9,13 @@ import pytest
 import torch
 from fakes import HOOK_POINT
 
-from sae import indexing
-from sae.indexing import Correlation, IndexBlock, index
-from sae.kernels.acts import DenseActs
+from sae.dictionary.autoencoder import SAE
+from sae.indexing import build as indexing
+from sae.indexing.build import IndexBlock, index
+from sae.indexing.correlation import Correlation
+from sae.kernels.activations import DenseActs
 from sae.lm import NativeModel
-from sae.model import SAE
-from sae.tokenizer import token_bytes
+from sae.text.tokenizer import token_bytes
 from store.features import FeatureIndex, FeatureWriter
 
 CONTEXTS, SEQ_LEN, D_IN, D_SAE = 7, 16, 32, 30

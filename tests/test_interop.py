@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sae import pipeline
-from sae.cli import dictionaries as verbs
+from sae.cli import export, import_dictionary
+from sae.dictionary.autoencoder import ACTIVATIONS, SAE
+from sae.dictionary.files import load, save
 from sae.interop import registry
 from sae.interop.files import InteropError
-from sae.model import ACTIVATIONS, SAE, load, save
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 D_IN, D_SAE, K = 12, 40, 5
@@ -120,8 +121,8 @@ def test_an_unknown_format_is_refused_with_those_there_are(dictionary: Path, tmp
 
 
 def test_the_commands_formats_are_the_pipelines() -> None:
-    assert verbs.EXPORT_FORMATS == pipeline.EXPORT_FORMATS
-    assert verbs.IMPORT_FORMATS == pipeline.IMPORT_FORMATS
+    assert export.EXPORT_FORMATS == pipeline.EXPORT_FORMATS
+    assert import_dictionary.IMPORT_FORMATS == pipeline.IMPORT_FORMATS
 
 
 # --- there and back --------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae import pipeline
-from sae.checkpoint import CheckpointError
 from sae.interop import registry
 from sae.interop.files import InteropError
+from sae.jobs.checkpoint import CheckpointError
 
 
 def weights_of(path: Path) -> Path:

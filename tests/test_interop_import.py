@@ -15,11 +15,11 @@ from foreign_files import D_IN, dictionary_learning, llamascopium, nanda, openai
 from browser.data import scan
 from sae import pipeline
 from sae.cli import main
+from sae.dictionary.files import load
 from sae.interop import hub
 from sae.interop.files import InteropError
 from sae.lm import NativeModel
-from sae.model import load
-from sae.pipeline.pairing import model_of, store_of
+from sae.pipeline.resolve import model_of, store_of
 from store.features import FeatureIndex
 
 WIDTH = 32  # of the tiny model's MLP

@@ -24,10 +24,10 @@ from foreign_files import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae.dictionary.autoencoder import SAE
 from sae.interop import registry
 from sae.interop.files import InteropError
 from sae.interop.hooks import hook_point, layer_of, short_hook_point
-from sae.model import SAE
 
 X = torch.randn(200, D_IN, generator=torch.Generator().manual_seed(9)) * 2
 

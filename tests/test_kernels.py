@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae.kernels import BACKENDS, choose, ops, reference
-from sae.kernels.acts import SparseActs, l0
-from sae.kernels.support import Above, BatchTopK, NotSparse, Rule, Support, TopK
+from sae.kernels import BACKENDS, autograd, choose, reference
+from sae.kernels.activations import SparseActs, l0
+from sae.kernels.sparsity import Above, BatchTopK, NotSparse, Rule, Support, TopK
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (70, 33, 129), (257, 64, 512)]  # rows, d_in, d_sae: odd, and beyond one block or chunk
 
@@ -221,7 +221,7 @@ def test_every_gradient_of_a_dictionary_is_the_dense_float64_one(
     exact = ((f @ WD + BD) * weight.double()).sum() + f.pow(2).sum() + ((f @ WD).pow(2)).sum()
     exact.backward()
 
-    values, support = ops.encode(kernels, x, W_enc, b_enc, b_dec, rule)
+    values, support = autograd.encode(kernels, x, W_enc, b_enc, b_dec, rule)
     acts = SparseActs(values, support, kernels)
     if in_place:  # as the optimiser has it: the gradients exist and are added to
         for leaf in leaves:
@@ -244,10 +244,10 @@ def test_taken_features_send_their_gradient_home() -> None:
         features = torch.tensor([4, 1, 5])
         target = random(1, *weight.index_select(dim, features).shape)
         (theirs,) = torch.autograd.grad((weight.index_select(dim, features) * target).sum(), weight)
-        (mine,) = torch.autograd.grad((ops.take_features(weight, features, dim) * target).sum(), weight)
+        (mine,) = torch.autograd.grad((autograd.take_features(weight, features, dim) * target).sum(), weight)
         assert torch.equal(mine, theirs)
         weight.grad = torch.ones_like(weight)
-        (ops.take_features(weight, features, dim) * target).sum().backward()
+        (autograd.take_features(weight, features, dim) * target).sum().backward()
         torch.testing.assert_close(weight.grad, 1 + theirs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sae.layout import clusters, n_clusters, panels, pca
+from sae.indexing.map import clusters, n_clusters, panels, pca
 
 
 def blobs(per_blob: int, n_blobs: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:

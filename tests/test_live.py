@@ -23,13 +23,13 @@ from torch import Tensor
 import sae
 from sae import pipeline
 from sae.cli import main
-from sae.documents import HELD_OUT, TRAIN, split_of
-from sae.harvesting import FORWARD_TOKENS
-from sae.live import Contexts, LiveError, LiveRows
 from sae.lm import NativeModel
-from sae.mixing import MixingBuffer, Spread
 from sae.pipeline import PipelineError
-from sae.text import TextSource, open_text
+from sae.text.documents import HELD_OUT, TRAIN, split_of
+from sae.text.packing import FORWARD_TOKENS
+from sae.text.sources import TextSource, open_text
+from sae.training.live_rows import Contexts, LiveError, LiveRows
+from sae.training.shuffle_buffer import MixingBuffer, Spread
 from store.activations import ActivationStore
 
 SEQ_LEN, BATCH = 32, 64

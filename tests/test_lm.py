@@ -13,7 +13,8 @@ import torch
 from fakes import HOOK_POINT, SHAPE, random_transformer, write_model
 from torch import Tensor
 
-from sae.lm import BridgeModel, ModelError, NativeModel, load_model, loading
+from sae.lm import BridgeModel, ModelError, NativeModel, load_model
+from sae.lm import load as loading
 
 HOOK_POINTS = list(random_transformer().hook_widths)
 TOLERANCE = 1e-5

@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae import losses
-from sae.config import TrainConfig
+from sae.dictionary.autoencoder import SAE
 from sae.kernels import BACKENDS, choose
-from sae.kernels.acts import DenseActs
-from sae.model import SAE
-from sae.optim import Adam, initialise_
-from sae.penalty import Penalty
-from sae.recipes import resolve
-from sae.rows import Batch
-from sae.training import train_step
-from sae.trainstate import TrainState
+from sae.kernels.activations import DenseActs
+from sae.training import losses
+from sae.training.adam import Adam
+from sae.training.config import TrainConfig
+from sae.training.initialise import initialise_
+from sae.training.recipes import resolve
+from sae.training.rows import Batch
+from sae.training.sparsity_penalty import Penalty
+from sae.training.state import TrainState
+from sae.training.step import train_step
 
 D_IN, D_SAE, BATCH = 6, 20, 50
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")

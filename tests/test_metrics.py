@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from sae import firings, metrics
-from sae.report import description
+from sae.cli.tables import description
+from sae.evaluation import feature_stats, metrics
 
 
 def sums_of(n_contexts: int = 40, rows_each: int = 25, seed: int = 0) -> tuple[dict[str, np.ndarray], dict]:
@@ -149,25 +149,25 @@ def grouped(sums: dict[str, np.ndarray]) -> list[dict]:
 
 def test_dead_and_ultra_low_shares() -> None:
     count = np.array([0, 0, 1, 9, 10, 11, 500_000])
-    found = firings.firing_summary(count, 1_000_000)
+    found = feature_stats.firing_summary(count, 1_000_000)
     assert found["dead_share"]["value"] == pytest.approx(2 / 7)
     assert found["ultra_low_share"]["value"] == pytest.approx(2 / 7)  # 1e-6 and 9e-6; 1e-5 itself is not below
     assert "1,000,000 kept held-out tokens" in found["dead_share"]["formula"]
-    few = firings.firing_summary(count, 65_536)["ultra_low_share"]
+    few = feature_stats.firing_summary(count, 65_536)["ultra_low_share"]
     assert few["value"] is None  # one firing is more than 1e-5 of so few tokens
     assert "needs more than 100,000 tokens" in few["formula"]
 
 
 def test_density_histogram_counts_every_feature_once() -> None:
     count = np.array([0, 1, 10, 99, 1000, 1000, 10_000])
-    found = firings.density_histogram(count, 10_000)
+    found = feature_stats.density_histogram(count, 10_000)
     assert found["dead"] == [1]
     assert sum(found["features"]) == 6
     edges = np.array(found["log10_density_edges"])
     assert (edges[0], edges[-1], len(edges)) == (-8, 0, len(found["features"]) + 1)
     wanted, _ = np.histogram(np.log10(count[1:] / 10_000), bins=edges)
     assert found["features"] == wanted.tolist()
-    assert sum(firings.density_histogram(np.zeros(4, int), 10)["features"]) == 0
+    assert sum(feature_stats.density_histogram(np.zeros(4, int), 10)["features"]) == 0
 
 
 def test_descriptions_are_indented() -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from fakes import HOOK_POINT, SHAPE, write_model
 
+from sae.dictionary.autoencoder import SAE
+from sae.interventions.attribution import attribute, inspect, is_exact
 from sae.lm import NativeModel
-from sae.microscope import attribute, inspect, is_exact
-from sae.model import SAE
-from sae.transformer import TransformerConfig
+from sae.lm.transformer import TransformerConfig
 
 D_SAE = 24
 

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae.checkpoint import CheckpointError
+from sae.dictionary.autoencoder import SAE, fold_decoder_norms, fold_scale
+from sae.dictionary.files import load, save
+from sae.jobs.checkpoint import CheckpointError
 from sae.kernels import choose
-from sae.model import SAE, fold_decoder_norms, fold_scale, load, save
 
 KINDS = [
     ("relu", None), ("topk", 1), ("topk", 3), ("topk", 11), ("batchtopk", 3), ("jumprelu", None), ("gated", None),

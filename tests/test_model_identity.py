@@ -13,9 +13,9 @@ from fakes import HOOK_POINT, made_up_documents, text_source, write_jsonl, write
 from test_hf_harvest import saved
 
 from sae import pipeline
-from sae.checkpoint import read_tensors, write_tensors
+from sae.jobs.checkpoint import read_tensors, write_tensors
 from sae.lm import NativeModel, load_model
-from sae.model_identity import same_model
+from sae.lm.identity import same_model
 from store.activations import ActivationStore
 
 SIZE = {"tokens": 2048, "heldout_tokens": 2048}

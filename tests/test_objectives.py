@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae import losses
-from sae.config import TrainConfig
+from sae.dictionary.autoencoder import SAE
 from sae.kernels import choose
-from sae.kernels.acts import DenseActs, SparseActs
-from sae.kernels.support import Support
-from sae.model import SAE
-from sae.objectives import Now, Outcome, Scaled
-from sae.recipes import RECIPES, resolve
+from sae.kernels.activations import DenseActs, SparseActs
+from sae.kernels.sparsity import Support
+from sae.training import losses
+from sae.training.config import TrainConfig
+from sae.training.objectives import Now, Outcome, Scaled
+from sae.training.recipes import RECIPES, resolve
 
 D_IN, D_SAE, BATCH, D_OUT, D_VOCAB = 6, 20, 50, 5, 9
 LAMBDA = 0.37
@@ -275,7 +275,7 @@ def test_transcoder(sparse: bool, skip: bool) -> None:
 @pytest.mark.parametrize("chunk", [512, 7])
 def test_end_to_end(sparse: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """KL through a LayerNorm and an unembedding, the rows in one chunk or in many."""
-    monkeypatch.setattr("sae.objectives.KL_ROWS", chunk)
+    monkeypatch.setattr("sae.training.objectives.KL_ROWS", chunk)
     sae, x, resid = dictionary("end-to-end"), rows(), rows(4, seed=3)
     out, unembed = rows(4, seed=4)[:D_IN], rows(D_VOCAB, seed=5)[:4]
 

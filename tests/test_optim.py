@@ -11,19 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae import optim
-from sae.config import TrainConfig
+from sae.dictionary.autoencoder import SAE
 from sae.kernels import BACKENDS, choose
-from sae.model import SAE
+from sae.training import adam, initialise, resample
+from sae.training.config import TrainConfig
 
 D_IN, D_SAE = 5, 12
 
 
-def trained_sae(seed: int = 0, kernels: str = "auto") -> tuple[SAE, optim.Adam]:
+def trained_sae(seed: int = 0, kernels: str = "auto") -> tuple[SAE, adam.Adam]:
     """Some Adam steps in, so that every moment is nonzero."""
     sae = SAE(D_IN, D_SAE)
-    optim.initialise_(sae, torch.zeros(1, D_IN), "kaiming", seed)
-    optimizer = optim.Adam(sae, choose(kernels), beta1=0.9)
+    initialise.initialise_(sae, torch.zeros(1, D_IN), "kaiming", seed)
+    optimizer = adam.Adam(sae, choose(kernels), beta1=0.9)
     g = torch.Generator().manual_seed(seed)
     for _ in range(3):
         for parameter in sae.parameters():
@@ -41,7 +41,7 @@ def test_adam_on_a_dictionary_is_torchs_with_unit_decoder_rows(kernels: str) -> 
     sae, optimizer = trained_sae(kernels=kernels)
     twin = SAE(D_IN, D_SAE).double()
     twin_sae = SAE(D_IN, D_SAE)
-    optim.initialise_(twin_sae, torch.zeros(1, D_IN), "kaiming", 0)
+    initialise.initialise_(twin_sae, torch.zeros(1, D_IN), "kaiming", 0)
     twin.load_state_dict(twin_sae.state_dict())
     adam = torch.optim.Adam(twin.parameters(), lr=1e-2)
     g = torch.Generator().manual_seed(0)
@@ -69,7 +69,7 @@ def test_thresholds_move_by_their_own_rate_and_not_below_zero(kernels: str) -> N
     twin = {name: p.detach().double().clone().requires_grad_() for name, p in sae.named_parameters()}
     others = [p for name, p in twin.items() if name != "threshold"]
     adam = torch.optim.Adam([{"params": others}, {"params": [twin["threshold"]], "lr": 16e-3}], lr=1e-3)
-    optimizer = optim.Adam(sae, choose(kernels), beta1=0.9, unit_norm=False, threshold_lr_ratio=16.0)
+    optimizer = adam.Adam(sae, choose(kernels), beta1=0.9, unit_norm=False, threshold_lr_ratio=16.0)
     g = torch.Generator().manual_seed(0)
     for _ in range(3):
         for name, parameter in sae.named_parameters():
@@ -87,7 +87,7 @@ def test_adam_goes_on_from_its_saved_tensors() -> None:
     sae, optimizer = trained_sae()
     other = SAE(D_IN, D_SAE)
     other.load_state_dict(sae.state_dict())
-    again = optim.Adam(other, choose(), beta1=0.9)
+    again = adam.Adam(other, choose(), beta1=0.9)
     again.restore({name: t.clone() for name, t in optimizer.tensors().items()}, optimizer.step_count)
     for mine, its in ((sae, optimizer), (other, again)):
         for parameter in mine.parameters():
@@ -101,7 +101,7 @@ def test_decoder_rows_become_unit_and_keep_their_direction() -> None:
     rows = torch.randn(D_SAE, D_IN) * torch.logspace(-3, 3, D_SAE)[:, None]
     with torch.no_grad():
         sae.W_dec.copy_(rows)
-    optim.normalise_decoder_(sae)
+    adam.normalise_decoder_(sae)
     torch.testing.assert_close(sae.W_dec.detach(), rows / rows.norm(dim=1, keepdim=True))
 
 
@@ -110,7 +110,7 @@ def test_decoder_rows_become_unit_and_keep_their_direction() -> None:
 
 def test_learning_rate_at_its_borders() -> None:
     config = TrainConfig(tokens=1000, batch_tokens=1, lr=2.0, warmup_share=0.1, decay_share=0.2)
-    rate = [optim.learning_rate(step, config) for step in range(1000)]
+    rate = [adam.learning_rate(step, config) for step in range(1000)]
     assert rate[0] == pytest.approx(2.0 / 100)
     assert rate[98] == pytest.approx(2.0 * 99 / 100)
     assert rate[99] == rate[100] == rate[799] == rate[800] == 2.0
@@ -123,12 +123,12 @@ def test_learning_rate_at_its_borders() -> None:
 @given(st.integers(1, 300), st.floats(0, 1), st.floats(0, 1))
 def test_learning_rate_is_positive_and_never_above_lr(steps: int, warmup: float, decay: float) -> None:
     config = TrainConfig(tokens=steps, batch_tokens=1, lr=0.5, warmup_share=warmup, decay_share=decay)
-    assert all(0 < optim.learning_rate(step, config) <= 0.5 for step in range(steps))
+    assert all(0 < adam.learning_rate(step, config) <= 0.5 for step in range(steps))
 
 
 def test_no_warmup_and_no_decay_is_constant() -> None:
     config = TrainConfig(tokens=50, batch_tokens=1, lr=0.1, warmup_share=0, decay_share=0)
-    assert {optim.learning_rate(step, config) for step in range(50)} == {0.1}
+    assert {adam.learning_rate(step, config) for step in range(50)} == {0.1}
 
 
 # --- start -----------------------------------------------------------------------------------------------------------
@@ -156,26 +156,26 @@ def brute_median(rows: np.ndarray) -> np.ndarray:
 def test_geometric_median_against_a_brute_force_search(seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows = rng.standard_t(2, size=(31, 2)) + [3.0, -1.0]
-    found = optim.geometric_median(torch.from_numpy(rows), iterations=2000, tolerance=1e-12).numpy()
+    found = initialise.geometric_median(torch.from_numpy(rows), iterations=2000, tolerance=1e-12).numpy()
     np.testing.assert_allclose(found, brute_median(rows), atol=1e-4)
 
 
 def test_geometric_median_leaves_a_data_point_that_is_not_the_median() -> None:
     """The mean (where the search starts) is itself a row here; Weiszfeld's plain iteration would stay on it."""
     rows = torch.tensor([[0.0, 0.0], [-3.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-    torch.testing.assert_close(optim.geometric_median(rows), torch.tensor([1.0, 0.0]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(initialise.geometric_median(rows), torch.tensor([1.0, 0.0]), rtol=0, atol=1e-4)
 
 
 def test_geometric_median_of_equal_rows_is_that_row() -> None:
     rows = torch.tensor([[0.1, -2.0, 5.0]]).expand(7, 3)
-    torch.testing.assert_close(optim.geometric_median(rows), rows[0])
-    torch.testing.assert_close(optim.geometric_median(torch.zeros(4, 3)), torch.zeros(3))
+    torch.testing.assert_close(initialise.geometric_median(rows), rows[0])
+    torch.testing.assert_close(initialise.geometric_median(torch.zeros(4, 3)), torch.zeros(3))
 
 
 def test_geometric_median_is_not_dragged_by_outliers() -> None:
     rows = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
     rows[:20] = 1e6
-    assert optim.geometric_median(rows).abs().max() < 1
+    assert initialise.geometric_median(rows).abs().max() < 1
 
 
 def data_rows(seed: int = 0, n: int = 300) -> torch.Tensor:
@@ -186,10 +186,10 @@ def data_rows(seed: int = 0, n: int = 300) -> torch.Tensor:
 def test_initialisation(kind: str) -> None:
     rows = data_rows()
     sae, again, other = (SAE(D_IN, 40, activation="topk", k=2) for _ in range(3))
-    optim.initialise_(sae, rows, kind, seed=3)
-    optim.initialise_(again, rows, kind, seed=3)
-    optim.initialise_(other, rows, kind, seed=4)
-    assert torch.equal(sae.b_dec, optim.geometric_median(rows))
+    initialise.initialise_(sae, rows, kind, seed=3)
+    initialise.initialise_(again, rows, kind, seed=3)
+    initialise.initialise_(other, rows, kind, seed=4)
+    assert torch.equal(sae.b_dec, initialise.geometric_median(rows))
     assert not sae.b_enc.any()
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
     assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), again.parameters(), strict=True))
@@ -198,7 +198,7 @@ def test_initialisation(kind: str) -> None:
 
 def test_kaiming_weights_are_pytorchs_and_untied() -> None:
     sae = SAE(64, 4000)
-    optim.initialise_(sae, torch.randn(100, 64), "kaiming", seed=3)
+    initialise.initialise_(sae, torch.randn(100, 64), "kaiming", seed=3)
     assert sae.W_enc.abs().max() <= 64**-0.5
     assert sae.W_enc.std().item() == pytest.approx(64**-0.5 / math.sqrt(3), rel=0.01)
     assert torch.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=1).mean().abs() < 0.02
@@ -207,7 +207,7 @@ def test_kaiming_weights_are_pytorchs_and_untied() -> None:
 def test_data_weights_are_rows_of_the_data_at_the_scale_that_reconstructs_best() -> None:
     rows = data_rows()
     sae = SAE(D_IN, 40, activation="topk", k=2)
-    optim.initialise_(sae, rows, "data", seed=0)
+    initialise.initialise_(sae, rows, "data", seed=0)
     directions = torch.nn.functional.normalize(rows - sae.b_dec, dim=-1)
     cosines = sae.W_dec @ directions.T
     torch.testing.assert_close(cosines.amax(1), torch.ones(40))
@@ -227,13 +227,13 @@ def test_data_weights_are_rows_of_the_data_at_the_scale_that_reconstructs_best()
 
 def test_spread_rows_takes_each_direction_before_any_twice() -> None:
     corners = torch.eye(4).repeat_interleave(50, 0)  # four directions, fifty equal rows each
-    chosen = optim.spread_rows(corners, 10, torch.Generator().manual_seed(0))
+    chosen = initialise.spread_rows(corners, 10, torch.Generator().manual_seed(0))
     assert sorted((chosen // 50).tolist()) == [0, 1, 2, 3]  # nothing is left at a distance after four
 
 
 def test_spread_rows_never_takes_a_zero_row() -> None:
     rows = torch.cat([torch.zeros(20, 3), torch.eye(3)])
-    chosen = optim.spread_rows(rows, 3, torch.Generator().manual_seed(1))
+    chosen = initialise.spread_rows(rows, 3, torch.Generator().manual_seed(1))
     assert sorted(chosen.tolist()) == [20, 21, 22]
 
 
@@ -257,7 +257,7 @@ def resampled(seed: int = 0) -> tuple[SAE, SAE, dict, dict, Tensor, Tensor]:
     held = moments()
     rows = torch.randn(30, D_IN, generator=torch.Generator().manual_seed(seed)) * 3
     losses = torch.rand(30, generator=torch.Generator().manual_seed(seed + 1))
-    chosen = optim.resample_(sae, optimizer, DEAD, rows, losses, torch.Generator().manual_seed(seed))
+    chosen = resample.resample_(sae, optimizer, DEAD, rows, losses, torch.Generator().manual_seed(seed))
     return before, sae, held, moments(), rows, chosen
 
 
@@ -300,7 +300,7 @@ def test_rows_are_chosen_in_proportion_to_their_squared_loss() -> None:
     rows = torch.randn(6, D_IN)
     dead = torch.arange(D_SAE - 2)
     generator = torch.Generator().manual_seed(0)
-    draws = torch.cat([optim.resample_(sae, optimizer, dead, rows, losses, generator) for _ in range(1000)])
+    draws = torch.cat([resample.resample_(sae, optimizer, dead, rows, losses, generator) for _ in range(1000)])
     seen = np.bincount(draws.numpy(), minlength=6)
     expected = (losses.numpy() ** 2) / (losses.numpy() ** 2).sum() * len(draws)
     assert seen[0] == 0
@@ -314,7 +314,9 @@ def test_resampling_when_every_feature_is_dead() -> None:
     sae, optimizer = trained_sae()
     mean_norm = sae.W_enc.detach().norm(dim=0).mean()
     everything = torch.arange(D_SAE)
-    optim.resample_(sae, optimizer, everything, torch.randn(9, D_IN), torch.ones(9), torch.Generator().manual_seed(0))
+    resample.resample_(
+        sae, optimizer, everything, torch.randn(9, D_IN), torch.ones(9), torch.Generator().manual_seed(0)
+    )
     torch.testing.assert_close(sae.W_enc.norm(dim=0), (0.2 * mean_norm).expand(D_SAE))
 
 
@@ -322,16 +324,16 @@ def reseeded(seed: int = 0) -> tuple[SAE, SAE, Tensor, Tensor, Tensor]:
     """A TopK dictionary before and after, the rows, their squared errors, the rows chosen for the dead features."""
     before, after = (SAE(D_IN, D_SAE, activation="topk", k=3) for _ in range(2))
     rows = data_rows(seed)
-    optim.initialise_(before, rows, "data", seed)
+    initialise.initialise_(before, rows, "data", seed)
     with torch.no_grad():
         before.W_enc[:, DEAD] *= 1e-3
     after.load_state_dict(before.state_dict())
     losses = (rows - before(rows)).pow(2).sum(-1).detach()
     losses[100:] = 0.0  # never drawn
-    optimizer = optim.Adam(after, choose(), beta1=0.9)
+    optimizer = adam.Adam(after, choose(), beta1=0.9)
     for moment in optimizer.tensors().values():
         moment.fill_(1.0)
-    chosen = optim.reseed_(after, optimizer, DEAD, rows, losses, torch.Generator().manual_seed(seed))
+    chosen = resample.reseed_(after, optimizer, DEAD, rows, losses, torch.Generator().manual_seed(seed))
     for name, moments in optimizer.moments.items():
         for moment in moments.values():
             forgotten = {"W_enc": moment.mT if moment.dim() == 2 else moment, "b_dec": torch.zeros(12)}.get(
@@ -362,14 +364,14 @@ def test_reseeded_features_rank_in_the_middle_of_their_input_and_write_what_it_l
 
 def test_reseeding_takes_bad_rows_that_are_far_from_each_other() -> None:
     sae = SAE(4, 6, activation="topk", k=1)
-    optim.initialise_(sae, torch.zeros(1, 4), "kaiming", 0)
-    optimizer = optim.Adam(sae, choose(), beta1=0.9)
+    initialise.initialise_(sae, torch.zeros(1, 4), "kaiming", 0)
+    optimizer = adam.Adam(sae, choose(), beta1=0.9)
     corners = torch.eye(4).repeat_interleave(25, 0) * 2
     losses = torch.ones(100)
     losses[75:] = 0.0  # the fourth corner is reconstructed: never drawn
     before = sae.W_dec.detach().clone()
     dead = torch.tensor([0, 2, 3, 5])
-    chosen = optim.reseed_(sae, optimizer, dead, corners, losses, torch.Generator().manual_seed(0))
+    chosen = resample.reseed_(sae, optimizer, dead, corners, losses, torch.Generator().manual_seed(0))
     # Three distinct directions are to be had, so the fourth dead feature stays as it was.
     assert sorted((chosen // 25).tolist()) == [0, 1, 2]
     assert torch.equal(sae.W_dec[5], before[5])

@@ -12,9 +12,10 @@ from fakes import HOOK_POINT, write_model
 from browser import data, live
 from sae import pipeline
 from sae.cli import main
+from sae.dictionary.autoencoder import SAE
+from sae.dictionary.files import load, save
 from sae.lm import NativeModel
-from sae.model import SAE, load, save
-from sae.pipeline import pairing
+from sae.pipeline import resolve
 from store.activations import ActivationStore
 
 D_IN, D_SAE = 32, 24
@@ -119,4 +120,4 @@ def test_a_store_that_does_not_say_whose_activations_it_holds_is_refused(
     del store.provenance["model"]
     monkeypatch.setattr(ActivationStore, "open", lambda _: store)
     with pytest.raises(pipeline.PipelineError, match=r"acts\.zarr does not say whose activations it holds"):
-        pairing.store_of(SAE(4, 8), None, tiny_store)
+        resolve.store_of(SAE(4, 8), None, tiny_store)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sae import pipeline
-from sae.lab.planted import PlantedRows, judge
-from sae.model import SAE
+from sae.analysis.planted import PlantedRows, judge
+from sae.dictionary.autoencoder import SAE
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SMALL = PlantedRows(n_truths=24, d_in=64, active=2.0, decay=0.97, noise=0.0, batch_tokens=512)

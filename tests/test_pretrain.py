@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sae import pretrain as module
-from sae.checkpoint import read_tensors
-from sae.documents import Document, TextReport
-from sae.pretrain import ChunkedCrossEntropy, PretrainConfig, TokenStream, learning_rate, pretrain
-from sae.progress import Interrupted
-from sae.text import TextSource, open_text
-from sae.tokenizer import load_tokenizer, token_bytes
-from sae.transformer import TransformerConfig
+from sae.jobs.checkpoint import read_tensors
+from sae.jobs.progress import Interrupted
+from sae.lm import pretrain as module
+from sae.lm.pretrain import ChunkedCrossEntropy, PretrainConfig, TokenStream, learning_rate, pretrain
+from sae.lm.transformer import TransformerConfig
+from sae.text.documents import Document, TextReport
+from sae.text.sources import TextSource, open_text
+from sae.text.tokenizer import load_tokenizer, token_bytes
 
 SHAPE = TransformerConfig(d_model=16, d_mlp=32, n_heads=2, d_head=8, n_ctx=16, d_vocab=300)
 CONFIG = PretrainConfig(train_tokens=12 * 4 * 16, batch_contexts=4, warmup_steps=3, eval_steps=5, seed=3)
@@ -199,7 +199,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(unbroken: Path) -> No
 KILLED = """
 import sys, torch
 from pathlib import Path
-from sae import pretrain as module
+from sae.lm import pretrain as module
 from sae.text import open_text
 from sae.pretrain import PretrainConfig
 from sae.transformer import TransformerConfig

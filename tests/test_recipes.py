@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae.config import TrainConfig, with_overrides
-from sae.recipes import RECIPES, recipe_named, resolve
+from sae.training.config import TrainConfig, with_overrides
+from sae.training.recipes import RECIPES, recipe_named, resolve
 
 
 @pytest.mark.parametrize(

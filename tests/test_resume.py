@@ -15,10 +15,10 @@ import pytest
 from commands import Commands
 
 from sae import pipeline
-from sae.checkpoint import CheckpointError, read_tensors
+from sae.jobs.checkpoint import CheckpointError, read_tensors
+from sae.jobs.directory import cut_log
 from sae.lm import NativeModel
-from sae.recipes import RECIPES as ALL
-from sae.rundir import cut_log
+from sae.training.recipes import RECIPES as ALL
 
 RECIPES = {
     # l1 and the learning rate are high so that features die and every resampling event has work

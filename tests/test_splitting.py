@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import splitting  # noqa: E402
 
 import sae  # noqa: E402
-from sae.model import save  # noqa: E402
+from sae.dictionary.files import save  # noqa: E402
 from store.activations import ActivationStore  # noqa: E402
 
 

@@ -11,9 +11,8 @@ from fakes import HOOK_POINT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae.lm import NativeModel
-from sae.model import SAE
-from sae.steering import (
+from sae.dictionary.autoencoder import SAE
+from sae.interventions.steering import (
     MAX_EDITS,
     Edit,
     Steered,
@@ -27,6 +26,7 @@ from sae.steering import (
     steer_stream,
     sweep_stream,
 )
+from sae.lm import NativeModel
 
 D_IN, D_SAE, DEAD = 32, 24, 5
 PROMPT = "the quick brown"

@@ -14,9 +14,9 @@ from fakes import HOOK_POINT, made_up_documents, text_source, write_jsonl, write
 
 from sae import pipeline
 from sae.cli import main
-from sae.documents import HELD_OUT, TRAIN
 from sae.lm import NativeModel
 from sae.pipeline import PipelineError
+from sae.text.documents import HELD_OUT, TRAIN
 from store.activations import ActivationStore
 from store.schema import StoreError
 

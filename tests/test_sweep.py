@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from sae import pipeline, training
-from sae.config import TrainConfig
+from sae import pipeline
 from sae.lm import NativeModel
-from sae.pipeline import PipelineError, sweeping
-from sae.rows import Batch
-from sae.trainstate import TrainState
+from sae.pipeline import PipelineError
+from sae.training import loop
+from sae.training import step as training_step
+from sae.training.config import TrainConfig
+from sae.training.rows import Batch
+from sae.training.state import TrainState
 
+sweeping = import_module("sae.pipeline.sweep")  # `pipeline.sweep` is the function
 GRID = {"names": ["topk", "towards-monosemanticity"], "d_sae": [24], "l0": [2.0, 4.0], "seeds": [1]}
 RUN = {"tokens": 30 * 64, "config": {"batch_tokens": 64}}
 FILES = ("sae.safetensors", "state.safetensors", "config.json", "train.json")
@@ -57,14 +61,14 @@ def test_each_run_is_the_run_alone_and_the_frontier_says_what_was_measured(
 
 
 def test_a_run_that_diverges_is_recorded_and_the_others_go_on(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step_of = training.train_step
+    step_of = training_step.train_step
 
     def poisoned(state: TrainState, batch: Batch, config: TrainConfig) -> dict:
         if config.recipe == "towards-monosemanticity" and config.target_l0 == 2 and state.step == 17:
             state.sae.W_dec.data[0, 0] = float("inf")
         return step_of(state, batch, config)
 
-    monkeypatch.setattr(training, "train_step", poisoned)
+    monkeypatch.setattr(loop, "train_step", poisoned)
     out = store.parent / "sweep-diverging"
     runs = json.loads(pipeline.sweep(store, out, **GRID, **RUN, memory_gb=1.0).read_text())["runs"]
     lost = "towards-monosemanticity-24-l0_2-s1"
@@ -77,7 +81,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(store: Path, monke
     assert "at step 18" in found["diverged"]
     assert found["target_l0"] == 2
     ElementTree.fromstring((out / "frontier.svg").read_text())
-    monkeypatch.setattr(training, "train_step", None)  # again: nothing is trained, the lost run least of all
+    monkeypatch.setattr(loop, "train_step", None)  # again: nothing is trained, the lost run least of all
     assert json.loads(pipeline.sweep(store, out, **GRID, **RUN).read_text())["runs"] == runs
 
 

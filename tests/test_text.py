@@ -16,8 +16,8 @@ import datasets
 import pytest
 import zstandard
 
-from sae.documents import DOCUMENT_BYTES, HELD_OUT, TRAIN, Document, TextReport, sha256_of, shuffled, split_of
-from sae.text import TextError, TextSource, combine, open_text
+from sae.text.documents import DOCUMENT_BYTES, HELD_OUT, TRAIN, Document, TextReport, sha256_of, shuffled, split_of
+from sae.text.sources import TextError, TextSource, combine, open_text
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -373,7 +373,7 @@ def test_report_keeps_the_first_problems() -> None:
 def test_a_document_too_long_to_tokenise_is_cut_and_its_parts_stay_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joiner: str
 ) -> None:
-    monkeypatch.setattr("sae.text.MAX_DOCUMENT_CHARACTERS", 1000)
+    monkeypatch.setattr("sae.text.sources.MAX_DOCUMENT_CHARACTERS", 1000)
     for number in range(30):
         whole = joiner.join(f"word{i * 7919 % 1009}-{number}" for i in range(2000))
         (tmp_path / "long.txt").write_text(whole)

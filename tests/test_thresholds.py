@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae import training
-from sae.config import TrainConfig
-from sae.kernels.acts import DenseActs
-from sae.recipes import resolve
-from sae.rows import Batch
-from sae.thresholds import LEVEL_RATE, PATIENCE, settle_
-from sae.trainstate import TrainState
+from sae.kernels.activations import DenseActs
+from sae.training import loop
+from sae.training.batch_topk_threshold import LEVEL_RATE, PATIENCE, settle_
+from sae.training.config import TrainConfig
+from sae.training.recipes import resolve
+from sae.training.rows import Batch
+from sae.training.state import TrainState
 
 D_SAE, ROWS = 6, 50
 
@@ -102,7 +102,7 @@ class Weak:
 def test_features_that_never_win_come_back_with_a_least_density_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, min_density: float, silent: str
 ) -> None:
-    rows, start = Weak(), training.start
+    rows, start = Weak(), loop.start
 
     def start_half_weak(*args: object) -> TrainState:
         state = start(*args)  # type: ignore[arg-type]
@@ -113,9 +113,9 @@ def test_features_that_never_win_come_back_with_a_least_density_alone(
                 state.sae.b_enc[12:] = -3.0
         return state
 
-    monkeypatch.setattr(training, "start", start_half_weak)
+    monkeypatch.setattr(loop, "start", start_half_weak)
     _, config = resolve("balanced", d_sae=24, k=2, tokens=128 * 800, batch_tokens=128, min_density=min_density)
-    sae = training.train(rows, tmp_path, config)
+    sae = loop.train(rows, tmp_path, config)
     density = (sae.encode(rows.draw(20_000, 7)) > 0).double().mean(0)
     if min_density:
         assert (density > 0).sum() >= 22

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from sae.tokenizer import BOS, load_tokenizer, pieces_of, token_bytes, train_tokenizer
+from sae.text.tokenizer import BOS, load_tokenizer, pieces_of, token_bytes, train_tokenizer
 
 TEXTS = ["def forward(self, x): return self.out(x)\n" * 3, "Grüße, 世界! naïve café — 10% of 3.14\r\n\t" * 3]
 TOKENIZER = train_tokenizer(TEXTS, 300)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sae import trackers
 from sae.cli import main
-from sae.recipes import resolve
-from sae.rows import Batch
-from sae.trackers import Log, trackers_named
-from sae.training import train
+from sae.jobs import trackers
+from sae.jobs.trackers import Log, trackers_named
+from sae.training.loop import train
+from sae.training.recipes import resolve
+from sae.training.rows import Batch
 
 STEPS = 200
 CONFIG = resolve("topk", d_sae=16, tokens=8 * STEPS, batch_tokens=8, k=2)[1]

@@ -18,16 +18,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae import penalty, training, trainstate
-from sae.checkpoint import read_tensors
-from sae.config import TrainConfig
+from sae.dictionary.autoencoder import SAE
+from sae.dictionary.files import load
+from sae.jobs.checkpoint import read_tensors
+from sae.jobs.progress import Interrupted
 from sae.kernels import choose, matmul
-from sae.model import SAE, load
-from sae.progress import Interrupted
-from sae.recipes import RECIPES, resolve
-from sae.rows import Batch
-from sae.training import train
-from sae.trainstate import TrainState
+from sae.training import loop, resample, sparsity_penalty
+from sae.training import state as training_state
+from sae.training import step as training_step
+from sae.training.config import TrainConfig
+from sae.training.loop import train
+from sae.training.recipes import RECIPES, resolve
+from sae.training.rows import Batch
+from sae.training.state import TrainState
 
 N_TRUE, D_IN, D_OUT, BATCH = 24, 16, 10, 256
 
@@ -130,25 +133,25 @@ def dead_at_the_end(sae: SAE, planted: Planted) -> int:
 
 
 def test_resampling_revives_the_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    planted, start = rows(), training.start
+    planted, start = rows(), loop.start
 
     def start_half_dead(*args: object) -> TrainState:
         state = start(*args)  # type: ignore[arg-type]
         with_dead(state, 20)
         return state
 
-    monkeypatch.setattr(training, "start", start_half_dead)
+    monkeypatch.setattr(loop, "start", start_half_dead)
     config = small("towards-monosemanticity", steps=300, l1=0.5, lr=3e-3)
     revived = train(planted, tmp_path / "on", config)
-    recipe = replace(training.recipe_named(config.recipe), resample=False)
-    monkeypatch.setattr(training, "recipe_named", lambda _: recipe)
+    recipe = replace(loop.recipe_named(config.recipe), resample=False)
+    monkeypatch.setattr(loop, "recipe_named", lambda _: recipe)
     left = train(planted, tmp_path / "off", config)
     assert dead_at_the_end(left, planted) >= 20
     assert dead_at_the_end(revived, planted) <= 3
 
 
 def test_aux_k_revives_the_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    planted, start = rows(), training.start
+    planted, start = rows(), loop.start
 
     def start_half_dead(*args: object) -> TrainState:
         state = start(*args)  # type: ignore[arg-type]
@@ -156,7 +159,7 @@ def test_aux_k_revives_the_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             state.sae.b_enc[:20] = -2.5  # seldom positive: AuxK has something to pull on
         return state
 
-    monkeypatch.setattr(training, "start", start_half_dead)
+    monkeypatch.setattr(loop, "start", start_half_dead)
     config = small("topk", steps=300, dead_tokens=640, lr=1e-3, decay_share=0.2, resample_shares=())
     on = dead_at_the_end(train(planted, tmp_path / "on", config), planted)
     off = dead_at_the_end(train(planted, tmp_path / "off", replace(config, aux_coefficient=0.0)), planted)
@@ -171,7 +174,7 @@ def test_resampling_happens_at_its_steps_to_the_silent_and_is_logged(tmp_path: P
     """The last firing of each feature is recorded from the outside and the events checked against it."""
     config = small("towards-monosemanticity", steps=100)
     planted, last_fired, events = rows(), np.zeros(config.d_sae, int), []
-    step_of, resample = training.train_step, training.optim.resample_
+    step_of, restart = training_step.train_step, resample.resample_
 
     def watched_step(state, batch, *args):
         acts = state.sae.encode(batch.x * state.scale)
@@ -188,13 +191,13 @@ def test_resampling_happens_at_its_steps_to_the_silent_and_is_logged(tmp_path: P
         window = config.resample_window_steps
         silent = [i for i, last in enumerate(last_fired) if watched_step.now - last >= window]
         assert dead.tolist() == silent
-        chosen = resample(sae, optimizer, dead, sample, losses, generator)
+        chosen = restart(sae, optimizer, dead, sample, losses, generator)
         events.append({"step": watched_step.now, "features": silent, "sample_rows": chosen.tolist()})
         last_fired[silent] = watched_step.now  # a revived feature gets a whole window to fire in
         return chosen
 
-    monkeypatch.setattr(training, "train_step", watched_step)
-    monkeypatch.setattr(training.optim, "resample_", watched_resample)
+    monkeypatch.setattr(loop, "train_step", watched_step)
+    monkeypatch.setattr(resample, "resample_", watched_resample)
     planted.samples.clear()
     sae = train(planted, tmp_path, config)
     assert {e["step"] for e in events} <= set(config.resample_steps) == {10, 20, 30, 40}
@@ -214,11 +217,11 @@ def test_resampling_happens_at_its_steps_to_the_silent_and_is_logged(tmp_path: P
 
 def test_a_feature_silent_one_step_less_than_the_window_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small("towards-monosemanticity", steps=100)
-    state = trainstate.start(rows(), config, training.recipe_named(config.recipe), choose())
+    state = training_state.start(rows(), config, loop.recipe_named(config.recipe), choose())
     window = config.resample_window_steps * config.batch_tokens
     state.tokens_since_fired[:3] = torch.tensor([window - 32, window, window + 32])
     before = state.sae.W_dec.detach().clone()
-    training._resample(state, rows(), config, training.recipe_named(config.recipe))
+    training_step._resample(state, rows(), config, loop.recipe_named(config.recipe))
     changed = (state.sae.W_dec.detach() != before).any(1).nonzero().squeeze(1).tolist()
     assert changed == [1, 2]
     assert state.tokens_since_fired[:3].tolist() == [window - 32, 0, 0]
@@ -227,10 +230,10 @@ def test_a_feature_silent_one_step_less_than_the_window_is_alive(monkeypatch: py
 def test_exact_uses_the_papers_subset(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(small("towards-monosemanticity", steps=100), exact=True)
     planted = rows()
-    state = trainstate.start(planted, config, training.recipe_named(config.recipe), choose())
+    state = training_state.start(planted, config, loop.recipe_named(config.recipe), choose())
     state.tokens_since_fired[5] = 12_500 * 32
     state.tokens_since_fired[6] = 12_500 * 32 - 32
-    training._resample(state, planted, config, training.recipe_named(config.recipe))
+    training_step._resample(state, planted, config, loop.recipe_named(config.recipe))
     assert planted.samples[-1][0] == 819_200
     assert [e["features"] for e in state.resampled] == [1]
     assert state.tokens_since_fired[5:7].tolist() == [0, 12_500 * 32 - 32]
@@ -460,7 +463,7 @@ def test_a_missed_l0_is_said(tmp_path: Path, asked: float, warned: bool) -> None
 @pytest.mark.parametrize(("l0", "missed"), [(3.59, False), (3.61, True), (2.51, False), (2.49, True)])
 def test_an_l0_is_missed_by_more_than_a_fifth(l0: float, missed: bool) -> None:
     config = small("towards-monosemanticity", target_l0=3.0)
-    assert bool(penalty.missed(penalty.Penalty(1.0, mean_l0=l0), config)) == missed
+    assert bool(sparsity_penalty.missed(sparsity_penalty.Penalty(1.0, mean_l0=l0), config)) == missed
 
 
 def test_a_run_begun_before_a_setting_was_known_goes_on_as_it_began(tmp_path: Path) -> None:

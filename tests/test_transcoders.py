@@ -12,9 +12,10 @@ from fakes import SHAPE
 
 from sae import pipeline
 from sae.cli import main
-from sae.documents import HELD_OUT
+from sae.dictionary.autoencoder import SAE
+from sae.dictionary.files import load, save
 from sae.lm import NativeModel
-from sae.model import SAE, load, save
+from sae.text.documents import HELD_OUT
 from store.activations import ActivationStore
 from store.features import FeatureIndex
 

@@ -17,7 +17,7 @@ from test_kernels import active_by_rule, random, weights
 from torch import Tensor
 
 from sae.kernels import choose
-from sae.kernels.support import Above, BatchTopK, NotSparse, Rule, Support, TopK
+from sae.kernels.sparsity import Above, BatchTopK, NotSparse, Rule, Support, TopK
 
 pytest.importorskip("triton")
 from sae.kernels import triton_screen, triton_select

@@ -13,13 +13,14 @@ import torch
 from test_kernels import random
 from torch import Tensor
 
-from sae import training
+from sae.dictionary.autoencoder import SAE
+from sae.dictionary.inference import Placed
 from sae.kernels import choose, device_named
 from sae.lm import NativeModel
-from sae.model import SAE
-from sae.placed import Placed
-from sae.recipes import resolve
-from sae.rows import Batch
+from sae.training import loop
+from sae.training import step as training_step
+from sae.training.recipes import resolve
+from sae.training.rows import Batch
 
 pytest.importorskip("triton")
 
@@ -50,7 +51,7 @@ def test_the_trainer_does_with_them_what_it_does_with_the_reference(
 ) -> None:
     _, config = resolve(recipe, d_sae=24, tokens=64, batch_tokens=16, **settings)
     found = {
-        kernels: training.train(FewRows(), tmp_path / kernels, config, kernels=kernels, device=device)
+        kernels: loop.train(FewRows(), tmp_path / kernels, config, kernels=kernels, device=device)
         for kernels, device in (("triton", DEVICE), ("reference", "cpu"))
     }
     for name, theirs in found["reference"].tensors().items():
@@ -61,12 +62,12 @@ def test_the_trainer_does_with_them_what_it_does_with_the_reference(
 
 def test_a_run_goes_on_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, config = resolve("topk", d_sae=24, tokens=32, batch_tokens=16, k=3, resample_shares=())
-    training.train(FewRows(), tmp_path / "cpu", config, kernels="reference", device="cpu")
+    loop.train(FewRows(), tmp_path / "cpu", config, kernels="reference", device="cpu")
     with pytest.raises(ValueError, match="begun on cpu; on cuda it would not go on bit for bit. Say --device cpu"):
-        training.train(FewRows(), tmp_path / "cpu", config, device="cuda")
+        loop.train(FewRows(), tmp_path / "cpu", config, device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="no CUDA device here"):
-        training.train(FewRows(), tmp_path / "cuda", config, device="cuda")
+        loop.train(FewRows(), tmp_path / "cuda", config, device="cuda")
     with pytest.raises(ValueError, match="runs on cpu or cuda, not on 'tpu'"):
         device_named("tpu")
 
@@ -75,19 +76,19 @@ def test_a_run_goes_on_where_it_began(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_resumed_run_on_the_gpu_is_the_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, config = resolve("topk", d_sae=96, tokens=640, batch_tokens=16, k=3, resample_shares=(0.5,), dead_tokens=32)
-    whole = training.train(FewRows(), tmp_path / "whole", config, device="cuda")
-    step = training.train_step
+    whole = loop.train(FewRows(), tmp_path / "whole", config, device="cuda")
+    step = training_step.train_step
 
-    def broken(state: training.TrainState, *args: Any) -> Any:
+    def broken(state: loop.TrainState, *args: Any) -> Any:
         if state.step == 25:
             raise KeyboardInterrupt
         return step(state, *args)
 
-    monkeypatch.setattr(training, "train_step", broken)
+    monkeypatch.setattr(loop, "train_step", broken)
     with pytest.raises(KeyboardInterrupt):
-        training.train(FewRows(), tmp_path / "broken", config, device="cuda", save_minutes=0.0)
-    monkeypatch.setattr(training, "train_step", step)
-    again = training.train(FewRows(), tmp_path / "broken", config, device="cuda")
+        loop.train(FewRows(), tmp_path / "broken", config, device="cuda", save_minutes=0.0)
+    monkeypatch.setattr(loop, "train_step", step)
+    again = loop.train(FewRows(), tmp_path / "broken", config, device="cuda")
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, again.tensors()[name]), name
 
@@ -150,12 +151,12 @@ def test_the_roofline_is_the_slower_of_bytes_and_operations(bench_gpu: ModuleTyp
 
 def test_the_gpu_benchmarks_contender_takes_real_steps(bench_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":  # what it asks of a GPU, here in the interpreter
-        choose_there, start_there = choose, training.start
+        choose_there, start_there = choose, loop.start
         monkeypatch.setattr("sae.kernels.choose", lambda name, device: choose_there(name, "cpu"))
-        monkeypatch.setattr(training, "start", lambda *args: start_there(*args[:-1], "cpu"))
+        monkeypatch.setattr(loop, "start", lambda *args: start_there(*args[:-1], "cpu"))
     steps: list[Any] = []
-    take = training.train_step
-    monkeypatch.setattr(training, "train_step", lambda *args: steps.append(take(*args)))
+    take = training_step.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *args: steps.append(take(*args)))
     batches = [FewRows().sample(16, seed).to(DEVICE) for seed in range(2)]
     for variant in ("topk", "batchtopk"):
         step = bench_gpu.ours("triton", variant, 8, 32, 3, batches)

@@ -52,7 +52,7 @@ def effects(
     """
     import torch
 
-    from sae.ablation import ablate, has_closed_form
+    from sae.interventions.ablation import ablate, has_closed_form
 
     started = time.monotonic()
     found = Effects(exact=has_closed_form(live.model, hook_point))

@@ -22,8 +22,8 @@ def cosine_table(a: SaeEntry, b: SaeEntry) -> pd.DataFrame:
 
 @st.cache_resource(max_entries=8, show_spinner="Comparing decoders …")
 def _cosine_table(a: Path, b: Path, stamps: tuple[int, ...]) -> pd.DataFrame:
-    from sae.lab.matching import best_cosines
-    from sae.model import load
+    from sae.dictionary.directions import best_cosines
+    from sae.dictionary.files import load
 
     try:
         first, second = load(a), load(b)

@@ -45,14 +45,14 @@ def hook_point(entry: SaeEntry) -> str:
 
 
 def inspect(live: Live, entry: SaeEntry, ids: list[int]) -> Any:
-    """`sae.microscope.inspect`, kept for the last prompts."""
+    """`sae.interventions.attribution.inspect`, kept for the last prompts."""
     weights = (entry.path / "sae.safetensors").stat().st_mtime_ns
     return _inspect(live, str(entry.path), weights, live.model.weights_sha256, tuple(ids), hook_point(entry))
 
 
 @st.cache_resource(max_entries=KEPT_PROMPTS, show_spinner=False)
 def _inspect(_live: Live, sae: str, weights: int, model: str, ids: tuple[int, ...], hook: str) -> Any:
-    from sae.microscope import inspect
+    from sae.interventions.attribution import inspect
 
     return inspect(_live.model, _live.sae, ids, hook_point=hook)
 
@@ -66,8 +66,8 @@ def activations(found: Any, feature: int, n_tokens: int) -> np.ndarray:
 
 
 def attribute(live: Live, entry: SaeEntry, ids: list[int], position: int, token: int) -> Any:
-    """`sae.microscope.attribute`. Raises LiveError for what does not exist."""
-    from sae.microscope import attribute
+    """`sae.interventions.attribution.attribute`. Raises LiveError for what does not exist."""
+    from sae.interventions.attribution import attribute
 
     try:
         return attribute(live.model, live.sae, ids, position=position, token=token, hook_point=hook_point(entry))
@@ -77,14 +77,14 @@ def attribute(live: Live, entry: SaeEntry, ids: list[int], position: int, token:
 
 def predictions(live: Live, ids: list[int], n: int) -> list[tuple[int, float]]:
     """The `n` likeliest next tokens after `ids`, with their probabilities."""
-    from sae.microscope import predictions
+    from sae.interventions.attribution import predictions
 
     return predictions(live.model, ids, n)
 
 
 def patterns(live: Live, entry: SaeEntry, ids: list[int]) -> Any:
     """Attention pattern [head, dst, src] of the hook point's block. Raises LiveError where there is none to show."""
-    from sae.attention import patterns
+    from sae.interventions.attention_attribution import patterns
     from sae.lm import layer_of
 
     try:
@@ -94,8 +94,8 @@ def patterns(live: Live, entry: SaeEntry, ids: list[int]) -> Any:
 
 
 def paths(live: Live, entry: SaeEntry, ids: list[int], *, feature: int, position: int) -> Any:
-    """`sae.attention.paths`. Raises LiveError where the model cannot be taken apart."""
-    from sae.attention import paths
+    """`sae.interventions.attention_attribution.paths`. Raises LiveError where the model cannot be taken apart."""
+    from sae.interventions.attention_attribution import paths
 
     try:
         return paths(live.model, live.sae, ids, feature=feature, position=position, hook_point=hook_point(entry))

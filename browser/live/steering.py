@@ -1,4 +1,4 @@
-"""Steering behind its page: `sae.steering` within the app's limits."""
+"""Steering behind its page: `sae.interventions.steering` within the app's limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNITS = ("max", "p99")
 
 def parse(text: str) -> list[Any]:
     """Edits written as `FEATURE:MODE[:VALUE][:p99][:active]`, parted by spaces or commas. Raises LiveError."""
-    from sae.steering import Edit
+    from sae.interventions.steering import Edit
 
     try:
         edits = [Edit.parse(part) for part in text.replace(",", " ").split()]
@@ -32,7 +32,7 @@ def parse(text: str) -> list[Any]:
 
 def edit(feature: int, mode: str, value: float, unit: str, only_active: bool) -> Any:
     """One edit from the table of the page. Raises LiveError."""
-    from sae.steering import Edit
+    from sae.interventions.steering import Edit
 
     try:
         return Edit(feature, mode, value, unit, only_active)
@@ -51,7 +51,7 @@ def sweep(
     temperature: float,
     units: dict[str, Any],
 ) -> Iterator[list[Any]]:
-    """`sae.steering.sweep_stream` within the app's limits: the growing rows, one for each factor, after each token.
+    """`sae.interventions.steering.sweep_stream` within the app's limits: after each token growing rows, one a factor.
 
     Raises LiveError beyond the limits.
     """
@@ -64,7 +64,7 @@ def sweep(
         raise LiveError(f"{new_tokens} new tokens asked for; at most {MAX_NEW_TOKENS}.")
     if not 1 <= len(factors) <= MAX_STRENGTHS:
         raise LiveError(f"{len(factors)} strengths asked for; 1 to {MAX_STRENGTHS}.")
-    from sae.steering import sweep_stream
+    from sae.interventions.steering import sweep_stream
 
     try:
         rows = sweep_stream(
@@ -77,8 +77,8 @@ def sweep(
 
 
 def next_tokens(live: Live, ids: Sequence[int], edits: Sequence[Any], *, n: int, units: dict[str, Any]) -> Any:
-    """`sae.steering.next_tokens`: the distributions after `ids`, without and with the edits."""
-    from sae.steering import next_tokens as found
+    """`sae.interventions.steering.next_tokens`: the distributions after `ids`, without and with the edits."""
+    from sae.interventions.steering import next_tokens as found
 
     return found(live.model, live.sae, ids, edits, n=n, **units)
 
@@ -102,7 +102,7 @@ def as_python(path: str, prompt: str, edits: Sequence[Any], asked: dict[str, Any
     steer = f"seed={asked['seed']}, max_new_tokens={asked['new_tokens']}, temperature={asked['temperature']:g}"
     lines = [
         "from sae import pipeline",
-        "from sae.steering import Edit, sweep_stream",
+        "from sae.interventions.steering import Edit, sweep_stream",
         "",
         f"sae, model = pipeline.open_pair({path!r})",
         f"units = pipeline.feature_units({path!r})",

@@ -9,13 +9,23 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sae import __version__
-from sae.cli.comparing import compare, controls
-from sae.cli.dictionaries import evaluate, export, import_dictionary, index, sweep, train
+from sae.cli.browse import browse
+from sae.cli.clean import clean
+from sae.cli.compare import compare
+from sae.cli.controls import controls
+from sae.cli.evaluate import evaluate
+from sae.cli.export import export
 from sae.cli.flags import with_config_file
-from sae.cli.looking import browse, info
-from sae.cli.models import pretrain
-from sae.cli.steering import steer
-from sae.cli.stores import clean, harvest, store, verify
+from sae.cli.harvest import harvest
+from sae.cli.import_dictionary import import_dictionary
+from sae.cli.index import index
+from sae.cli.info import info
+from sae.cli.pretrain import pretrain
+from sae.cli.steer import steer
+from sae.cli.store import store
+from sae.cli.sweep import sweep
+from sae.cli.train import train
+from sae.cli.verify import verify
 
 VERBS = (
     pretrain, harvest, train, sweep, evaluate, index, browse, steer, compare, controls, export, import_dictionary, info,
@@ -33,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "handler"):
         parser.print_help()
         return 2
-    from sae.progress import Interrupted
+    from sae.jobs.progress import Interrupted
 
     try:
         return args.handler(args)

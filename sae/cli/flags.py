@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import tomllib
 from collections.abc import Callable
@@ -101,3 +102,14 @@ def with_config_file(parser: argparse.ArgumentParser, arguments: list[str]) -> l
                 parser.error(f"--config {path}: [{name}] is a table; give settings by flag name, e.g. tokens = 1000000")
             flags += ([flag] if item else []) if isinstance(item, bool) else [flag, str(item)]
     return [arguments[0], *flags, *arguments[1:]]
+
+
+def _refuse_many_processes(verb: str) -> None:
+    """What torchrun starts many times would do the same work many times, into one directory."""
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    if world > 1:
+        raise ValueError(
+            f"sae {verb} runs as one process, and was started as {world} (WORLD_SIZE), which would all train the same "
+            "dictionary. Start it once, without torchrun; `sae sweep` trains several on one pass over the rows. A "
+            "data-parallel loop of your own gets each rank its rows from `sae.pipeline.open_rows`."
+        )

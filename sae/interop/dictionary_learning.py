@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae.checkpoint import write_json
-from sae.interop import files, foreign
+from sae.dictionary.autoencoder import SAE
+from sae.interop import assemble, files
 from sae.interop.hooks import hook_point, layer_of, short_hook_point
-from sae.model import SAE
+from sae.jobs.checkpoint import write_json
 
 NAME = "dictionary-learning"
 FILES = 'ae.pt and config.json with a "trainer" section'
@@ -54,41 +54,41 @@ def read(path: Path) -> SAE:
     """
     where = path / "config.json"
     config = files.read_json(where)
-    trainer = foreign.section(config, "trainer")
-    kind = foreign.text(trainer, "dict_class") or ""
-    foreign.refuse_unless(kind in _TENSORS, where, f"unknown dict_class {kind!r}; read are {', '.join(_TENSORS)}.")
+    trainer = assemble.section(config, "trainer")
+    kind = assemble.text(trainer, "dict_class") or ""
+    assemble.refuse_unless(kind in _TENSORS, where, f"unknown dict_class {kind!r}; read are {', '.join(_TENSORS)}.")
     held = files.read_pt(path / "ae.pt")
-    tensors = foreign.pick(held, _TENSORS[kind], path / "ae.pt", ignored=("k", "threshold", "group_sizes"))
+    tensors = assemble.pick(held, _TENSORS[kind], path / "ae.pt", ignored=("k", "threshold", "group_sizes"))
     if "encoder.weight" in _TENSORS[kind].values():
-        foreign.transpose(tensors, ("W_enc", "W_dec"), where)
-    shape = foreign.shape_of(tensors, where)
-    foreign.agree(trainer, {"activation_dim": shape["d_in"], "dict_size": shape["d_sae"]}, where)
+        assemble.transpose(tensors, ("W_enc", "W_dec"), where)
+    shape = assemble.shape_of(tensors, where)
+    assemble.agree(trainer, {"activation_dim": shape["d_in"], "dict_size": shape["d_sae"]}, where)
     activation = _ACTIVATIONS[kind]
     if activation == "batchtopk":
-        foreign.refuse_unless(
+        assemble.refuse_unless(
             tensors["threshold"].ndim == 0 and bool(tensors["threshold"] >= 0),
             where,
             "its inference threshold was never set (threshold_start_step lies beyond its training); which features "
             "are active would depend on the rest of the batch.",
         )
         tensors["threshold"] = tensors["threshold"].expand(shape["d_sae"])
-    place = foreign.text(trainer, "submodule_name")
+    place = assemble.text(trainer, "submodule_name")
     hook = short_hook_point(place, trainer.get("layer"))
-    sae = foreign.assemble(
+    sae = assemble.assemble(
         where,
         tensors,
         {
             "activation": activation,
-            "k": foreign.whole({**trainer, **held}, "k", where) if "topk" in activation else None,
+            "k": assemble.whole({**trainer, **held}, "k", where) if "topk" in activation else None,
             "pre_bias": kind not in _WITHOUT_PRE_BIAS,
         },
         peer=NAME,
         kind=kind,
-        hook_point=hook or hook_point(foreign.text(foreign.section(config, "buffer"), "submodule_name")),
-        model=foreign.text(trainer, "lm_name"),
+        hook_point=hook or hook_point(assemble.text(assemble.section(config, "buffer"), "submodule_name")),
+        model=assemble.text(trainer, "lm_name"),
         config=config,
     )
-    return foreign.restore(sae, foreign.section(config, foreign.OURS))
+    return assemble.restore(sae, assemble.section(config, assemble.OURS))
 
 
 # --- write -----------------------------------------------------------------------------------------------------------
@@ -99,9 +99,9 @@ def write(sae: SAE, out: Path) -> Path:
 
     Raises: InteropError for a transcoder, or topk and gated without a pre-bias, which it has no class for.
     """
-    foreign.refuse_export_unless(sae.d_out == sae.d_in and not sae.skip, NAME, "it is a transcoder.")
+    assemble.refuse_export_unless(sae.d_out == sae.d_in and not sae.skip, NAME, "it is a transcoder.")
     kind = _class_of(sae)
-    foreign.refuse_export_unless(
+    assemble.refuse_export_unless(
         sae.pre_bias or kind in _WITHOUT_PRE_BIAS,
         NAME,
         f"its {kind} subtracts the decoder bias from the input, this dictionary does not.",
@@ -119,7 +119,7 @@ def write(sae: SAE, out: Path) -> Path:
         "steps": sae.config.get("train", {}).get("steps"),
         "device": "cpu",
     }
-    write_json(out / "config.json", {"trainer": trainer, foreign.OURS: foreign.carried(sae)})
+    write_json(out / "config.json", {"trainer": trainer, assemble.OURS: assemble.carried(sae)})
     return out
 
 

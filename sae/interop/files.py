@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.checkpoint import CheckpointError, read_tensors, write_bytes
+from sae.jobs.checkpoint import CheckpointError, read_tensors, write_bytes
 
 
 class InteropError(ValueError):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.interop import files, foreign
+from sae.dictionary.autoencoder import SAE
+from sae.interop import assemble, files
 from sae.interop.files import InteropError
 from sae.interop.hooks import hook_point
-from sae.model import SAE
 
 NAME = "llamascopium"
 FILES = "config.json and sae_weights.safetensors"
@@ -40,30 +40,30 @@ def read(path: Path) -> SAE:
     act_fn = config.get("act_fn", "relu")
     _refuse_other_semantics(config, act_fn, where)
     held = _weights(path)
-    place = foreign.text(config, "hook_point_in")
+    place = assemble.text(config, "hook_point_in")
     norm = held.get(f"{_NORM}{place}")
     names = {"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D"}
     names |= {"b_dec": "b_D"} if config.get("use_decoder_bias", True) else {}
     names |= {"threshold": "activation_function.log_jumprelu_threshold"} if act_fn == "jumprelu" else {}
-    tensors = foreign.pick(held, names, where, ignored=[name for name in held if name.startswith(_NORM)])
-    shape = foreign.shape_of(tensors, where)
-    foreign.agree(config, {"d_model": shape["d_in"]}, where)
+    tensors = assemble.pick(held, names, where, ignored=[name for name in held if name.startswith(_NORM)])
+    shape = assemble.shape_of(tensors, where)
+    assemble.agree(config, {"d_model": shape["d_in"]}, where)
     tensors.setdefault("b_dec", torch.zeros(shape["d_out"]))
     if act_fn == "jumprelu":
         tensors["threshold"] = tensors["threshold"].exp()
     notes = _fold(tensors, config, act_fn, norm, where)
-    return foreign.assemble(
+    return assemble.assemble(
         where,
         tensors,
         {
             "activation": act_fn,
-            "k": foreign.whole(config, "top_k", where) if act_fn == "topk" else None,
+            "k": assemble.whole(config, "top_k", where) if act_fn == "topk" else None,
             "pre_bias": False,
         },
         peer=NAME,
         kind=act_fn,
         hook_point=hook_point(place),
-        model=foreign.text(config, "model_name"),
+        model=assemble.text(config, "model_name"),
         config=config,
         notes=notes,
     )
@@ -74,26 +74,26 @@ def _weights(path: Path) -> dict[str, Any]:
     return (
         files.read_safetensors(found)
         if found.suffix == ".safetensors"
-        else foreign.section(files.read_pt(found), "sae")
+        else assemble.section(files.read_pt(found), "sae")
     )
 
 
 def _refuse_other_semantics(config: Mapping[str, Any], act_fn: object, where: Path) -> None:
     kind = config.get("sae_type", "sae")
-    foreign.refuse_unless(kind == "sae", where, f"its sae_type is {kind!r}; read is sae.")
-    foreign.refuse_unless(
+    assemble.refuse_unless(kind == "sae", where, f"its sae_type is {kind!r}; read is sae.")
+    assemble.refuse_unless(
         not config.get("use_glu_encoder"), where, "its encoder is gated by a second one (use_glu_encoder)."
     )
-    place, target = foreign.text(config, "hook_point_in"), foreign.text(config, "hook_point_out")
-    foreign.refuse_unless(place == target, where, f"it is a transcoder: it reads {place} and predicts {target}.")
-    foreign.refuse_unless(
+    place, target = assemble.text(config, "hook_point_in"), assemble.text(config, "hook_point_out")
+    assemble.refuse_unless(place == target, where, f"it is a transcoder: it reads {place} and predicts {target}.")
+    assemble.refuse_unless(
         act_fn in ("relu", "jumprelu", "topk"),
         where,
         f"its act_fn is {act_fn!r}: read are relu, jumprelu and topk. Which features a batchtopk activates depends on "
         "the rest of the batch; convert it to jumprelu there first.",
     )
     normalization = config.get("norm_activation", "dataset-wise")
-    foreign.refuse_unless(
+    assemble.refuse_unless(
         normalization in ("dataset-wise", "inference"),
         where,
         f"it normalises activations anew for every {normalization}; ours takes them as they are.",
@@ -105,11 +105,11 @@ def _fold(tensors: dict[str, Tensor], config: Mapping[str, Any], act_fn: str, no
     notes = []
     if config.get("sparsity_include_decoder_norm", True) and act_fn != "relu":
         norms = tensors["W_dec"].double().norm(dim=-1)
-        foreign.refuse_unless(bool((norms > 0).all()), where, "a decoder row is zero, and it divides by its norm.")
+        assemble.refuse_unless(bool((norms > 0).all()), where, "a decoder row is zero, and it divides by its norm.")
         if act_fn == "jumprelu":
-            foreign.rescale(tensors, {"threshold": 1 / norms})
+            assemble.rescale(tensors, {"threshold": 1 / norms})
         else:
-            foreign.rescale(tensors, {"W_enc": norms, "b_enc": norms, "W_dec": 1 / norms[:, None]})
+            assemble.rescale(tensors, {"W_enc": norms, "b_enc": norms, "W_dec": 1 / norms[:, None]})
             notes.append("features are chosen by activation times decoder norm there, and that is the activation here")
     if config.get("norm_activation", "dataset-wise") == "dataset-wise":
         value = float(norm) if isinstance(norm, Tensor) and norm.numel() == 1 else math.nan
@@ -119,6 +119,6 @@ def _fold(tensors: dict[str, Tensor], config: Mapping[str, Any], act_fn: str, no
                 "norm is not in the file. Save it there with the norm folded in (norm_activation = inference)."
             )
         scale = math.sqrt(tensors["W_enc"].shape[0]) / value
-        foreign.rescale(tensors, dict.fromkeys(("b_enc", "b_dec", "threshold"), 1 / scale))
+        assemble.rescale(tensors, dict.fromkeys(("b_enc", "b_dec", "threshold"), 1 / scale))
         notes.append(f"input scale {scale!r} folded into biases and thresholds")
     return notes

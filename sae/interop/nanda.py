@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sae.interop import files, foreign
+from sae.dictionary.autoencoder import SAE
+from sae.interop import assemble, files
 from sae.interop.files import InteropError
 from sae.interop.hooks import short_hook_point
-from sae.model import SAE
 
 NAME = "nanda"
 FILES = "N.pt beside N_cfg.json"
@@ -39,17 +39,17 @@ def read(path: Path) -> SAE:
     weights = found[0]
     config = files.read_json(_config_of(weights))
     activation = config.get("activation", "relu")
-    foreign.refuse_unless(activation == "relu", weights, f"its activation is {activation!r}; read is relu.")
-    tensors = foreign.pick(
+    assemble.refuse_unless(activation == "relu", weights, f"its activation is {activation!r}; read is relu.")
+    tensors = assemble.pick(
         files.read_pt(weights), {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}, weights
     )
-    return foreign.assemble(
+    return assemble.assemble(
         weights,
         tensors,
         {"activation": "relu"},
         peer=NAME,
         kind="relu",
-        hook_point=short_hook_point(foreign.text(config, "act_name", "act") or "post", config.get("layer", 0)),
-        model=foreign.text(config, "model_name") or "gelu-1l",
+        hook_point=short_hook_point(assemble.text(config, "act_name", "act") or "post", config.get("layer", 0)),
+        model=assemble.text(config, "model_name") or "gelu-1l",
         config=config,
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sae.interop import files, foreign
-from sae.model import SAE
+from sae.dictionary.autoencoder import SAE
+from sae.interop import assemble, files
 
 NAME = "openai"
 FILES = "one .pt file with pre_bias and latent_bias"
@@ -26,15 +26,15 @@ def read(path: Path) -> SAE:
     """
     held = files.read_pt(path)
     activation = held.get("activation", "ReLU")
-    foreign.refuse_unless(
+    assemble.refuse_unless(
         activation != "TopK",
         path,
         "its TopK dictionaries normalise every token's activations by their own mean and deviation; ours takes them as "
         "they are.",
     )
-    foreign.refuse_unless(activation == "ReLU", path, f"its activation is {activation!r}; read is ReLU.")
-    tensors = foreign.pick(held, _TENSORS, path, ignored=(*_STATISTICS, "activation", "activation_state_dict"))
-    foreign.transpose(tensors, ("W_enc", "W_dec"), path)
-    return foreign.assemble(
+    assemble.refuse_unless(activation == "ReLU", path, f"its activation is {activation!r}; read is ReLU.")
+    tensors = assemble.pick(held, _TENSORS, path, ignored=(*_STATISTICS, "activation", "activation_state_dict"))
+    assemble.transpose(tensors, ("W_enc", "W_dec"), path)
+    return assemble.assemble(
         path, tensors, {"activation": "relu"}, peer=NAME, kind="relu", hook_point=None, model=None, config={}
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from sae.dictionary.autoencoder import SAE
 from sae.interop import dictionary_learning, llamascopium, nanda, openai, saelens, sparsify
 from sae.interop.files import InteropError
-from sae.model import SAE
 
 
 class Peer(Protocol):

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sae.checkpoint import write_json, write_tensors
-from sae.interop import files, foreign
+from sae.dictionary.autoencoder import SAE
+from sae.interop import assemble, files
 from sae.interop.files import InteropError
 from sae.interop.hooks import hook_point
-from sae.model import SAE
+from sae.jobs.checkpoint import write_json, write_tensors
 
 NAME = "sae-lens"
 FILES = "cfg.json and sae_weights.safetensors"
@@ -41,7 +41,7 @@ def write(sae: SAE, out: Path) -> Path:
 
     Raises: InteropError for a transcoder.
     """
-    foreign.refuse_export_unless(sae.d_out == sae.d_in and not sae.skip, NAME, "it is a transcoder.")
+    assemble.refuse_export_unless(sae.d_out == sae.d_in and not sae.skip, NAME, "it is a transcoder.")
     architecture = ARCHITECTURES[sae.activation]
     tensors = sae.tensors()
     write_tensors(
@@ -72,7 +72,7 @@ def config_of(sae: SAE) -> dict[str, Any]:
             "dataset_path": (sae.config.get("store") or sae.config.get("live") or {}).get("text", UNKNOWN),
             "training_tokens": trained.get("tokens"),
             "recipe": trained.get("recipe"),
-            foreign.OURS: {**foreign.carried(sae), "activation": sae.activation, "k": sae.k},
+            assemble.OURS: {**assemble.carried(sae), "activation": sae.activation, "k": sae.k},
         },
     }
     if sae.activation == "topk":
@@ -94,24 +94,24 @@ def read(path: Path) -> SAE:
     """
     where = path / "cfg.json"
     config = files.read_json(where)
-    metadata = foreign.section(config, "metadata")
+    metadata = assemble.section(config, "metadata")
     architecture, k = _architecture(config, where)
     _refuse_other_semantics(config, metadata, where)
     held = files.read_safetensors(path / "sae_weights.safetensors")
     _refuse_fine_tuned(held, where)
-    tensors = foreign.pick(held, _TENSORS[architecture], where, ignored=("scaling_factor",))
-    shape = foreign.shape_of(tensors, where)
-    foreign.agree(config, {"d_in": shape["d_in"], "d_sae": shape["d_sae"]}, where)
+    tensors = assemble.pick(held, _TENSORS[architecture], where, ignored=("scaling_factor",))
+    shape = assemble.shape_of(tensors, where)
+    assemble.agree(config, {"d_in": shape["d_in"], "d_sae": shape["d_sae"]}, where)
     notes = _fold(tensors, config, path)
     if "batchtopk" in architecture:  # one threshold for all features
         tensors["threshold"] = tensors["threshold"].expand(shape["d_sae"])
     activation = {"standard": "relu", "matryoshka_batchtopk": "batchtopk"}.get(architecture, architecture)
-    ours = foreign.section(metadata, foreign.OURS)
+    ours = assemble.section(metadata, assemble.OURS)
     if activation == "jumprelu" and ours.get("activation") == "batchtopk":
-        activation, k = "batchtopk", foreign.whole(ours, "k", where)
-    place = foreign.text(metadata, "hook_name") or foreign.text(config, "hook_name", "hook_point")
-    model = foreign.text(metadata, "model_name") or foreign.text(config, "model_name")
-    sae = foreign.assemble(
+        activation, k = "batchtopk", assemble.whole(ours, "k", where)
+    place = assemble.text(metadata, "hook_name") or assemble.text(config, "hook_name", "hook_point")
+    model = assemble.text(metadata, "model_name") or assemble.text(config, "model_name")
+    sae = assemble.assemble(
         where,
         tensors,
         {"activation": activation, "k": k, "pre_bias": bool(config.get("apply_b_dec_to_input", True))},
@@ -122,49 +122,49 @@ def read(path: Path) -> SAE:
         config=config,
         notes=notes,
     )
-    return foreign.restore(sae, ours)
+    return assemble.restore(sae, ours)
 
 
 def _architecture(config: Mapping[str, Any], where: Path) -> tuple[str, int | None]:
     """Its architecture and k, also as versions before 6 wrote them."""
     architecture = config.get("architecture", "standard")
-    activation = foreign.text(config, "activation_fn", "activation_fn_str") or "relu"
-    settings = {**foreign.section(config, "activation_fn_kwargs"), **config}
+    activation = assemble.text(config, "activation_fn", "activation_fn_str") or "relu"
+    settings = {**assemble.section(config, "activation_fn_kwargs"), **config}
     if activation == "topk" and architecture in ("standard", "topk"):
         architecture = "topk"
     else:
-        foreign.refuse_unless(activation == "relu", where, f"its activation function is {activation!r}; read is ReLU.")
+        assemble.refuse_unless(activation == "relu", where, f"its activation function is {activation!r}; read is ReLU.")
     if not isinstance(architecture, str) or architecture not in _TENSORS:
         raise InteropError(f"{where}: unknown architecture {architecture!r}; read are {', '.join(_TENSORS)}.")
     if architecture in ("batchtopk", "matryoshka_batchtopk"):  # its k is an average and need not be whole
         settings["k"] = max(1, round(settings["k"])) if isinstance(settings.get("k"), float) else settings.get("k")
-    return architecture, foreign.whole(settings, "k", where) if "topk" in architecture else None
+    return architecture, assemble.whole(settings, "k", where) if "topk" in architecture else None
 
 
 def _refuse_other_semantics(config: Mapping[str, Any], metadata: Mapping[str, Any], where: Path) -> None:
     known = {**metadata, **config}
-    place = foreign.text(known, "hook_name", "hook_point") or ""
+    place = assemble.text(known, "hook_name", "hook_point") or ""
     normalize = known.get("normalize_activations")
-    foreign.refuse_unless(
+    assemble.refuse_unless(
         normalize in (None, False, "none", True, "expected_average_only_in"),
         where,
         f"it normalises every token's activations by themselves ({normalize!r}); ours takes them as they are.",
     )
-    foreign.refuse_unless(
+    assemble.refuse_unless(
         known.get("reshape_activations") in (None, "none") and not place.endswith("hook_z"),
         where,
         "it joins the heads of hook_z into one vector; our stores hold one vector per token as the model has it.",
     )
-    foreign.refuse_unless(known.get("hook_head_index") is None, where, "it reads a single attention head.")
-    target = foreign.text(known, "hook_name_out")
-    foreign.refuse_unless(
+    assemble.refuse_unless(known.get("hook_head_index") is None, where, "it reads a single attention head.")
+    target = assemble.text(known, "hook_name_out")
+    assemble.refuse_unless(
         target in (None, place), where, f"it is a transcoder: it reads {place} and predicts {target}."
     )
 
 
 def _refuse_fine_tuned(held: Mapping[str, Tensor], where: Path) -> None:
     factor = held.get("scaling_factor")
-    foreign.refuse_unless(
+    assemble.refuse_unless(
         factor is None or bool((factor == 1).all()),
         where,
         "its activations are rescaled after fine-tuning (scaling_factor); ours have no such factor.",
@@ -177,13 +177,13 @@ def _fold(tensors: dict[str, Tensor], config: Mapping[str, Any], path: Path) -> 
     rescaled = bool(config.get("rescale_acts_by_decoder_norm"))
     if config.get("normalize_activations") in (True, "expected_average_only_in"):
         scale = _input_scale(path)
-        foreign.rescale(tensors, {"W_enc": scale, "W_dec": 1 / scale, "b_dec": 1 / scale})
+        assemble.rescale(tensors, {"W_enc": scale, "W_dec": 1 / scale, "b_dec": 1 / scale})
         if rescaled:  # its thresholds are in units of activation times decoder norm, which has just been divided
-            foreign.rescale(tensors, {"threshold": 1 / scale})
+            assemble.rescale(tensors, {"threshold": 1 / scale})
         notes.append(f"input scale {scale!r} folded into the weights")
     if rescaled:
         norms = tensors["W_dec"].double().norm(dim=-1).clamp_min(1e-8)
-        foreign.rescale(tensors, {"W_enc": norms, "b_enc": norms, "W_dec": 1 / norms[:, None]})
+        assemble.rescale(tensors, {"W_enc": norms, "b_enc": norms, "W_dec": 1 / norms[:, None]})
         notes.append("decoder norms folded into the encoder (rescale_acts_by_decoder_norm)")
     return notes
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sae.checkpoint import write_json, write_tensors
-from sae.interop import files, foreign
+from sae.dictionary.autoencoder import SAE
+from sae.interop import assemble, files
 from sae.interop.hooks import hook_point
-from sae.model import SAE
+from sae.jobs.checkpoint import write_json, write_tensors
 
 NAME = "sparsify"
 FILES = "cfg.json and sae.safetensors"
@@ -26,37 +26,37 @@ def read(path: Path) -> SAE:
     """
     where = path / "cfg.json"
     config = files.read_json(where)
-    foreign.refuse_unless(
+    assemble.refuse_unless(
         not config.get("transcode"), where, "it is a transcoder: it predicts another place's activations."
     )
-    foreign.refuse_unless(
+    assemble.refuse_unless(
         not config.get("skip_connection"), where, "it adds a linear map of its input to its output (W_skip)."
     )
-    foreign.refuse_unless(not config.get("signed"), where, "its features can be negative (signed); ours cannot.")
+    assemble.refuse_unless(not config.get("signed"), where, "its features can be negative (signed); ours cannot.")
     activation = config.get("activation", "topk")
-    foreign.refuse_unless(activation == "topk", where, f"its activation is {activation!r}; read is topk.")
-    tensors = foreign.pick(files.read_safetensors(path / "sae.safetensors"), _TENSORS, path / "sae.safetensors")
-    foreign.transpose(tensors, ("W_enc",), where)
-    shape = foreign.shape_of(tensors, where)
-    foreign.agree(config, {"d_in": shape["d_in"]}, where)
+    assemble.refuse_unless(activation == "topk", where, f"its activation is {activation!r}; read is topk.")
+    tensors = assemble.pick(files.read_safetensors(path / "sae.safetensors"), _TENSORS, path / "sae.safetensors")
+    assemble.transpose(tensors, ("W_enc",), where)
+    shape = assemble.shape_of(tensors, where)
+    assemble.agree(config, {"d_in": shape["d_in"]}, where)
     if config.get("num_latents"):  # 0 stands for expansion_factor · d_in
-        foreign.agree(config, {"num_latents": shape["d_sae"]}, where)
-    sae = foreign.assemble(
+        assemble.agree(config, {"num_latents": shape["d_sae"]}, where)
+    sae = assemble.assemble(
         where,
         tensors,
-        {"activation": "topk", "k": foreign.whole(config, "k", where)},
+        {"activation": "topk", "k": assemble.whole(config, "k", where)},
         peer=NAME,
         kind="topk",
         hook_point=hook_point(path.resolve().name),
-        model=foreign.text(foreign.section(foreign.section(config, foreign.OURS), "model"), "id"),
+        model=assemble.text(assemble.section(assemble.section(config, assemble.OURS), "model"), "id"),
         config=config,
     )
-    return foreign.restore(sae, foreign.section(config, foreign.OURS))
+    return assemble.restore(sae, assemble.section(config, assemble.OURS))
 
 
 def write(sae: SAE, out: Path) -> Path:
     """Writes the layout into `out`. Raises: InteropError for all but topk, which is what it does at inference."""
-    foreign.refuse_export_unless(
+    assemble.refuse_export_unless(
         sae.activation == "topk" and sae.pre_bias and sae.d_out == sae.d_in and not sae.skip,
         NAME,
         f"it takes the k largest features of x − b_dec; this dictionary is {sae.show_shape()}.",
@@ -74,7 +74,7 @@ def write(sae: SAE, out: Path) -> Path:
         "skip_connection": False,
         "transcode": False,
         "d_in": sae.d_in,
-        foreign.OURS: foreign.carried(sae),
+        assemble.OURS: assemble.carried(sae),
     }
     write_json(out / "cfg.json", config)
     return out

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.kernels.support import BatchTopK, Support
+from sae.kernels.sparsity import BatchTopK, Support
 
 SAMPLED_ROWS = 64
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from sae.kernels import cpu_loops, matmul, reference
 from sae.kernels.batch_topk import batch_topk
 from sae.kernels.cpu_loops import GROUP
-from sae.kernels.support import Above, BatchTopK, ByFeature, NotSparse, Rule, Support, TopK
+from sae.kernels.sparsity import Above, BatchTopK, ByFeature, NotSparse, Rule, Support, TopK
 
 NAME = "cpu"
 SCREEN_NUMBERS, SCREEN_ROWS = 1 << 24, (1024, 4096)  # screened values held at once, in so many rows at least, at most

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels import memory
+from sae.kernels import buffers
 from sae.kernels.matmul import add_product_, factor, product
 
 ROWS = 512  # at once, on a CPU
@@ -37,8 +37,8 @@ class _ReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         centred, W = x - b_dec, factor(W_enc)
-        f = memory.empty(len(x), len(b_enc), like=x)
-        positive = memory.empty(_at_once(x), len(b_enc), like=x)
+        f = buffers.empty(len(x), len(b_enc), like=x)
+        positive = buffers.empty(_at_once(x), len(b_enc), like=x)
         sums, active = torch.zeros_like(b_enc), x.new_zeros(())
         for rows in _blocks(x):
             f_rows = product(f[rows], centred[rows], W).add_(b_enc).relu_()
@@ -53,7 +53,7 @@ class _ReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_f: Tensor | None, d_sums: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         centred, f, W_enc = ctx.saved_tensors
-        d_pre = memory.empty(_at_once(f), f.shape[1], like=f)
+        d_pre = buffers.empty(_at_once(f), f.shape[1], like=f)
         d_W, returned = _accumulator(ctx.weight, ctx.needs_input_grad[1])
         d_bias = f.new_zeros(f.shape[1])
         d_x = torch.empty_like(centred) if ctx.needs_input_grad[0] else None
@@ -84,7 +84,7 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         values, W_dec = ctx.saved_tensors
-        d_values = memory.empty(*values.shape, like=values) if ctx.needs_input_grad[0] else None
+        d_values = buffers.empty(*values.shape, like=values) if ctx.needs_input_grad[0] else None
         d_W, returned = _accumulator(ctx.weight, ctx.needs_input_grad[1])
         W = factor(W_dec).t()
         for rows in _blocks(values):

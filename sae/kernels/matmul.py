@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels import memory
+from sae.kernels import buffers
 
 NAMES = ("auto", "highest", "medium", "bf16")
 FLOAT32_ERROR = 2e-6  # relative, of a product over 512 terms; bfloat16's is about 3e-3
@@ -132,7 +132,7 @@ def factor(a: Tensor) -> Tensor:
         return a
     if not a.is_contiguous() and a.t().is_contiguous():
         return factor(a.t()).t()
-    return memory.empty(*a.shape, like=a.new_empty(0, dtype=torch.bfloat16)).copy_(a)
+    return buffers.empty(*a.shape, like=a.new_empty(0, dtype=torch.bfloat16)).copy_(a)
 
 
 def product(out: Float[Tensor, "n m"], a: Float[Tensor, "n d"], b: Float[Tensor, "d m"]) -> Tensor:
@@ -148,4 +148,4 @@ def add_product_(out: Float[Tensor, "n m"], a: Float[Tensor, "n d"], b: Float[Te
 
 
 def _narrow_product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out=memory.empty(len(a), b.shape[1], like=a))
+    return torch.mm(a, b, out=buffers.empty(len(a), b.shape[1], like=a))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels.support import Above, BatchTopK, Rule, Support, TopK
+from sae.kernels.sparsity import Above, BatchTopK, Rule, Support, TopK
 
 NAME = "reference"
 

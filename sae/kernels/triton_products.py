@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels.support import Support
+from sae.kernels.sparsity import Support
 
 DOT_ENTRIES, DOT_COLUMNS = 16, 128  # a block of `dots`
 SUM_NUMBERS = 4096  # in a block of `_sum_rows`, as wide as the rows are

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae.kernels import reference
 from sae.kernels.batch_topk import batch_topk
-from sae.kernels.support import Above, BatchTopK, NotSparse, Rule, Support, TopK
+from sae.kernels.sparsity import Above, BatchTopK, NotSparse, Rule, Support, TopK
 from sae.kernels.triton_products import dots
 from sae.kernels.triton_screen import Narrow, _count, _list, _mark, _screen, narrowed
 

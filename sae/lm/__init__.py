@@ -2,7 +2,7 @@
 
 from sae.lm.base import LanguageModel, ModelError, Splice, layer_of
 from sae.lm.bridge import BridgeModel
-from sae.lm.loading import load_model, shipped_models
+from sae.lm.load import load_model, shipped_models
 from sae.lm.native import NativeModel
 
 __all__ = [

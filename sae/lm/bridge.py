@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice, layer_of
-from sae.model_identity import sha256_of_files, sha256_of_model, sha256_of_parameters
-from sae.transformer import Transformer
+from sae.lm.identity import sha256_of_files, sha256_of_model, sha256_of_parameters
+from sae.lm.transformer import Transformer
 
 Hooks = list[tuple[str, Callable[..., Tensor]]]
 

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.checkpoint import read_tensors
+from sae.jobs.checkpoint import read_tensors
 from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice, layer_of, read_json_file
 from sae.lm.bridge import bridge_with
-from sae.model_identity import sha256_of_files, sha256_of_model, sha256_of_parameters
-from sae.tokenizer import load_tokenizer
-from sae.transformer import Transformer, TransformerConfig
+from sae.lm.identity import sha256_of_files, sha256_of_model, sha256_of_parameters
+from sae.lm.transformer import Transformer, TransformerConfig
+from sae.text.tokenizer import load_tokenizer
 
 
 class NativeModel(LanguageModel):

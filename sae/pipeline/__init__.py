@@ -1,26 +1,21 @@
 """The pipeline as functions: one per verb of the `sae` command, to call from scripts. The only importer of `store`."""
 
-from sae.pipeline.comparing import compare
+from sae.pipeline.compare import compare
 from sae.pipeline.controls import controls
-from sae.pipeline.describing import describe
-from sae.pipeline.dictionaries import feature_max, feature_units, open_rows, train
-from sae.pipeline.dumps import DUMP_FORMATS, import_dump
+from sae.pipeline.dashboards import DUMP_FORMATS, import_dump
+from sae.pipeline.evaluate import evaluate
 from sae.pipeline.exchange import EXPORT_FORMATS, IMPORT_FORMATS, export, import_dictionary
 from sae.pipeline.feature_text import describe_feature, feature_text
-from sae.pipeline.living import Live
-from sae.pipeline.measuring import evaluate, index
-from sae.pipeline.pairing import PipelineError, open_pair
-from sae.pipeline.stores import (
-    DEFAULT_HOOK_POINT,
-    Forecast,
-    forecast_harvest,
-    harvest,
-    repair,
-    source_of,
-    verify,
-)
-from sae.pipeline.sweeping import sweep
-from sae.pipeline.upkeep import clean, export_numpy, merge_stores, subset_store
+from sae.pipeline.harvest import DEFAULT_HOOK_POINT, Forecast, forecast_harvest, harvest, source_of
+from sae.pipeline.index import index
+from sae.pipeline.info import describe
+from sae.pipeline.live import Live
+from sae.pipeline.resolve import PipelineError, open_pair
+from sae.pipeline.rows import open_rows
+from sae.pipeline.steer import feature_max, feature_units
+from sae.pipeline.stores import clean, export_numpy, merge_stores, repair, subset_store, verify
+from sae.pipeline.sweep import sweep
+from sae.pipeline.train import train
 
 __all__ = [
     "subset_store",

@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from sae import evaluation, training
-from sae.checkpoint import write_json
-from sae.config import TrainConfig, with_overrides
-from sae.documents import HELD_OUT, TRAIN
-from sae.lab import controls as lab
-from sae.lab.absorption import Tokens, absorption, kinds_of_token
-from sae.lab.probing import Labelled, probe
-from sae.lab.sample import Recorder
+from sae.analysis import baselines as lab
+from sae.analysis.absorption import Tokens, absorption, kinds_of_token
+from sae.analysis.probing import Labelled, probe
+from sae.analysis.recorder import Recorder
+from sae.dictionary.autoencoder import SAE
+from sae.dictionary.inference import Placed
+from sae.evaluation import evaluate as evaluation
+from sae.jobs.checkpoint import write_json
 from sae.lm import LanguageModel
-from sae.model import SAE
-from sae.pipeline.measuring import donors, eval_blocks, thinned
-from sae.pipeline.pairing import autoencoder, model_of, store_of
-from sae.placed import Placed
-from sae.tokenizer import token_bytes
+from sae.pipeline.evaluate import donors, eval_blocks, thinned
+from sae.pipeline.resolve import autoencoder, model_of, store_of
+from sae.text.documents import HELD_OUT, TRAIN
+from sae.text.tokenizer import token_bytes
+from sae.training import loop
+from sae.training.config import TrainConfig, with_overrides
 from store.activations import ActivationStore
 
 CONTROLS_FORMAT = 2  # 2: on contexts spread over the store
@@ -193,7 +194,7 @@ def _trained_on(setup: Setup, sae: SAE, out: Path, train_tokens: int) -> SAE:
     try:
         config = with_overrides(TrainConfig(), {**_plain(settings), "tokens": train_tokens})
         rows = lab.HeldRows(setup.training_rows(train_tokens), batch_tokens=config.batch_tokens, seed=config.seed)
-        return training.train(rows, out, config, provenance={"control": "shuffled_model"})
+        return loop.train(rows, out, config, provenance={"control": "shuffled_model"})
     except ValueError as error:  # too few tokens for its schedule, or a recipe that asks more of a batch than rows
         raise NoRecipe(str(error)) from error
 

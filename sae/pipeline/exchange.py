@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sae.dictionary.autoencoder import SAE
+from sae.dictionary.files import save
 from sae.interop import hub, registry
 from sae.lm import load_model
-from sae.model import SAE, save
-from sae.pipeline.pairing import PipelineError, opened
+from sae.pipeline.resolve import PipelineError, opened
 
 EXPORT_FORMATS = ("native", *registry.WRITERS)
 IMPORT_FORMATS = tuple(registry.PEERS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sae.pipeline.pairing import PipelineError
+from sae.pipeline.resolve import PipelineError
 from store.features import FeatureIndex
 
 BEFORE, AFTER = 12, 6  # tokens around a firing

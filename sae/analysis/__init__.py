@@ -1,0 +1,1 @@
+"""Studies across dictionaries, with their controls."""

@@ -1,0 +1,25 @@
+"""`sae eval`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from sae.cli.flags import add_dictionary, add_kernels, add_verb
+
+
+def evaluate(verbs: Any) -> None:
+    verb = add_verb(verbs, "eval", _run_eval, "measure a dictionary on the frozen held-out split")
+    add_dictionary(verb)
+    add_kernels(verb)
+    verb.add_argument("--json", action="store_true", help="print eval.json")
+
+
+def _run_eval(args: argparse.Namespace) -> int:
+    from sae import pipeline
+    from sae.cli.tables import eval_table
+
+    result = pipeline.evaluate(args.sae, store=args.acts, model=args.model, device=args.device, kernels=args.kernels)
+    print(json.dumps(result, indent=2) if args.json else eval_table(result))
+    return 0

@@ -1,0 +1,31 @@
+"""`sae info`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from sae.cli.flags import add_verb
+
+
+def info(verbs: Any) -> None:
+    verb = add_verb(verbs, "info", _run_info, "describe a dictionary, store, index, model or run, or this machine")
+    verb.add_argument("path", nargs="?", help="without one: the kernels and products chosen here, and why")
+    verb.add_argument("--feature", type=int, metavar="N", help="show one feature of a dictionary's index")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _run_info(args: argparse.Namespace) -> int:
+    from sae import pipeline
+    from sae.cli.tables import description
+
+    if args.feature is not None:
+        if not args.path:
+            raise ValueError("--feature is of a dictionary: name its directory before it.")
+        feature = pipeline.describe_feature(args.path, args.feature)
+        print(json.dumps(feature, indent=2, ensure_ascii=False) if args.json else pipeline.feature_text(feature))
+        return 0
+    found = pipeline.describe(args.path)
+    print(json.dumps(found, indent=2, default=str) if args.json else description(found))
+    return 0

@@ -1,0 +1,129 @@
+"""`sae steer`: text with features changed, beside the same text unchanged."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sae.cli.flags import add_verb
+
+if TYPE_CHECKING:
+    from sae.interventions.steering import Edit, NextTokens, Steered
+
+
+def steer(verbs: Any) -> None:
+    verb = add_verb(verbs, "steer", _run_steer, "write with features changed, beside the same text unchanged")
+    verb.add_argument("sae", help="directory of the dictionary")
+    verb.add_argument("--feature", type=int, action="append", help="feature number; may repeat")
+    verb.add_argument("--set", action="append", help="to this multiple of the feature's maximum, e.g. 5x")
+    verb.add_argument("--add", action="append", help="plus this multiple of the feature's maximum, e.g. 2x")
+    verb.add_argument("--scale", action="append", help="times this factor, e.g. 0.5x")
+    verb.add_argument("--ablate", action="store_true", help="to zero")
+    verb.add_argument(
+        "--edit",
+        action="append",
+        metavar="FEATURE:MODE[:VALUE][:p99][:active]",
+        help="one feature's change, e.g. 12:set:5, 7:ablate, 9:add:2:p99 (multiples of the 99th percentile), "
+        "3:scale:0:active (only where active); may repeat",
+    )
+    verb.add_argument("--prompt", default="", help="text to go on from")
+    verb.add_argument("--pinned", action="store_true", help="the paper's sampling: prompt 1,2,…,10, features set to 1x")
+    verb.add_argument("--max-new-tokens", type=int, default=40, help="tokens to write")
+    verb.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+    verb.add_argument("--seed", type=int, default=0, help="of the random stream all texts share")
+    verb.add_argument("--sweep", metavar="0,1,2,5,10", help="one text for each factor on the edits' values")
+    verb.add_argument("--model", help="directory, shipped name or hub id (default: the dictionary's)")
+    verb.add_argument("--json", action="store_true", help="print everything measured as JSON")
+
+
+def _run_steer(args: argparse.Namespace) -> int:
+    from sae import pipeline
+    from sae.interventions.steering import PINNED_PROMPT, next_tokens, sweep_stream
+
+    edits, factors = _edits(args), _factors(args.sweep)
+    prompt = PINNED_PROMPT if args.pinned else args.prompt
+    dictionary, model = pipeline.open_pair(args.sae, args.model)
+    units: dict[str, Any] = dict(pipeline.feature_units(args.sae))
+    *_, rows = sweep_stream(
+        model, dictionary, prompt, edits, factors, seed=args.seed, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature, **units,
+    )  # fmt: skip
+    following = next_tokens(model, dictionary, rows[0].prompt_ids, edits, **units)
+    if args.json:
+        print(json.dumps(_report(edits, factors, rows, following, model.tokenizer.id_to_token), indent=2))
+        return 0
+    print(f"base     {prompt + rows[0].base_text!r}")
+    for factor, row in zip(factors, rows, strict=True):
+        name = "steered " if args.sweep is None else f"×{factor:<7g}"
+        print(f"{name} {prompt + row.steered_text!r}")
+        print(f"{'':9}{_measured(row)}")
+    return 0
+
+
+def _measured(row: Steered) -> str:
+    where = "never" if row.first_divergence is None else f"at new token {row.first_divergence}"
+    return (
+        f"they part {where}; KL(steered ‖ base) {sum(row.kl) / len(row.kl):.3f} nats per token; perplexity under the "
+        f"base model {row.steered_perplexity:.1f} (its own text: {row.base_perplexity:.1f})"
+    )
+
+
+def _report(
+    edits: Sequence[Edit], factors: Sequence[float], rows: Sequence[Steered], following: NextTokens, token: Any
+) -> dict[str, Any]:
+    base = rows[0]
+    return {
+        "edits": [str(edit) for edit in edits],
+        "prompt_ids": base.prompt_ids,
+        "base": {"ids": base.base_ids, "text": base.base_text, "surprisal_nats": base.base_surprisal},
+        "steered": [
+            {
+                "factor": factor, "ids": row.steered_ids, "text": row.steered_text, "kl_nats": row.kl,
+                "surprisal_nats": row.steered_surprisal, "perplexity": row.steered_perplexity,
+                "first_divergence": row.first_divergence,
+            }
+            for factor, row in zip(factors, rows, strict=True)
+        ],
+        "next_tokens": [
+            {"id": i, "token": token(i), "base": p, "steered": q}
+            for i, p, q in zip(following.ids, following.base, following.steered, strict=True)
+        ],
+    }  # fmt: skip
+
+
+def _edits(args: argparse.Namespace) -> list[Edit]:
+    """One edit per --feature (every mode flag is given once for all features, or once for each), then each --edit."""
+    from sae.interventions.steering import Edit
+
+    written = [Edit.parse(text) for text in args.edit or []]
+    given = {mode: getattr(args, mode) for mode in ("set", "add", "scale") if getattr(args, mode)}
+    if args.pinned and args.feature and not given:
+        given = {"set": ["1x"]}
+    if written and not args.feature and not given and not args.ablate:
+        return written
+    if not args.feature or len(given) + args.ablate != 1:
+        raise ValueError(
+            "say what to do with the features: --feature N with one of --set 5x, --add 2x, --scale 0.5x, --ablate; "
+            "or --edit N:set:5."
+        )
+    if args.ablate:
+        return [Edit(feature, "ablate") for feature in args.feature] + written
+    ((mode, values),) = given.items()
+    if len(values) == 1:
+        values = values * len(args.feature)
+    if len(values) != len(args.feature):
+        raise ValueError(f"--{mode} is given {len(values)} times for {len(args.feature)} features.")
+    return [Edit(f, mode, _multiple(v)) for f, v in zip(args.feature, values, strict=True)] + written
+
+
+def _multiple(text: str) -> float:
+    try:
+        return float(text.removesuffix("x"))
+    except ValueError:
+        raise ValueError(f"expected a multiple such as 5x, got {text!r}.") from None
+
+
+def _factors(text: str | None) -> list[float]:
+    return [1.0] if text is None else [_multiple(part.strip()) for part in text.split(",")]

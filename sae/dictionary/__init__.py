@@ -1,0 +1,1 @@
+"""The dictionary: its parameters, its files, running it, its directions."""

@@ -1,0 +1,229 @@
+"""The sparse autoencoder: parameters, encode, decode. No losses, no counters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sae.kernels import autograd, choose, dense
+from sae.kernels.activations import DenseActs, FeatureActs, SparseActs
+from sae.kernels.autograd import Kernels
+from sae.kernels.sparsity import Above, BatchTopK, NotSparse, Rule, TopK
+
+ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
+SHAPE = ("d_in", "d_sae", "activation", "k", "d_out", "pre_bias", "skip")
+
+
+class SAE(nn.Module):
+    """Sparse autoencoder: `pre = (x − b_dec) W_enc + b_enc`, `f = act(pre)`, `x̂ = f W_dec + b_dec`.
+
+    `act` is one of
+    - `relu`: ReLU(pre);
+    - `topk`: ReLU of the k largest of each row;
+    - `batchtopk`: while training, ReLU of the k · rows entries of the batch that lie highest above their feature's
+      threshold, or least below it; in `eval()`, as `jumprelu`;
+    - `jumprelu`: pre where pre > threshold, else 0 (a negative threshold counts as 0);
+    - `gated`: ReLU(exp(r_mag) · (pre − b_enc) + b_mag) where pre > 0, else 0: b_enc is the gate's bias.
+
+    Without `pre_bias` nothing is subtracted from x. A transcoder has another `d_out` and, with `skip`, adds x W_skip.
+    Shapes: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae, d_out]`, `b_dec [d_out]`, and by activation
+    `threshold`, `r_mag`, `b_mag [d_sae]`; `W_skip [d_in, d_out]`. A feature is a row of W_dec, and in memory a row of
+    W_enc too (its columns are contiguous): what touches one feature reads one line.
+    Units: x and f are in the model's own units.
+    Raises: ValueError for an unknown activation, one that takes k without 1 ≤ k ≤ d_sae, or a pre-bias of width d_out.
+    Source: Bricken et al. 2023, "Sparse autoencoder setup"; Gao et al. 2024 (arXiv 2406.04093), §2.3; Bussmann et al.
+    2024 (arXiv 2412.06410); Rajamanoharan et al. 2024 (arXiv 2407.14435, 2404.16014); Dunefsky et al. 2024
+    (arXiv 2406.11944) for transcoders.
+    """
+
+    threshold: Tensor
+    r_mag: Tensor
+    b_mag: Tensor
+    W_skip: Tensor
+
+    def __init__(
+        self, d_in: int, d_sae: int, *, activation: str = "relu", k: int | None = None,
+        d_out: int | None = None, pre_bias: bool = True, skip: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}.")
+        if activation in ("topk", "batchtopk") and not (k and 1 <= k <= d_sae):
+            raise ValueError(f"{activation} needs 1 <= k <= d_sae = {d_sae}; got k = {k}.")
+        self.d_in, self.d_sae, self.activation, self.k = d_in, d_sae, activation, k
+        self.d_out, self.pre_bias, self.skip = d_out or d_in, pre_bias, skip
+        if pre_bias and self.d_out != d_in:
+            raise ValueError(f"b_dec has d_out = {self.d_out} entries, x has d_in = {d_in}: say pre_bias=False.")
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).t())
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        if activation == "jumprelu":
+            self.threshold = nn.Parameter(torch.zeros(d_sae))
+        if activation == "batchtopk":  # estimated while training, not learned by gradient
+            self.register_buffer("threshold", torch.zeros(d_sae))
+        if activation == "gated":
+            self.r_mag, self.b_mag = nn.Parameter(torch.zeros(d_sae)), nn.Parameter(torch.zeros(d_sae))
+        if skip:
+            self.W_skip = nn.Parameter(torch.zeros(d_in, self.d_out))
+        self.config: dict[str, Any] = {}
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What the constructor takes: `SAE(**sae.shape)` has the same parameters."""
+        return {name: getattr(self, name) for name in SHAPE}
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it predicts another place's activations instead of x."""
+        elsewhere = "target_hook_point" in self.config or self.config.get("recipe") == "transcoder"
+        return elsewhere or self.skip or self.d_out != self.d_in
+
+    @property
+    def rule(self) -> Rule:
+        """Which features are active, as the kernels know it."""
+        match self.activation:
+            case "topk":
+                assert self.k is not None
+                return TopK(self.k)
+            case "batchtopk" if self.training:
+                assert self.k is not None
+                return BatchTopK(self.k, self.threshold.amax() - self.threshold)
+            case "batchtopk" | "jumprelu":
+                return Above(self.threshold.detach().clamp_min(0.0))
+        return Above(torch.zeros_like(self.b_enc))
+
+    @property
+    def input_bias(self) -> Float[Tensor, " d_in"]:
+        """What is subtracted from x: b_dec, or nothing."""
+        return self.b_dec if self.pre_bias else self.b_enc.new_zeros(self.d_in)
+
+    def pre_acts(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """`(x − b_dec) W_enc + b_enc`, dense."""
+        # With the pre-bias folded into the bias no gradient changes, and none as large as x is asked for.
+        bias = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
+        return nn.functional.linear(x, self.W_enc.t(), bias)
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations, dense and differentiable, but not by a threshold or gate: a recipe's loss does that."""
+        pre = self.pre_acts(x)
+        match rule := self.rule:
+            case TopK(k):
+                values, features = pre.topk(k, dim=-1, sorted=False)
+                return torch.zeros_like(pre).scatter(-1, features, values.relu())
+            case BatchTopK(k):
+                flat = pre.flatten()
+                entries = rule.rank(pre).flatten().topk(k * (len(flat) // self.d_sae), sorted=False).indices
+                return torch.zeros_like(flat).scatter(-1, entries, flat[entries].relu()).view_as(pre)
+            case Above(threshold):
+                if self.activation == "relu":
+                    return pre.relu()
+                return torch.where(pre > threshold, self.magnitudes(pre), 0.0)
+
+    def magnitudes(
+        self, pre: Float[Tensor, "*entries"], features: Int[Tensor, " nnz"] | None = None
+    ) -> Float[Tensor, "*entries"]:
+        """How strong active features are, from their pre-activations: those of `features`, or of all in a row."""
+        if self.activation != "gated":
+            return pre
+        chosen = slice(None) if features is None else features
+        return (self.r_mag[chosen].exp() * (pre - self.b_enc[chosen]) + self.b_mag[chosen]).relu()
+
+    def encode_sparse(self, x: Float[Tensor, "rows d_in"], kernels: Kernels | None = None) -> SparseActs:
+        """Feature activations at the cost of the active ones (and one product), differentiable as `encode` is."""
+        kernels = kernels or choose(device=x.device)
+        pre, support = autograd.encode(kernels, x, self.W_enc, self.b_enc, self.input_bias, self.rule)
+        return SparseActs(self.magnitudes(pre, support.features.long()), support, kernels)
+
+    def feature_acts(self, x: Float[Tensor, "rows d_in"], kernels: Kernels | None = None) -> FeatureActs:
+        """`encode_sparse` where that pays, else `encode`: in either form the same activations."""
+        try:
+            return self.encode_sparse(x, kernels)
+        except NotSparse:
+            return self.encode_dense(x)
+
+    def encode_dense(self, x: Float[Tensor, "rows d_in"]) -> DenseActs:
+        """`encode`, with what it counts on the way."""
+        if self.activation == "relu":
+            return DenseActs(*dense.relu(x, self.W_enc, self.b_enc, self.input_bias))
+        return DenseActs(self.encode(x))
+
+    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        """`f W_dec + b_dec`; what a transcoder's skip adds is not in it."""
+        return feature_acts @ self.W_dec + self.b_dec
+
+    def output(self, acts: FeatureActs, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
+        """x̂ from the activations on x in either form, with what a skip adds."""
+        x_hat = acts.decode(self.W_dec) + self.b_dec
+        return x_hat + x @ self.W_skip if self.skip else x_hat
+
+    def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """`decode(encode(x))`, with what a skip adds."""
+        x_hat = self.decode(self.encode(x))
+        return x_hat + x @ self.W_skip if self.skip else x_hat
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        return self.reconstruct(x)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the dictionary, parameters and the estimated threshold, without gradients."""
+        return {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+
+    def show_shape(self) -> str:
+        sparsity = f"{self.activation} k={self.k}" if self.k else self.activation
+        width = f"{self.d_in}" if self.d_in == self.d_out else f"{self.d_in} to {self.d_out}"
+        return f"{width} → {self.d_sae:,} features ({sparsity})"
+
+
+@torch.no_grad()
+def fold_scale(sae: SAE, scale: float, target_scale: float | None = None) -> SAE:
+    """The dictionary that does on raw x what `sae` does on `scale`·x: biases and thresholds divided by `scale`.
+
+    The weights stay: decoder rows keep their norm and activations come out in the model's own units. Where the target
+    is not x but `target_scale`·y, these are y's units, and the encoder takes up the ratio of the two scales.
+    """
+    target_scale = target_scale or scale
+    factors = {"W_enc": scale / target_scale, "W_skip": scale / target_scale}
+    factors |= dict.fromkeys(("b_enc", "b_dec", "b_mag", "threshold"), 1 / target_scale)
+    return _rescaled(sae, {name: torch.tensor(factor, dtype=torch.float64) for name, factor in factors.items()})
+
+
+@torch.no_grad()
+def fold_decoder_norms(sae: SAE) -> SAE:
+    """The same function with unit decoder rows: f and its parameters take up each row's norm (a zero row keeps it).
+
+    Raises: ValueError for `topk`, where other features would then be the k largest.
+    Source: Anthropic's April 2024 update: a feature's activation is f_i ‖d_i‖, its direction d_i / ‖d_i‖.
+    """
+    if sae.activation == "topk":
+        raise ValueError("topk: unit decoder rows would change which features are the k largest.")
+    norms = sae.W_dec.double().norm(dim=-1)
+    norms = torch.where(norms > 0, norms, 1.0)
+    factors = dict.fromkeys(("W_enc", "b_enc", "b_mag", "threshold"), norms)
+    return _rescaled(sae, {**factors, "W_dec": 1 / norms[:, None]})
+
+
+def _rescaled(sae: SAE, factors: Mapping[str, Tensor]) -> SAE:
+    """A copy whose tensors are multiplied by these factors, in float64."""
+    twin = SAE(**sae.shape).to(sae.W_dec.dtype).train(sae.training)
+    mine = sae.tensors()
+    for name, tensor in twin.tensors().items():
+        factor = factors.get(name)
+        tensor.copy_(mine[name] if factor is None else mine[name].double() * factor)
+    twin.config = sae.config
+    return twin
+
+
+def refuse_transcoder(sae: SAE, verb: str, error: type[Exception] = ValueError) -> None:
+    """Raises `error` for a transcoder: W_dec is then no direction in what it reads, as `verb` takes it to be."""
+    if sae.is_transcoder:
+        target = sae.config.get("target_hook_point") or "another place's activations"
+        raise error(
+            f"{verb}: this dictionary is a transcoder: it reads {sae.config.get('hook_point') or 'x'} and predicts "
+            f"{target}, so x̂ cannot stand where x was, nor its decoder be added there. Training, evaluation, the "
+            "index and native export know transcoders."
+        )

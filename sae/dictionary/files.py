@@ -1,0 +1,64 @@
+"""A dictionary on disk: `sae.safetensors` and `config.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sae.dictionary.autoencoder import SAE, SHAPE
+from sae.jobs.checkpoint import CheckpointError, read_tensors, write_json, write_tensors
+
+FORMAT = 1
+
+
+def save(sae: SAE, directory: str | Path, config: Mapping[str, Any]) -> Path:
+    """Writes `sae.safetensors` and then `config.json` (kind, format, shape, and what `config` adds)."""
+    directory = Path(directory)
+    write_tensors(directory / "sae.safetensors", sae.tensors(), {"kind": "sae", "format": FORMAT})
+    write_json(directory / "config.json", {**config, "kind": "sae", "format": FORMAT, **sae.shape})
+    return directory
+
+
+def load(path: str | Path) -> SAE:
+    """Opens a dictionary written by `save` (or `sae train`).
+
+    Raises: CheckpointError when the directory is none, is of a newer format, or its tensors do not fit.
+    """
+    directory = Path(path)
+    config = read_config(directory)
+    missing = [key for key in ("d_in", "d_sae", "activation") if key not in config]
+    if missing:
+        raise CheckpointError(f"{directory}/config.json lacks {', '.join(missing)}; train or export it again.")
+    sae = SAE(**{name: config[name] for name in SHAPE if name in config})
+    tensors, _ = read_tensors(directory / "sae.safetensors")
+    expected = {name: tuple(t.shape) for name, t in sae.tensors().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if found != expected:
+        raise CheckpointError(
+            f"{directory}/sae.safetensors does not fit config.json: expected {expected}, got {found}."
+        )
+    sae.load_state_dict(tensors)
+    sae.config = config
+    return sae.eval().requires_grad_(False)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a dictionary. Raises: CheckpointError naming what is there instead."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is not a dictionary: it has no config.json. `sae train` makes one.")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("kind") != "sae":
+        raise CheckpointError(
+            f'{path}: expected "kind": "sae", got {config.get("kind") if isinstance(config, dict) else config!r}.'
+        )
+    if config.get("format", 0) > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {config['format']}; this version reads up to {FORMAT}. Update monosem."
+        )
+    return config

@@ -1,0 +1,1 @@
+"""What a dictionary is worth: metrics, statistics of features, domains, geometry."""

@@ -1,0 +1,1 @@
+"""The feature index that the browser reads."""

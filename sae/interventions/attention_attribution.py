@@ -1,0 +1,114 @@
+"""What pushes a feature's pre-activation: source tokens through each head, and the direct path.
+
+In the block of the dictionary's hook point the pre-activation is linear in what enters the block once three things are
+held at their values: the attention pattern, the norms' scales, and which neurons of a ReLU are on. Then the parts sum
+to it exactly. Through another activation function its slope takes the place of the gate: gradient × input.
+Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" (paths through OV).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.dictionary.autoencoder import SAE
+from sae.lm import LanguageModel, ModelError, NativeModel, layer_of
+from sae.lm.transformer import Block, norm_part, norm_scale
+
+HOOKS = ("hook_attn_out", "hook_resid_mid", "mlp.hook_post", "hook_mlp_out", "hook_resid_post")
+
+
+class Paths(NamedTuple):
+    """The parts of one feature's pre-activation at one position, in units of the pre-activation.
+
+    `direct[part]` comes from the position's own residual stream, past attention; `heads[part, head, source]` from a
+    source token through one head. The `parts` of the stream entering the block: token and position embedding in the
+    first block, else the whole stream. `rest` is every bias; where not `exact`, also what the slope leaves out.
+    """
+
+    parts: list[str]
+    direct: Float[Tensor, " part"]
+    heads: Float[Tensor, "part head source"]
+    rest: float
+    pre_act: float
+    exact: bool
+
+
+def patterns(model: LanguageModel, ids: Sequence[int], *, layer: int) -> Float[Tensor, "head dst src"]:
+    """Attention pattern of each head of a block; rows sum to 1. Raises: ModelError for a model that is not native."""
+    with model.lock, torch.inference_mode():
+        block, stream = _entering(model, ids, layer)
+        return block.attn.pattern(block.ln1(stream.sum(0))).cpu()
+
+
+def paths(model: LanguageModel, sae: SAE, ids: Sequence[int], *, feature: int, position: int, hook_point: str) -> Paths:
+    """The pre-activation of `feature` at `position`, in parts.
+
+    Raises: ModelError for a model that is not native, or a hook point before attention; ValueError for a feature or
+    position that does not exist.
+    """
+    layer, name = layer_of(hook_point), hook_point.partition(".")[2].partition(".")[2]
+    if name not in HOOKS:
+        raise ModelError(f"{hook_point} comes before attention: no head of its block pushes it.")
+    if not 0 <= feature < sae.d_sae:
+        raise ValueError(f"paths: feature {feature} does not exist; features are 0 … {sae.d_sae - 1:,}.")
+    if not 0 <= position < len(ids):
+        raise ValueError(f"paths: position {position} is outside the prompt's 0 … {len(ids) - 1}.")
+    with model.lock, torch.inference_mode(False), torch.enable_grad():
+        block, stream = _entering(model, ids[: position + 1], layer)
+        whole = stream.sum(0)
+        seen = norm_part(block.ln1, stream, norm_scale(block.ln1, whole))  # [part, pos, d_model]
+        weights = block.attn.pattern(block.ln1(whole))[:, -1]  # [head, source]
+        written = block.attn.through_ov(seen) * weights[:, None, :, None]  # [head, part, source, d_model]
+        attn_out = block.attn(block.ln1(whole)[None])[0, -1]
+        into_attn, into_stream = _pushes(block, sae, name, feature, whole[-1], attn_out)
+        x = model.capture(torch.tensor([list(ids[: position + 1])]), hook_point)[0, -1].cpu()
+    with torch.no_grad():
+        pre_act = float(sae.pre_acts(x)[feature])
+        heads = torch.einsum("hpsm,m->phs", written, into_attn).cpu()
+        direct = (stream[:, -1] @ into_stream).cpu()
+    names = ["token", "position"] if layer == 0 else ["residual stream"]
+    exact = block.mlp.act_fn is torch.nn.functional.relu or name in ("hook_attn_out", "hook_resid_mid")
+    return Paths(names, direct, heads, pre_act - float(heads.sum() + direct.sum()), pre_act, exact)
+
+
+def _entering(model: LanguageModel, ids: Sequence[int], layer: int) -> tuple[Block, Float[Tensor, "part pos d_model"]]:
+    """A block and the residual stream entering it, in parts that sum to it."""
+    if not isinstance(model, NativeModel):
+        raise ModelError(
+            f"{model.id} runs through TransformerLens; attention paths are taken apart for native models only "
+            "(those of `sae pretrain`, tiny-relu-1l among them)."
+        )
+    module, tokens = model.module, torch.tensor(list(ids), device=model.device)
+    if not 0 <= layer < model.n_layers:
+        raise ModelError(f"{model.id} has layers 0 … {model.n_layers - 1}; got {layer}.")
+    block = module.blocks[layer]
+    assert isinstance(block, Block)
+    if layer == 0:
+        positions = torch.arange(len(tokens), device=model.device)
+        return block, torch.stack([module.embed(tokens), module.pos_embed(positions)])
+    return block, model.capture(tokens[None], f"blocks.{layer}.hook_resid_pre")[:1].clone()
+
+
+def _pushes(
+    block: Block, sae: SAE, name: str, feature: int, resid_pre: Float[Tensor, " d_model"],
+    attn_out: Float[Tensor, " d_model"],
+) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:  # fmt: skip
+    """Gradient of the pre-activation by what attention writes and by the stream past it, norm scale held."""
+    encoder = sae.W_enc[:, feature].detach().to(resid_pre.device)
+    attn_leaf, stream_leaf = (part.detach().clone().requires_grad_(True) for part in (attn_out, resid_pre))
+    resid_mid = attn_leaf + stream_leaf
+    # LayerNorm with its scale held: the gate of each neuron is then the only thing that is not linear
+    normed = norm_part(block.ln2, resid_mid, norm_scale(block.ln2, resid_mid.detach())) + block.ln2.bias
+    post = block.mlp.post(normed)
+    x = {
+        "hook_attn_out": attn_leaf, "hook_resid_mid": resid_mid, "mlp.hook_post": post,
+        "hook_mlp_out": block.mlp.out(post), "hook_resid_post": resid_mid + block.mlp.out(post),
+    }[name]  # fmt: skip
+    found = torch.autograd.grad(x @ encoder, [attn_leaf, stream_leaf], allow_unused=True)
+    into_attn, into_stream = (torch.zeros_like(attn_out) if g is None else g for g in found)
+    return into_attn, into_stream

@@ -1,0 +1,154 @@
+"""One prompt under a dictionary: what fires on each token, what is lost there, what pushes a next token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae.dictionary.autoencoder import SAE, refuse_transcoder
+from sae.interventions.ablation import LINEAR_HOOKS
+from sae.lm import LanguageModel, layer_of
+
+
+class Inspection(NamedTuple):
+    """A prompt token by token; the three parallel lists `positions`, `features`, `acts` are the active features.
+
+    `error[t]` is ‖x − x̂‖² / ‖x − b‖², b the input bias: the share the dictionary leaves unexplained.
+    `loss[t]` and `loss_spliced[t]` are the loss of token t given those before it, without and with x̂ in place of x at
+    every position but BOS; the first token has none (nan). Units: nats.
+    """
+
+    ids: list[int]
+    positions: Int[Tensor, " nnz"]
+    features: Int[Tensor, " nnz"]
+    acts: Float[Tensor, " nnz"]
+    error: Float[Tensor, " pos"]
+    loss: Float[Tensor, " pos"]
+    loss_spliced: Float[Tensor, " pos"]
+
+
+@torch.inference_mode()
+def inspect(model: LanguageModel, sae: SAE, ids: Sequence[int], *, hook_point: str) -> Inspection:
+    """Encodes one prompt and splices its reconstruction in. Active features come by position, then feature.
+
+    Raises: ValueError for a transcoder.
+    """
+    refuse_transcoder(sae, "microscope")
+    tokens = torch.tensor([list(ids)])
+    kept = _kept(model, tokens[0])
+    with model.lock:
+        x = model.capture(tokens, hook_point)[0].cpu()
+        x_hat = sae(x)
+        loss = model.token_losses(tokens)[0].cpu()
+        spliced = model.token_losses(
+            tokens, hook_point, lambda live: torch.where(kept[:, None].to(live.device), x_hat.to(live.device), live)
+        )[0].cpu()
+    acts = sae.encode(x)
+    positions, features = torch.nonzero(acts, as_tuple=True)
+    error = (x - x_hat).double().pow(2).sum(-1) / (x - sae.input_bias).double().pow(2).sum(-1).clamp_min(1e-12)
+    first = torch.full((1,), torch.nan)
+    return Inspection(
+        list(ids), positions, features, acts[positions, features], error.float(),
+        torch.cat([first, loss]), torch.cat([first, spliced]),
+    )  # fmt: skip
+
+
+def _kept(model: LanguageModel, tokens: Int[Tensor, " pos"]) -> Bool[Tensor, " pos"]:
+    """Where evaluation counts a position: everywhere but BOS."""
+    return torch.ones_like(tokens, dtype=torch.bool) if model.bos_id is None else tokens != model.bos_id
+
+
+class Attribution(NamedTuple):
+    """What each active feature adds to `logit`: a next token's logit less the mean over the vocabulary.
+
+    `by_feature[i]` belongs to the i-th entry of `positions`, `features`. Where `exact`, by_feature, `bias` (b_dec),
+    `unexplained` (x − x̂) and `rest` (everything else in the residual stream, and biases) sum to `logit` with the final
+    norm's scale at its value. Elsewhere by_feature is gradient × activation: first order only, and `rest` is the gap.
+    """
+
+    positions: Int[Tensor, " n"]
+    features: Int[Tensor, " n"]
+    by_feature: Float[Tensor, " n"]
+    bias: float
+    unexplained: float
+    rest: float
+    logit: float
+    exact: bool
+
+
+def is_exact(model: LanguageModel, hook_point: str) -> bool:
+    """Whether what is written at `hook_point` reaches the logits through the final norm only: linear at its scale."""
+    name = hook_point.partition(".")[2].partition(".")[2]
+    return name in LINEAR_HOOKS and layer_of(hook_point) == model.n_layers - 1
+
+
+def attribute(
+    model: LanguageModel, sae: SAE, ids: Sequence[int], *, position: int, token: int, hook_point: str
+) -> Attribution:
+    """How much each active feature pushes the logit of `token` as the next one after `position`.
+
+    Exact where `is_exact`: `a · (r − mean r) · w_ln / σ · (W_U[:, token] − mean W_U)` with r the feature's direction in
+    the residual stream and σ the final norm's scale at `position`; else gradient × activation over all positions.
+    The mean over the vocabulary is subtracted because the softmax does not see it.
+    Raises: ValueError when position or token does not exist, or for a transcoder.
+    """
+    refuse_transcoder(sae, "attribution")
+    if not 0 <= position < len(ids):
+        raise ValueError(f"attribution: position {position} is outside the prompt's 0 … {len(ids) - 1}.")
+    if not 0 <= token < model.d_vocab:
+        raise ValueError(f"attribution: token {token} is outside the vocabulary's 0 … {model.d_vocab - 1:,}.")
+    tokens = torch.tensor([list(ids)])[:, : position + 1]  # later tokens change nothing here
+
+    def objective(logits: Tensor) -> Tensor:
+        last = logits[0, -1].double()
+        return last[token] - last.mean()
+
+    with model.lock:
+        exact = is_exact(model, hook_point)
+        if exact:
+            x, gradient = _frozen_gradient(model, tokens, token, hook_point)
+        else:
+            x, gradient = model.gradient(tokens, hook_point, objective)
+        logit = float(objective(model.logits(tokens)))
+    with torch.inference_mode():
+        x, gradient = x[0].cpu(), gradient[0].cpu().double()
+        acts, x_hat = sae.encode(x).double(), sae(x).double()
+        positions, features = torch.nonzero(acts, as_tuple=True)
+        reached = gradient.abs().sum(-1) > 0
+        positions, features = positions[reached[positions]], features[reached[positions]]
+        by_feature = acts[positions, features] * (sae.W_dec[features].double() * gradient[positions]).sum(-1)
+        bias = float((gradient @ sae.b_dec.double()).sum())
+        unexplained = float((gradient * (x.double() - x_hat)).sum())
+    rest = logit - float(by_feature.sum()) - bias - unexplained
+    return Attribution(positions, features, by_feature.float(), bias, unexplained, rest, logit, exact)
+
+
+@torch.inference_mode()
+def _frozen_gradient(
+    model: LanguageModel, tokens: Int[Tensor, "1 pos"], token: int, hook_point: str
+) -> tuple[Float[Tensor, "1 pos d_in"], Float[Tensor, "1 pos d_in"]]:
+    """x, and the gradient of the last position's logit less the vocabulary's mean, the final norm's scale held."""
+    weight, W_U, centred = model.unembedding()
+    resid = model.capture(tokens, f"blocks.{model.n_layers - 1}.hook_resid_post")[0, -1].double()
+    spread = resid.var(unbiased=False) if centred else resid.pow(2).mean()
+    push = weight.double() / (spread + model.norm_eps).sqrt() * (W_U[:, token].double() - W_U.double().mean(-1))
+    if centred:
+        push = push - push.mean()
+    out = model.to_residual(hook_point)
+    x = model.capture(tokens, hook_point)
+    gradient = torch.zeros_like(x, dtype=torch.float64)
+    gradient[0, -1] = push if out is None else out.double() @ push
+    return x, gradient
+
+
+@torch.inference_mode()
+def predictions(model: LanguageModel, ids: Sequence[int], n: int) -> list[tuple[int, float]]:
+    """The `n` likeliest tokens after `ids` with their probabilities, likeliest first."""
+    with model.lock:
+        logits = model.logits(torch.tensor([list(ids)]))[0, -1]
+    found = logits.double().softmax(-1).topk(min(n, len(logits)))
+    return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))

@@ -1,0 +1,61 @@
+"""What a resumable run keeps in its directory: the settings it was started with, a log cut to its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sae.jobs.checkpoint import write_json
+
+
+def claim(directory: Path, name: str, settings: Mapping[str, Any], absent: Mapping[str, Any] | None = None) -> None:
+    """Writes `settings` to `directory/name` once; a later call with other settings is refused and changes nothing.
+
+    `absent` says what a setting meant before there was one, for directories begun by an earlier version.
+    Raises: ValueError naming each differing key with both values.
+    """
+    path = directory / name
+    asked = json.loads(json.dumps(settings))
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(path, asked)
+        return
+    try:
+        held = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another --out, or delete {directory}.") from error
+    differing = list(_differences(held, asked, absent or {}, ""))
+    if differing:
+        raise ValueError(
+            f"{directory} holds a run with other settings: {'; '.join(differing)}. Repeat the command it was "
+            "started with, or choose another --out."
+        )
+
+
+def _differences(held: Any, asked: Any, absent: Any, where: str) -> list[str]:
+    if isinstance(held, dict) and isinstance(asked, dict):
+        found = []
+        for key in sorted({*held, *asked}):
+            meant = absent.get(key) if isinstance(absent, Mapping) else None
+            found += _differences(held.get(key, meant), asked.get(key), meant, f"{where}.{key}" if where else key)
+        return found
+    return [] if held == asked else [f"{where} is {held!r} there, {asked!r} asked for"]
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drops the lines of a metrics.jsonl after `step`, and a last line torn by a kill."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)  # a kill in between must not cost the lines that are kept
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

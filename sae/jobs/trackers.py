@@ -1,0 +1,75 @@
+"""Where else a run's log goes: TensorBoard, Weights & Biases. metrics.jsonl stays the truth, whatever becomes of these.
+
+A tracker is entered with a run's directory, its settings and the step it goes on from, and gives a function that takes
+each entry of metrics.jsonl after that. A resumed run says the steps after its checkpoint again, with the same values.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sae.jobs.checkpoint import write_bytes
+
+Entry = Mapping[str, Any]
+Log = Callable[[Entry], None]
+Tracker = Callable[[Path, Mapping[str, Any], int], AbstractContextManager[Log]]
+
+
+@contextmanager
+def tensorboard(out: Path, settings: Mapping[str, Any], step: int) -> Iterator[Log]:
+    """Event files in `out`/tensorboard; those of an earlier try are cut to the step the run goes on from."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(out / "tensorboard"), purge_step=step + 1) as writer:
+
+        def log(entry: Entry) -> None:
+            for name, value in _numbers(entry).items():
+                writer.add_scalar(name, value, entry["step"])
+
+        yield log
+
+
+@contextmanager
+def weights_and_biases(out: Path, settings: Mapping[str, Any], step: int) -> Iterator[Log]:
+    """One run of wandb named as its directory, in `out`/wandb; nothing is sent unless WANDB_MODE says so.
+
+    `wandb sync out/wandb/offline-run-*` sends it later: tries of one training have one id, and a step counts once.
+    """
+    import wandb
+
+    identity = out / "wandb" / "id"
+    if not identity.is_file():
+        write_bytes(identity, uuid.uuid4().hex.encode())
+    run = wandb.init(
+        dir=str(out), id=identity.read_text(), name=out.name, resume="allow", config=dict(settings),
+        mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+    )  # fmt: skip
+    try:
+        yield lambda entry: run.log(_numbers(entry), step=entry["step"])
+    finally:
+        run.finish()
+
+
+TRACKERS: dict[str, Tracker] = {"tensorboard": tensorboard, "wandb": weights_and_biases}  # by package
+
+
+def trackers_named(names: Sequence[str]) -> list[Tracker]:
+    """Raises: ValueError for a name that is none, and for a package that is not installed, before any work."""
+    found = []
+    for name in dict.fromkeys(names):
+        if name not in TRACKERS:
+            raise ValueError(f"no tracker {name!r}; there are {', '.join(TRACKERS)}.")
+        if find_spec(name) is None:
+            raise ValueError(f"{name} is not installed here: pip install 'monosem[{name}]', or read metrics.jsonl.")
+        found.append(TRACKERS[name])
+    return found
+
+
+def _numbers(entry: Entry) -> dict[str, float]:
+    return {name: value for name, value in entry.items() if name != "step"}

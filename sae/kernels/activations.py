@@ -1,0 +1,142 @@
+"""The feature activations of a batch, sparse or dense: what losses are written over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae.kernels import choose, dense, fastest
+from sae.kernels.autograd import Kernels, decode
+from sae.kernels.sparsity import Support
+
+
+@dataclass(frozen=True)
+class SparseActs:
+    """Activations of the active features alone: `values [nnz]` on a support."""
+
+    values: Float[Tensor, " nnz"]
+    support: Support
+    kernels: Kernels
+
+    @property
+    def n_rows(self) -> int:
+        return self.support.n_rows
+
+    def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "rows d_in"]:
+        return decode(self.kernels, self.values, self.support, W_dec)
+
+    def total(self) -> Float[Tensor, ""]:
+        """The sum of all activations."""
+        return self.values.sum()
+
+    def n_active(self) -> Float[Tensor, ""]:
+        return (self.values.detach() > 0).sum(dtype=torch.float32)
+
+    def of_feature(self, vector: Float[Tensor, " d_sae"]) -> Float[Tensor, " nnz"]:
+        """Each entry's own element of a vector that has one per feature."""
+        return vector[self.support.features.long()]
+
+    def with_values(self, values: Float[Tensor, " nnz"]) -> SparseActs:
+        """Other values on the same support."""
+        return SparseActs(values, self.support, self.kernels)
+
+    def prefix(self, start: int, stop: int) -> SparseActs:
+        """Only the features start … stop − 1."""
+        features = self.support.features
+        return self.where((features >= start) & (features < stop))
+
+    def fired(self) -> Bool[Tensor, " d_sae"]:
+        # The entries at zero go to a feature that is none: choosing the others would wait for a GPU.
+        d_sae = self.support.d_sae
+        found = torch.zeros(d_sae + 1, dtype=torch.bool, device=self.values.device)
+        found[self.support.features.long().masked_fill(self.values.detach() <= 0, d_sae)] = True
+        return found[:d_sae]
+
+    def dense(self) -> Float[Tensor, "rows d_sae"]:
+        return self.support.dense(self.values)
+
+    def sparse(self) -> SparseActs:
+        return self
+
+    def to(self, device: str | torch.device) -> SparseActs:
+        """The same on another device, with the fastest kernels there."""
+        if torch.device(device) == self.values.device:
+            return self
+        support = Support(self.support.features.to(device), self.support.offsets.to(device), self.support.d_sae)
+        return SparseActs(self.values.to(device), support, fastest(device))
+
+    def where(self, kept: Bool[Tensor, " nnz"]) -> SparseActs:
+        """Only the activations for which `kept` is true."""
+        return SparseActs(self.values[kept], self.support.where(kept), self.kernels)
+
+    def largest_of_rows(self, k: int) -> SparseActs:
+        """Only the k largest of each row."""
+        support = self.support
+        width = int(support.offsets.diff().max())
+        places = torch.arange(len(self.values), device=self.values.device) - support.offsets[support.rows]
+        padded = self.values.new_full((self.n_rows, width), -torch.inf)
+        padded[support.rows, places] = self.values.detach()
+        kept = torch.zeros_like(padded, dtype=torch.bool)
+        kept.scatter_(-1, padded.topk(min(k, width), dim=-1, sorted=False).indices, True)
+        return self.where(kept[support.rows, places])
+
+
+@dataclass(frozen=True)
+class DenseActs:
+    """Activations as the matrix `values [rows, d_sae]`: cheaper while a good part of the features is active.
+
+    Their sums over the rows and how many are positive come with them where what made them has counted on the way.
+    """
+
+    values: Float[Tensor, "rows d_sae"]
+    sums: Float[Tensor, " d_sae"] | None = None
+    active: Float[Tensor, ""] | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.values)
+
+    def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "rows d_in"]:
+        return dense.decode(self.values, W_dec)
+
+    def total(self) -> Float[Tensor, ""]:
+        """The sum of all activations."""
+        return self.values.sum() if self.sums is None else self.sums.sum()
+
+    def n_active(self) -> Float[Tensor, ""]:
+        # As float32, and not as truth values, whose sum PyTorch takes one by one.
+        return (self.values.detach() > 0).float().sum() if self.active is None else self.active
+
+    def of_feature(self, vector: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+        return vector
+
+    def with_values(self, values: Float[Tensor, "rows d_sae"]) -> DenseActs:
+        return DenseActs(values)
+
+    def prefix(self, start: int, stop: int) -> DenseActs:
+        outside = torch.ones(self.values.shape[1], dtype=torch.bool, device=self.values.device)
+        outside[start:stop] = False
+        return DenseActs(self.values.masked_fill(outside, 0.0))
+
+    def fired(self) -> Bool[Tensor, " d_sae"]:
+        return (self.values.detach() > 0).any(0) if self.sums is None else self.sums.detach() > 0
+
+    def sparse(self) -> SparseActs:
+        """The positive ones alone (no gradient flows)."""
+        active = self.values.detach() > 0
+        return SparseActs(self.values.detach()[active], Support.of(active), choose(device=self.values.device))
+
+    def largest_of_rows(self, k: int) -> DenseActs:
+        values, features = self.values.topk(k, dim=-1, sorted=False)
+        return DenseActs(torch.zeros_like(self.values).scatter(-1, features, values))
+
+
+FeatureActs = SparseActs | DenseActs
+
+
+def l0(acts: FeatureActs) -> Float[Tensor, ""]:
+    """Active features per row, mean over the batch."""
+    return acts.n_active() / acts.n_rows

@@ -1,0 +1,305 @@
+"""`sae pretrain`: a byte-level BPE, then a small native transformer, on a CPU in under an hour.
+
+Everything it needs to go on is in `state.safetensors`; the batch of a step is a pure function of (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from sae.jobs.checkpoint import adam_tensors, read_tensors, restore_adam, write_json, write_tensors
+from sae.jobs.directory import claim, cut_log
+from sae.jobs.progress import Interrupted, interruptible, progress
+from sae.lm.transformer import Transformer, TransformerConfig
+from sae.text.documents import HELD_OUT, TRAIN, Document
+from sae.text.sources import TextSource
+from sae.text.tokenizer import BOS, load_tokenizer, train_tokenizer
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How a native transformer is trained; `train_tokens` counts tokens seen, over as many epochs as it takes."""
+
+    train_tokens: int = 60_000_000
+    batch_contexts: int = 32
+    lr: float = 4e-3
+    warmup_steps: int = 200
+    final_lr_share: float = 0.05
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    seed: int = 0
+    save_minutes: float = 3.0
+    eval_steps: int = 500
+    tokenizer_characters: int = 40_000_000
+
+    def __post_init__(self) -> None:
+        for name in ("train_tokens", "batch_contexts", "eval_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pretrain: {name} must be at least 1, got {getattr(self, name)}.")
+        if not self.lr > 0:
+            raise ValueError(f"pretrain: lr must be positive, got {self.lr}.")
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        return (0.9, 0.95)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of `h @ W.T` without ever holding all logits: their page faults cost more than the products.
+
+    Logits are bfloat16 products in float32 softmax; the gradients are formed chunk by chunk in the forward pass.
+    """
+
+    CHUNK_ROWS = 512
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Float[Tensor, "rows d_model"],
+        W: Float[Tensor, "d_vocab d_model"],
+        target: Int[Tensor, " rows"],
+    ) -> Float[Tensor, ""]:
+        rows, size = h.shape[0], min(h.shape[0], ChunkedCrossEntropy.CHUNK_ROWS)
+        h_half, W_half = h.bfloat16(), W.bfloat16()
+        grad_h, grad_W = torch.empty_like(h_half), torch.zeros_like(W)
+        half, wide = h_half.new_empty(size, len(W)), W.new_empty(size, len(W))  # reused by every chunk
+        loss = torch.zeros((), dtype=torch.float64)
+        for start in range(0, rows, size):
+            chunk = slice(start, min(start + size, rows))
+            wanted = target[chunk, None]
+            logits, p = half[: len(wanted)], wide[: len(wanted)]
+            torch.mm(h_half[chunk], W_half.T, out=logits)
+            torch.log_softmax(p.copy_(logits), -1, out=p)
+            loss -= p.gather(1, wanted).sum(dtype=torch.float64)
+            p.exp_().scatter_add_(1, wanted, p.new_full(wanted.shape, -1.0))
+            logits.copy_(p)
+            torch.mm(logits, W_half, out=grad_h[chunk])
+            grad_W += logits.T @ h_half[chunk]
+        ctx.save_for_backward(grad_h, grad_W)
+        ctx.rows = rows
+        return (loss / rows).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        grad_h, grad_W = ctx.saved_tensors
+        scale = grad / ctx.rows
+        return grad_h.float() * scale, grad_W * scale, None
+
+
+def batch_loss(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+    """Mean next-token loss in nats of `tokens`, in bfloat16 autocast."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h = model.final(tokens[:, :-1])
+    loss = ChunkedCrossEntropy.apply(h.flatten(0, 1), model.unembed.weight, tokens[:, 1:].flatten())
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+class TokenStream:
+    """All tokens of a split in one array, cut into contexts anew each epoch at a seeded offset."""
+
+    def __init__(self, tokens: np.ndarray, context_tokens: int, batch_contexts: int, seed: int) -> None:
+        self.tokens, self.context_tokens, self.seed = tokens, context_tokens, seed
+        self.batch_contexts = batch_contexts
+        contexts = (len(tokens) - context_tokens) // (context_tokens + 1)
+        self.steps_per_epoch = contexts // batch_contexts
+        if self.steps_per_epoch < 1:
+            raise ValueError(
+                f"pretrain: {len(tokens):,} tokens do not fill one batch of {batch_contexts} contexts of "
+                f"{context_tokens} tokens. Give more text."
+            )
+        self._epoch = -1
+
+    def batch(self, step: int) -> Int[Tensor, "batch pos"]:
+        """Contexts of `context_tokens` + 1 tokens; a pure function of (seed, step)."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            width = self.context_tokens + 1
+            offset = int(rng.integers(self.context_tokens))
+            self._starts = offset + width * rng.permutation(self.steps_per_epoch * self.batch_contexts)
+            self._epoch = epoch
+        starts = self._starts[index * self.batch_contexts : (index + 1) * self.batch_contexts]
+        rows = np.stack([self.tokens[s : s + self.context_tokens + 1] for s in starts])
+        return torch.from_numpy(rows.astype(np.int64))
+
+
+def learning_rate(step: int, total_steps: int, config: PretrainConfig) -> float:
+    """Linear warm-up, then cosine to `final_lr_share` of the peak."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    share = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    floor = config.final_lr_share
+    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+
+
+def pretrain(source: TextSource, out: Path, *, shape: TransformerConfig, config: PretrainConfig) -> Path:
+    """Trains tokenizer and transformer into `out` (model.safetensors, tokenizer.json, config.json, metrics.jsonl).
+
+    Repeat the call after an interruption to go on exactly where the last checkpoint was.
+
+    Raises: ValueError for too little text or when `out` holds a run with other settings; Interrupted on Ctrl-C.
+    """
+    settings = {"shape": shape.to_dict(), "train": asdict(config), "text_sha256": source.fingerprint}
+    if shape.d_vocab > 1 << 16:
+        raise ValueError(f"pretrain: d_vocab = {shape.d_vocab:,} is more than the 65,536 tokens 16 bits can number.")
+    claim(out, "pretrain.json", settings)
+    tokens = {split: _token_file(source, out, split, shape, config) for split in (TRAIN, HELD_OUT)}
+    model = Transformer(shape, seed=config.seed)
+    stream = TokenStream(tokens[TRAIN], shape.n_ctx, config.batch_contexts, config.seed)
+    _train(model, stream, tokens[HELD_OUT], out, config)
+    write_tensors(
+        out / "model.safetensors",
+        {name: tensor.half() for name, tensor in model.state_dict().items()},
+        {"kind": "native-transformer"},
+    )
+    write_json(out / "config.json", {"kind": "native-transformer", "format": 1, **shape.to_dict(), "bos_token": BOS})
+    return out
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def _token_file(
+    source: TextSource, out: Path, split: str, shape: TransformerConfig, config: PretrainConfig
+) -> np.ndarray:
+    """The split as one array `[BOS] doc [BOS] doc …`, tokenised once and kept beside the run."""
+    path = out / f"tokens-{split}.npy"
+    if not path.exists():
+        tokenizer_path = out / "tokenizer.json"
+        if not tokenizer_path.exists():
+            texts = _texts_up_to(source.documents(), config.tokenizer_characters)
+            train_tokenizer(texts, shape.d_vocab).save(str(tokenizer_path) + ".tmp")
+            Path(str(tokenizer_path) + ".tmp").replace(tokenizer_path)
+        tokenizer = load_tokenizer(tokenizer_path)
+        bos = np.array([tokenizer.token_to_id(BOS)], dtype=np.uint16)
+        parts: list[np.ndarray] = []
+        documents = (d.text for d in source.documents() if d.split == split)
+        while batch := list(islice(documents, 256)):
+            for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                parts += [bos, np.array(encoding.ids, dtype=np.uint16)]
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, np.concatenate(parts) if parts else np.empty(0, np.uint16))
+        temporary.replace(path)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _texts_up_to(documents: Iterator[Document], characters: int) -> Iterator[str]:
+    for document in documents:
+        if document.split != TRAIN:
+            continue
+        yield document.text
+        characters -= len(document.text)
+        if characters < 0:
+            return
+
+
+# --- loop ------------------------------------------------------------------------------------------------------------
+
+
+def _train(model: Transformer, stream: TokenStream, held_out: np.ndarray, out: Path, config: PretrainConfig) -> None:
+    batch_tokens = config.batch_contexts * model.config.n_ctx
+    total_steps = max(1, config.train_tokens // batch_tokens)
+    names, optimizer = _optimizer(model, config)
+    step = _restore(model, optimizer, names, out)
+    saved = time.monotonic()
+    with (
+        interruptible() as interrupt,
+        progress("pretrain", total_steps * batch_tokens, "tok", initial=step * batch_tokens) as bar,
+        (out / "metrics.jsonl").open("a") as log,
+    ):
+        while step < total_steps:
+            lr = learning_rate(step, total_steps, config)
+            loss = _step(model, optimizer, stream.batch(step), lr, config.clip_norm)
+            step += 1
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"pretrain: the loss is {loss} at step {step}; lower lr (now {config.lr:g}) and restart."
+                )
+            bar.update(batch_tokens)
+            if step % 50 == 0 or step == total_steps:
+                entry: dict[str, Any] = {"step": step, "tokens": step * batch_tokens, "loss": round(loss, 4), "lr": lr}
+                if step % config.eval_steps == 0 or step == total_steps:
+                    entry["held_out_loss"] = round(held_out_loss(model, held_out), 4)
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+                bar.set_postfix(loss=f"{loss:.3f}")
+            if interrupt.requested or time.monotonic() - saved > 60 * config.save_minutes or step == total_steps:
+                _save(model, optimizer, names, out, step)
+                saved = time.monotonic()
+            if interrupt.requested and step < total_steps:
+                raise Interrupted(
+                    f"stopped at step {step:,} of {total_steps:,}, saved in {out}. Repeat the command to go on."
+                )
+
+
+def _optimizer(model: Transformer, config: PretrainConfig) -> tuple[list[str], torch.optim.AdamW]:
+    named = list(model.named_parameters())
+    decayed = [(n, p) for n, p in named if p.ndim > 1]
+    plain = [(n, p) for n, p in named if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for _, p in decayed], "weight_decay": config.weight_decay},
+            {"params": [p for _, p in plain], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        fused=True,
+    )
+    return [n for n, _ in (*decayed, *plain)], optimizer
+
+
+def _step(model: Transformer, optimizer: torch.optim.Optimizer, tokens: Tensor, lr: float, clip_norm: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss = batch_loss(model, tokens)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def held_out_loss(model: Transformer, tokens: np.ndarray, *, max_contexts: int = 256) -> float:
+    """Mean loss in nats per token over the first `max_contexts` contexts of the held-out stream."""
+    width = model.config.n_ctx + 1
+    count = min(max_contexts, len(tokens) // width)
+    if not count:
+        return math.nan
+    rows = torch.from_numpy(np.asarray(tokens[: count * width]).astype(np.int64)).view(count, width)
+    total = 0.0
+    for chunk in rows.split(16):
+        logits = model(chunk[:, :-1])
+        total += F.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum").item()
+    return total / (count * model.config.n_ctx)
+
+
+def _save(model: Transformer, optimizer: torch.optim.Optimizer, names: list[str], out: Path, step: int) -> None:
+    parameters = {f"model.{n}": p for n, p in model.named_parameters()}
+    write_tensors(out / "state.safetensors", parameters | adam_tensors(optimizer, names), {"step": step})
+
+
+def _restore(model: Transformer, optimizer: torch.optim.Optimizer, names: list[str], out: Path) -> int:
+    """Loads the last checkpoint, if there is one, and cuts metrics.jsonl to its step; returns the step."""
+    if not (out / "state.safetensors").exists():
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+        return 0
+    tensors, header = read_tensors(out / "state.safetensors")
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    restore_adam(optimizer, names, tensors)
+    cut_log(out / "metrics.jsonl", header["step"])
+    return int(header["step"])

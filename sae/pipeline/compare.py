@@ -1,0 +1,115 @@
+"""Two dictionaries on one text: `compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae.analysis import comparison
+from sae.analysis.parquet import write_table
+from sae.dictionary.autoencoder import SAE
+from sae.jobs.checkpoint import write_json
+from sae.lm import LanguageModel
+from sae.lm.identity import same_model
+from sae.pipeline.index import first_shards
+from sae.pipeline.resolve import PipelineError, autoencoder, model_of, store_of
+from store.activations import ActivationStore
+
+
+def compare(
+    a: str | Path,
+    b: str | Path,
+    *,
+    store: str | Path | None = None,
+    tokens: int = 262_144,
+    out: str | Path | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compares the features of two dictionaries on A's text (held-out first); writes `A/compare/<B>/` or `out`.
+
+    B may belong to another model with the same tokenizer: that model then runs on the same tokens.
+    Raises: PipelineError when the two cannot see the same tokens; ValueError when there are none.
+    """
+    a, b = Path(a), Path(b)
+    first, second = autoencoder(a), autoencoder(b)
+    acts = store_of(first, a, store)
+    models = model_of(first, None), model_of(second, None)
+    blocks = _paired_blocks(acts, first_shards(acts, tokens), first, second, models)
+    hooks = [sae.config["hook_point"] for sae in (first, second)]
+    found = comparison.compare(
+        first, second, blocks,
+        tokens=tokens,
+        same_space=models[0].weights_sha256 == models[1].weights_sha256 and hooks[0] == hooks[1],
+        logit_weights=(
+            lambda directions: models[0].logit_weights(directions, hooks[0]),
+            lambda directions: models[1].logit_weights(directions, hooks[1]),
+        ),
+        seed=seed,
+    )  # fmt: skip
+    directory = Path(out) if out else a / "compare" / f"{b.resolve().parent.name}--{b.resolve().name}"
+    result = found.summary | {
+        "a": _described(first, a, models[0]),
+        "b": _described(second, b, models[1]),
+        "text": {"store": acts.name, "text": acts.provenance["text"], "order": "held-out contexts first"},
+        "seed": seed,
+    }
+    for name, columns in found.tables.items():
+        write_table(directory / f"{name}.parquet", columns)
+    write_json(directory / "compare.json", result)
+    return result | {"path": str(directory)}
+
+
+def _described(sae: SAE, directory: Path, model: LanguageModel) -> dict[str, Any]:
+    config = sae.config
+    return {
+        "name": f"{directory.resolve().parent.name}/{directory.resolve().name}",
+        "recipe": config.get("recipe"),
+        "seed": config.get("train", {}).get("seed"),
+        "d_sae": sae.d_sae,
+        "hook_point": config["hook_point"],
+        "model": model.identity(),
+    }
+
+
+def _paired_blocks(
+    store: ActivationStore,
+    shards: list[tuple[str, int]],
+    a: SAE,
+    b: SAE,
+    models: tuple[LanguageModel, LanguageModel],
+) -> Iterator[comparison.PairedBlock]:
+    """Each shard's rows as both models see them: from the store where it holds them, else by running the model."""
+    for model in models:
+        if _tokenizer_of(model) != store.provenance["tokenizer_sha256"]:
+            raise PipelineError(
+                f"{model.id} has another tokenizer than the text in {store.path}: its activations do not stand at the "
+                "same tokens. Two models can be compared when they share a tokenizer."
+            )
+        if model.context_tokens < store.seq_len:
+            raise PipelineError(
+                f"{model.id} reads {model.context_tokens} tokens, the contexts of {store.path} have {store.seq_len}. "
+                "Harvest a store with a shorter --seq-len."
+            )
+    for split, shard in shards:
+        contexts = store.read_contexts(split, shard)
+        if not len(contexts.tokens):
+            continue
+        tokens = torch.from_numpy(contexts.tokens.astype("int64"))
+        x = []
+        for sae, model in zip((a, b), models, strict=True):
+            hook = sae.config["hook_point"]
+            held = hook in store.hook_points and same_model(store.provenance["model"], model.identity())
+            x.append(
+                torch.from_numpy(store.read_acts(split, shard, hook))
+                if held
+                else model.capture(tokens, hook).float().cpu().flatten(0, 1)
+            )
+        yield comparison.PairedBlock(x[0], x[1], torch.from_numpy(contexts.keep.reshape(-1)))
+
+
+def _tokenizer_of(model: LanguageModel) -> str:
+    return sha256(model.tokenizer.to_str().encode()).hexdigest()

@@ -1,0 +1,123 @@
+"""Evaluate a dictionary on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sae.dictionary.autoencoder import SAE
+from sae.evaluation import evaluate as evaluation
+from sae.jobs.checkpoint import write_json, write_tensors
+from sae.lm import LanguageModel
+from sae.pipeline.resolve import PipelineError, model_of, opened, output_hook_point, store_of
+from sae.text.documents import HELD_OUT, TRAIN
+from store.activations import ActivationStore
+
+DONORS, DONOR_SHARDS = 4096, 8
+CHOOSING_TOKENS = 65_536
+SPREAD_SHARDS = 64  # of which a few contexts each are taken: one shard holds few documents
+
+
+def evaluate(
+    sae: SAE | str | Path,
+    *,
+    store: str | Path | None = None,
+    model: LanguageModel | str | None = None,
+    device: str = "auto",
+    kernels: str = "auto",
+    ablated: evaluation.Ablated | None = None,
+) -> dict:
+    """Evaluates a dictionary on the store's held-out split; writes eval.json and feature_stats.safetensors beside it.
+
+    A path finds its own store and model. A transcoder's ŷ takes the place of y, at its target hook point.
+    Dictionaries of one store and output hook point can share what they have in common: give each the same `ablated`,
+    {} at first.
+    Raises: PipelineError when the store or model is not the dictionary's.
+    """
+    dictionary, directory = opened(sae)
+    acts = store_of(dictionary, directory, store)
+    lm = model_of(dictionary, model, acts, device=device)
+    read, replaced = dictionary.config["hook_point"], output_hook_point(dictionary)
+    target = replaced if dictionary.is_transcoder else None
+    heldout = acts.totals(HELD_OUT, replaced)
+    domains = sorted({entry[2] for entry in acts.documents(HELD_OUT).values()})
+    result, stats = evaluation.evaluate(
+        dictionary,
+        lm,
+        eval_blocks(acts, read, domains, HELD_OUT, sorted(acts.markers(HELD_OUT)), target),
+        training=choosing_blocks(acts, read, domains),
+        hook_point=replaced,
+        heldout_mean=heldout.mean,
+        train_mean=acts.totals(TRAIN, replaced).mean,
+        donors=donors(acts, replaced),
+        domains=domains,
+        kept_tokens=heldout.kept_rows,
+        device=device,
+        kernels=kernels,
+        ablated=ablated,
+    )
+    if directory:
+        write_json(directory / "eval.json", result)
+        write_tensors(directory / "feature_stats.safetensors", stats, {"tokens": heldout.kept_rows, "split": HELD_OUT})
+    return result
+
+
+def choosing_blocks(store: ActivationStore, hook_point: str, domains: list[str]) -> Iterator[evaluation.Block]:
+    """Training contexts on which each domain's feature is chosen, spread over the whole store."""
+    shards, every = thinned(store, TRAIN, CHOOSING_TOKENS)
+    return eval_blocks(store, hook_point, domains, TRAIN, shards, every=every)
+
+
+def thinned(store: ActivationStore, split: str, tokens: int) -> tuple[list[int], int]:
+    """Shards spread evenly over a split, and n: one in n of their contexts make about `tokens` tokens, or more."""
+    shards = sorted(store.markers(split))
+    n = min(len(shards), SPREAD_SHARDS)
+    chosen = [shards[i * len(shards) // n] for i in range(n)]
+    return chosen, max(1, n * store.rows_per_shard // tokens)
+
+
+def eval_blocks(
+    store: ActivationStore, hook_point: str, domains: list[str], split: str, shards: list[int],
+    target: str | None = None, *, every: int = 1,
+) -> Iterator[evaluation.Block]:  # fmt: skip
+    """Whole contexts of some shards, or one in `every`; with y where there is a target hook point."""
+    markers = store.markers(split)
+    documents = {int(n): entry for shard in shards for n, entry in markers[shard].documents.items()}
+    lookup = np.full(max(documents, default=0) + 2, -1)
+    for number, entry in documents.items():
+        lookup[number] = domains.index(entry[2]) if entry[2] in domains else -1
+    for shard in shards:
+        contexts = store.read_contexts(split, shard)
+        if not len(contexts.tokens):  # the text was over before this shard
+            continue
+        acts, wanted = (
+            torch.from_numpy(store.read_acts(split, shard, hook)).view(*contexts.tokens.shape, -1)[::every]
+            if hook
+            else None
+            for hook in (hook_point, target)
+        )
+        assert acts is not None
+        yield evaluation.Block(
+            acts,
+            torch.from_numpy(contexts.tokens[::every].astype(np.int64)),
+            torch.from_numpy(contexts.keep[::every]),
+            lookup[contexts.document[::every]],
+            wanted,
+        )
+
+
+def donors(store: ActivationStore, hook_point: str) -> torch.Tensor:
+    """Training rows for resample ablation, drawn from the first shards: those hold documents in a random order."""
+    rows: list[np.ndarray] = []
+    for shard in sorted(store.markers(TRAIN))[:DONOR_SHARDS]:
+        kept = store.read_contexts(TRAIN, shard).keep.reshape(-1)
+        if kept.any():
+            rows.append(store.read_acts(TRAIN, shard, hook_point)[kept])
+    if not rows:
+        raise PipelineError(f"{store.path} holds no training rows yet; finish the harvest.")
+    pool = np.concatenate(rows)
+    chosen = np.random.default_rng(0).permutation(len(pool))[:DONORS]
+    return torch.from_numpy(pool[chosen])

@@ -1,0 +1,190 @@
+"""Harvest a store: forecast, budgets, provenance."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from sae.harvesting import harvest as harvesting
+from sae.harvesting.lanes import Plan, default_heldout_tokens, lanes_of, plan
+from sae.jobs.memory import resident_bytes
+from sae.lm import LanguageModel, load_model
+from sae.lm.identity import same_model
+from sae.pipeline.resolve import PipelineError
+from sae.text.documents import HELD_OUT, TRAIN
+from sae.text.packing import LANES
+from sae.text.sources import TextSource, combine, open_text
+from store.activations import ActivationStore, is_url
+from store.schema import StoreError
+
+DEFAULT_HOOK_POINT = "blocks.0.mlp.hook_post"
+BYTES_PER_VALUE = {"float16": 2, "bfloat16": 2, "float32": 4}
+TEXT_BYTES = 9  # of a row: token, keep and document number
+Text = str | Path | TextSource | Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a harvest will take: disk, against what is free (`shard_bytes` with marker and rounding to blocks), and
+    memory: what this process holds now and the rows in hand, without the text's window of up to half a gigabyte."""
+
+    rows: int
+    disk_bytes: int
+    free_bytes: int | None  # None: a remote store
+    shard_bytes: int
+    ram_bytes: int
+
+    def __str__(self) -> str:
+        free = "" if self.free_bytes is None else f" ({self.free_bytes / 1e9:.1f} GB free)"
+        ram = f"at least {self.ram_bytes / 1e9:.2f} GB of memory"
+        return f"{self.rows:,} rows, {self.disk_bytes / 1e9:.2f} GB on disk{free}, {ram}"
+
+
+def forecast_harvest(
+    plan: Plan, widths: Mapping[str, int], dtype: str | Mapping[str, str], out: str | Path
+) -> Forecast:
+    """Rows and bytes of the finished store, and the room there is."""
+    shard_rows = plan.contexts_per_shard * plan.seq_len
+    kinds = _dtypes(dtype, widths)
+    row_bytes = sum(width * BYTES_PER_VALUE[kinds[hook]] for hook, width in widths.items()) + TEXT_BYTES
+    rows = plan.kept_shards * shard_rows
+    # A marker holds Σx in float64 (base64) and the documents; every file takes whole blocks of 4 KiB.
+    marker = sum(widths.values()) * 11 + shard_rows * 10
+    shard_bytes = shard_rows * row_bytes + marker + 4096 * (len(widths) + 4)
+    ram_bytes = resident_bytes() + harvesting.SHARDS_IN_HAND * shard_rows * sum(widths.values()) * 4  # float32
+    free_bytes = None
+    if not is_url(out):
+        folder = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
+        free_bytes = shutil.disk_usage(folder).free
+    return Forecast(rows, rows * row_bytes, free_bytes, shard_bytes, ram_bytes)
+
+
+def harvest(
+    model: LanguageModel | str,
+    text: Text,
+    out: str | Path,
+    *,
+    tokens: int,
+    hook_points: Sequence[str] = (DEFAULT_HOOK_POINT,),
+    dtype: str | Mapping[str, str] = "float16",
+    heldout_tokens: int | None = None,
+    seq_len: int | None = None,
+    device: str = "cpu",
+    rank: int = 0,
+    world: int = 1,
+    max_disk_bytes: int | None = None,
+    max_ram_bytes: int | None = None,
+    keep_rows: int | None = None,
+    take_over: bool = False,
+) -> str | Path:
+    """Streams the activations of `tokens` tokens (and a frozen held-out split) into a Zarr store at `out`.
+
+    Worker `rank` of `world` fills its lanes of 64; together they write the bytes that one would. `max_disk_bytes`
+    and `max_ram_bytes` (of this process) stop short of the plan, with everything written ready for use; `keep_rows`
+    keeps only the newest training rows.
+    Repeat the call to go on after an interruption: committed shards stay, the result is the same byte for byte.
+    Raises: PipelineError when disk or memory is too small at the start, OutOfMemoryBudget and DiskFull on the way;
+    StoreError when `out` is another store, or another process writes one of these lanes; TextError for bad text.
+    """
+    lm = load_model(model, device=device) if isinstance(model, str) else model
+    source = source_of(text)
+    out = out if is_url(out) else Path(out)
+    seq_len = seq_len or min(256, lm.context_tokens)
+    if seq_len > lm.context_tokens:
+        raise PipelineError(f"seq_len = {seq_len} is more than {lm.id}'s context of {lm.context_tokens} tokens.")
+    lanes = lanes_of(rank, world)
+    widths = {hook_point: lm.hook_width(hook_point) for hook_point in hook_points}
+    dtypes = _dtypes(dtype, widths)
+    planned = plan(tokens, heldout_tokens or default_heldout_tokens(tokens), seq_len, keep_rows)
+    forecast = forecast_harvest(planned, widths, dtypes, out)
+    only = _within(planned, forecast, max_disk_bytes)
+    wanted_bytes = forecast.disk_bytes if only is None else max_disk_bytes or 0
+    if forecast.free_bytes is not None and not Path(out).exists() and wanted_bytes > forecast.free_bytes:
+        raise PipelineError(f"harvest needs {forecast}. Lower --tokens, or choose another disk with --out.")
+    if max_ram_bytes is not None and forecast.ram_bytes > max_ram_bytes:
+        raise PipelineError(
+            f"harvest needs {forecast.ram_bytes / 1e6:,.0f} MB of memory for the model and the rows in hand, more than "
+            f"the {max_ram_bytes / 1e6:,.0f} MB allowed. Raise --max-ram, or name fewer hook points at once."
+        )
+    store = ActivationStore.create(
+        out,
+        hook_points=widths,
+        seq_len=seq_len,
+        contexts_per_shard=planned.contexts_per_shard,
+        n_shards=planned.n_shards,
+        dtype=dtypes,
+        provenance=_as_recorded(out, provenance_of(lm, source)),
+        ring_shards_per_lane=planned.ring_shards_per_lane,
+    )
+    if not store.is_complete:
+        with store.hold(lanes, take_over=take_over):
+            harvesting.harvest(lm, source, store, lanes=lanes, only=only, max_ram_bytes=max_ram_bytes)
+    return out
+
+
+def _dtypes(dtype: str | Mapping[str, str], hooks: Mapping[str, int]) -> dict[str, str]:
+    """The dtype of each hook point. Raises: PipelineError for an unknown one, or a hook point without one."""
+    kinds = dict.fromkeys(hooks, dtype) if isinstance(dtype, str) else dict(dtype)
+    for kind in kinds.values():
+        if kind not in BYTES_PER_VALUE:
+            raise PipelineError(f"dtype must be one of {', '.join(BYTES_PER_VALUE)}; got {kind!r}.")
+    if kinds.keys() != hooks.keys():
+        raise PipelineError(f"dtype names {', '.join(kinds) or 'nothing'}; the hook points are {', '.join(hooks)}.")
+    return kinds
+
+
+def _within(planned: Plan, forecast: Forecast, max_disk_bytes: int | None) -> dict[str, Container[int]] | None:
+    """The shards that fit the budget, held-out ones first; None when all do.
+
+    A function of the numbers alone, so that any number of workers stops at the same shards.
+    Raises: PipelineError when not one training shard of each lane fits, or when a ring does not fit whole.
+    """
+    if max_disk_bytes is None or planned.kept_shards * forecast.shard_bytes <= max_disk_bytes:
+        return None
+    train = max_disk_bytes // forecast.shard_bytes - planned.n_shards[HELD_OUT]
+    if train < min(LANES, planned.n_shards[TRAIN]) or planned.ring_shards_per_lane is not None:
+        least = planned.n_shards[HELD_OUT] + min(LANES, planned.n_shards[TRAIN])
+        if planned.ring_shards_per_lane is not None:
+            least = planned.kept_shards
+        raise PipelineError(
+            f"a disk budget of {max_disk_bytes / 1e6:,.1f} MB is too small: the held-out split and "
+            f"{'the ring' if planned.ring_shards_per_lane else 'one shard of each lane'} take "
+            f"{least * forecast.shard_bytes / 1e6:,.1f} MB. Raise --max-disk, or lower --heldout-tokens or --keep-rows."
+        )
+    return {HELD_OUT: range(planned.n_shards[HELD_OUT]), TRAIN: range(train)}
+
+
+def source_of(text: Text) -> TextSource:
+    """One source of what a caller names as text."""
+    if isinstance(text, TextSource):
+        return text
+    if isinstance(text, str | Path):
+        return open_text(text)
+    return combine([open_text(spec) for spec in text])
+
+
+def provenance_of(lm: LanguageModel, source: TextSource) -> dict[str, Any]:
+    """What decides a store's rows: model, tokenizer and text, each with its hash."""
+    return {
+        "model": lm.identity(),
+        "tokenizer_sha256": sha256(lm.tokenizer.to_str().encode()).hexdigest(),
+        "text": source.name,
+        "text_specs": list(source.specs),
+        "text_sha256": source.fingerprint,
+        "bos": "one BOS before each document; BOS rows are stored and not kept",
+        "weight_processing": "none",
+        "held_out": "documents with blake2b(text) mod 20 == 0",
+    }
+
+
+def _as_recorded(out: str | Path, provenance: dict[str, Any]) -> dict[str, Any]:
+    """With the model as a store at `out` records it, if it is the same one: where it lies decides no row."""
+    try:
+        there = ActivationStore.open(out).provenance.get("model", {})
+    except StoreError:  # none yet, or damaged, which is said later
+        return provenance
+    return provenance | {"model": there} if same_model(there, provenance["model"]) else provenance

@@ -1,0 +1,124 @@
+"""Build a dictionary's feature index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sae.dictionary.autoencoder import SAE
+from sae.indexing import build as indexing
+from sae.jobs.prefetch import read_ahead
+from sae.lm import LanguageModel
+from sae.pipeline.resolve import model_of, opened, output_hook_point, store_of
+from sae.text.documents import HELD_OUT, TRAIN
+from sae.text.tokenizer import token_bytes
+from store.activation_reader import Contexts
+from store.activations import ActivationStore
+from store.features import FeatureWriter
+from store.shards import Marker
+
+
+def index(
+    sae: SAE | str | Path,
+    *,
+    store: str | Path | None = None,
+    model: LanguageModel | str | None = None,
+    tokens: int = 1_000_000,
+    out: str | Path | None = None,
+    device: str = "auto",
+    kernels: str = "auto",
+) -> Path:
+    """Builds the feature index (`features.zarr` beside the dictionary) over `tokens` tokens, held-out ones first.
+
+    What a feature does to the output is of its decoder row at the hook point where x̂ belongs: a transcoder's target.
+    Raises: PipelineError when the store or model is not the dictionary's.
+    """
+    dictionary, directory = opened(sae)
+    acts = store_of(dictionary, directory, store)
+    lm = model_of(dictionary, model, acts, device=device)
+    hook, written = dictionary.config["hook_point"], output_hook_point(dictionary)
+    path = Path(out) if out else (directory or Path(".")) / "features.zarr"
+    shards = first_shards(acts, tokens)
+    markers = {split: acts.markers(split) for split in (HELD_OUT, TRAIN)}
+    contexts = sum(markers[split][shard].contexts for split, shard in shards)
+    documents, renumbered = _documents_of(markers, shards)
+    writer = FeatureWriter(
+        path,
+        d_sae=dictionary.d_sae,
+        seq_len=acts.seq_len,
+        n_contexts=contexts,
+        attributes={
+            "d_in": dictionary.d_in,
+            "hook_point": hook,
+            **({"target_hook_point": written} if dictionary.is_transcoder else {}),
+            "model": lm.id,
+            "sae": directory.name if directory else dictionary.config.get("recipe", "sae"),
+            "bos": lm.bos_id,
+            "heldout_contexts": sum(markers[split][shard].contexts for split, shard in shards if split == HELD_OUT),
+            "provenance": {"store": acts.provenance, "recipe": dictionary.config.get("recipe")},
+        },
+        vocabulary=token_bytes(lm.tokenizer),
+        documents=documents,
+    )
+    blocks = _index_blocks(acts, hook, shards, renumbered)
+    try:
+        return indexing.index(
+            dictionary, lm, blocks, writer, hook_point=written, tokens=contexts * acts.seq_len,
+            device=device, kernels=kernels,
+            resampled=_resampled_at(directory) if directory else None,
+        )  # fmt: skip
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def _resampled_at(directory: Path) -> dict[int, int]:
+    """The step at which each feature was last given a new start."""
+    log = directory / "resampled.jsonl"
+    lines = log.read_text().splitlines() if log.is_file() else []
+    return {line["feature"]: line["step"] for line in map(json.loads, lines)}
+
+
+def first_shards(store: ActivationStore, tokens: int) -> list[tuple[str, int]]:
+    """Held-out shards, then training shards, until `tokens` tokens are covered."""
+    chosen: list[tuple[str, int]] = []
+    for split in (HELD_OUT, TRAIN):
+        for shard in sorted(store.markers(split)):
+            if len(chosen) * store.rows_per_shard >= tokens:
+                return chosen
+            chosen.append((split, shard))
+    return chosen
+
+
+def _documents_of(
+    markers: dict[str, dict[int, Marker]], shards: list[tuple[str, int]]
+) -> tuple[list[tuple[str, str, str, str]], np.ndarray]:
+    """The documents of these shards, and a table from the store's numbers to their place in that list."""
+    found: dict[int, tuple[str, str, str, str]] = {}
+    for split, shard in shards:
+        found |= {int(n): tuple(entry) for n, entry in markers[split][shard].documents.items()}  # type: ignore[misc]
+    numbers = sorted(found)
+    renumbered = np.full(max(numbers, default=0) + 2, -1, np.int32)  # the last entry answers padding's -1
+    renumbered[numbers] = np.arange(len(numbers), dtype=np.int32)
+    return [found[n] for n in numbers], renumbered
+
+
+def _index_blocks(
+    store: ActivationStore, hook_point: str, shards: list[tuple[str, int]], renumbered: np.ndarray
+) -> Iterator[indexing.IndexBlock]:
+    def read(place: tuple[str, int]) -> tuple[Contexts, np.ndarray]:
+        contexts = store.read_contexts(*place)
+        return contexts, store.read_acts(*place, hook_point) if len(contexts.tokens) else np.empty(0)
+
+    first_context = 0
+    for contexts, acts in read_ahead(read, shards):
+        if not len(contexts.tokens):
+            continue
+        yield indexing.IndexBlock(
+            first_context, torch.from_numpy(acts), contexts.tokens, contexts.keep, renumbered[contexts.document]
+        )
+        first_context += len(contexts.tokens)

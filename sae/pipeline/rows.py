@@ -1,0 +1,129 @@
+"""Rows of a store for the trainer, and where they come from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.pipeline.live import check_target, resid_mid_of
+from sae.pipeline.resolve import PipelineError, model_in
+from sae.text.documents import TRAIN
+from sae.training import recipes
+from sae.training.config import TrainConfig
+from sae.training.objectives import Downstream
+from sae.training.rows import Batch
+from store.activations import ActivationStore
+from store.batches import ShuffledRows
+
+SHUFFLE_BYTES = 10**9  # of rows held in memory, unless another budget is given
+
+
+class StoreRows:
+    """Training rows from an activation store: x, and what a recipe needs beside it from the same tokens.
+
+    Of `world` data-parallel ranks each gets its own rows: over all of them every kept row comes once an epoch.
+    """
+
+    def __init__(
+        self, store: ActivationStore, hook_point: str, *, batch_tokens: int, seed: int,
+        target_hook_point: str | None = None, resid_hook_point: str | None = None, downstream: Downstream | None = None,
+        max_ram_bytes: int = SHUFFLE_BYTES, rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        beside = [hook for hook in (target_hook_point, resid_hook_point) if hook]
+        wide = sum(store.hook_points[hook] for hook in (hook_point, *beside))
+
+        def rows(hook: str, **pools: Any) -> ShuffledRows:
+            return ShuffledRows(store, hook, batch_rows=batch_tokens, seed=seed, rank=rank, world=world, **pools)
+
+        self._rows = rows(hook_point, memory_bytes=max_ram_bytes * store.hook_points[hook_point] // wide)
+        # Read in the pools of x, so that row n of each is of the same token.
+        pools = {"pool_shards": self._rows.pool_shards, "parts": self._rows.parts}
+        self._targets = rows(target_hook_point, **pools) if target_hook_point else None
+        self._resid = rows(resid_hook_point, **pools) if resid_hook_point else None
+        self.d_in, self.n_rows = self._rows.d_in, self._rows.n_rows
+        self.d_out = self._targets.d_in if self._targets else self.d_in
+        self.downstream = downstream
+
+    def batch(self, step: int) -> Batch:
+        x, contexts = self._rows.draw(step)
+        y, resid = (torch.from_numpy(rows.batch(step)) if rows else None for rows in (self._targets, self._resid))
+        return Batch(torch.from_numpy(x), y, resid, mixing=self._rows.mixing(contexts))
+
+    def sample(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
+        return torch.from_numpy(self._rows.sample(min(n, self.n_rows), seed))
+
+    def sample_targets(self, n: int, seed: int) -> Float[Tensor, "n d_out"]:
+        """y of the rows that `sample` draws."""
+        if self._targets is None:
+            raise PipelineError("this recipe learns y from x: name x's hook point and then y's.")
+        return torch.from_numpy(self._targets.sample(min(n, self.n_rows), seed))
+
+
+def open_rows(
+    path: str | Path, *, batch_tokens: int, hook_point: str | None = None, seed: int = 0, rank: int | None = None,
+    world: int | None = None, max_ram_bytes: int = SHUFFLE_BYTES,
+) -> StoreRows:  # fmt: skip
+    """Rows of a store for a training loop of one's own, alone or as one of many ranks, each with rows of its own.
+
+    `batch_tokens` is of one rank; `rank` and `world` default to what torchrun says (RANK, WORLD_SIZE), else 0 and 1.
+    Every kept row comes once an epoch over all ranks. Raises: StoreError, PipelineError for a wrong hook point or rank.
+    """
+    store = ActivationStore.open(path)
+    return StoreRows(
+        store, hook_point_of(store, hook_point), batch_tokens=batch_tokens, seed=seed, max_ram_bytes=max_ram_bytes,
+        rank=int(os.environ.get("RANK") or 0) if rank is None else rank,
+        world=int(os.environ.get("WORLD_SIZE") or 1) if world is None else world,
+    )  # fmt: skip
+
+
+def rows_for(
+    store: ActivationStore, hook: str, config: TrainConfig, target_hook_point: str | None,
+    max_ram_bytes: int = SHUFFLE_BYTES,
+) -> StoreRows:  # fmt: skip
+    """The rows that a recipe trains on. Raises: PipelineError for a hook point that it needs and is not there."""
+    check_target(config.recipe, target_hook_point)
+    resid, downstream = None, None
+    if recipes.recipe_named(config.recipe).needs == "resid":
+        downstream = model_in(store).downstream(hook)
+        resid = hook_point_of(store, resid_mid_of(hook))
+    return StoreRows(
+        store, hook, batch_tokens=config.batch_tokens, seed=config.seed,
+        target_hook_point=hook_point_of(store, target_hook_point) if target_hook_point else None,
+        resid_hook_point=resid, downstream=downstream, max_ram_bytes=max_ram_bytes,
+    )  # fmt: skip
+
+
+def provenance_of(
+    store: ActivationStore, hook: str, out: str | Path, target_hook_point: str | None = None,
+    max_ram_bytes: int = SHUFFLE_BYTES,
+) -> dict[str, Any]:  # fmt: skip
+    """Where a dictionary's rows come from, for its config.json."""
+    return {
+        "hook_point": hook,
+        **({"target_hook_point": target_hook_point} if target_hook_point else {}),
+        "model": store.provenance["model"],
+        "store": {
+            "path": os.path.relpath(store.path, out),
+            "tokenizer_sha256": store.provenance["tokenizer_sha256"],
+            "text": store.provenance["text"],
+            "text_sha256": store.provenance["text_sha256"],
+            "kept_rows": store.totals(TRAIN, hook).kept_rows,
+            "rows_sha256": store.fingerprint(TRAIN),  # a ring moves on with as many rows, but not the same
+            "max_ram_bytes": max_ram_bytes,  # decides their order
+        },
+    }
+
+
+def hook_point_of(store: ActivationStore, asked: str | None) -> str:
+    """The hook point asked for, or the store's only one. Raises: PipelineError when it is not there or not clear."""
+    names = list(store.hook_points)
+    if asked is None and len(names) == 1:
+        return names[0]
+    if asked not in names:
+        raise PipelineError(f"{store.path} holds the hook points {', '.join(names)}; got {asked!r}. Name one of them.")
+    return asked

@@ -1,0 +1,38 @@
+"""What steering needs of a trained dictionary: its features' units."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from sae.jobs.checkpoint import read_tensors
+from sae.pipeline.resolve import PipelineError
+from store.features import FeatureIndex
+
+
+def feature_max(directory: str | Path) -> np.ndarray:
+    """Largest held-out activation of each feature, from feature_stats.safetensors (written by evaluate)."""
+    return _held_out_stats(Path(directory))["max"].numpy()
+
+
+def feature_units(directory: str | Path) -> dict[str, np.ndarray]:
+    """What steering measures values in, `feature_max` and `feature_p99` [d_sae]: over the tokens of the feature index,
+    as the browser shows them; without an index over the held-out tokens of `evaluate`.
+
+    Raises: PipelineError where there is neither.
+    """
+    directory = Path(directory)
+    if (directory / "features.zarr").is_dir():
+        stats = FeatureIndex.open(directory / "features.zarr").stats
+        return {"feature_max": stats["max"], "feature_p99": stats["p99"]}
+    held_out = _held_out_stats(directory)
+    return {f"feature_{name}": held_out[name].numpy() for name in ("max", "p99")}
+
+
+def _held_out_stats(directory: Path) -> dict[str, Tensor]:
+    path = directory / "feature_stats.safetensors"
+    if not path.is_file():
+        raise PipelineError(f"{path} is missing; `sae eval {directory}` writes it.")
+    return read_tensors(path)[0]

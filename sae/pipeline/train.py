@@ -1,0 +1,65 @@
+"""Train a dictionary on a store or on a running model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sae.dictionary.autoencoder import SAE
+from sae.jobs.trackers import trackers_named
+from sae.kernels import device_named
+from sae.pipeline.live import Live, live_rows
+from sae.pipeline.rows import SHUFFLE_BYTES, hook_point_of, provenance_of, rows_for
+from sae.text.documents import TRAIN
+from sae.training import loop, recipes
+from sae.training.config import TrainConfig
+from sae.training.rows import Rows
+from store.activations import ActivationStore
+
+
+def train(
+    rows: str | Path | Live | Rows,
+    out: str | Path,
+    *,
+    recipe: str = "balanced",
+    d_sae: int = 4096,
+    tokens: int | None = None,
+    seed: int = 0,
+    config: dict[str, Any] | None = None,
+    hook_point: str | None = None,
+    target_hook_point: str | None = None,
+    kernels: str = "auto",
+    device: str = "auto",
+    keep: int = 1,
+    log_to: Sequence[str] = (),
+    max_ram_bytes: int = SHUFFLE_BYTES,
+) -> SAE:
+    """Trains a dictionary on a store (its path), a model and a text (`Live`: nothing on disk) or any `Rows`; `config`
+    overrides the recipe's settings.
+
+    `tokens` is the number of rows seen (default: four epochs of a store, 4M of other rows); `keep` the number of saved
+    states that stay. A transcoder wants a `target_hook_point` too. `log_to` names trackers
+    (`sae.jobs.trackers`). A store that fits into `max_ram_bytes` is shuffled exactly, else in two levels.
+    Repeat the call to go on after an interruption: the result is the same bit for bit.
+    Raises: ValueError for wrong settings, before any work; Interrupted on Ctrl-C or SIGTERM.
+    """
+    overrides = {"d_sae": d_sae, "seed": seed, **(config or {})}
+    tokens = overrides.pop("tokens", tokens)
+    how: dict[str, Any] = {
+        "kernels": kernels, "device": device, "keep": keep, "trackers": trackers_named(log_to),
+    }  # fmt: skip
+    if not isinstance(rows, str | Path):
+        _, resolved = recipes.resolve(recipe, tokens=tokens or TrainConfig.tokens, **overrides)
+        provenance: dict[str, Any] = {}
+        if isinstance(rows, Live):
+            where = str(device_named(device))
+            rows, provenance = live_rows(rows, resolved, hook_point, target_hook_point, where)
+        return loop.train(rows, out, resolved, provenance=provenance, **how)
+    store = ActivationStore.open(rows)
+    hook = hook_point_of(store, hook_point)
+    kept_rows = store.totals(TRAIN, hook).kept_rows
+    _, resolved = recipes.resolve(recipe, tokens=tokens or 4 * kept_rows, **overrides)
+    source = rows_for(store, hook, resolved, target_hook_point, max_ram_bytes)
+    provenance = provenance_of(store, hook, out, target_hook_point, max_ram_bytes)
+    return loop.train(source, out, resolved, provenance=provenance, **how)

@@ -1,0 +1,1 @@
+"""Training a dictionary: settings, recipes, objectives, the step and the loop."""

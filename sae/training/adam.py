@@ -1,0 +1,104 @@
+"""The decoder's constraint, the schedule, and the surgery that gives dead features a new start."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sae.dictionary.autoencoder import SAE
+from sae.kernels.autograd import Kernels
+from sae.training.config import TrainConfig
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up over `warmup_share`, constant, linear to zero over the last `decay_share` of the run.
+
+    With `rewarm_share`, after each resampling also from a tenth back to the whole along a cosine.
+    Source: for the latter Rajamanoharan et al. 2024 (arXiv 2404.16014), appendix.
+    """
+    warmup_steps = config.warmup_share * config.steps
+    decay_steps = config.decay_share * config.steps
+    rise = (step + 1) / warmup_steps if warmup_steps > step else 1.0
+    fall = (config.steps - step) / decay_steps if decay_steps > config.steps - step else 1.0
+    return config.lr * min(1.0, rise, fall) * _rewarmed(step, config)
+
+
+def _rewarmed(step: int, config: TrainConfig) -> float:
+    since = [step - event for event in config.resample_steps if step >= event]
+    rewarm_steps = config.rewarm_share * config.steps
+    if not since or min(since) >= rewarm_steps:
+        return 1.0
+    return 1.0 - 0.45 * (1 + math.cos(math.pi * min(since) / rewarm_steps))
+
+
+class Adam:
+    """Adam on a dictionary's parameters, in one pass of the kernels per matrix; with `unit_norm` decoder rows keep it.
+
+    It owns the gradients: `.grad` exists from the start and is zero before each step, so that backward adds in place.
+    Source: Kingma and Ba 2015; for the decoder Bricken et al. 2023, appendix (gradient parallel to a row removed).
+    """
+
+    def __init__(
+        self, sae: SAE, kernels: Kernels, *, beta1: float, beta2: float = 0.999, eps: float = 1e-8,
+        unit_norm: bool = True, clip: float = 0.0, threshold_lr_ratio: float = 1.0,
+    ) -> None:  # fmt: skip
+        self.sae, self.kernels, self.beta1, self.beta2, self.eps = sae, kernels, beta1, beta2, eps
+        self.unit_norm, self.clip, self.threshold_lr_ratio = unit_norm, clip, threshold_lr_ratio
+        self.step_count = 0
+        self.moments = {
+            name: {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
+            for name, parameter in sae.named_parameters()
+        }
+        for parameter in sae.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Moves every parameter by its gradient (of norm `clip` at most), and zeroes the gradients."""
+        self.step_count += 1
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.clip)
+        for name, parameter in self.sae.named_parameters():
+            assert parameter.grad is not None
+            rows = [_rows(name, t) for t in (parameter, parameter.grad, *self.moments[name].values())]
+            rate = lr * self.threshold_lr_ratio if name == "threshold" else lr
+            self.kernels.adam_(
+                *rows, step=self.step_count, lr=rate, beta1=self.beta1, beta2=self.beta2, eps=self.eps,
+                unit_rows=name == "W_dec" and self.unit_norm,
+            )  # fmt: skip
+            parameter.grad.zero_()
+            if name == "threshold":
+                parameter.clamp_(min=0.0)
+
+    def forget(self, features: Int[Tensor, " n"]) -> None:
+        """Zeroes the moments of some features: their encoder columns, decoder rows, biases, gates and thresholds."""
+        for name, moments in self.moments.items():
+            for moment in moments.values():
+                if name == "W_enc":
+                    moment[:, features] = 0.0
+                elif name not in ("b_dec", "W_skip"):
+                    moment[features] = 0.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as named tensors: `adam.<parameter>.<moment>`."""
+        return {f"adam.{name}.{m}": t for name, moments in self.moments.items() for m, t in moments.items()}
+
+    def restore(self, tensors: dict[str, Tensor], step_count: int) -> None:
+        """Puts back what `tensors` gave."""
+        self.step_count = step_count
+        for name, moment in self.tensors().items():
+            moment.copy_(tensors[name])
+
+
+def _rows(name: str, tensor: Tensor) -> Tensor:
+    """A parameter as the matrix it is in memory: the encoder feature by feature, a vector as one row."""
+    return tensor.t() if name == "W_enc" else tensor if tensor.dim() == 2 else tensor[None]
+
+
+@torch.no_grad()
+def normalise_decoder_(sae: SAE) -> None:
+    """Sets every decoder row to unit L2 norm; call it after the optimiser's step."""
+    sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12))

@@ -1,0 +1,207 @@
+"""What each recipe minimises: activations and a loss, composed of terms from `losses`; one short function each.
+
+All in scaled units, where E‖x‖² = d_in. A function is given the dictionary, a scaled batch and what holds at this step,
+and answers with the loss, the squared error in it and the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sae.dictionary.autoencoder import SAE
+from sae.kernels import autograd
+from sae.kernels.activations import DenseActs, FeatureActs, SparseActs
+from sae.kernels.autograd import Kernels
+from sae.kernels.sparsity import Above, NotSparse, Rule, TopK
+from sae.training import losses
+from sae.training.config import TrainConfig
+
+MULTI_K_WEIGHT = 1 / 8
+KL_ROWS = 512  # rows whose logits are held at once
+
+Downstream = Callable[[Tensor, Tensor], Tensor]  # (x, resid) → logits, in the model's own units
+
+
+class Scaled(NamedTuple):
+    """A batch in scaled units; `target` is x, or y of a transcoder; `resid` is as the model has it."""
+
+    x: Float[Tensor, "rows d_in"]
+    target: Float[Tensor, "rows d_out"]
+    resid: Float[Tensor, "rows d_model"] | None = None
+
+
+@dataclass(frozen=True)
+class Now:
+    """What holds at one step beside the parameters."""
+
+    config: TrainConfig
+    kernels: Kernels
+    coefficient: float  # λ of this step: warmed up, annealed or found by the controller
+    sparse: bool  # whether few enough features were active at the last step for sparse products to pay
+    dead: Bool[Tensor, " d_sae"]
+    p: float = 1.0
+    scale: float = 1.0
+    downstream: Downstream | None = None
+
+
+class Outcome(NamedTuple):
+    """`error` is the mean squared error of x̂ (or ŷ), whatever the loss is."""
+
+    loss: Float[Tensor, ""]
+    error: Float[Tensor, ""]
+    acts: FeatureActs
+    penalty: Float[Tensor, ""] | None = None
+
+
+Objective = Callable[[SAE, Scaled, Now], Outcome]
+
+
+def pre_activations(sae: SAE, x: Tensor, rule: Rule, now: Now) -> FeatureActs:
+    """`(x − b_dec) W_enc + b_enc` of the features the rule makes active; of all where sparse products do not pay."""
+    if now.sparse or not isinstance(rule, Above):
+        try:
+            pre, support = autograd.encode(now.kernels, x, sae.W_enc, sae.b_enc, sae.input_bias, rule)
+            return SparseActs(pre, support, now.kernels)
+        except NotSparse:
+            pass
+    return DenseActs(sae.pre_acts(x))
+
+
+def activations(sae: SAE, x: Tensor, now: Now) -> FeatureActs:
+    """`sae.encode(x)`, sparse or dense."""
+    if isinstance(sae.rule, Above) and not now.sparse:
+        return sae.encode_dense(x)
+    return sae.feature_acts(x, now.kernels)
+
+
+def l1(sae: SAE, batch: Scaled, now: Now) -> Outcome:
+    """`‖y − ŷ‖² + λ Σ f`. Source: Bricken et al. 2023; for transcoders Dunefsky et al. 2024 (arXiv 2406.11944)."""
+    acts = activations(sae, batch.x, now)
+    error = losses.squared_error(batch.target, sae.output(acts, batch.x))
+    penalty = losses.l1_norm(acts)
+    return Outcome(error + now.coefficient * penalty if now.coefficient else error, error, acts, penalty)
+
+
+def l1_of_norms(sae: SAE, batch: Scaled, now: Now) -> Outcome:
+    """`‖x − x̂‖² + λ Σ f ‖d‖`. Source: Anthropic, April 2024 update, as Templeton et al. 2024 print it."""
+    acts = activations(sae, batch.x, now)
+    error = losses.squared_error(batch.target, sae.output(acts, batch.x))
+    penalty = losses.l1_norm(acts, sae.W_dec.norm(dim=-1))
+    return Outcome(error + now.coefficient * penalty, error, acts, penalty)
+
+
+def annealed_lp(sae: SAE, batch: Scaled, now: Now) -> Outcome:
+    """`‖x − x̂‖² + λ Σ f^p`, p falling from 1. Source: Karvonen et al. 2024 (arXiv 2408.00113)."""
+    acts = activations(sae, batch.x, now)
+    error = losses.squared_error(batch.target, sae.output(acts, batch.x))
+    penalty = losses.lp_norm(acts, now.p)
+    return Outcome(error + now.coefficient * penalty, error, acts, penalty)
+
+
+def gated(sae: SAE, batch: Scaled, now: Now) -> Outcome:
+    """`‖x − x̂(f)‖² + λ Σ ReLU(π) + ‖x − x̂_frozen(ReLU(π))‖²`, π the gate's pre-activations, f = 1[π > 0] · magnitude.
+
+    The decoder is a constant in the last term, which teaches the gate to find the right features.
+    Source: Rajamanoharan et al. 2024 (arXiv 2404.16014), eq. 8.
+    """
+    pre = pre_activations(sae, batch.x, sae.rule, now)
+    gate = pre.with_values(pre.values.relu())
+    features = pre.support.features.long() if isinstance(pre, SparseActs) else None
+    acts = pre.with_values(torch.where(pre.values > 0, sae.magnitudes(pre.values, features), 0.0))
+    error = losses.squared_error(batch.target, sae.output(acts, batch.x))
+    by_gate = gate.decode(sae.W_dec.detach()) + sae.b_dec.detach()
+    penalty = losses.l1_norm(gate)
+    loss = error + now.coefficient * penalty + losses.squared_error(batch.target, by_gate)
+    return Outcome(loss, error, acts, penalty)
+
+
+def jumprelu(sae: SAE, batch: Scaled, now: Now) -> Outcome:
+    """`‖x − x̂‖² + λ L0` with learned thresholds. Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), eq. 9."""
+    bandwidth = now.config.bandwidth
+    # Below the threshold by half a bandwidth an entry is no activation, but moves its threshold.
+    rule = Above(sae.threshold.detach() - bandwidth / 2)
+    acts, l0 = losses.jump(pre_activations(sae, batch.x, rule, now), sae.threshold, bandwidth)
+    error = losses.squared_error(batch.target, sae.output(acts, batch.x))
+    return Outcome(error + now.coefficient * l0, error, acts, l0)
+
+
+def topk(sae: SAE, batch: Scaled, now: Now) -> Outcome:
+    """`‖x − x̂‖² (+ ‖x − x̂_{m·k}‖² / 8 where multi_k = m) + AuxK`; also for k · rows of a batch (Bussmann et al. 2024).
+
+    Source: Gao et al. 2024 (arXiv 2406.04093), §2.4 and A.2; Multi-TopK with m = 4 and weight 1/8 in §A.
+    """
+    wide = None
+    if now.config.multi_k:
+        assert sae.k is not None
+        wide = _largest(sae, batch.x, min(sae.d_sae, now.config.multi_k * sae.k), now)
+        acts = wide.largest_of_rows(sae.k)
+    else:
+        acts = activations(sae, batch.x, now)
+    x_hat = sae.output(acts, batch.x)
+    error = loss = losses.squared_error(batch.target, x_hat)
+    if wide is not None:
+        loss = loss + MULTI_K_WEIGHT * losses.squared_error(batch.target, sae.output(wide, batch.x))
+    return Outcome(_with_aux(loss, sae, batch, x_hat, now), error, acts)
+
+
+def matryoshka(sae: SAE, batch: Scaled, now: Now) -> Outcome:
+    """`Σ over prefixes m of ‖x − x̂_{1…m}‖² + AuxK`, x̂_{1…m} from the first m features and b_dec alone.
+
+    Source: Bussmann et al. 2025 (arXiv 2503.17547), eq. 3.
+    """
+    acts = activations(sae, batch.x, now)
+    x_hat: Tensor = sae.b_dec
+    loss: Tensor = batch.x.new_zeros(())
+    for start, stop in pairwise([0, *now.config.prefix_sizes]):
+        x_hat = x_hat + acts.prefix(start, stop).decode(sae.W_dec)
+        error = losses.squared_error(batch.target, x_hat)
+        loss = loss + error
+    return Outcome(_with_aux(loss, sae, batch, x_hat, now), error, acts)
+
+
+def end_to_end(sae: SAE, batch: Scaled, now: Now) -> Outcome:
+    """`mean KL(p(x) ‖ p(x̂)) + λ Σ f`, p the model's next-token distribution from the hook point on.
+
+    Source: Braun et al. 2024 (arXiv 2405.12241).
+    """
+    assert now.downstream is not None
+    assert batch.resid is not None
+    acts = activations(sae, batch.x, now)
+    x_hat = sae.output(acts, batch.x)
+    kl = batch.x.new_zeros(())
+    for rows in torch.arange(len(batch.x)).split(KL_ROWS):  # no more logits in memory than one chunk's
+        arguments = (batch.x[rows], x_hat[rows], batch.resid[rows], now)
+        kl = kl + checkpoint(_divergence, *arguments, use_reentrant=False)
+    penalty = losses.l1_norm(acts)
+    loss = kl / len(batch.x) + now.coefficient * penalty
+    return Outcome(loss, losses.squared_error(batch.target, x_hat), acts, penalty)
+
+
+def _divergence(x: Tensor, x_hat: Tensor, resid: Tensor, now: Now) -> Tensor:
+    assert now.downstream is not None
+    with torch.no_grad():
+        clean = now.downstream(x / now.scale, resid)
+    return losses.kl_divergence(clean, now.downstream(x_hat / now.scale, resid))
+
+
+def _largest(sae: SAE, x: Tensor, k: int, now: Now) -> FeatureActs:
+    """What a TopK dictionary with this k would find."""
+    pre = pre_activations(sae, x, TopK(k), now)
+    return pre if isinstance(pre, SparseActs) else pre.with_values(pre.values.relu()).largest_of_rows(k)
+
+
+def _with_aux(loss: Tensor, sae: SAE, batch: Scaled, x_hat: Tensor, now: Now) -> Tensor:
+    if not now.config.aux_coefficient:
+        return loss
+    # Gao et al. weigh AuxK against a squared error normalised by the variance; ours is not: multiply it back.
+    variance = (batch.target - batch.target.mean(0)).pow(2).sum(-1).mean().detach()
+    aux = losses.aux_k_loss(sae, batch.x, batch.target - x_hat, now.dead, now.kernels)
+    return loss + now.config.aux_coefficient * (aux * variance)

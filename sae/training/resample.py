@@ -1,0 +1,80 @@
+"""Dead features get a new start."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.dictionary.autoencoder import SAE
+from sae.training.adam import Adam
+from sae.training.initialise import spread_rows
+
+ENCODER_SHARE_OF_ALIVE_NORM = 0.2
+POOL_PER_DEAD = 4
+
+
+@torch.no_grad()
+def resample_(
+    sae: SAE,
+    optimizer: Adam,
+    dead: Int[Tensor, " n_dead"],
+    rows: Float[Tensor, "n d_in"],
+    losses: Float[Tensor, " n"],
+    generator: torch.Generator,
+) -> Int[Tensor, " n_dead"]:
+    """Points dead features at badly reconstructed inputs and forgets their Adam moments; returns the rows chosen.
+
+    P(row) ∝ loss². The decoder row is the input at unit norm, the encoder column the same at 0.2 × the mean encoder
+    norm of the living, the encoder bias 0.
+    Source: Bricken et al. 2023, "Neuron resampling".
+    """
+    chosen = torch.multinomial(losses.double().pow(2), len(dead), replacement=True, generator=generator)
+    directions = torch.nn.functional.normalize(rows[chosen].to(sae.W_enc.device), dim=-1)
+    alive = torch.ones(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
+    alive[dead] = False
+    encoder_norms = sae.W_enc.norm(dim=0)
+    alive_norm = encoder_norms[alive].mean() if alive.any() else encoder_norms.mean()
+    _restart(sae, optimizer, dead, directions * (ENCODER_SHARE_OF_ALIVE_NORM * alive_norm), directions)
+    return chosen
+
+
+@torch.no_grad()
+def reseed_(
+    sae: SAE,
+    optimizer: Adam,
+    dead: Int[Tensor, " n_dead"],
+    rows: Float[Tensor, "n d_in"],
+    losses: Float[Tensor, " n"],
+    generator: torch.Generator,
+) -> Int[Tensor, " n_placed"]:
+    """Gives dead TopK features a place among the k of a badly reconstructed input; returns the rows chosen.
+
+    P(row) ∝ loss, thinned to rows far from each other. The encoder column is the centred input x − b_dec, scaled so
+    that on it the feature ranks in the middle of the k active ones; the decoder row is what is missing there, x − x̂, at
+    unit norm; the encoder bias is 0. A weaker start never wins a place and stays dead, a stronger one drives out what
+    works. Fewer rows than dead features: the rest waits for the next time.
+    """
+    assert sae.k is not None
+    pool = min(POOL_PER_DEAD * len(dead), int((losses > 0).sum()))
+    candidates = torch.multinomial(losses.double(), pool, replacement=False, generator=generator)
+    centred = rows[candidates] - sae.b_dec.to(rows.device)
+    chosen = candidates[spread_rows(torch.nn.functional.normalize(centred, dim=-1), len(dead), generator)]
+    dead, x = dead[: len(chosen)], rows[chosen].to(sae.W_enc.device)
+    feature_acts = sae.encode(x)
+    rank = (sae.k + 1) // 2
+    middle = feature_acts.topk(rank, dim=-1).values[:, -1:]
+    centred = x - sae.b_dec
+    encoder = centred * (middle / centred.pow(2).sum(-1, keepdim=True).clamp_min(1e-12))
+    _restart(sae, optimizer, dead, encoder, torch.nn.functional.normalize(x - sae.decode(feature_acts), dim=-1))
+    return chosen
+
+
+def _restart(sae: SAE, optimizer: Adam, features: Tensor, encoder: Tensor, decoder: Tensor) -> None:
+    sae.W_enc[:, features] = encoder.T
+    sae.W_dec[features] = decoder
+    sae.b_enc[features] = 0.0
+    if sae.activation == "gated":  # the magnitude is the gate's value again, as at the start
+        sae.r_mag[features] = 0.0
+        sae.b_mag[features] = 0.0
+    optimizer.forget(features)
