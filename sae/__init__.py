@@ -17,7 +17,7 @@ _HOME = {
     "controls": "sae.pipeline",
     "export": "sae.pipeline",
     "import_dictionary": "sae.pipeline",
-    "load": "sae.dictionary.autoencoder",
+    "load": "sae.dictionary.files",
     "SAE": "sae.dictionary.autoencoder",
     "load_model": "sae.lm",
     "steer": "sae.interventions.steering",

@@ -72,8 +72,7 @@ def ours(kernels: str, variant: str, d_in: int, d_sae: int, k: int, batches: lis
     from dataclasses import replace
 
     from sae.kernels import choose
-    from sae.training import loop
-    from sae.training import step as training_step
+    from sae.training import state, step
     from sae.training.recipes import resolve
     from sae.training.rows import Batch
 
@@ -83,13 +82,13 @@ def ours(kernels: str, variant: str, d_in: int, d_sae: int, k: int, batches: lis
     recipe, config = resolve(name, **settings, resample_shares=())
     # The start from data takes a while and changes no step.
     recipe = replace(recipe, encoder_init="kaiming")
-    state = loop.start(HeldRows(batches), config, recipe, choose(kernels, "cuda"), "cuda")
+    started = state.start(HeldRows(batches), config, recipe, choose(kernels, "cuda"), "cuda")
     place = iter(range(10**9))
 
-    def step() -> None:
-        training_step.train_step(state, Batch(batches[next(place) % len(batches)]), config)
+    def take_step() -> None:
+        step.train_step(started, Batch(batches[next(place) % len(batches)]), config)
 
-    return step
+    return take_step
 
 
 def dense_torch(

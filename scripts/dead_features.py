@@ -25,6 +25,7 @@ from torch import Tensor
 import sae
 from sae.jobs.checkpoint import read_tensors
 from sae.training import resample
+from sae.training.adam import Adam
 
 RECIPE = "towards-monosemanticity"
 COLUMNS = ("alive", "not_ultra_low", "l0", "fvu", "delta_ce")
@@ -34,13 +35,13 @@ ULTRA_LOW = 1e-5  # density
 @torch.no_grad()
 def reinitialise_(
     dictionary: sae.SAE,
-    optimizer: resample.Adam,
+    optimizer: Adam,
     dead: Tensor,
     rows: Tensor,
     losses: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """In the place of `optim.resample_`: weights as at the start, whatever the rows; no row is a parent (-1)."""
+    """Stands in for `resample_`: weights as at the start, whatever the rows; no row is a parent (-1)."""
     n, d_in = len(dead), dictionary.d_in
     bound = d_in**-0.5
     dictionary.W_enc[:, dead] = (2 * torch.rand(d_in, n, generator=generator) - 1) * bound

@@ -153,10 +153,10 @@ def test_the_gpu_benchmarks_contender_takes_real_steps(bench_gpu: ModuleType, mo
     if DEVICE == "cpu":  # what it asks of a GPU, here in the interpreter
         choose_there, start_there = choose, loop.start
         monkeypatch.setattr("sae.kernels.choose", lambda name, device: choose_there(name, "cpu"))
-        monkeypatch.setattr(loop, "start", lambda *args: start_there(*args[:-1], "cpu"))
+        monkeypatch.setattr("sae.training.state.start", lambda *args: start_there(*args[:-1], "cpu"))
     steps: list[Any] = []
     take = training_step.train_step
-    monkeypatch.setattr(loop, "train_step", lambda *args: steps.append(take(*args)))
+    monkeypatch.setattr(training_step, "train_step", lambda *args: steps.append(take(*args)))
     batches = [FewRows().sample(16, seed).to(DEVICE) for seed in range(2)]
     for variant in ("topk", "batchtopk"):
         step = bench_gpu.ours("triton", variant, 8, 32, 3, batches)
