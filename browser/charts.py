@@ -23,11 +23,7 @@ def _bars(histogram: pd.DataFrame, counted: str, log_counts: bool) -> alt.Chart:
         alt.Chart(histogram)
         .mark_bar(binSpacing=0.5)
         .encode(
-            x=alt.X(
-                "low:Q",
-                bin="binned",
-                axis=alt.Axis(tickCount=6, grid=False, title=None, labelFontSize=10),
-            ),
+            x=alt.X("low:Q", bin="binned", axis=alt.Axis(tickCount=6, grid=False, title=None, labelFontSize=10)),
             x2="high:Q",
             y=y,
             tooltip=[
@@ -128,9 +124,12 @@ def training_chart(log: pd.DataFrame, name: str, resampled: list[int]) -> alt.La
 def density_chart(histogram: pd.DataFrame) -> alt.Chart:
     """Features by log₁₀ density; the ultra-low and the dense ones coloured apart."""
     colour = (
-        alt.when("datum.high <= -5").then(alt.value(VIOLET)).when("datum.low >= -1").then(alt.value(BLUE))
+        alt.when("datum.high <= -5")
+        .then(alt.value(VIOLET))
+        .when("datum.low >= -1")
+        .then(alt.value(BLUE))
         .otherwise(alt.value(ORANGE))
-    )  # fmt: skip
+    )
     return _bars(histogram, "features", False).encode(color=colour)
 
 
@@ -141,9 +140,13 @@ def frontier_chart(table: pd.DataFrame) -> alt.LayerChart:
         x=alt.X("l0:Q", scale=alt.Scale(type="log"), axis=alt.Axis(title="L0", grid=False, tickCount=6)),
         y=alt.Y("fvu:Q", axis=alt.Axis(title="fvu", tickCount=5)),
         color=alt.Color("series:N", legend=alt.Legend(title=None, orient="bottom")),
-        tooltip=["id", alt.Tooltip("l0:Q", format=".1f"), alt.Tooltip("fvu:Q", format=".4f"),
-                 alt.Tooltip("ce_loss_score:Q", format=".4f")],
-    )  # fmt: skip
+        tooltip=[
+            "id",
+            alt.Tooltip("l0:Q", format=".1f"),
+            alt.Tooltip("fvu:Q", format=".4f"),
+            alt.Tooltip("ce_loss_score:Q", format=".4f"),
+        ],
+    )
     lines, points = base.mark_line(opacity=0.5), base.mark_point(filled=True, size=45)
     ring = base.transform_filter("datum.this").mark_point(size=180, strokeWidth=2)
     return (lines + points + ring).properties(height=220)

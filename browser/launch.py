@@ -31,10 +31,7 @@ OPTIONS = {
 def command(*, port: int, open_browser: bool) -> list[str]:
     """The command line that serves the app on `port`."""
     app = Path(__file__).with_name("app.py")
-    options = OPTIONS | {
-        "server.port": str(port),
-        "server.headless": "false" if open_browser else "true",
-    }
+    options = OPTIONS | {"server.port": str(port), "server.headless": "false" if open_browser else "true"}
     flags = [f"--{name}={value}" for name, value in (options | THEME).items()]
     flags += [f"--server.allowedHosts={host}" for host in HOSTS]
     # -P: a file of the user's working directory must not stand in for a module

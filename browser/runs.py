@@ -17,9 +17,18 @@ from browser.data import SaeEntry, read_config
 POINTS = 400  # of a curve
 QUIET_S = 600  # a log unchanged for so long is of a run that has stopped
 FIRST = (
-    "l0", "fvu", "delta_ce", "ce_loss_score_zero", "ce_loss_score_mean", "ce_clean", "ce_sae", "ce_zero", "ce_mean",
-    "dead_share", "ultra_low_share",
-)  # fmt: skip
+    "l0",
+    "fvu",
+    "delta_ce",
+    "ce_loss_score_zero",
+    "ce_loss_score_mean",
+    "ce_clean",
+    "ce_sae",
+    "ce_zero",
+    "ce_mean",
+    "dead_share",
+    "ultra_low_share",
+)
 
 
 def read_log(path: Path, points: int = POINTS) -> pd.DataFrame:

@@ -15,9 +15,21 @@ from store.features import FeatureIndex
 
 KINDS = ("regex", "script", "alphabet", "tokens", "domain")
 SCRIPTS = (
-    "Arabic", "Armenian", "Bengali", "Cyrillic", "Devanagari", "Georgian", "Greek", "Han", "Hangul", "Hebrew",
-    "Hiragana", "Katakana", "Latin", "Thai",
-)  # fmt: skip
+    "Arabic",
+    "Armenian",
+    "Bengali",
+    "Cyrillic",
+    "Devanagari",
+    "Georgian",
+    "Greek",
+    "Han",
+    "Hangul",
+    "Hebrew",
+    "Hiragana",
+    "Katakana",
+    "Latin",
+    "Thai",
+)
 MAX_PATTERN = 500  # characters
 TIMEOUT_S = 5.0
 OTHER = 1e-10  # the paper's probability of a character outside the alphabet

@@ -58,14 +58,23 @@ class Contender:
     def __init__(self, who: str, command: list[str], cwd: Path | None = None) -> None:
         self.who = who
         env = os.environ | {
-            "OMP_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS), "BENCH_THREADS": str(THREADS),
-            "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "SPARSIFY_DISABLE_TRITON": "1",
+            "OMP_NUM_THREADS": str(THREADS),
+            "MKL_NUM_THREADS": str(THREADS),
+            "BENCH_THREADS": str(THREADS),
+            "WANDB_MODE": "disabled",
+            "HF_HUB_OFFLINE": "1",
+            "SPARSIFY_DISABLE_TRITON": "1",
             "TOKENIZERS_PARALLELISM": "false",
-        }  # fmt: skip
+        }
         self.process = subprocess.Popen(
-            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            command,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
             cwd=cwd,
-        )  # fmt: skip
+        )
         self.alive = self._read() is not None
 
     def _read(self) -> dict[str, Any] | None:
@@ -233,8 +242,13 @@ def main() -> int:
     else:
         for variant in args.variants.split(","):
             for d_sae in map(int, args.d_sae.split(",")):
-                found = beside_peers(variant, d_sae, args.rounds, args.peers and args.peers.resolve(),
-                                     [name for name in args.who.split(",") if name])  # fmt: skip
+                found = beside_peers(
+                    variant,
+                    d_sae,
+                    args.rounds,
+                    args.peers and args.peers.resolve(),
+                    [name for name in args.who.split(",") if name],
+                )
                 show(found)
                 results += found
                 sys.stdout.flush()

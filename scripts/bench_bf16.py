@@ -30,9 +30,15 @@ def measured(args: argparse.Namespace, mode: str, seed: int) -> dict[str, Any]:
     out = args.out / f"{args.recipe}-{args.d_sae}-{mode}-s{seed}"
     settings = {"matmul": mode, **({"target_l0": args.l0} if args.l0 else {}), **parsed(args.set or [])}
     trained = sae.train(
-        args.acts, out, recipe=args.recipe, d_sae=args.d_sae, tokens=args.tokens, seed=seed, config=settings,
+        args.acts,
+        out,
+        recipe=args.recipe,
+        d_sae=args.d_sae,
+        tokens=args.tokens,
+        seed=seed,
+        config=settings,
         hook_point=args.hook_point,
-    )  # fmt: skip
+    )
     report = out / "eval.json"
     metrics = (json.loads(report.read_text()) if report.is_file() else sae.evaluate(out))["metrics"]
     found = {name: metrics[name]["value"] for name in METRICS}

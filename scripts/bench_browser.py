@@ -96,9 +96,10 @@ class Bench:
 
     def first_view(self, name: str) -> None:
         self.timed(
-            name, lambda: self.page.goto(f"{self.site}?{urlencode({'sae': self.sae})}"),
+            name,
+            lambda: self.page.goto(f"{self.site}?{urlencode({'sae': self.sae})}"),
             (name, '[data-testid="stDataFrame"] canvas'),
-        )  # fmt: skip
+        )
 
     def features(self, start: int, n: int) -> None:
         drawn = '.groups[data-{}*=":{}:"]'
@@ -106,10 +107,11 @@ class Bench:
         self.page.wait_for_timeout(1500)  # Streamlit listens for shortcuts a moment after the page stands
         for number in range(start + 1, start + 1 + n):
             self.timed(
-                "feature to feature", lambda: self.page.keyboard.press("ArrowRight"),
+                "feature to feature",
+                lambda: self.page.keyboard.press("ArrowRight"),
                 ("feature to feature", drawn.format("key", number)),
                 ("ablation underlines", drawn.format("underlined", number)),
-            )  # fmt: skip
+            )
             self.idle()
 
     def table(self) -> None:
@@ -119,9 +121,10 @@ class Bench:
             shown = self.page.locator("#features-done").get_attribute("data-shown")
             box.fill(text)
             self.timed(
-                "table filter", lambda: box.press("Enter"),
+                "table filter",
+                lambda: box.press("Enter"),
                 ("table filter", f'#features-done:not([data-shown="{shown}"])'),
-            )  # fmt: skip
+            )
             self.idle()
         self.visit("Features", "#features-done")
         for sort in ("density, highest first", "max activation", "logit kurtosis", "number"):
@@ -138,9 +141,10 @@ class Bench:
             tokens = self.page.locator("#microscope-done").get_attribute("data-tokens")
             box.fill("a " * number + WORDS * 10)
             self.timed(
-                "microscope, 256 tokens", lambda: box.press("Control+Enter"),
+                "microscope, 256 tokens",
+                lambda: box.press("Control+Enter"),
                 ("microscope, 256 tokens", f'#microscope-done:not([data-tokens="{tokens}"])'),
-            )  # fmt: skip
+            )
             self.idle()
 
     def steering(self) -> None:

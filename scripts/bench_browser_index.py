@@ -83,11 +83,14 @@ def main() -> None:
     document = np.array([names[name][0] for _, name, _ in found])[:, None].repeat(SEQ_LEN, 1)
     keep = tokens != model.bos_id
     writer = FeatureWriter(
-        out / "features.zarr", d_sae=args.d_sae, seq_len=SEQ_LEN, n_contexts=n,
+        out / "features.zarr",
+        d_sae=args.d_sae,
+        seq_len=SEQ_LEN,
+        n_contexts=n,
         attributes={"d_in": sae.d_in, "hook_point": HOOK_POINT, "model": model.id, "bos": model.bos_id},
         vocabulary=token_bytes(model.tokenizer),
         documents=[(name, "", domain, "") for name, (_, domain) in names.items()],
-    )  # fmt: skip
+    )
     for start in range(0, n, CONTEXTS_AT_ONCE):
         part = slice(start, min(n, start + CONTEXTS_AT_ONCE))
         row, feature, value = firings(tokens[part], args.d_sae)

@@ -94,8 +94,10 @@ def _saelens(peers: Path, contexts: np.ndarray, scratch: Path) -> dict[str, floa
     python = next(p for p in (peers / "pv_saelens", peers / "envs" / "pv_saelens") if p.is_dir()) / "bin" / "python"
     done = subprocess.run(
         [python, worker, shipped_models()[MODEL], scratch / "contexts.safetensors", HOOK, scratch / "cached"],
-        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"},
+    )
     shutil.rmtree(scratch)
     if done.returncode:
         raise RuntimeError(f"SAELens' side failed:\n{done.stderr[-2000:]}")
@@ -111,9 +113,12 @@ def trainer(model: LanguageModel, source: TextSource, steps: int, scratch: Path)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         steady = lines[1:] or lines
         found.append(
-            {"rows_from": name, "rows_per_s": statistics.median(line["rows_per_s"] for line in steady),
-             "stall_share": statistics.median(line["stall_share"] for line in steady)}
-        )  # fmt: skip
+            {
+                "rows_from": name,
+                "rows_per_s": statistics.median(line["rows_per_s"] for line in steady),
+                "stall_share": statistics.median(line["stall_share"] for line in steady),
+            }
+        )
     return found
 
 
@@ -124,10 +129,14 @@ def index(tokens: int, forward: tuple[float, float], scratch: Path) -> dict[str,
         pipeline.index(scratch / "from-store", tokens=10**12)
     seconds, cpu_s = (ours + theirs for ours, theirs in zip(clock.median("index"), forward, strict=True))
     return {
-        "tokens": tokens, "features": D_SAE, "index_s": clock.median("index")[0], "with_forward_s": seconds,
-        "with_forward_cpu_s": cpu_s, "s_per_feature": seconds / D_SAE,
+        "tokens": tokens,
+        "features": D_SAE,
+        "index_s": clock.median("index")[0],
+        "with_forward_s": seconds,
+        "with_forward_cpu_s": cpu_s,
+        "s_per_feature": seconds / D_SAE,
         "saedashboard_over_ours": SAEDASHBOARD_S_PER_FEATURE / (seconds / D_SAE),
-    }  # fmt: skip
+    }
 
 
 def data_path(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:

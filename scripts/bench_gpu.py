@@ -273,9 +273,11 @@ def hardware(rate: tuple[float, float]) -> dict[str, Any]:
     import triton
 
     return machine.described() | {
-        "capability": torch.cuda.get_device_capability(), "copy_gb_per_s": round(rate[0] / 1e9),
-        "float16_tflop_per_s": round(rate[1] / 1e12), "triton": triton.__version__,
-    }  # fmt: skip
+        "capability": torch.cuda.get_device_capability(),
+        "copy_gb_per_s": round(rate[0] / 1e9),
+        "float16_tflop_per_s": round(rate[1] / 1e12),
+        "triton": triton.__version__,
+    }
 
 
 def main() -> int:

@@ -40,16 +40,27 @@ def made_rows(rows: int, d_in: int) -> np.ndarray:
 def write_store(path: Path, acts: np.ndarray, shard_rows: int) -> None:
     contexts, n_shards = shard_rows // SEQ_LEN, len(acts) // shard_rows
     store = ActivationStore.create(
-        path, hook_points={HOOK: acts.shape[1]}, seq_len=SEQ_LEN, contexts_per_shard=contexts,
-        n_shards={"heldout": 0, "train": n_shards}, dtype="float16", provenance={},
-    )  # fmt: skip
+        path,
+        hook_points={HOOK: acts.shape[1]},
+        seq_len=SEQ_LEN,
+        contexts_per_shard=contexts,
+        n_shards={"heldout": 0, "train": n_shards},
+        dtype="float16",
+        provenance={},
+    )
     text = np.ones((contexts, SEQ_LEN), int)
     with store.hold():
         for shard in range(n_shards):
             store.write_shard(
-                "train", shard, acts={HOOK: acts[shard * shard_rows : (shard + 1) * shard_rows]}, tokens=text,
-                keep=text > 0, document=text, documents={}, cursor={},
-            )  # fmt: skip
+                "train",
+                shard,
+                acts={HOOK: acts[shard * shard_rows : (shard + 1) * shard_rows]},
+                tokens=text,
+                keep=text > 0,
+                document=text,
+                documents={},
+                cursor={},
+            )
         store.finish()
 
 

@@ -29,9 +29,11 @@ from sae.training.rows import Batch
 
 D_IN = 512
 VARIANTS = {
-    "topk": "topk", "batchtopk": "batch-topk", "relu": "towards-monosemanticity",
+    "topk": "topk",
+    "batchtopk": "batch-topk",
+    "relu": "towards-monosemanticity",
     "relu-sparse": "towards-monosemanticity",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

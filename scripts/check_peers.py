@@ -141,9 +141,10 @@ def random_dictionary(activation: str, seed: int, *, unit_norms: bool = True, pr
 
 
 def dictionaries(trained: list[Path]) -> dict[str, SAE]:
-    made = {activation: random_dictionary(activation, i) for i, activation in enumerate(
-        ("relu", "topk", "batchtopk", "jumprelu", "gated")
-    )}  # fmt: skip
+    made = {
+        activation: random_dictionary(activation, i)
+        for i, activation in enumerate(("relu", "topk", "batchtopk", "jumprelu", "gated"))
+    }
     made["relu, free norms"] = random_dictionary("relu", 10, unit_norms=False)
     made["topk, free norms"] = random_dictionary("topk", 11, unit_norms=False)
     made["relu, no pre-bias"] = random_dictionary("relu", 12, pre_bias=False)

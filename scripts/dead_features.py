@@ -34,12 +34,7 @@ ULTRA_LOW = 1e-5  # density
 
 @torch.no_grad()
 def reinitialise_(
-    dictionary: sae.SAE,
-    optimizer: Adam,
-    dead: Tensor,
-    rows: Tensor,
-    losses: Tensor,
-    generator: torch.Generator,
+    dictionary: sae.SAE, optimizer: Adam, dead: Tensor, rows: Tensor, losses: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Stands in for `resample_`: weights as at the start, whatever the rows; no row is a parent (-1)."""
     n, d_in = len(dead), dictionary.d_in
@@ -90,9 +85,15 @@ def main() -> int:
     for name, (settings, put_in_place) in cures().items():
         with put_in_place:
             sae.train(
-                args.acts, args.out / name, recipe=RECIPE, d_sae=args.d_sae, tokens=args.tokens, seed=args.seed,
-                hook_point=args.hook_point, config=given | settings,
-            )  # fmt: skip
+                args.acts,
+                args.out / name,
+                recipe=RECIPE,
+                d_sae=args.d_sae,
+                tokens=args.tokens,
+                seed=args.seed,
+                hook_point=args.hook_point,
+                config=given | settings,
+            )
         found[name] = measured(args.out / name, ablated)
         print(f"{name:8} " + " ".join(f"{found[name][column]:14,.4g}" for column in COLUMNS), flush=True)
     summary = {

@@ -26,13 +26,7 @@ BETTER = {
 }
 # Three seeds can agree by chance. Below these the bound would be tighter than another machine's arithmetic, or than the
 # default text of another Python: 3.11.2's, seed 0, gave 0.9936 and 0.0097 nats where 3.11.7's gives 0.9983 and 0.0025.
-LEAST_SD = {
-    "ce_loss_score_zero": 2e-3,
-    "ce_loss_score_mean": 3e-3,
-    "delta_ce": 3e-3,
-    "fvu": 2e-3,
-    "dead_share": 1e-2,
-}
+LEAST_SD = {"ce_loss_score_zero": 2e-3, "ce_loss_score_mean": 3e-3, "delta_ce": 3e-3, "fvu": 2e-3, "dead_share": 1e-2}
 
 
 def main() -> int:

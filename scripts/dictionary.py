@@ -65,9 +65,15 @@ def main() -> int:
     from sae.cli.tables import eval_table
 
     result, seconds = build(
-        args.text, args.out, model=args.model, tokens=args.tokens, recipe=args.recipe, d_sae=args.d_sae,
-        train_tokens=args.train_tokens, seed=args.seed,
-    )  # fmt: skip
+        args.text,
+        args.out,
+        model=args.model,
+        tokens=args.tokens,
+        recipe=args.recipe,
+        d_sae=args.d_sae,
+        train_tokens=args.train_tokens,
+        seed=args.seed,
+    )
     print(eval_table(result))
     print("\nseconds: " + ", ".join(f"{stage} {took:.0f}" for stage, took in seconds.items()))
     print(f"look at it: sae browse {args.out.parent}")

@@ -20,15 +20,8 @@ import numpy as np
 from sae.evaluation.domains import f1, scores
 from store.features import FeatureIndex
 
-SCRIPT_BLOCKS = {
-    "arabic": ((0x0600, 0x06FF), (0x0750, 0x077F)),
-    "hebrew": ((0x0590, 0x05FF),),
-}
-ALPHABETS = {
-    "base64": string.ascii_letters + string.digits + "+/",
-    "hex": string.hexdigits,
-    "dna": "ATCG",
-}
+SCRIPT_BLOCKS = {"arabic": ((0x0600, 0x06FF), (0x0750, 0x077F)), "hebrew": ((0x0590, 0x05FF),)}
+ALPHABETS = {"base64": string.ascii_letters + string.digits + "+/", "hex": string.hexdigits, "dna": "ATCG"}
 OUTSIDE = 1e-10
 
 

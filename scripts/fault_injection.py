@@ -53,9 +53,14 @@ class Tally:
 
 def create(path: Path) -> ActivationStore:
     return ActivationStore.create(
-        path, hook_points={HOOK: D_IN}, seq_len=SEQ_LEN, contexts_per_shard=CONTEXTS, n_shards=N_SHARDS,
-        dtype="float16", provenance={"model": "none"},
-    )  # fmt: skip
+        path,
+        hook_points={HOOK: D_IN},
+        seq_len=SEQ_LEN,
+        contexts_per_shard=CONTEXTS,
+        n_shards=N_SHARDS,
+        dtype="float16",
+        provenance={"model": "none"},
+    )
 
 
 def rows_of(split: str, shard: int) -> np.ndarray:
@@ -75,9 +80,15 @@ def write(path: str, rank: int, world: int) -> None:
             for shard in range(count):
                 if shard % 64 in lanes and shard not in written:
                     store.write_shard(
-                        split, shard, acts={HOOK: rows_of(split, shard)}, tokens=ones * shard, keep=ones > 0,
-                        document=ones * shard, documents={shard: ("i", "s", "d", "h")}, cursor={"document": shard},
-                    )  # fmt: skip
+                        split,
+                        shard,
+                        acts={HOOK: rows_of(split, shard)},
+                        tokens=ones * shard,
+                        keep=ones > 0,
+                        document=ones * shard,
+                        documents={shard: ("i", "s", "d", "h")},
+                        cursor={"document": shard},
+                    )
     if all(len(store.markers(split)) == count for split, count in N_SHARDS.items()):
         store.finish()
 
@@ -137,10 +148,22 @@ def kill_harvests(kills: int, workers: int, seed: int, scratch: Path) -> Tally:
     """The command itself, model and tokenizer and all."""
     tally, rng = Tally("sae harvest", workers), random.Random(seed)
     command = [
-        sys.executable, "-m", "sae.cli", "harvest", "--model", "tiny-relu-1l", "--text", "default",
-        "--tokens", "131072",
-        "--heldout-tokens", "16384", "--device", "cpu", "--out",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "sae.cli",
+        "harvest",
+        "--model",
+        "tiny-relu-1l",
+        "--text",
+        "default",
+        "--tokens",
+        "131072",
+        "--heldout-tokens",
+        "16384",
+        "--device",
+        "cpu",
+        "--out",
+    ]
     whole, out = scratch / "harvest.zarr", scratch / f"harvest-{workers}.zarr"
     if not whole.exists():
         subprocess.run([*command, str(whole)], check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -153,10 +176,11 @@ def kill_harvests(kills: int, workers: int, seed: int, scratch: Path) -> Tally:
         running = [
             subprocess.Popen(
                 [*command, str(out), "--rank", str(rank), "--world", str(workers)],
-                stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
             )
             for rank in range(workers)
-        ]  # fmt: skip
+        ]
         share = max(1, (total - _markers(out)) // (kills - tally.kills + 1)) if tally.kills < kills else None
         wanted = None if share is None else _markers(out) + rng.randrange(1, share + 1)
         _kill_when(lambda n=wanted: n is not None and _markers(out) >= n, running, rng, tally)

@@ -32,10 +32,16 @@ from store.schema import StoreError
 from store.shards import Marker, parse_marker
 
 ATTRIBUTES = {
-    "kind": "activations", "format": 1, "seq_len": 8, "contexts_per_shard": 2, "lanes": 64, "provenance": {"text": "x"},
-    "dtype": {"blocks.0.mlp.hook_post": "float16"}, "hook_points": {"blocks.0.mlp.hook_post": 4},
+    "kind": "activations",
+    "format": 1,
+    "seq_len": 8,
+    "contexts_per_shard": 2,
+    "lanes": 64,
+    "provenance": {"text": "x"},
+    "dtype": {"blocks.0.mlp.hook_post": "float16"},
+    "hook_points": {"blocks.0.mlp.hook_post": 4},
     "n_shards": {"heldout": 1, "train": 3},
-}  # fmt: skip
+}
 WORDS = [b"0", b"-1", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b'""', b'"../x"', b"\x00", b"\xff", b'"', b"}"]
 Parser = Callable[[bytes], Any]
 
@@ -87,9 +93,16 @@ def safetensors(raw: bytes) -> None:
 def seeds() -> dict[str, tuple[Parser, bytes]]:
     """Each parser with a sound file."""
     made = Marker(
-        3, 16, 2, 14, {"tokens/c/4/0": {"bytes": 68, "crc32c": 7}}, {"h": np.arange(4.0)}, {"h": 2.5},
-        {"document": 3, "token": 1}, {5: ("id", "source", "domain", "ab")},
-    )  # fmt: skip
+        3,
+        16,
+        2,
+        14,
+        {"tokens/c/4/0": {"bytes": 68, "crc32c": 7}},
+        {"h": np.arange(4.0)},
+        {"h": 2.5},
+        {"document": 3, "token": 1},
+        {5: ("id", "source", "domain", "ab")},
+    )
     lines = [{"text": "a\u00e9 b", "id": 1}, {"text": "two", "domain": "d"}, {"no": 1}, ["x"], {"text": None}]
     return {
         "attributes": (attributes, metadata_files(ATTRIBUTES)["zarr.json"]),

@@ -63,24 +63,40 @@ def run(acts: Path, point: Point) -> dict[str, Any]:
     transcodes = recipes.recipe_named(point.recipe).needs == "y"
     hook, target = TRANSCODED if transcodes else (HOOK, None)
     sae.train(
-        acts, out, recipe=point.recipe, d_sae=point.d_sae, tokens=point.tokens, seed=point.seed, hook_point=hook,
-        target_hook_point=target, config={"target_l0": point.l0, **dict(point.settings)},
-    )  # fmt: skip
+        acts,
+        out,
+        recipe=point.recipe,
+        d_sae=point.d_sae,
+        tokens=point.tokens,
+        seed=point.seed,
+        hook_point=hook,
+        target_hook_point=target,
+        config={"target_l0": point.l0, **dict(point.settings)},
+    )
     result = sae.evaluate(out, ablated=_ABLATED.setdefault(target or hook, {}))
     about = json.loads((out / "config.json").read_text())
     metrics = result["metrics"]
     entry = {
-        "recipe": point.recipe, "d_sae": point.d_sae, "target_l0": point.l0, "seed": point.seed,
-        "rows": point.tokens, "settings": dict(point.settings), "store_rows_sha256": about["store"]["rows_sha256"],
-        "batch_tokens": about["train"]["batch_tokens"], "lambda": about["lambda"]["scaled"],
-        "heldout_tokens": result["tokens"], **{name: metrics[name]["value"] for name in FIDELITY},
+        "recipe": point.recipe,
+        "d_sae": point.d_sae,
+        "target_l0": point.l0,
+        "seed": point.seed,
+        "rows": point.tokens,
+        "settings": dict(point.settings),
+        "store_rows_sha256": about["store"]["rows_sha256"],
+        "batch_tokens": about["train"]["batch_tokens"],
+        "lambda": about["lambda"]["scaled"],
+        "heldout_tokens": result["tokens"],
+        **{name: metrics[name]["value"] for name in FIDELITY},
         "shrinkage": metrics["shrinkage"]["value"],
-        "mean_f1": result["domains"]["mean_f1"], "pure_features": result["domains"]["pure_features"],
+        "mean_f1": result["domains"]["mean_f1"],
+        "pure_features": result["domains"]["pure_features"],
         "best_f1": {name: found and round(found["f1"], 3) for name, found in result["domains"]["best_feature"].items()},
         "top_neuron": result["decoder"]["top_neuron"]["median"],
         "nearest_cosine": result["decoder"]["nearest_cosine"]["median"],
-        "eval_format": result["format"], "hardware": machine.described(),
-    }  # fmt: skip
+        "eval_format": result["format"],
+        "hardware": machine.described(),
+    }
     if not transcodes:
         probed = _setup(acts, hook, str(about["model"]["id"])).probed(sae.load(out), learned=True)
         entry |= {f"probe_{k}": value for k, value in probed["probe"].items()}

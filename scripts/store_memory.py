@@ -68,10 +68,25 @@ def ring(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "acts.zarr"
         command = [
-            sys.executable, "-m", "sae.cli", "harvest", "--model", "tiny-relu-1l", "--text", args.text,
-            "--tokens", "100000000", "--heldout-tokens", "524288", "--keep-rows", str(args.keep_rows),
-            "--device", "cpu", "--out", str(out),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "sae.cli",
+            "harvest",
+            "--model",
+            "tiny-relu-1l",
+            "--text",
+            args.text,
+            "--tokens",
+            "100000000",
+            "--heldout-tokens",
+            "524288",
+            "--keep-rows",
+            str(args.keep_rows),
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+        ]
 
         def look() -> Sample:
             return {

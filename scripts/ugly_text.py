@@ -103,9 +103,25 @@ def long_model(directory: Path) -> Path:
 
 def harvested(text: Path, seq_len: int, model: str, scratch: Path) -> dict[str, Any]:
     command = [
-        sys.executable, "-m", "sae.cli", "harvest", "--model", model, "--text", str(text), "--tokens", str(ROWS),
-        "--heldout-tokens", "16384", "--seq-len", str(seq_len), "--device", "cpu", "--out", str(scratch / "acts.zarr"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "sae.cli",
+        "harvest",
+        "--model",
+        model,
+        "--text",
+        str(text),
+        "--tokens",
+        str(ROWS),
+        "--heldout-tokens",
+        "16384",
+        "--seq-len",
+        str(seq_len),
+        "--device",
+        "cpu",
+        "--out",
+        str(scratch / "acts.zarr"),
+    ]
     start = time.perf_counter()
     with (scratch / "log").open("w+") as log:
         process = subprocess.Popen(command, stderr=log, stdout=subprocess.DEVNULL)

@@ -107,8 +107,7 @@ class FeatureWriter:
         self.domains = sorted({document[2] for document in self.documents})
         self._lock = _claim(self.partial)
         self._coo = Spill(
-            self.partial / "spill" / "firings",
-            {"feature": "uint32", "row": "uint32", "value": "float16"},
+            self.partial / "spill" / "firings", {"feature": "uint32", "row": "uint32", "value": "float16"}
         )
         shape = (n_contexts, seq_len)
         spill = self.partial / "spill"
@@ -171,10 +170,17 @@ class FeatureWriter:
                 row_ptr, by_row = self._coo.scatter("row", self.n_contexts * self.seq_len)
                 panels = panels | from_firings(
                     SortedFirings(
-                        ptr, firings["row"], firings["value"], row_ptr, by_row["feature"], by_row["value"],
-                        self._tokens, self._keep, self._domain_of()[self._document],
+                        ptr,
+                        firings["row"],
+                        firings["value"],
+                        row_ptr,
+                        by_row["feature"],
+                        by_row["value"],
+                        self._tokens,
+                        self._keep,
+                        self._domain_of()[self._document],
                     )
-                )  # fmt: skip
+                )
         self._put_panels(root, panels, statistics.result())
         atomic_json(self.partial / "documents.json", [list(d) for d in self.documents])
         strings = [token.decode("latin-1") for token in self.vocabulary]
@@ -226,12 +232,7 @@ class FeatureWriter:
             )
 
     def _check_firings(
-        self,
-        where: slice,
-        keep: np.ndarray,
-        rows: np.ndarray,
-        features: np.ndarray,
-        values: np.ndarray,
+        self, where: slice, keep: np.ndarray, rows: np.ndarray, features: np.ndarray, values: np.ndarray
     ) -> None:
         if not len(rows) == len(features) == len(values):
             raise StoreError(f"{self.path}: {len(rows)} rows, {len(features)} features, {len(values)} values")

@@ -28,22 +28,40 @@ BLOCK = {"ROWS": 128, "FEATURES": 128, "INPUTS": 64}
 KERNELS: list[tuple[Any, list[Any], dict[str, Any]]] = [
     (triton_screen._narrow, [f32, "i32", ONE, f16, *NARROW, "i32", "i32"], {"ROWS": 4, "COLUMNS": 512}),
     (triton_screen._narrow, ["*bf16", "i32", "i32", f16, *NARROW, "i32", "i32"], {"ROWS": 1, "COLUMNS": 4096}),
-    (triton_screen._screen, [f16, *NARROW, f16, *NARROW, *BOUNDS, f32, i32, None, None, *SIZES, "fp32"],
-     {"KEEP": False, "GROUP": 1, **BLOCK}),
-    (triton_screen._screen, [f16, *NARROW, f16, *NARROW, *BOUNDS, None, None, f16, f32, *SIZES, "fp32"],
-     {"KEEP": True, "GROUP": 32, **BLOCK}),
-    (triton_screen._mark, [f16, *NARROW, *NARROW, *BOUNDS, f32, i32, *["i32"] * 3, *["fp32"] * 3],
-     {"ROWS": 1, "WORDS": 128}),
+    (
+        triton_screen._screen,
+        [f16, *NARROW, f16, *NARROW, *BOUNDS, f32, i32, None, None, *SIZES, "fp32"],
+        {"KEEP": False, "GROUP": 1, **BLOCK},
+    ),
+    (
+        triton_screen._screen,
+        [f16, *NARROW, f16, *NARROW, *BOUNDS, None, None, f16, f32, *SIZES, "fp32"],
+        {"KEEP": True, "GROUP": 32, **BLOCK},
+    ),
+    (
+        triton_screen._mark,
+        [f16, *NARROW, *NARROW, *BOUNDS, f32, i32, *["i32"] * 3, *["fp32"] * 3],
+        {"ROWS": 1, "WORDS": 128},
+    ),
     (triton_screen._count, [i32, i32, *["i32"] * 3], {"ROWS": 1, "WORDS": 128}),
     (triton_screen._list, [i32, i64, i32, *["i32"] * 3], {"ROWS": 1, "WORDS": 128}),
     (triton_select._keep_largest, [f32, i64, i8, "i32", "i32"], {"ROWS": 4, "ROOM": 128}),
-    (triton_products._dots, [f32, "i32", ONE, f32, "i32", ONE, i64, i32, f32, "i32", "i32"],
-     {"ENTRIES": 16, "COLUMNS": 128}),
-    *((triton_products._sum_rows, [f32, i32, i32, i64, source, "i32", ONE, f32, "i32", ONE, "i32"],
-       {"ADD": add, "ENTRIES": 8, "COLUMNS": 512}) for add, source in ((False, f32), (True, f32), (False, "*bf16"))),
+    (
+        triton_products._dots,
+        [f32, "i32", ONE, f32, "i32", ONE, i64, i32, f32, "i32", "i32"],
+        {"ENTRIES": 16, "COLUMNS": 128},
+    ),
+    *(
+        (
+            triton_products._sum_rows,
+            [f32, i32, i32, i64, source, "i32", ONE, f32, "i32", ONE, "i32"],
+            {"ADD": add, "ENTRIES": 8, "COLUMNS": 512},
+        )
+        for add, source in ((False, f32), (True, f32), (False, "*bf16"))
+    ),
     (triton_adam._adam_flat, [*[f32] * 4, *["fp32"] * 6, "i32"], {"NUMBERS": 1024}),
     (triton_adam._adam_unit_rows, [*[f32] * 4, *["fp32"] * 6, "i32"], {"COLUMNS": 512}),
-]  # fmt: skip
+]
 
 
 def compiled(kernel: Any, types: list[Any], constants: dict[str, Any], capability: int) -> bytes:
@@ -60,9 +78,11 @@ def main() -> int:
     written = {kernel.__name__ for kernel, _, _ in KERNELS}
     modules = (triton_adam, triton_products, triton_screen, triton_select)
     launched = {
-        value.__name__ for module in modules for value in vars(module).values()
+        value.__name__
+        for module in modules
+        for value in vars(module).values()
         if isinstance(value, triton.JITFunction) and value.__name__ not in HELPERS
-    }  # fmt: skip
+    }
     if launched != written:
         print(f"not compiled here: {launched ^ written}", file=sys.stderr)
         return 1

@@ -35,11 +35,17 @@ def dashboard_feature(feature: int) -> dict[str, Any]:
         "logits_hist_data_bar_values": [-1.0, 0.0, 1.0],
         "logits_hist_data_bar_heights": [5, 90, 5],
         "activations": [
-            {"bin_min": low, "bin_max": low + 1, "bin_contains": 0.125, "tokens": TEXTS[i],
-             "values": acts_of(feature, i), "qualifying_token_index": TEXTS[i].index(" cat")}
+            {
+                "bin_min": low,
+                "bin_max": low + 1,
+                "bin_contains": 0.125,
+                "tokens": TEXTS[i],
+                "values": acts_of(feature, i),
+                "qualifying_token_index": TEXTS[i].index(" cat"),
+            }
             for i, low in enumerate((-1, 0, 0))
         ],
-    }  # fmt: skip
+    }
 
 
 def dashboard(folder: Path) -> Path:
@@ -73,10 +79,15 @@ def paper_feature(feature: int) -> dict[str, Any]:
             {"quantile_name": "Top", "quantile_max_act": 2.0, "examples": texts[1:]},
             {"quantile_name": "Subsample <interval> 1", "quantile_max_act": 0.5, "examples": texts[:1]},
         ],
-        "statistics": {"density_frac": 0.002, "global_max_act": 9.5, "abs_max_neuron_weights": [0.5],
-                       "abs_max_neuron_inds": [12], "l1_max_neuron_weights": [0.1]},
+        "statistics": {
+            "density_frac": 0.002,
+            "global_max_act": 9.5,
+            "abs_max_neuron_weights": [0.5],
+            "abs_max_neuron_inds": [12],
+            "l1_max_neuron_weights": [0.1],
+        },
         "logit_effects": {"positives": [[" dog", 1.5]], "negatives": [["zzz", -2.0]]},
-    }  # fmt: skip
+    }
 
 
 def paper(folder: Path, features: tuple[int, ...] = (0, 1, 10)) -> Path:

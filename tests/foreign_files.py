@@ -43,16 +43,30 @@ def saelens(path: Path, w: Tensors, architecture: str = "standard", **settings: 
     if architecture == "jumprelu":
         names["threshold"] = "threshold"
     if architecture == "gated":
-        names = {"W_enc": "W_enc", "b_gate": "b_enc", "b_mag": "b_mag", "r_mag": "r_mag", "W_dec": "W_dec",
-                 "b_dec": "b_dec"}  # fmt: skip
+        names = {
+            "W_enc": "W_enc",
+            "b_gate": "b_enc",
+            "b_mag": "b_mag",
+            "r_mag": "r_mag",
+            "W_dec": "W_dec",
+            "b_dec": "b_dec",
+        }
     _tensors(path / "sae_weights.safetensors", {theirs: w[ours] for theirs, ours in names.items()})
     d_in, d_sae = w["W_enc"].shape
     metadata = {"sae_lens_version": "6.54.12", "model_name": "gelu-1l", "hook_name": "blocks.0.mlp.hook_post"}
     config = {
-        "architecture": architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu",
-        "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
-        "metadata": metadata | settings.pop("metadata", {}), **({"k": K} if architecture == "topk" else {}), **settings,
-    }  # fmt: skip
+        "architecture": architecture,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": metadata | settings.pop("metadata", {}),
+        **({"k": K} if architecture == "topk" else {}),
+        **settings,
+    }
     _json(path / "cfg.json", config)
     return path
 
@@ -69,9 +83,14 @@ def dictionary_learning(path: Path, w: Tensors, kind: str = "AutoEncoder", **tra
     path.mkdir(parents=True, exist_ok=True)
     torch.save(state, path / "ae.pt")
     base = {
-        "dict_class": kind, "activation_dim": d_in, "dict_size": d_sae, "k": K, "layer": 3,
-        "lm_name": "EleutherAI/pythia-70m-deduped", "submodule_name": "resid_post_layer_3",
-    }  # fmt: skip
+        "dict_class": kind,
+        "activation_dim": d_in,
+        "dict_size": d_sae,
+        "k": K,
+        "layer": 3,
+        "lm_name": "EleutherAI/pythia-70m-deduped",
+        "submodule_name": "resid_post_layer_3",
+    }
     _json(path / "config.json", {"trainer": base | trainer})
     return path
 
@@ -93,10 +112,16 @@ def llamascopium(path: Path, w: Tensors, act_fn: str = "relu", *, norm: float | 
         tensors[f"dataset_average_activation_norm.{place}"] = torch.tensor(norm)
     _tensors(path / "sae_weights.safetensors", tensors)
     config = {
-        "sae_type": "sae", "d_model": w["W_enc"].shape[0], "expansion_factor": 20 / 6, "act_fn": act_fn, "top_k": K,
-        "norm_activation": "inference" if norm is None else "dataset-wise", "sparsity_include_decoder_norm": False,
-        "hook_point_in": place, "hook_point_out": place,
-    }  # fmt: skip
+        "sae_type": "sae",
+        "d_model": w["W_enc"].shape[0],
+        "expansion_factor": 20 / 6,
+        "act_fn": act_fn,
+        "top_k": K,
+        "norm_activation": "inference" if norm is None else "dataset-wise",
+        "sparsity_include_decoder_norm": False,
+        "hook_point_in": place,
+        "hook_point_out": place,
+    }
     _json(path / "config.json", config | settings)
     return path
 
@@ -113,11 +138,16 @@ def openai(path: Path, w: Tensors, activation: str = "ReLU") -> Path:
     path.mkdir(parents=True, exist_ok=True)
     settings = {"k": K, "postact_fn": "ReLU"} if activation == "TopK" else {}
     state = {
-        "pre_bias": w["b_dec"], "latent_bias": w["b_enc"], "encoder.weight": w["W_enc"].T,
-        "decoder.weight": w["W_dec"].T, "stats_last_nonzero": torch.zeros(w["b_enc"].shape, dtype=torch.long),
-        "latents_activation_frequency": torch.ones(w["b_enc"].shape), "latents_mean_square": torch.zeros(20),
-        "activation": activation, "activation_state_dict": settings,
-    }  # fmt: skip
+        "pre_bias": w["b_dec"],
+        "latent_bias": w["b_enc"],
+        "encoder.weight": w["W_enc"].T,
+        "decoder.weight": w["W_dec"].T,
+        "stats_last_nonzero": torch.zeros(w["b_enc"].shape, dtype=torch.long),
+        "latents_activation_frequency": torch.ones(w["b_enc"].shape),
+        "latents_mean_square": torch.zeros(20),
+        "activation": activation,
+        "activation_state_dict": settings,
+    }
     torch.save(state, path / "8.pt")
     return path / "8.pt"
 

@@ -490,16 +490,28 @@ def test_killed_writers_leave_the_bytes_of_an_unbroken_one(tmp_path) -> None:
 
 def test_a_kill_before_the_oldest_shard_goes_leaves_no_row_too_many_in_a_ring(tmp_path, monkeypatch) -> None:
     store = ActivationStore.create(
-        tmp_path / "ring.zarr", hook_points={"h": 2}, seq_len=4, contexts_per_shard=1,
-        n_shards={"heldout": 1, "train": 128}, dtype="float32", provenance={}, ring_shards_per_lane=1,
-    )  # fmt: skip
+        tmp_path / "ring.zarr",
+        hook_points={"h": 2},
+        seq_len=4,
+        contexts_per_shard=1,
+        n_shards={"heldout": 1, "train": 128},
+        dtype="float32",
+        provenance={},
+        ring_shards_per_lane=1,
+    )
     text = np.ones((1, 4), int)
 
     def write(shard: int) -> None:
         store.write_shard(
-            "train", shard, acts={"h": np.ones((4, 2), np.float32)}, tokens=text, keep=text > 0, document=text,
-            documents={}, cursor={"at": shard},
-        )  # fmt: skip
+            "train",
+            shard,
+            acts={"h": np.ones((4, 2), np.float32)},
+            tokens=text,
+            keep=text > 0,
+            document=text,
+            documents={},
+            cursor={"at": shard},
+        )
 
     def killed(self: ActivationStore, shard: int) -> None:
         if shard >= 0:

@@ -19,9 +19,13 @@ LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imp
 
 def lint(root: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", LINT], cwd=root, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", LINT],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=os.environ | {"PYTHONPATH": str(root), "COLUMNS": "200"},
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -118,9 +122,15 @@ def test_peers_files_are_read_without_running_what_is_in_them() -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["import pickle", "from pickle import loads", "import torch\ntorch.save(1, 'x')", "from torch import load",
-     "import numpy as np\nnp.load('x', allow_pickle=True)", "def f():\n    import dill"],
-)  # fmt: skip
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import torch\ntorch.save(1, 'x')",
+        "from torch import load",
+        "import numpy as np\nnp.load('x', allow_pickle=True)",
+        "def f():\n    import dill",
+    ],
+)
 def test_pickling_would_be_noticed(source: str) -> None:
     assert forbidden_calls(source)
     assert not forbidden_calls("import numpy as np\nnp.load('x', allow_pickle=False)\nimport json\njson.load(f)")

@@ -90,9 +90,12 @@ def test_the_parts_are_what_taking_them_out_changes(deep: NativeModel, ids: list
             normed = (mid - mid.mean()) / sigma2 * block.ln2.weight + block.ln2.bias
             post = block.mlp.get_submodule("in")(normed) * gate
             x = {
-                "hook_attn_out": attn, "hook_resid_mid": mid, "mlp.hook_post": post,
-                "hook_mlp_out": block.mlp.out(post), "hook_resid_post": mid + block.mlp.out(post),
-            }[hook]  # fmt: skip
+                "hook_attn_out": attn,
+                "hook_resid_mid": mid,
+                "mlp.hook_post": post,
+                "hook_mlp_out": block.mlp.out(post),
+                "hook_resid_post": mid + block.mlp.out(post),
+            }[hook]
             return float((x - sae.b_dec.double()) @ sae.W_enc[:, feature].double() + sae.b_enc[feature].double())
 
         whole = pre_act(attn_out, resid[position])

@@ -21,8 +21,11 @@ def test_the_worker_answers_with_the_time_of_each_step(shape: tuple[str, str]) -
     command = [sys.executable, SCRIPTS / "bench_worker.py", "--variant", shape[0], "--l0", shape[1]]
     process = subprocess.Popen(
         [*map(str, command), "--d-sae", "128", "--batch", "64"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     answers = [json.loads(process.stdout.readline())]

@@ -79,9 +79,13 @@ def test_feature_page_sends_groups_of_tokens(visit: Any, root: Path) -> None:
     assert sent["max"] == pytest.approx(values.max())
     titles = [group["title"] for group in sent["groups"]]
     assert titles == [
-        "Top activations", *(f"Interval {i}" for i in range(11, 0, -1)), "Bottom activations", "Controls",
-        "Hard negatives: its tokens", "Hard negatives: its neighbour",
-    ]  # fmt: skip
+        "Top activations",
+        *(f"Interval {i}" for i in range(11, 0, -1)),
+        "Bottom activations",
+        "Controls",
+        "Hard negatives: its tokens",
+        "Hard negatives: its neighbour",
+    ]
     top = sent["groups"][0]["examples"]
     assert [e["value"] for e in top] == sorted((e["value"] for e in top), reverse=True)
     assert top[0]["value"] == pytest.approx(values.max())
@@ -129,9 +133,18 @@ def test_a_range_of_logit_weights_needs_the_model_and_says_so(visit: Any) -> Non
 
 @pytest.mark.parametrize(
     ("text", "bounds"),
-    [("1.5-3", (1.5, 3)), ("-0.5…1.2", (-0.5, 1.2)), ("2 , 1e1", (2, 10)), ("2,1", (1, 2)), ("-2–-1", (-2, -1)),
-     ("", None), ("x–3", None), ("1e999…2e999", None), ("3…3", None)],
-)  # fmt: skip
+    [
+        ("1.5-3", (1.5, 3)),
+        ("-0.5…1.2", (-0.5, 1.2)),
+        ("2 , 1e1", (2, 10)),
+        ("2,1", (1, 2)),
+        ("-2–-1", (-2, -1)),
+        ("", None),
+        ("x–3", None),
+        ("1e999…2e999", None),
+        ("3…3", None),
+    ],
+)
 def test_ranges_as_they_are_typed_and_dragged(text: str, bounds: tuple[float, float] | None) -> None:
     assert feature_examples.parse_range(text) == bounds
 

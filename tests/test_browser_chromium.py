@@ -14,10 +14,7 @@ from browser_fixture import HOSTILE, HOSTILE_TOKENS, build_root
 from browser import launch
 
 CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed"),
-]
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed")]
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -212,8 +209,7 @@ def test_dark_theme(dark_page: Any, site: str) -> None:
     dark_page.goto(f"{site}?view=Feature&feature=0")
     dark_page.wait_for_selector(".tok.on")
     background, text = dark_page.eval_on_selector(
-        ".tok.hit",
-        "n => [getComputedStyle(n).backgroundColor, getComputedStyle(n).color]",
+        ".tok.hit", "n => [getComputedStyle(n).backgroundColor, getComputedStyle(n).color]"
     )
     page_colour = dark_page.evaluate("getComputedStyle(document.querySelector('.stApp')).backgroundColor")
     assert page_colour == "rgb(21, 24, 29)"

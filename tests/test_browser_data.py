@@ -67,10 +67,7 @@ def test_intervals_partition_the_firings(values: list[int], per_interval: int, s
     assert sum(each.count for each in found) == len(values)
 
 
-@given(
-    values=st.lists(st.integers(1, 60), min_size=1, max_size=80),
-    n=st.integers(1, 20),
-)
+@given(values=st.lists(st.integers(1, 60), min_size=1, max_size=80), n=st.integers(1, 20))
 def test_intervals_by_rank_partition_the_firings(values: list[int], n: int) -> None:
     value, row = np.array(values, np.float32), np.arange(len(values))
     found = data.intervals(row, value, per_interval=len(values), seed=0, n=n, by_rank=True)
@@ -242,11 +239,7 @@ def test_pieces_of_any_bytes_agree_with_python(raw: bytes) -> None:
 
 
 def test_pieces_of_a_cut_character() -> None:
-    assert pieces([b"a\xe2", b"\x82", b"\xacb"]) == [
-        [("text", "a"), ("hex", "e2")],
-        [("hex", "82")],
-        [("text", "€b")],
-    ]
+    assert pieces([b"a\xe2", b"\x82", b"\xacb"]) == [[("text", "a"), ("hex", "e2")], [("hex", "82")], [("text", "€b")]]
     assert pieces([b"\xc3", b"x", b"\xa9"]) == [[("hex", "c3")], [("text", "x")], [("hex", "a9")]]
     assert pieces([b"\xed\xa0\x80"]) == [[("hex", "ed"), ("hex", "a0"), ("hex", "80")]]
 

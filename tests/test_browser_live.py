@@ -228,9 +228,14 @@ def test_steering_explains_what_it_cannot_do(visit: Any) -> None:
 
 def test_steering_keeps_its_limits_whatever_the_page_sends() -> None:
     call: dict[str, Any] = {
-        "prompt": "x", "edits": [Edit(0)], "factors": [1.0],
-        "seed": 0, "new_tokens": 5, "temperature": 1.0, "units": {},
-    }  # fmt: skip
+        "prompt": "x",
+        "edits": [Edit(0)],
+        "factors": [1.0],
+        "seed": 0,
+        "new_tokens": 5,
+        "temperature": 1.0,
+        "units": {},
+    }
     for change, message in (
         ({"prompt": "x" * 2001}, "2,001 characters; at most 2,000"),
         ({"prompt": " "}, "prompt is empty"),

@@ -26,8 +26,10 @@ def test_notes_are_kept_replaced_and_removed(tmp_path: Path) -> None:
     notes.put(Note(1, "x" * 999))
     again = Notes(tmp_path)
     assert (again.get(3).label, again.get(3).note, again.get(3).bookmarked) == (
-        "base64", "fires on '; DROP TABLE notes; --", True,
-    )  # fmt: skip
+        "base64",
+        "fires on '; DROP TABLE notes; --",
+        True,
+    )
     assert [note.feature for note in again.all()] == [1, 3]
     assert len(again.get(1).label) == MAX_LABEL
     again.put(Note(3, "hex"))

@@ -22,10 +22,16 @@ from sae.jobs.checkpoint import (
 )
 
 TENSORS = {
-    "a": torch.randn(3, 4), "view": torch.randn(4, 3).T, "empty": torch.zeros(0, 2), "count": torch.tensor([2**40]),
-    "scalar": torch.tensor(1.5), "half": torch.randn(5).half(), "brain": torch.randn(5).bfloat16(),
-    "flags": torch.tensor([True, False]), "extremes": torch.tensor([torch.inf, -0.0, torch.nan, 1e-45]),
-}  # fmt: skip
+    "a": torch.randn(3, 4),
+    "view": torch.randn(4, 3).T,
+    "empty": torch.zeros(0, 2),
+    "count": torch.tensor([2**40]),
+    "scalar": torch.tensor(1.5),
+    "half": torch.randn(5).half(),
+    "brain": torch.randn(5).bfloat16(),
+    "flags": torch.tensor([True, False]),
+    "extremes": torch.tensor([torch.inf, -0.0, torch.nan, 1e-45]),
+}
 HEADER = {"step": 7, "scale": 0.1 + 0.2, "text": "‖x‖", "nested": [{"a": None}]}
 
 

@@ -210,9 +210,12 @@ def test_wrong_use_is_exit_2(arguments: list[str], capsys: pytest.CaptureFixture
 
 
 def test_a_device_that_is_not_there_is_refused(
-    tiny_model_dir: Path, tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    tiny_model_dir: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -228,9 +231,12 @@ def test_another_package_in_place_of_ours_is_refused(tmp_path: Path, name: str) 
     (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package was imported')")
     done = subprocess.run(
         [sys.executable, "-c", "import sys; from sae.cli import main; sys.exit(main(['info', '.']))"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 1
     assert f"the package {name!r} found at {tmp_path} is not monosem's" in done.stderr
     assert "environment of its own" in done.stderr
@@ -256,9 +262,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, tiny_tex
 def test_the_verbs_leave_what_the_design_says(run: Path) -> None:
     files = {p.name for p in (run / "topk").iterdir()}
     assert files >= {
-        "sae.safetensors", "config.json", "state.safetensors", "metrics.jsonl", "eval.json",
-        "feature_stats.safetensors", "features.zarr",
-    }  # fmt: skip
+        "sae.safetensors",
+        "config.json",
+        "state.safetensors",
+        "metrics.jsonl",
+        "eval.json",
+        "feature_stats.safetensors",
+        "features.zarr",
+    }
     config = json.loads((run / "topk" / "config.json").read_text())
     assert (config["kind"], config["recipe"], config["hook_point"]) == ("sae", "topk", HOOK_POINT)
     assert (config["d_in"], config["d_sae"], config["k"]) == (32, 64, 4)
@@ -346,9 +357,11 @@ def test_export_info_and_verify(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.strip() == out
     assert (tmp_path / "sae-lens" / "cfg.json").is_file()
     for path, kind in (
-        (run, "run"), (run / "topk", "sae"), (run / "acts.zarr", "activation store"),
+        (run, "run"),
+        (run / "topk", "sae"),
+        (run / "acts.zarr", "activation store"),
         (run / "topk" / "features.zarr", "feature index"),
-    ):  # fmt: skip
+    ):
         assert main(["info", str(path), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["kind"] == kind
         assert main(["info", str(path)]) == 0
@@ -381,8 +394,24 @@ def test_another_models_store_is_refused(
 
     other = str(write_model(tmp_path / "other", seed=5))
     acts = str(tmp_path / "acts.zarr")
-    assert main(["harvest", "--model", other, "--text", str(tiny_text), "--out", acts, "--tokens", "256",
-                 "--heldout-tokens", "64"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "harvest",
+                "--model",
+                other,
+                "--text",
+                str(tiny_text),
+                "--out",
+                acts,
+                "--tokens",
+                "256",
+                "--heldout-tokens",
+                "64",
+            ]
+        )
+        == 0
+    )
     capsys.readouterr()
     assert main(["eval", str(run / "topk"), "--acts", acts]) == 2
     assert "Harvest that model's activations first" in capsys.readouterr().err

@@ -230,9 +230,13 @@ def test_two_models_have_no_common_space_but_their_logits() -> None:
     blocks = [block._replace(x_b=block.x_a @ rotation) for block in same_blocks()]
     vocabulary = torch.randn(D_IN, 40, generator=generator)
     found = compare(
-        a, b, blocks, tokens=ROWS, same_space=False,
+        a,
+        b,
+        blocks,
+        tokens=ROWS,
+        same_space=False,
         logit_weights=(lambda d: d @ vocabulary, lambda d: d @ rotation.T @ vocabulary),
-    )  # fmt: skip
+    )
     table = found.tables["features_a"]
     np.testing.assert_array_equal(table["best"], np.arange(16))
     np.testing.assert_allclose(table["correlation"], 1, atol=1e-5)

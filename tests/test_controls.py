@@ -43,8 +43,12 @@ def test_controls_are_the_bases_they_are_called_after() -> None:
     x = rows()
     found = made_without_training(x, d_sae=40, k=4)
     assert {name: sae.d_sae for name, sae in found.items()} == {
-        "random": 40, "pca": 2 * D_IN, "ica": found["ica"].d_sae, "neurons": D_IN, "neurons_topk": D_IN
-    }  # fmt: skip
+        "random": 40,
+        "pca": 2 * D_IN,
+        "ica": found["ica"].d_sae,
+        "neurons": D_IN,
+        "neurons_topk": D_IN,
+    }
     torch.testing.assert_close(found["neurons"].reconstruct(x), x)
     kept = x.topk(4).values.pow(2).sum()
     error = (x - found["neurons_topk"].reconstruct(x)).pow(2).sum()

@@ -42,10 +42,28 @@ def test_naive_reinitialisation_touches_the_dead_alone() -> None:
 
 def test_three_cures_on_a_store(tmp_path: Path, tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [
-        "dead_features.py", "--acts", str(tiny_store), "--hook-point", HOOK_POINT, "--out", str(tmp_path / "runs"),
-        "--d-sae", "64", "--tokens", "16384", "--json", str(tmp_path / "dead.json"), "--set", "batch_tokens=128",
-        "--set", "l1=100", "--set", "lr=0.01", "--set", "resample_shares=[0.5, 0.7]",
-    ]  # fmt: skip
+        "dead_features.py",
+        "--acts",
+        str(tiny_store),
+        "--hook-point",
+        HOOK_POINT,
+        "--out",
+        str(tmp_path / "runs"),
+        "--d-sae",
+        "64",
+        "--tokens",
+        "16384",
+        "--json",
+        str(tmp_path / "dead.json"),
+        "--set",
+        "batch_tokens=128",
+        "--set",
+        "l1=100",
+        "--set",
+        "lr=0.01",
+        "--set",
+        "resample_shares=[0.5, 0.7]",
+    ]
     monkeypatch.setattr(sys, "argv", argv)
     real = resample.resample_
     assert dead_features.main() == 0

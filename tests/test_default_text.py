@@ -68,8 +68,11 @@ def test_generated_sums_and_products_are_right(generated: dict[str, list[str]]) 
     text = "\n".join(generated["arithmetic"])
     simple = re.findall(r"^(\d+) ([-+*/]) (\d+) = (-?\d+)$", text, re.MULTILINE)
     right: dict[str, Callable[[int, int], float]] = {
-        "+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__truediv__,
-    }  # fmt: skip
+        "+": int.__add__,
+        "-": int.__sub__,
+        "*": int.__mul__,
+        "/": int.__truediv__,
+    }
     assert len(simple) > 10_000
     assert {sign for _, sign, _, _ in simple} == set(right)
     assert all(right[sign](int(a), int(b)) == int(c) for a, sign, b, c in simple)

@@ -84,9 +84,16 @@ def test_statistics_beside_the_papers() -> None:
     found = beside_a1(count, 100_000, np.array([0, 1, 2, 3, 5.0]), torch.eye(5), 0.9)
     values = {name: entry["value"] for name, entry in found["statistics"].items()}
     assert values == pytest.approx(
-        {"l0": 0.0311, "median_density": 0.0055, "max_density": 0.02, "median_max": 2.5, "median_top_neuron": 1,
-         "share_on_one_neuron": 1, "ce_loss_score_zero": 0.9}
-    )  # fmt: skip
+        {
+            "l0": 0.0311,
+            "median_density": 0.0055,
+            "max_density": 0.02,
+            "median_max": 2.5,
+            "median_top_neuron": 1,
+            "share_on_one_neuron": 1,
+            "ce_loss_score_zero": 0.9,
+        }
+    )
     assert sum(found["density"]["features"]) == 4
     assert sum(found["density"]["a1"]) == sum(A1_DENSITY.values()) == 3927
     nothing = beside_a1(np.zeros(5, int), 10, np.zeros(5), torch.eye(5), None)

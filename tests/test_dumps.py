@@ -78,8 +78,10 @@ def index_of(index: FeatureIndex, token: bytes) -> int:
 def test_bars_given_by_their_middle_and_the_bins_of_a_dashboard(tmp_path: Path) -> None:
     index = imported(tmp_path, "sae-dashboard")
     assert dumps.histogram(index, "logit", 3).to_dict("list") == {
-        "low": [-1.5, -0.5, 0.5], "high": [-0.5, 0.5, 1.5], "count": [5, 90, 5]
-    }  # fmt: skip
+        "low": [-1.5, -0.5, 0.5],
+        "high": [-0.5, 0.5, 1.5],
+        "count": [5, 90, 5],
+    }
     titles = [title for title, _, _ in dumps.groups(index, 3, before=9, after=9)]
     assert titles == ["Top activations", "Activation 0 … 1, which 12.500% of all tokens have"]
     assert index.attributes["model"]["id"] == "made-up"
@@ -87,9 +89,16 @@ def test_bars_given_by_their_middle_and_the_bins_of_a_dashboard(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("text", "raw"),
-    [("cat", b"cat"), ("\\xc3", b"\xc3"), (" \\xe2\\x80", b" \xe2\x80"), ("\\x41", b"\\x41"), ("\\", b"\\"),
-     ("é", "é".encode()), ("\\xc3é\\xAF", b"\xc3\xc3\xa9\xaf")],
-)  # fmt: skip
+    [
+        ("cat", b"cat"),
+        ("\\xc3", b"\xc3"),
+        (" \\xe2\\x80", b" \xe2\x80"),
+        ("\\x41", b"\\x41"),
+        ("\\", b"\\"),
+        ("é", "é".encode()),
+        ("\\xc3é\\xAF", b"\xc3\xc3\xa9\xaf"),
+    ],
+)
 def test_written_out_bytes_become_bytes(text: str, raw: bytes) -> None:
     assert token_bytes(text) == raw
 

@@ -58,10 +58,17 @@ def kept_mean(blocks: list[Block]) -> np.ndarray:
 def run(sae: SAE, model: NativeModel, blocks: list[Block], train_mean: np.ndarray | None = None) -> tuple[dict, dict]:
     mean = kept_mean(blocks)
     return evaluate(
-        sae, model, blocks, hook_point=HOOK_POINT, heldout_mean=mean, domains=DOMAINS,
-        train_mean=mean if train_mean is None else train_mean, kept_tokens=int(whole(blocks).keep.sum()),
-        donors=donors(), training=blocks,
-    )  # fmt: skip
+        sae,
+        model,
+        blocks,
+        hook_point=HOOK_POINT,
+        heldout_mean=mean,
+        domains=DOMAINS,
+        train_mean=mean if train_mean is None else train_mean,
+        kept_tokens=int(whole(blocks).keep.sum()),
+        donors=donors(),
+        training=blocks,
+    )
 
 
 def random_sae(d_sae: int = 50, **kind: object) -> SAE:
@@ -134,9 +141,12 @@ def test_every_figure_against_brute_force(tiny_model: NativeModel, kind: dict) -
     x_hat_everywhere = sae.decode(sae.encode(block.acts))
     drawn = np.random.default_rng(DONOR_SEED).integers(7, size=(CONTEXTS, SEQ_LEN))
     for name, replacement in {
-        "clean": None, "sae": x_hat_everywhere, "zero": torch.zeros(D_IN), "mean": torch.from_numpy(train_mean).float(),
+        "clean": None,
+        "sae": x_hat_everywhere,
+        "zero": torch.zeros(D_IN),
+        "mean": torch.from_numpy(train_mean).float(),
         "resample": donors()[torch.from_numpy(drawn)],
-    }.items():  # fmt: skip
+    }.items():
         wanted[f"ce_{name}"], _ = spliced_loss(tiny_model, block, replacement)
     wanted["delta_ce"] = wanted["ce_sae"] - wanted["ce_clean"]
     clean, replaced = (spliced_log_p(tiny_model, block, x) for x in (None, x_hat_everywhere))
@@ -157,9 +167,11 @@ def test_every_figure_against_brute_force(tiny_model: NativeModel, kind: dict) -
     d_dot_e = (sae.W_enc.T * sae.W_dec).sum(-1).numpy()
     dead = (f > 0).sum(0) == 0
     assert result["by_density"][0] == {
-        "log10_density_from": None, "features": dead.sum(), "median_b_enc": np.median(sae.b_enc.numpy()[dead]),
+        "log10_density_from": None,
+        "features": dead.sum(),
+        "median_b_enc": np.median(sae.b_enc.numpy()[dead]),
         "median_d_dot_e": pytest.approx(np.median(d_dot_e[dead]), abs=1e-6),
-    }  # fmt: skip
+    }
     assert sum(entry["features"] for entry in result["by_density"]) == sae.d_sae
     assert result["tokens"] == len(x)
     assert result["checks"]["ablation_gap_nats"] == pytest.approx(wanted["ce_zero"] - wanted["ce_clean"], abs=1e-5)
@@ -177,9 +189,17 @@ def test_domain_features_are_counted_on_kept_tokens(tiny_model: NativeModel, mon
     other = [b._replace(domain=np.where(b.domain == 1, -1, b.domain)) for b in blocks]  # prose is of no named domain
     mean = kept_mean(blocks)
     result, _ = evaluate(
-        sae, tiny_model, blocks, hook_point=HOOK_POINT, heldout_mean=mean, train_mean=mean, donors=donors(),
-        training=other, domains=["dna", "prose"], kept_tokens=int(block.keep.sum()),
-    )  # fmt: skip
+        sae,
+        tiny_model,
+        blocks,
+        hook_point=HOOK_POINT,
+        heldout_mean=mean,
+        train_mean=mean,
+        donors=donors(),
+        training=other,
+        domains=["dna", "prose"],
+        kept_tokens=int(block.keep.sum()),
+    )
     keep = block.keep.numpy()
     fired = (sae.encode(block.acts) > 0).numpy()
     dna = keep & (block.domain == 0)
@@ -240,10 +260,19 @@ def test_dictionaries_that_share_what_ablation_costs_find_what_each_finds_alone(
         passes.clear()
         shared.append(
             evaluate(
-                sae, tiny_model, blocks, hook_point=HOOK_POINT, heldout_mean=mean, domains=DOMAINS, train_mean=mean,
-                kept_tokens=int(whole(blocks).keep.sum()), donors=donors(), training=blocks, ablated=ablated,
+                sae,
+                tiny_model,
+                blocks,
+                hook_point=HOOK_POINT,
+                heldout_mean=mean,
+                domains=DOMAINS,
+                train_mean=mean,
+                kept_tokens=int(whole(blocks).keep.sum()),
+                donors=donors(),
+                training=blocks,
+                ablated=ablated,
             )[0]
-        )  # fmt: skip
+        )
     # Each block as it is and with x̂, and twice for the check of the splice: nothing is ablated again.
     assert len(passes) == 2 * len(blocks) + 2
     for sae, result in zip((random_sae(), identity()), shared, strict=True):
@@ -373,9 +402,17 @@ def test_firings_by_place_against_a_dense_count() -> None:
 def test_no_held_out_tokens_is_refused(tiny_model: NativeModel) -> None:
     with pytest.raises(ValueError, match="no held-out tokens.*harvest more documents"):
         evaluate(
-            identity(), tiny_model, [], hook_point=HOOK_POINT, heldout_mean=np.zeros(D_IN), train_mean=np.zeros(D_IN),
-            donors=donors(), training=[], domains=[], kept_tokens=0,
-        )  # fmt: skip
+            identity(),
+            tiny_model,
+            [],
+            hook_point=HOOK_POINT,
+            heldout_mean=np.zeros(D_IN),
+            train_mean=np.zeros(D_IN),
+            donors=donors(),
+            training=[],
+            domains=[],
+            kept_tokens=0,
+        )
 
 
 def test_contexts_of_one_kept_token_predict_nothing(tiny_model: NativeModel) -> None:
@@ -407,8 +444,19 @@ def test_files_of_an_evaluated_dictionary(tmp_path: Path, tiny_model: NativeMode
     units = pipeline.feature_units(tmp_path / "sae")  # no index here
     assert np.array_equal(units["feature_p99"], stats["p99"].numpy())
     assert set(result["by_domain"]) == {"prose", "dna", "numbers"}
-    wanted = ("l0", "fvu", "ce_clean", "ce_sae", "ce_zero", "ce_mean", "delta_ce", "ce_loss_score_zero",
-              "ce_loss_score_mean", "dead_share", "ultra_low_share")  # fmt: skip
+    wanted = (
+        "l0",
+        "fvu",
+        "ce_clean",
+        "ce_sae",
+        "ce_zero",
+        "ce_mean",
+        "delta_ce",
+        "ce_loss_score_zero",
+        "ce_loss_score_mean",
+        "dead_share",
+        "ultra_low_share",
+    )
     assert set(wanted) <= set(result["metrics"])
     assert sum(entry["tokens"] for entry in result["by_domain"].values()) == result["tokens"]
 

@@ -58,13 +58,7 @@ class Truth:
         order = self.rng.permutation(len(rows))
         rows, features = rows[order] + first, features[order]
         writer.append(
-            lo,
-            self.tokens[lo:hi],
-            self.keep[lo:hi],
-            self.document[lo:hi],
-            rows,
-            features,
-            self.acts[rows, features],
+            lo, self.tokens[lo:hi], self.keep[lo:hi], self.document[lo:hi], rows, features, self.acts[rows, features]
         )
 
 
@@ -222,10 +216,7 @@ def bad(truth: Truth, **change: object) -> dict[str, object]:
         ({"tokens": np.full((2, 4), 999)}, "token id 999"),
         ({"document": np.full((2, 4), 3)}, "document number 3"),
         ({"document": np.zeros((2, 3))}, r"document is \(2, 3\)"),
-        (
-            {"rows": np.array([1, 1]), "features": np.zeros(2, int), "values": np.ones(2)},
-            "appended twice",
-        ),
+        ({"rows": np.array([1, 1]), "features": np.zeros(2, int), "values": np.ones(2)}, "appended twice"),
     ],
 )
 def test_append_refuses(tmp_path: Path, change: dict[str, object], message: str) -> None:

@@ -17,9 +17,16 @@ from grid import COLUMNS, Point, add, domain_table, main, missing, table  # noqa
 def entry(seed: int = 0, **figures: Any) -> dict[str, Any]:
     known = dict.fromkeys(COLUMNS, 0.5)
     return {
-        "recipe": "topk", "d_sae": 64, "target_l0": 5.0, "seed": seed, "rows": 1000, "settings": {},
-        "store_rows_sha256": "abc", **known, **figures,
-    }  # fmt: skip
+        "recipe": "topk",
+        "d_sae": 64,
+        "target_l0": 5.0,
+        "seed": seed,
+        "rows": 1000,
+        "settings": {},
+        "store_rows_sha256": "abc",
+        **known,
+        **figures,
+    }
 
 
 def point(seed: int = 0, tokens: int = 1000, settings: tuple[tuple[str, Any], ...] = ()) -> Point:
@@ -54,12 +61,16 @@ def test_entries_are_added_one_by_one_and_seeds_share_a_line(
 
 def test_domains_have_a_line_and_recipes_a_column() -> None:
     held = {
-        "a": entry(0, best_f1={"dna": 0.5, "hex": None}), "b": entry(1, best_f1={"dna": 0.7, "hex": 0.25}),
-        "c": entry(0, best_f1={"dna": 0.1}, recipe="gated"), "d": entry(0, best_f1={"dna": 0.9}, target_l0=20.0),
+        "a": entry(0, best_f1={"dna": 0.5, "hex": None}),
+        "b": entry(1, best_f1={"dna": 0.7, "hex": 0.25}),
+        "c": entry(0, best_f1={"dna": 0.1}, recipe="gated"),
+        "d": entry(0, best_f1={"dna": 0.9}, target_l0=20.0),
         "e": entry(0, best_f1={"dna": 0.3}, rows=3000),
-    }  # fmt: skip
+    }
     assert domain_table(held, 5.0).splitlines() == [
-        "| domain | topk | gated | topk, 3,000 rows |", "|---|--:|--:|--:|",
-        "| dna | 0.6 (0.5 to 0.7) | 0.1 | 0.3 |", "| hex | 0.25 |  |  |",
-    ]  # fmt: skip
+        "| domain | topk | gated | topk, 3,000 rows |",
+        "|---|--:|--:|--:|",
+        "| dna | 0.6 (0.5 to 0.7) | 0.1 | 0.3 |",
+        "| hex | 0.25 |  |  |",
+    ]
     assert domain_table(held, 7.0).splitlines() == ["| domain |  |", "|---|"]

@@ -40,8 +40,21 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
 
 
 def harvest_command(model: Path, text: Path, out: Path) -> list[object]:
-    return ["harvest", "--model", model, "--text", text, "--tokens", 8192, "--heldout-tokens", 1024,
-            "--device", "cpu", "--out", out]  # fmt: skip
+    return [
+        "harvest",
+        "--model",
+        model,
+        "--text",
+        text,
+        "--tokens",
+        8192,
+        "--heldout-tokens",
+        1024,
+        "--device",
+        "cpu",
+        "--out",
+        out,
+    ]
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------
@@ -76,8 +89,12 @@ def test_two_workers_at_once_one_killed_and_its_lanes_taken_up(
     killed = commands.stop(
         signal.SIGKILL,
         lambda: sum(int(p.stem) % 2 for p in out.glob("markers/*/*.json")) >= 5,
-        *command, "--rank", 1, "--world", 2,
-    )  # fmt: skip
+        *command,
+        "--rank",
+        1,
+        "--world",
+        2,
+    )
     assert killed == -signal.SIGKILL
     first.join(300)
     assert first.exitcode == 0
@@ -111,9 +128,13 @@ def test_workers_sweep_their_own_lanes_only(tmp_path: Path, tiny_store: Path) ->
 
 
 def test_workers_n_starts_them_and_waits(
-    tmp_path: Path, tiny_store: Path, tiny_model_dir: Path, tiny_text: Path, capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tiny_store: Path,
+    tiny_model_dir: Path,
+    tiny_text: Path,
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "acts.zarr"
     command = [str(a) for a in harvest_command(tiny_model_dir, tiny_text, out)]

@@ -141,9 +141,15 @@ def test_several_hook_points_and_other_dtypes(
 ) -> None:
     hook_points = [HOOK_POINT, "blocks.0.hook_resid_post"]
     out = pipeline.harvest(
-        tiny_model, text_source(made_up_documents(400)), tmp_path / "acts.zarr", tokens=512, heldout_tokens=32,
-        hook_points=hook_points, dtype=dtype, seq_len=16,
-    )  # fmt: skip
+        tiny_model,
+        text_source(made_up_documents(400)),
+        tmp_path / "acts.zarr",
+        tokens=512,
+        heldout_tokens=32,
+        hook_points=hook_points,
+        dtype=dtype,
+        seq_len=16,
+    )
     store = ActivationStore.open(out)
     contexts = store.read_contexts(TRAIN, 3)
     for hook_point in hook_points:

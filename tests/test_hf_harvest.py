@@ -44,31 +44,40 @@ OUT, IN = "output", "input"
 Places = dict[str, tuple[Callable[[Any], Any], str]]
 # hook point → module of plain transformers, and whether it is what enters or what leaves it
 FAMILIES: dict[str, tuple[Callable[[], Any], Places]] = {
-    "gpt2": (gpt2, {
-        "blocks.0.hook_resid_pre": (lambda m: m.transformer.h[0], IN),
-        "blocks.0.mlp.hook_post": (lambda m: m.transformer.h[0].mlp.c_proj, IN),
-        "blocks.0.hook_mlp_out": (lambda m: m.transformer.h[0].mlp, OUT),
-        "blocks.1.attn.hook_z": (lambda m: m.transformer.h[1].attn.c_proj, IN),
-        "blocks.1.hook_attn_out": (lambda m: m.transformer.h[1].attn, OUT),
-        "blocks.1.hook_resid_mid": (lambda m: m.transformer.h[1].ln_2, IN),
-        "blocks.1.hook_resid_post": (lambda m: m.transformer.h[1], OUT),
-    }),
-    "neox": (neox, {
-        "blocks.0.hook_resid_pre": (lambda m: m.gpt_neox.layers[0], IN),
-        "blocks.0.mlp.hook_post": (lambda m: m.gpt_neox.layers[0].mlp.dense_4h_to_h, IN),
-        "blocks.0.hook_mlp_out": (lambda m: m.gpt_neox.layers[0].mlp, OUT),
-        "blocks.1.hook_attn_out": (lambda m: m.gpt_neox.layers[1].attention, OUT),
-        "blocks.1.hook_resid_post": (lambda m: m.gpt_neox.layers[1], OUT),
-    }),
-    "llama": (llama, {
-        "blocks.0.hook_resid_pre": (lambda m: m.model.layers[0], IN),
-        "blocks.0.mlp.hook_post": (lambda m: m.model.layers[0].mlp.down_proj, IN),
-        "blocks.0.hook_mlp_out": (lambda m: m.model.layers[0].mlp, OUT),
-        "blocks.1.hook_attn_out": (lambda m: m.model.layers[1].self_attn, OUT),
-        "blocks.1.hook_resid_mid": (lambda m: m.model.layers[1].post_attention_layernorm, IN),
-        "blocks.1.hook_resid_post": (lambda m: m.model.layers[1], OUT),
-    }),
-}  # fmt: skip
+    "gpt2": (
+        gpt2,
+        {
+            "blocks.0.hook_resid_pre": (lambda m: m.transformer.h[0], IN),
+            "blocks.0.mlp.hook_post": (lambda m: m.transformer.h[0].mlp.c_proj, IN),
+            "blocks.0.hook_mlp_out": (lambda m: m.transformer.h[0].mlp, OUT),
+            "blocks.1.attn.hook_z": (lambda m: m.transformer.h[1].attn.c_proj, IN),
+            "blocks.1.hook_attn_out": (lambda m: m.transformer.h[1].attn, OUT),
+            "blocks.1.hook_resid_mid": (lambda m: m.transformer.h[1].ln_2, IN),
+            "blocks.1.hook_resid_post": (lambda m: m.transformer.h[1], OUT),
+        },
+    ),
+    "neox": (
+        neox,
+        {
+            "blocks.0.hook_resid_pre": (lambda m: m.gpt_neox.layers[0], IN),
+            "blocks.0.mlp.hook_post": (lambda m: m.gpt_neox.layers[0].mlp.dense_4h_to_h, IN),
+            "blocks.0.hook_mlp_out": (lambda m: m.gpt_neox.layers[0].mlp, OUT),
+            "blocks.1.hook_attn_out": (lambda m: m.gpt_neox.layers[1].attention, OUT),
+            "blocks.1.hook_resid_post": (lambda m: m.gpt_neox.layers[1], OUT),
+        },
+    ),
+    "llama": (
+        llama,
+        {
+            "blocks.0.hook_resid_pre": (lambda m: m.model.layers[0], IN),
+            "blocks.0.mlp.hook_post": (lambda m: m.model.layers[0].mlp.down_proj, IN),
+            "blocks.0.hook_mlp_out": (lambda m: m.model.layers[0].mlp, OUT),
+            "blocks.1.hook_attn_out": (lambda m: m.model.layers[1].self_attn, OUT),
+            "blocks.1.hook_resid_mid": (lambda m: m.model.layers[1].post_attention_layernorm, IN),
+            "blocks.1.hook_resid_post": (lambda m: m.model.layers[1], OUT),
+        },
+    ),
+}
 
 
 def first(value: Any) -> Tensor:
@@ -122,9 +131,14 @@ def test_a_store_of_several_hook_points_holds_what_plain_transformers_computes(
     assert isinstance(model, BridgeModel)
     dtypes = dict.fromkeys(places, "float32") | {"blocks.1.hook_resid_post": "bfloat16"}
     out = pipeline.harvest(
-        model, text_source(made_up_documents(300)), tmp_path / "acts.zarr", tokens=512, heldout_tokens=32,
-        hook_points=list(places), dtype=dtypes,
-    )  # fmt: skip
+        model,
+        text_source(made_up_documents(300)),
+        tmp_path / "acts.zarr",
+        tokens=512,
+        heldout_tokens=32,
+        hook_points=list(places),
+        dtype=dtypes,
+    )
     store = ActivationStore.open(out)
     assert store.dtype == dtypes
     for shard in (0, 9):

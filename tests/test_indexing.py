@@ -41,10 +41,14 @@ class Built:
         self.acts = model.capture(self.tokens, HOOK_POINT)
         self.document = np.where(np.arange(SEQ_LEN) < 6, 0, 1)[None].repeat(CONTEXTS, 0).astype(np.int32)
         writer = FeatureWriter(
-            path, d_sae=sae.d_sae, seq_len=SEQ_LEN, n_contexts=CONTEXTS, documents=DOCUMENTS,
+            path,
+            d_sae=sae.d_sae,
+            seq_len=SEQ_LEN,
+            n_contexts=CONTEXTS,
+            documents=DOCUMENTS,
             attributes={"d_in": D_IN, "hook_point": HOOK_POINT, "model": "m", "sae": "s"},
             vocabulary=token_bytes(model.tokenizer),
-        )  # fmt: skip
+        )
         parts = [slice(start, start + per_block) for start in range(0, CONTEXTS, per_block)]
         blocks = (
             IndexBlock(
@@ -89,8 +93,13 @@ def test_logit_weights(built: Built) -> None:
     logits = (direction * module.ln_final.weight.double().numpy()) @ module.unembed.weight.double().numpy().T
     logits -= np.sort(logits, axis=1)[:, (logits.shape[1] - 1) // 2][:, None]  # torch's median: the lower of two
     for feature in range(D_SAE):
-        row, panel = logits[feature], {n: built.index.panel(f"logits/{n}", feature) for n in (
-            "top_id", "top_value", "bottom_id", "bottom_value", "histogram", "range")}  # fmt: skip
+        row, panel = (
+            logits[feature],
+            {
+                n: built.index.panel(f"logits/{n}", feature)
+                for n in ("top_id", "top_value", "bottom_id", "bottom_value", "histogram", "range")
+            },
+        )
         np.testing.assert_allclose(panel["top_value"], np.sort(row)[::-1][:20], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(panel["bottom_value"], np.sort(row)[:20], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(row[panel["top_id"]], panel["top_value"], rtol=1e-4, atol=1e-4)

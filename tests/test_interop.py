@@ -70,9 +70,15 @@ def test_the_sae_lens_export_has_the_files_and_keys_its_loader_asks_for(dictiona
     metadata = config.pop("metadata")
     assert "path" not in json.dumps(metadata["monosem"])  # no place on this machine goes out
     expected = {
-        "architecture": "topk" if topk else "standard", "d_in": D_IN, "d_sae": D_SAE, "dtype": "float32",
-        "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
-    } | ({"k": K, "rescale_acts_by_decoder_norm": False} if topk else {})  # fmt: skip
+        "architecture": "topk" if topk else "standard",
+        "d_in": D_IN,
+        "d_sae": D_SAE,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+    } | ({"k": K, "rescale_acts_by_decoder_norm": False} if topk else {})
     assert config == expected
     assert int(metadata["sae_lens_version"].split(".")[0]) >= 6  # else the loader loses hook_name
     assert metadata["hook_name"] == "blocks.0.mlp.hook_post"
@@ -81,8 +87,11 @@ def test_the_sae_lens_export_has_the_files_and_keys_its_loader_asks_for(dictiona
     assert metadata["prepend_bos"] is True
     tensors = load_file(out / "sae_weights.safetensors")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
-        "W_enc": (D_IN, D_SAE), "b_enc": (D_SAE,), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,),
-    }  # fmt: skip
+        "W_enc": (D_IN, D_SAE),
+        "b_enc": (D_SAE,),
+        "W_dec": (D_SAE, D_IN),
+        "b_dec": (D_IN,),
+    }
     assert all(t.dtype == torch.float32 for t in tensors.values())
 
 
@@ -128,8 +137,16 @@ def test_the_commands_formats_are_the_pipelines() -> None:
 # --- there and back --------------------------------------------------------------------------------------------------
 
 
-def random_dictionary(activation: str, seed: int = 0, *, d_in: int = D_IN, d_sae: int = D_SAE, scale: float = 1.0,
-                      unit_norms: bool = True, **shape: Any) -> SAE:  # fmt: skip
+def random_dictionary(
+    activation: str,
+    seed: int = 0,
+    *,
+    d_in: int = D_IN,
+    d_sae: int = D_SAE,
+    scale: float = 1.0,
+    unit_norms: bool = True,
+    **shape: Any,
+) -> SAE:
     """Random tensors; a batchtopk has one threshold for all features, as it is trained."""
     sae = SAE(d_in, d_sae, activation=activation, k=K if "topk" in activation else None, **shape).eval()
     g = torch.Generator().manual_seed(seed)
@@ -140,9 +157,12 @@ def random_dictionary(activation: str, seed: int = 0, *, d_in: int = D_IN, d_sae
     if unit_norms:
         sae.W_dec.data = torch.nn.functional.normalize(sae.W_dec.data, dim=-1)
     sae.config = {
-        "recipe": "made up", "hook_point": "blocks.2.hook_resid_post", "train": {"tokens": 7, "lr": 1e-3},
-        "model": {"id": "owner/model", "sha256": "0" * 64, "kind": "transformer-bridge"}, "store": {"path": "../a"},
-    }  # fmt: skip
+        "recipe": "made up",
+        "hook_point": "blocks.2.hook_resid_post",
+        "train": {"tokens": 7, "lr": 1e-3},
+        "model": {"id": "owner/model", "sha256": "0" * 64, "kind": "transformer-bridge"},
+        "store": {"path": "../a"},
+    }
     return sae.requires_grad_(False)
 
 
@@ -235,9 +255,12 @@ def test_the_peers_sides_use_none_of_our_code(side: Path) -> None:
 
 def check_peers(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, SCRIPTS / "check_peers.py", *arguments], capture_output=True, text=True, timeout=300,
+        [sys.executable, SCRIPTS / "check_peers.py", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
         cwd=SCRIPTS.parent,
-    )  # fmt: skip
+    )
 
 
 def fake_environment(directory: Path, package: str) -> None:

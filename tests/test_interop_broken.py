@@ -92,9 +92,7 @@ def test_an_object_in_a_pt_file(tmp_path: Path) -> None:
     assert "expected a dictionary of tensors, got list" in refused(path, tmp_path / "out")
 
 
-WRONG_SHAPES = {
-    "W_enc": (D_IN, D_SAE + 1), "W_dec": (D_SAE, D_IN + 1), "b_enc": (D_SAE - 1,), "b_dec": (D_IN, 1),
-}  # fmt: skip
+WRONG_SHAPES = {"W_enc": (D_IN, D_SAE + 1), "W_dec": (D_SAE, D_IN + 1), "b_enc": (D_SAE - 1,), "b_dec": (D_IN, 1)}
 
 
 @pytest.mark.parametrize("name", WRONG_SHAPES)
@@ -168,8 +166,19 @@ def test_a_size_that_is_not_the_tensors(tmp_path: Path) -> None:
 
 
 ANYTHING = [None, True, False, 0, 1, -3, 0.5, 1e300, "", "none", "topk", [], [1], {}, {"k": 2}, {"hook_name": [1]}]
-SETTINGS = ["architecture", "k", "d_in", "metadata", "normalize_activations", "hook_name", "model_name",
-            "apply_b_dec_to_input", "activation_fn_kwargs", "activation_fn", "hook_head_index"]  # fmt: skip
+SETTINGS = [
+    "architecture",
+    "k",
+    "d_in",
+    "metadata",
+    "normalize_activations",
+    "hook_name",
+    "model_name",
+    "apply_b_dec_to_input",
+    "activation_fn_kwargs",
+    "activation_fn",
+    "hook_head_index",
+]
 
 
 @settings(max_examples=40, deadline=None)

@@ -99,10 +99,12 @@ def test_a_model_of_another_width_is_refused(tmp_path: Path, tiny_model_dir: Pat
         (lambda path: sparsify(path / "layers.17", weights()), "blocks.17.hook_resid_post"),
         (lambda path: dictionary_learning(path, weights()), "blocks.3.hook_resid_post"),
         (lambda path: llamascopium(path, weights()), "blocks.5.hook_mlp_out"),
-        (lambda path: saelens(path, weights(), metadata={"hook_name": "blocks.8.hook_resid_pre"}),
-         "blocks.8.hook_resid_pre"),
+        (
+            lambda path: saelens(path, weights(), metadata={"hook_name": "blocks.8.hook_resid_pre"}),
+            "blocks.8.hook_resid_pre",
+        ),
     ],
-)  # fmt: skip
+)
 def test_dictionaries_of_a_bigger_models_residual_stream_or_mlp_output(tmp_path: Path, make: Any, place: str) -> None:
     pipeline.import_dictionary(make(tmp_path / "peer"), tmp_path / "out")
     sae = load(tmp_path / "out")

@@ -104,9 +104,14 @@ def test_sae_lens_folds_a_constant_input_scale_that_it_finds(
 def test_sae_lens_before_6_keeps_everything_at_the_top(tmp_path: Path, w: dict) -> None:
     path = saelens(tmp_path, w)
     config = {
-        "d_in": D_IN, "d_sae": D_SAE, "model_name": "gpt2-small", "hook_point": "blocks.8.hook_resid_pre",
-        "normalize_activations": False, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K},
-    }  # fmt: skip
+        "d_in": D_IN,
+        "d_sae": D_SAE,
+        "model_name": "gpt2-small",
+        "hook_point": "blocks.8.hook_resid_pre",
+        "normalize_activations": False,
+        "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": K},
+    }
     (path / "cfg.json").write_text(json.dumps(config))
     sae = registry.read(path)
     assert (sae.activation, sae.k, sae.pre_bias) == ("topk", K, True)
@@ -198,11 +203,9 @@ def test_llamascopium(tmp_path: Path, w: dict, w64: dict, act_fn: str, norm: flo
     scale = 1.0 if norm is None else D_IN**0.5 / norm
     norms = w64["W_dec"].norm(dim=-1) if weighted else torch.ones(D_SAE, dtype=torch.float64)
     pre = (scale * X.double()) @ w64["W_enc"] + w64["b_enc"]
-    active = {
-        "relu": pre > 0,
-        "jumprelu": pre * norms > w64["threshold"],
-        "topk": largest(pre * norms, K) & (pre > 0),
-    }[act_fn]
+    active = {"relu": pre > 0, "jumprelu": pre * norms > w64["threshold"], "topk": largest(pre * norms, K) & (pre > 0)}[
+        act_fn
+    ]
     acts = pre * active
     x_hat = (acts @ w64["W_dec"] + w64["b_dec"]) / scale
     close(sae, acts / scale * (norms if act_fn == "topk" else 1), x_hat)

@@ -209,8 +209,10 @@ def test_every_gradient_of_a_dictionary_is_the_dense_float64_one(
 ) -> None:
     d_in, d_sae, rows = 20, 60, 90
     W_enc, b_enc, W_dec = weights(d_in, d_sae)
-    leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in
-              (random(3, rows, d_in), W_enc, b_enc, random(4, d_in) * 0.3, W_dec)]  # fmt: skip
+    leaves = [
+        t.clone(memory_format=torch.preserve_format).requires_grad_()
+        for t in (random(3, rows, d_in), W_enc, b_enc, random(4, d_in) * 0.3, W_dec)
+    ]
     x, W_enc, b_enc, b_dec, W_dec = leaves
     wide = [t.detach().double().requires_grad_() for t in leaves]
     X, WE, BE, BD, WD = wide

@@ -143,9 +143,12 @@ def counting(start: int, part: int) -> Any:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    batch_rows=st.integers(1, 40), batches=st.integers(1, 40), part=st.integers(1, 200), start=st.integers(0, 90),
+    batch_rows=st.integers(1, 40),
+    batches=st.integers(1, 40),
+    part=st.integers(1, 200),
+    start=st.integers(0, 90),
     seed=st.integers(0, 5),
-)  # fmt: skip
+)
 def test_every_row_of_the_stream_goes_to_one_batch_the_same_wherever_reading_begins(
     batch_rows: int, batches: int, part: int, start: int, seed: int
 ) -> None:
@@ -182,9 +185,9 @@ def test_another_seed_mixes_otherwise_and_neighbours_part() -> None:
 def test_mixing_is_what_is_counted_and_grows_with_the_buffer(contexts: Contexts) -> None:
     measured = {held: live(contexts, held_rows=held).mixing() for held in (100, 800, 6000)}
     rows = live(contexts, held_rows=800)
-    context = torch.from_numpy(np.concatenate([
-        np.full(k.sum(), i) for i, k in enumerate(k for _, keep in contexts.epoch() for k in keep)
-    ]))  # fmt: skip
+    context = torch.from_numpy(
+        np.concatenate([np.full(k.sum(), i) for i, k in enumerate(k for _, keep in contexts.epoch() for k in keep)])
+    )
     endless = context.repeat(20)[:, None]
     buffer = MixingBuffer(rows.spread, 0, [endless])
     batches = [buffer.take() for _ in range(rows.spread.batches + 8)][rows.spread.batches :]
@@ -291,9 +294,26 @@ def test_a_text_of_held_out_documents_alone_is_refused(tiny_model: NativeModel) 
 
 def training(model: object, text: object, out: Path) -> list[str]:
     return [
-        "train", "--live", str(model), "--text", str(text), "--out", str(out), "--recipe", "towards-monosemanticity",
-        "--d-sae", "96", "--tokens", str(600 * 256), "--batch-tokens", "256", "--set", "l1=60", "--set", "lr=0.01",
-    ]  # fmt: skip
+        "train",
+        "--live",
+        str(model),
+        "--text",
+        str(text),
+        "--out",
+        str(out),
+        "--recipe",
+        "towards-monosemanticity",
+        "--d-sae",
+        "96",
+        "--tokens",
+        str(600 * 256),
+        "--batch-tokens",
+        "256",
+        "--set",
+        "l1=60",
+        "--set",
+        "lr=0.01",
+    ]
 
 
 def test_killed_and_repeated_it_ends_in_the_same_bytes(tiny_model_dir: Path, tiny_text: Path, tmp_path: Path) -> None:
@@ -360,9 +380,15 @@ def test_the_model_runs_with_its_own_products_whatever_the_steps_use(
 
 def test_a_transcoder_learns_live(tiny_model_dir: Path, tiny_text: Path, tmp_path: Path) -> None:
     trained = sae.train(
-        sae.Live(str(tiny_model_dir), tiny_text), tmp_path / "t", recipe="transcoder", d_sae=64, tokens=5120,
-        config={"batch_tokens": 256}, hook_point=HOOK_POINT, target_hook_point="blocks.0.hook_mlp_out",
-    )  # fmt: skip
+        sae.Live(str(tiny_model_dir), tiny_text),
+        tmp_path / "t",
+        recipe="transcoder",
+        d_sae=64,
+        tokens=5120,
+        config={"batch_tokens": 256},
+        hook_point=HOOK_POINT,
+        target_hook_point="blocks.0.hook_mlp_out",
+    )
     assert (trained.d_in, trained.d_out) == (32, 16)
     assert trained.config["target_hook_point"] == "blocks.0.hook_mlp_out"
     with pytest.raises(PipelineError, match="name a second hook point"):

@@ -101,12 +101,14 @@ def test_nothing_after_the_hook_is_computed(tiny_model_dir: Path, tokens: Tensor
         model.module.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
     model.capture(tokens, hook_point)
     order = {
-        "blocks.0.hook_resid_pre": [], "blocks.0.hook_attn_out": ["blocks.0.attn"],
-        "blocks.0.hook_resid_mid": ["blocks.0.attn"], "blocks.0.mlp.hook_in": ["blocks.0.attn"],
+        "blocks.0.hook_resid_pre": [],
+        "blocks.0.hook_attn_out": ["blocks.0.attn"],
+        "blocks.0.hook_resid_mid": ["blocks.0.attn"],
+        "blocks.0.mlp.hook_in": ["blocks.0.attn"],
         HOOK_POINT: ["blocks.0.attn", "blocks.0.mlp.in"],
         "blocks.0.hook_mlp_out": ["blocks.0.attn", "blocks.0.mlp.in", "blocks.0.mlp.out"],
         "blocks.0.hook_resid_post": ["blocks.0.attn", "blocks.0.mlp.in", "blocks.0.mlp.out"],
-    }  # fmt: skip
+    }
     assert called == order[hook_point]
 
 
@@ -162,7 +164,7 @@ def _llama() -> Any:
             max_position_embeddings=32,
             bos_token_id=0,
             eos_token_id=0,
-        )  # fmt: skip
+        )
     )
 
 
@@ -244,9 +246,7 @@ def test_splicing_the_middle_of_a_block_changes_the_stream_and_not_only_the_mlp(
     assert (opened.logits(tokens, "blocks.1.hook_resid_mid", mixed) - expected).abs().max() <= TOLERANCE
 
 
-def test_hugging_face_directories_know_their_bos_and_context(
-    hugging_face: tuple[str, Any, BridgeModel, Path],
-) -> None:
+def test_hugging_face_directories_know_their_bos_and_context(hugging_face: tuple[str, Any, BridgeModel, Path]) -> None:
     _, _, opened, directory = hugging_face
     assert (opened.bos_id, opened.context_tokens, opened.d_vocab) == (0, 32, 300)
     assert opened.id == str(directory)

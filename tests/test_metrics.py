@@ -15,23 +15,31 @@ def sums_of(n_contexts: int = 40, rows_each: int = 25, seed: int = 0) -> tuple[d
     """Per-context sums, and the rows they are sums of."""
     rng = np.random.default_rng(seed)
     raw = {
-        "x": rng.normal(1, 2, (n_contexts, rows_each, 3)), "l0": rng.integers(0, 9, (n_contexts, rows_each)),
-        **{f"ce_{name}": rng.gamma(2, size, (n_contexts, rows_each))
-           for name, size in {"clean": 1.0, "sae": 1.2, "zero": 2.0, "mean": 1.9, "resample": 2.1}.items()},
+        "x": rng.normal(1, 2, (n_contexts, rows_each, 3)),
+        "l0": rng.integers(0, 9, (n_contexts, rows_each)),
+        **{
+            f"ce_{name}": rng.gamma(2, size, (n_contexts, rows_each))
+            for name, size in {"clean": 1.0, "sae": 1.2, "zero": 2.0, "mean": 1.9, "resample": 2.1}.items()
+        },
         "kl": rng.gamma(1, 0.1, (n_contexts, rows_each)),
-    }  # fmt: skip
+    }
     raw["x_hat"] = raw["x"] * 0.9 + rng.normal(0, 0.3, raw["x"].shape)
     x, x_hat = raw["x"], raw["x_hat"]
     dot = (x * x_hat).sum(-1)
     sums = {
-        "rows": np.full(n_contexts, rows_each, float), "predictions": np.full(n_contexts, rows_each, float),
-        "l0": raw["l0"].sum(1).astype(float), "error": ((x - x_hat) ** 2).sum((1, 2)),
+        "rows": np.full(n_contexts, rows_each, float),
+        "predictions": np.full(n_contexts, rows_each, float),
+        "l0": raw["l0"].sum(1).astype(float),
+        "error": ((x - x_hat) ** 2).sum((1, 2)),
         "variance": ((x - x.mean((0, 1))) ** 2).sum((1, 2)),
         "cosine": (dot / np.linalg.norm(x, axis=-1) / np.linalg.norm(x_hat, axis=-1)).sum(1),
-        "hat_hat": (x_hat**2).sum((1, 2)), "x_hat": dot.sum(1), "kl": raw["kl"].sum(1),
-        "norm": np.linalg.norm(x, axis=-1).sum(1), "norm_hat": np.linalg.norm(x_hat, axis=-1).sum(1),
+        "hat_hat": (x_hat**2).sum((1, 2)),
+        "x_hat": dot.sum(1),
+        "kl": raw["kl"].sum(1),
+        "norm": np.linalg.norm(x, axis=-1).sum(1),
+        "norm_hat": np.linalg.norm(x_hat, axis=-1).sum(1),
         **{name: raw[name].sum(1) for name in raw if name.startswith("ce_")},
-    }  # fmt: skip
+    }
     assert sums.keys() == set(metrics.SUMS)
     return sums, raw
 

@@ -15,9 +15,7 @@ from sae.dictionary.files import load, save
 from sae.jobs.checkpoint import CheckpointError
 from sae.kernels import choose
 
-KINDS = [
-    ("relu", None), ("topk", 1), ("topk", 3), ("topk", 11), ("batchtopk", 3), ("jumprelu", None), ("gated", None),
-]  # fmt: skip
+KINDS = [("relu", None), ("topk", 1), ("topk", 3), ("topk", 11), ("batchtopk", 3), ("jumprelu", None), ("gated", None)]
 
 
 def random_sae(activation: str, k: int | None, seed: int = 0, **shape: object) -> SAE:

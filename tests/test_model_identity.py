@@ -66,8 +66,10 @@ def old_store(tmp_path: Path, tiny_model_dir: Path) -> Path:
     settings = json.loads((out / "zarr.json").read_text())
     of_file = sha256((tiny_model_dir / "model.safetensors").read_bytes()).hexdigest()
     settings["attributes"]["provenance"]["model"] = {
-        "id": str(tiny_model_dir), "kind": "native-transformer", "sha256": of_file,
-    }  # fmt: skip
+        "id": str(tiny_model_dir),
+        "kind": "native-transformer",
+        "sha256": of_file,
+    }
     (out / "zarr.json").write_text(json.dumps(settings))
     (out / "complete.json").unlink()
     ActivationStore.open(out).finish()

@@ -95,9 +95,13 @@ def test_end_to_end_goes_on_with_the_stores_model_or_not_at_all(tmp_path: Path, 
     model = write_model(tmp_path / "model")
     places = ["blocks.0.hook_resid_mid", HOOK_POINT]
     store = pipeline.harvest(
-        NativeModel(model, str(model)), tiny_text, tmp_path / "acts.zarr", tokens=2048, heldout_tokens=256,
+        NativeModel(model, str(model)),
+        tiny_text,
+        tmp_path / "acts.zarr",
+        tokens=2048,
+        heldout_tokens=256,
         hook_points=places,
-    )  # fmt: skip
+    )
 
     def trained(name: str) -> SAE:
         small = {"batch_tokens": 64, "resample_shares": ()}

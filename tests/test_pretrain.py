@@ -226,9 +226,11 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     config = replace(CONFIG, save_minutes=0.0)
     program = KILLED
     for name, value in {
-        "shape": SHAPE.to_dict(), "text": str(tmp_path / "text"), "out": str(tmp_path / "killed"),
+        "shape": SHAPE.to_dict(),
+        "text": str(tmp_path / "text"),
+        "out": str(tmp_path / "killed"),
         "config": vars(config),
-    }.items():  # fmt: skip
+    }.items():
         program = program.replace("{" + name + "}", repr(value))
     child = subprocess.Popen(
         [sys.executable, "-c", program],

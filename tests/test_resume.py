@@ -39,9 +39,18 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
 @pytest.fixture(scope="module")
 def harvest(tiny_model_dir: Path, tiny_text: Path) -> list[object]:
     return [
-        "harvest", "--model", tiny_model_dir, "--text", tiny_text, "--tokens", HARVEST_TOKENS,
-        "--heldout-tokens", HELDOUT_TOKENS, "--device", "cpu",
-    ]  # fmt: skip
+        "harvest",
+        "--model",
+        tiny_model_dir,
+        "--text",
+        tiny_text,
+        "--tokens",
+        HARVEST_TOKENS,
+        "--heldout-tokens",
+        HELDOUT_TOKENS,
+        "--device",
+        "cpu",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +63,23 @@ def store(commands: Commands, harvest: list[object], tmp_path_factory: pytest.Te
 
 def training(store: Path, recipe: str, out: Path) -> list[object]:
     return [
-        "train", "--acts", store, "--out", out, "--recipe", recipe, "--d-sae", 96, "--tokens", TRAIN_STEPS * BATCH,
-        "--batch-tokens", BATCH, "--seed", 1, *RECIPES[recipe],
-    ]  # fmt: skip
+        "train",
+        "--acts",
+        store,
+        "--out",
+        out,
+        "--recipe",
+        recipe,
+        "--d-sae",
+        96,
+        "--tokens",
+        TRAIN_STEPS * BATCH,
+        "--batch-tokens",
+        BATCH,
+        "--seed",
+        1,
+        *RECIPES[recipe],
+    ]
 
 
 @pytest.fixture(scope="module", params=list(RECIPES))
@@ -240,9 +263,21 @@ def test_the_command_itself_in_a_fresh_process_is_interrupted_the_same_way(
     whole = pipeline.harvest(tiny_model, tiny_text, tmp_path / "whole.zarr", tokens=2048, heldout_tokens=64)
     out = tmp_path / "acts.zarr"
     command = [
-        sys.executable, "-m", "sae.cli", "harvest", "--model", str(tiny_model_dir), "--text", str(tiny_text),
-        "--tokens", "2048", "--heldout-tokens", "64", "--out", str(out),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "sae.cli",
+        "harvest",
+        "--model",
+        str(tiny_model_dir),
+        "--text",
+        str(tiny_text),
+        "--tokens",
+        "2048",
+        "--heldout-tokens",
+        "64",
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while n_markers(out) < 3:
         assert process.poll() is None

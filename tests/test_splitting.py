@@ -65,9 +65,23 @@ def test_a_domains_features_and_the_edges_between_them(
     (tmp_path / "compared").mkdir()
     edges = pa.table({"a": [a, other], "b": [b, b], "masked": [0.75, 0.9]})
     parquet.write_table(edges, tmp_path / "compared" / "edges.parquet")
-    argv = ["splitting.py", "--acts", str(tiny_store), "--domain", "dna", "--json", str(tmp_path / "out.json"),
-            "--sae", str(tmp_path / "small"), "--sae", str(tmp_path / "large"), "--tokens", "1000000",
-            "--compare", str(tmp_path / "compared")]  # fmt: skip
+    argv = [
+        "splitting.py",
+        "--acts",
+        str(tiny_store),
+        "--domain",
+        "dna",
+        "--json",
+        str(tmp_path / "out.json"),
+        "--sae",
+        str(tmp_path / "small"),
+        "--sae",
+        str(tmp_path / "large"),
+        "--tokens",
+        "1000000",
+        "--compare",
+        str(tmp_path / "compared"),
+    ]
     monkeypatch.setattr(sys, "argv", argv)
     assert splitting.main() == 0
     result = json.loads((tmp_path / "out.json").read_text())

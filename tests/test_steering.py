@@ -306,8 +306,10 @@ def test_each_row_of_a_sweep_is_that_text_steered_alone(
 
 def test_no_strength_adds_nothing_and_sets_to_zero() -> None:
     assert scaled([Edit(1, "set", 5.0), Edit(2, "ablate"), Edit(3, "scale", 2.0)], 0.0) == [
-        Edit(1, "set", 0.0), Edit(2, "ablate"), Edit(3, "scale", 0.0),
-    ]  # fmt: skip
+        Edit(1, "set", 0.0),
+        Edit(2, "ablate"),
+        Edit(3, "scale", 0.0),
+    ]
 
 
 def test_surprisal_and_perplexity_are_the_base_models(
@@ -413,9 +415,12 @@ def test_edits_that_mean_nothing(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((1, "clamp"), "one of set, add, scale, ablate; got 'clamp'"), ((1, "set", float("nan")), "finite number"),
-     ((1, "set", float("inf")), "finite number")],
-)  # fmt: skip
+    [
+        ((1, "clamp"), "one of set, add, scale, ablate; got 'clamp'"),
+        ((1, "set", float("nan")), "finite number"),
+        ((1, "set", float("inf")), "finite number"),
+    ],
+)
 def test_edits_that_are_none(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Edit(*arguments)

@@ -32,10 +32,14 @@ def numbered(tmp_path: Path) -> ActivationStore:
     """48 shards of 4 contexts of 32 rows, 8 wide, whose first value is their context's number; of even contexts 27 rows
     are kept, of odd ones 31."""
     store = ActivationStore.create(
-        tmp_path / "acts.zarr", hook_points={"h": 8}, seq_len=32, contexts_per_shard=4,
-        n_shards={"heldout": 0, "train": 48}, dtype="float32",
+        tmp_path / "acts.zarr",
+        hook_points={"h": 8},
+        seq_len=32,
+        contexts_per_shard=4,
+        n_shards={"heldout": 0, "train": 48},
+        dtype="float32",
         provenance={"model": {"id": "none"}, "tokenizer_sha256": "", "text": "made up", "text_sha256": ""},
-    )  # fmt: skip
+    )
     rng = np.random.default_rng(0)
     with store.hold():
         for shard in range(48):
@@ -72,8 +76,23 @@ def test_training_logs_how_well_its_batches_are_mixed(
 
 
 def test_memory_decides_the_order_so_a_run_goes_on_with_the_same(tiny_store: Path, tmp_path: Path) -> None:
-    command = ["train", "--acts", str(tiny_store), "--out", str(tmp_path / "d"), "--d-sae", "24", "--l0", "2",
-               "--tokens", "512", "--batch-tokens", "128", "--device", "cpu"]  # fmt: skip
+    command = [
+        "train",
+        "--acts",
+        str(tiny_store),
+        "--out",
+        str(tmp_path / "d"),
+        "--d-sae",
+        "24",
+        "--l0",
+        "2",
+        "--tokens",
+        "512",
+        "--batch-tokens",
+        "128",
+        "--device",
+        "cpu",
+    ]
     assert main([*command, "--max-ram", "100k"]) == 0
     assert json.loads((tmp_path / "d" / "config.json").read_text())["store"]["max_ram_bytes"] == 100_000
     with pytest.raises(ValueError, match=r"max_ram_bytes is 100000 there, 1000000000 asked for"):

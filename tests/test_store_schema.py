@@ -9,15 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from store.schema import (
-    StoreError,
-    atomic_json,
-    crc32c,
-    decode,
-    encode,
-    exclusive_lock,
-    read_json,
-)
+from store.schema import StoreError, atomic_json, crc32c, decode, encode, exclusive_lock, read_json
 
 
 def nearest_bfloat16(value: float) -> float:
@@ -139,10 +131,7 @@ def test_read_json_names_the_file(tmp_path) -> None:
 def test_lock_is_exclusive_and_freed(tmp_path) -> None:
     lock = tmp_path / "x.lock"
     second = exclusive_lock(lock, "x")
-    with (
-        exclusive_lock(lock, "x"),
-        pytest.raises(StoreError, match=rf"x is being written by pid {os.getpid()} on "),
-    ):
+    with exclusive_lock(lock, "x"), pytest.raises(StoreError, match=rf"x is being written by pid {os.getpid()} on "):
         second.__enter__()
     with exclusive_lock(lock, "x"):
         pass

@@ -82,9 +82,12 @@ def test_its_output_is_judged_against_y_and_spliced_there(
         ce = {
             name: loss(tiny_model, tokens, keep, replacement)
             for name, replacement in {
-                "clean": None, "sae": y_hat, "zero": torch.zeros_like(y), "mean": train_mean.expand_as(y),
+                "clean": None,
+                "sae": y_hat,
+                "zero": torch.zeros_like(y),
+                "mean": train_mean.expand_as(y),
             }.items()
-        }  # fmt: skip
+        }
     kept = y[keep].double()
     wanted = {
         "l0": (f[keep] > 0).sum(-1).double().mean(),

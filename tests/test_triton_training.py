@@ -42,10 +42,13 @@ class FewRows:
         return noise + 3 * torch.eye(8)[torch.randint(8, (n,), generator=g)]
 
 
-@pytest.mark.parametrize(("recipe", "settings"), [
-    ("topk", {"k": 3, "resample_shares": (0.5,), "dead_tokens": 16}),
-    ("towards-monosemanticity", {"l1": 2.0, "resample_shares": (0.5,), "dead_tokens": 16}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        ("topk", {"k": 3, "resample_shares": (0.5,), "dead_tokens": 16}),
+        ("towards-monosemanticity", {"l1": 2.0, "resample_shares": (0.5,), "dead_tokens": 16}),
+    ],
+)
 def test_the_trainer_does_with_them_what_it_does_with_the_reference(
     recipe: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:

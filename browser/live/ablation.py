@@ -75,9 +75,13 @@ def effects(
                 shown[i, example.start : example.start + len(example.token_ids)] = True
         with live.model.lock:
             changed = ablate(
-                live.model, live.sae.W_dec[feature], torch.from_numpy(tokens), torch.from_numpy(acts), hook_point,
+                live.model,
+                live.sae.W_dec[feature],
+                torch.from_numpy(tokens),
+                torch.from_numpy(acts),
+                hook_point,
                 shown=torch.from_numpy(shown),
-            )  # fmt: skip
+            )
         columns = [column.tolist() for column in changed]
         for context, position, loss, ablated, up_ids, up, down_ids, down in zip(*columns, strict=True):
             found.at[batch[context], position] = Effect(

@@ -68,9 +68,16 @@ def sweep(
 
     try:
         rows = sweep_stream(
-            live.model, live.sae, prompt, edits, factors, seed=seed, max_new_tokens=new_tokens,
-            temperature=temperature, **units,
-        )  # fmt: skip
+            live.model,
+            live.sae,
+            prompt,
+            edits,
+            factors,
+            seed=seed,
+            max_new_tokens=new_tokens,
+            temperature=temperature,
+            **units,
+        )
     except ValueError as error:
         raise LiveError(str(error).removeprefix("steering: ")) from error
     yield from rows

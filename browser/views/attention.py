@@ -59,9 +59,14 @@ def show(page: Page) -> None:
 def _settings(n_heads: int, n_tokens: int) -> tuple[str, int, int]:
     what, which, where = st.columns([0.6, 0.2, 0.2], vertical_alignment="bottom")
     shown = what.segmented_control(
-        "Show", list(SHOWN), format_func=SHOWN.__getitem__, default="push", required=True, key="paths",
+        "Show",
+        list(SHOWN),
+        format_func=SHOWN.__getitem__,
+        default="push",
+        required=True,
+        key="paths",
         bind="query-params",
-    )  # fmt: skip
+    )
     head = which.number_input(
         "Head", 0, max(1, n_heads - 1), 0, key="head", bind="query-params", disabled=shown == "push"
     )
@@ -156,11 +161,15 @@ def _lists(page: Page, ids: list[int], paths: Any, at: int) -> None:
     most = max(abs(found[0][1]), 1e-9)
     rows = [
         Row(
-            label(page.index.token_bytes(ids[source])), f"{push:+.3f}", abs(push) / most, name,
-            prefix=str(source), negative=push < 0,
+            label(page.index.token_bytes(ids[source])),
+            f"{push:+.3f}",
+            abs(push) / most,
+            name,
+            prefix=str(source),
+            negative=push < 0,
         )
         for name, push, source in found[:16]
-    ]  # fmt: skip
+    ]
     by_head = heads.sum((0, 2))
     largest = float(np.abs(by_head).max()) or 1.0
     order = np.argsort(-np.abs(by_head), kind="stable")

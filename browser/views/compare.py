@@ -51,9 +51,14 @@ def show(page: Page) -> None:
         _by_weights(page, other)
         return
     chosen = which.segmented_control(
-        "Features", list(LISTS), format_func=LISTS.__getitem__, default="matched", required=True, key="side",
+        "Features",
+        list(LISTS),
+        format_func=LISTS.__getitem__,
+        default="matched",
+        required=True,
+        key="side",
         bind="query-params",
-    )  # fmt: skip
+    )
     _facts(page, other, found)
     left, right = st.columns([0.62, 0.38], gap="medium")
     with left:
@@ -142,7 +147,13 @@ def _draw(table: pd.DataFrame, entry: SaeEntry, key: str, help_: str) -> None:
     number = st.column_config.NumberColumn
     bar = st.column_config.ProgressColumn("correlation", format="%.3f", min_value=0, max_value=1, width=120)
     st.dataframe(
-        table, key=key, height=540, row_height=27, hide_index=True, lazy=False, on_select=opened,
+        table,
+        key=key,
+        height=540,
+        row_height=27,
+        hide_index=True,
+        lazy=False,
+        on_select=opened,
         selection_mode="single-row",
         column_config={
             "feature": number("feature", format="%d", width=66, pinned=True),
@@ -153,7 +164,7 @@ def _draw(table: pd.DataFrame, entry: SaeEntry, key: str, help_: str) -> None:
             "density": number("density", format="%.1e", width=72),
             "into": number("into", format="%d", width=50),
         },
-    )  # fmt: skip
+    )
     st.caption(f"{len(table):,} features; a row opens its feature.", help=help_)
 
 
@@ -166,22 +177,30 @@ def _histogram(found: Comparison) -> alt.Chart:
             x=alt.X("low:Q", axis=alt.Axis(title="Pearson correlation", grid=False), scale=alt.Scale(domain=[-0.2, 1])),
             y=alt.Y("share:Q", stack=None, axis=alt.Axis(title="share of features", format="%", tickCount=4)),
             color=alt.Color(
-                "what:N", scale=alt.Scale(domain=domain, range=[ORANGE, "#9a9a9a", BLUE]),
+                "what:N",
+                scale=alt.Scale(domain=domain, range=[ORANGE, "#9a9a9a", BLUE]),
                 legend=alt.Legend(title=None, orient="top"),
             ),
             tooltip=["what", alt.Tooltip("low:Q", format=".2f"), alt.Tooltip("share:Q", format=".1%")],
         )
-    )  # fmt: skip
+    )
     paper = pd.DataFrame(
-        {"at": [comparison.PAPER["features_a_to_b"], comparison.PAPER["neurons_a_to_b"]],
-         "text": ["paper, features 0.72", "paper, neurons 0.46"], "colour": [ORANGE, BLUE]}
-    )  # fmt: skip
-    rule = alt.Chart(paper).mark_rule(strokeDash=[4, 3], strokeWidth=1.6).encode(
-        x="at:Q", color=alt.Color("colour:N", scale=None), tooltip=["text"]
-    )  # fmt: skip
-    text = alt.Chart(paper).mark_text(angle=270, align="right", dy=-6, dx=-4, fontSize=10).encode(
-        x="at:Q", y=alt.value(4), text="text", color=alt.Color("colour:N", scale=None)
-    )  # fmt: skip
+        {
+            "at": [comparison.PAPER["features_a_to_b"], comparison.PAPER["neurons_a_to_b"]],
+            "text": ["paper, features 0.72", "paper, neurons 0.46"],
+            "colour": [ORANGE, BLUE],
+        }
+    )
+    rule = (
+        alt.Chart(paper)
+        .mark_rule(strokeDash=[4, 3], strokeWidth=1.6)
+        .encode(x="at:Q", color=alt.Color("colour:N", scale=None), tooltip=["text"])
+    )
+    text = (
+        alt.Chart(paper)
+        .mark_text(angle=270, align="right", dy=-6, dx=-4, fontSize=10)
+        .encode(x="at:Q", y=alt.value(4), text="text", color=alt.Color("colour:N", scale=None))
+    )
     return (bars + rule + text).properties(height=240)
 
 
@@ -190,17 +209,16 @@ def _children(page: Page, other: SaeEntry, found: Comparison) -> None:
     below = comparison.children(found, page.feature, 0.4).head(14)
     labels = _labels(other, below["b"])
     rows = [
-        Row(
-            text, f"{masked:.3f}", float(masked), f"r {correlation:.2f}", prefix=f"└ {b}", open=int(b),
-        )
+        Row(text, f"{masked:.3f}", float(masked), f"r {correlation:.2f}", prefix=f"└ {b}", open=int(b))
         for text, masked, correlation, b in zip(labels, below["masked"], below["correlation"], below["b"], strict=True)
-    ]  # fmt: skip
+    ]
     (own,) = _labels(page.entry, pd.Series([page.feature]))
     title = f"Feature {page.feature} {own} in {other.id}"
     draw_lists(
-        [RowList(title, rows, HELP["splits"], empty="goes with no feature of B")], key="children",
+        [RowList(title, rows, HELP["splits"], empty="goes with no feature of B")],
+        key="children",
         on_open=lambda feature: state.open_feature_of(other.id, feature),
-    )  # fmt: skip
+    )
 
 
 def _of_one_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -218,13 +236,15 @@ def _by_weights(page: Page, other: SaeEntry) -> None:
     if not same:
         state.explain(
             "These two read different activations",
-            "Their decoders lie in different spaces, so only activations on the same tokens can be compared:", command,
-        )  # fmt: skip
+            "Their decoders lie in different spaces, so only activations on the same tokens can be compared:",
+            command,
+        )
         return
     state.explain(
         "Compared by decoder directions only",
-        "Matching by activations, splitting and universality come from one command on the same tokens:", command,
-    )  # fmt: skip
+        "Matching by activations, splitting and universality come from one command on the same tokens:",
+        command,
+    )
     try:
         table = cosine_table(page.entry, other)
     except LiveError as error:
@@ -247,10 +267,15 @@ def _by_weights(page: Page, other: SaeEntry) -> None:
         st.caption(f"Largest decoder cosine with B; mean {table['cosine'].mean():.3f}")
         bars = pd.DataFrame({"low": edges[:-1], "high": edges[1:], "features": counts})
         st.altair_chart(
-            alt.Chart(bars).mark_bar(color=ORANGE).encode(
-                x=alt.X("low:Q", bin="binned", axis=alt.Axis(title="cosine")), x2="high:Q", y="features:Q",
+            alt.Chart(bars)
+            .mark_bar(color=ORANGE)
+            .encode(
+                x=alt.X("low:Q", bin="binned", axis=alt.Axis(title="cosine")),
+                x2="high:Q",
+                y="features:Q",
                 tooltip=[alt.Tooltip("low:Q", format=".2f"), "features"],
-            ).properties(height=240),
+            )
+            .properties(height=240),
             key="cosines",
-        )  # fmt: skip
+        )
     st.html('<i id="compare-done" data-list="cosine"></i>')

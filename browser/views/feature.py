@@ -120,7 +120,7 @@ def _header(page: Page) -> None:
     badge = f'<span class="mono-flag">{flag}</span>' if flag else ""
     st.html(
         f'<div class="mono-facts"><div class="mono-title">Feature {feature:,} {badge}</div>'
-        f'{cells}</div>{_label_line(page)}<div class="mono-source">{html.escape(provenance(page))}</div>',
+        f'{cells}</div>{_label_line(page)}<div class="mono-source">{html.escape(provenance(page))}</div>'
     )
 
 
@@ -168,17 +168,27 @@ def _histograms(page: Page, values: np.ndarray) -> None:
         help_ = "As the dump has it." if sampled else HELP["activations"]
         charts.append(
             Histogram(
-                "range", "Activations", list(acts.itertuples(index=False, name=None)), "firings", help_, log=True,
+                "range",
+                "Activations",
+                list(acts.itertuples(index=False, name=None)),
+                "firings",
+                help_,
+                log=True,
                 chosen=ranges.get("range"),
             )
-        )  # fmt: skip
+        )
     if len(logits):
         charts.append(
             Histogram(
-                "weights", "Logit weights", list(logits.itertuples(index=False, name=None)), "tokens", HELP["logits"],
-                split=True, chosen=ranges.get("weights"),
+                "weights",
+                "Logit weights",
+                list(logits.itertuples(index=False, name=None)),
+                "tokens",
+                HELP["logits"],
+                split=True,
+                chosen=ranges.get("weights"),
             )
-        )  # fmt: skip
+        )
     draw_histograms(charts, key="histograms", on_range=(lambda *_: None) if sampled else _ranged)
 
 
@@ -235,15 +245,14 @@ def _elsewhere(page: Page) -> None:
     if not found:
         return
     rows = [
-        Row(
-            f"{state.fires_on(other, best)}  {name}", f"{correlation:.3f}", correlation, prefix=str(best), open=number
-        )
+        Row(f"{state.fires_on(other, best)}  {name}", f"{correlation:.3f}", correlation, prefix=str(best), open=number)
         for number, (name, other, best, correlation) in enumerate(found)
-    ]  # fmt: skip
+    ]
     draw_lists(
-        [RowList("In other dictionaries: correlation", rows, HELP["others"])], key="elsewhere",
+        [RowList("In other dictionaries: correlation", rows, HELP["others"])],
+        key="elsewhere",
         on_open=lambda number: state.open_feature_of(found[number][0], found[number][2]),
-    )  # fmt: skip
+    )
 
 
 def _logit_list(page: Page, side: str, title: str) -> RowList:
@@ -261,11 +270,13 @@ def _token_list(page: Page, rows: np.ndarray, values: np.ndarray) -> RowList:
     sampled = page.index.sampled
     shown = [
         Row(
-            label(page.index.token_bytes(each.token_id)), f"{each.share:.1%}", each.share,
+            label(page.index.token_bytes(each.token_id)),
+            f"{each.share:.1%}",
+            each.share,
             "" if sampled else f"{each.recall:.0%}",
         )
         for each in shares
-    ]  # fmt: skip
+    ]
     if sampled:
         return RowList("Fires on, share of the samples", shown, HELP["samples"], "orange")
     return RowList("Fires on: precision, recall", shown, HELP["tokens"], "orange")

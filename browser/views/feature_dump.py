@@ -24,9 +24,14 @@ def show(page: Page) -> None:
     title, length = st.columns([0.5, 0.5], vertical_alignment="center")
     title.caption("Samples of the dump, not all firings", help=HELP)
     window = length.segmented_control(
-        "Text around", list(CONTEXTS), default="medium", key="around", bind="query-params",
-        label_visibility="collapsed", required=True,
-    )  # fmt: skip
+        "Text around",
+        list(CONTEXTS),
+        default="medium",
+        key="around",
+        bind="query-params",
+        label_visibility="collapsed",
+        required=True,
+    )
     before, after = CONTEXTS[str(window)]
     found = dumps.groups(page.index, page.feature, before=before, after=after)
     groups = [

@@ -64,13 +64,23 @@ def _settings() -> Sampling:
     title, length, picked, seed, more = st.columns([0.13, 0.33, 0.2, 0.16, 0.18], vertical_alignment="center")
     title.caption("Examples", help=HELP)
     window = length.segmented_control(
-        "Text around", list(CONTEXTS), default="medium", key="around", bind="query-params",
-        label_visibility="collapsed", required=True,
-    )  # fmt: skip
+        "Text around",
+        list(CONTEXTS),
+        default="medium",
+        key="around",
+        bind="query-params",
+        label_visibility="collapsed",
+        required=True,
+    )
     acts = picked.text_input(
-        "Activations from … to", key="range", bind="query-params", label_visibility="collapsed", max_chars=40,
-        placeholder="range, as 1.5–3", help="Drag over the histogram, or type two activations.",
-    )  # fmt: skip
+        "Activations from … to",
+        key="range",
+        bind="query-params",
+        label_visibility="collapsed",
+        max_chars=40,
+        placeholder="range, as 1.5–3",
+        help="Drag over the histogram, or type two activations.",
+    )
     draw = seed.number_input(
         "Draw", 0, 9999, 0, key="draw", bind="query-params", label_visibility="collapsed", icon=":material/casino:"
     )
@@ -84,17 +94,29 @@ def _settings() -> Sampling:
         )
         count = st.number_input("Intervals", 1, 20, data.N_INTERVALS, key="intervals", bind="query-params")
         single = st.toggle(
-            "One example a context", value=True, key="single", bind="query-params",
+            "One example a context",
+            value=True,
+            key="single",
+            bind="query-params",
             help="Top and bottom: off shows every firing, also several of one text.",
-        )  # fmt: skip
+        )
         weights = st.text_input(
-            "Followed by a token with logit weight from … to", key="weights", bind="query-params", max_chars=40,
-            placeholder="as 0.5…1.2", help="Drag over the histogram of logit weights, or type two numbers.",
-        )  # fmt: skip
+            "Followed by a token with logit weight from … to",
+            key="weights",
+            bind="query-params",
+            max_chars=40,
+            placeholder="as 0.5…1.2",
+            help="Drag over the histogram of logit weights, or type two numbers.",
+        )
     return Sampling(
-        *CONTEXTS[str(window)], int(draw), int(count), division == "rank", bool(single), parse_range(acts or ""),
+        *CONTEXTS[str(window)],
+        int(draw),
+        int(count),
+        division == "rank",
+        bool(single),
+        parse_range(acts or ""),
         parse_range(weights or ""),
-    )  # fmt: skip
+    )
 
 
 def parse_range(text: str) -> tuple[float, float] | None:
@@ -133,9 +155,13 @@ def groups_of(page: Page, rows: np.ndarray, values: np.ndarray, how: Sampling) -
     groups.append(Group("Controls", "random tokens on which it is silent", around(controls)))
     alike = data.same_token_rows(index, rows, N_HARD, seed)
     groups.append(
-        Group("Hard negatives: its tokens", "silent on a token it often fires on", around(alike),
-              "it fires on every one of its five commonest tokens")
-    )  # fmt: skip
+        Group(
+            "Hard negatives: its tokens",
+            "silent on a token it often fires on",
+            around(alike),
+            "it fires on every one of its five commonest tokens",
+        )
+    )
     nearest, strong = data.neighbour_rows(index, page.feature, rows, N_HARD, seed)
     if nearest >= 0:
         note = f"silent where {nearest:,}, its nearest direction, fires strongly"
@@ -183,10 +209,15 @@ def _underline(
     try:
         loaded = live.load(page.entry)
         found = effects(
-            loaded, page.index, page.feature, rows, values, list(chain.from_iterable(g.examples for g in groups)),
+            loaded,
+            page.index,
+            page.feature,
+            rows,
+            values,
+            list(chain.from_iterable(g.examples for g in groups)),
             hook_point=str(page.index.attributes["hook_point"]),
             tick=lambda: legend.caption("Orange: activation. Ablating …"),
-        )  # fmt: skip
+        )
     except ValueError as error:  # LiveError, or a model that cannot be hooked there
         what = str(error) if isinstance(error, LiveError) else f"The model could not be run: {error}"
         legend.caption(plain_markdown(f"Orange: activation. No ablation underlines: {what}"))

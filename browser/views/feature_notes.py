@@ -52,8 +52,10 @@ def show(page: Page, provenance: str) -> None:
             st.download_button(
                 "Labels, notes and bookmarks as JSON",
                 data=lambda: json.dumps(notes.export(), ensure_ascii=False, indent=1).encode(),
-                file_name="notes.json", mime="application/json", key="notes-json",
-            )  # fmt: skip
+                file_name="notes.json",
+                mime="application/json",
+                key="notes-json",
+            )
 
 
 def _downloads(page: Page, provenance: str, notes: Notes, what: str, numbers: list[int]) -> None:
@@ -63,9 +65,12 @@ def _downloads(page: Page, provenance: str, notes: Notes, what: str, numbers: li
     name = f"features-{page.entry.id.replace('/', '-')}-{numbers[0]}"
     for kind, mime, write in (("HTML", "text/html", export.to_html), ("JSON", "application/json", export.to_json)):
         st.download_button(
-            f"{kind}: {what}", data=partial(written, write), file_name=f"{name}.{kind.lower()}", mime=mime,
+            f"{kind}: {what}",
+            data=partial(written, write),
+            file_name=f"{name}.{kind.lower()}",
+            mime=mime,
             key=f"export-{kind}-{what[:8]}",
-        )  # fmt: skip
+        )
 
 
 def _keep(notes: Notes, note: Note) -> None:

@@ -29,10 +29,16 @@ def show(page: Page) -> None:
     largest = float(page.index.stats["max"][page.feature])
     strongest = int(acts.argmax())
     example = Example(
-        row=0, value=float(acts.max()), context=0, start=0, hit=strongest, token_ids=np.array(ids),
-        shown=pieces([page.index.token_bytes(i) for i in ids]), acts=acts.astype(np.float32),
+        row=0,
+        value=float(acts.max()),
+        context=0,
+        start=0,
+        hit=strongest,
+        token_ids=np.array(ids),
+        shown=pieces([page.index.token_bytes(i) for i in ids]),
+        acts=acts.astype(np.float32),
         document=("your text", "", "", ""),
-    )  # fmt: skip
+    )
     share = f"{acts.max() / largest:.0%} of its max in the index" if largest > 0 else "it is silent in the index"
     note = f"fires on {int((acts > 0).sum())} of {len(ids)} tokens, at most {acts.max():.3f} ({share})"
     group = Group("Your text", note if acts.any() else f"silent on all {len(ids)} tokens", [example])

@@ -48,9 +48,12 @@ def show(page: Page) -> None:
         "CSV", data=lambda: catalogue.to_csv(shown), file_name=f"{name}.csv", mime="text/csv", width="stretch"
     )
     parquet.download_button(
-        "Parquet", data=lambda: shown.to_parquet(index=False), file_name=f"{name}.parquet", width="stretch",
+        "Parquet",
+        data=lambda: shown.to_parquet(index=False),
+        file_name=f"{name}.parquet",
+        width="stretch",
         mime="application/vnd.apache.parquet",
-    )  # fmt: skip
+    )
 
 
 def _summary(page: Page, table: pd.DataFrame) -> None:
@@ -58,8 +61,12 @@ def _summary(page: Page, table: pd.DataFrame) -> None:
     live = table.loc[table["flag"] != "dead", "density"]
     if page.index.sampled:
         known = table["density"].notna().sum()
-        facts = {"features": f"{len(table):,}", "in the dump": f"{(table['flag'] != 'absent').sum():,}",
-                 "with a density": f"{known:,}", "sampled tokens": f"{page.index.kept_tokens:,}"}  # fmt: skip
+        facts = {
+            "features": f"{len(table):,}",
+            "in the dump": f"{(table['flag'] != 'absent').sum():,}",
+            "with a density": f"{known:,}",
+            "sampled tokens": f"{page.index.kept_tokens:,}",
+        }
         st.html(_facts(facts))
         st.caption(
             "Imported feature pages: samples of another tool, without weights and without the firings that were not "
@@ -210,9 +217,6 @@ def _columns() -> dict[str, Any]:
         ),
         "resampled_step": number("resampled", format="%d", width=82, help="step of its last resampling; empty: never"),
         "logit_kurtosis": number(
-            "kurtosis",
-            format="%.1f",
-            width=68,
-            help="kurtosis of its logit weights; high when it moves few tokens",
+            "kurtosis", format="%.1f", width=68, help="kurtosis of its logit weights; high when it moves few tokens"
         ),
     }

@@ -36,14 +36,24 @@ def show(page: Page) -> None:
     table = state.table_of(page)
     layout, colour, find, least = st.columns([0.18, 0.26, 0.34, 0.22], vertical_alignment="bottom")
     chosen = layout.segmented_control(
-        "Layout", layouts, format_func=LAYOUTS.__getitem__, default=layouts[0], required=True, key="layout",
-        bind="query-params", help=HELP["layout"],
-    )  # fmt: skip
+        "Layout",
+        layouts,
+        format_func=LAYOUTS.__getitem__,
+        default=layouts[0],
+        required=True,
+        key="layout",
+        bind="query-params",
+        help=HELP["layout"],
+    )
     statistics = [name for name in table.columns if name != "feature" and pd.api.types.is_numeric_dtype(table[name])]
     by = colour.selectbox(
-        "Colour", statistics, key="colour", bind="query-params", help=HELP["colour"],
+        "Colour",
+        statistics,
+        key="colour",
+        bind="query-params",
+        help=HELP["colour"],
         format_func=lambda name: name.replace("_", " "),
-    )  # fmt: skip
+    )
     text = find.text_input("Find", key="find", bind="query-params", help=HELP["find"], max_chars=60)
     clusters = least.toggle("Name clusters", value=True, key="named", bind="query-params")
     xy = state.panel_of(page, str(chosen))
@@ -51,7 +61,14 @@ def show(page: Page) -> None:
     faint = dead | ~_found(table, text or "")
     values, scale = _colours(table[str(by)].to_numpy(float), str(by), dead)
     draw_scatter(
-        xy, values, faint, scale=scale, chosen=page.feature, height=660, key="map", on_open=state.open_feature,
+        xy,
+        values,
+        faint,
+        scale=scale,
+        chosen=page.feature,
+        height=660,
+        key="map",
+        on_open=state.open_feature,
         notes=[
             ("fires on", table["top_token"].tolist()),
             ("raises", table["top_logits"].tolist() if "top_logits" in table else [""] * len(table)),
@@ -59,7 +76,7 @@ def show(page: Page) -> None:
             (str(by).replace("_", " "), [f"{v:.3g}" for v in table[str(by)]]),
         ],
         names=_names(page, xy, table, dead) if clusters else [],
-    )  # fmt: skip
+    )
     st.caption(
         f"{len(table):,} features, {int(dead.sum()):,} of them dead (faint). Hover for what a feature fires on, click "
         "to open it, wheel to zoom, drag to move, double click for the whole map. Clusters (k-means of the directions) "

@@ -66,21 +66,35 @@ def show(page: Page) -> None:
 def _settings(n_tokens: int, d_vocab: int) -> tuple[str, int, bool, int, int | None]:
     order, count, place, following, dense = st.columns([0.44, 0.12, 0.11, 0.14, 0.19], vertical_alignment="bottom")
     chosen = order.segmented_control(
-        "Features by", list(ORDERS), format_func=ORDERS.__getitem__, default="max", required=True, key="by",
+        "Features by",
+        list(ORDERS),
+        format_func=ORDERS.__getitem__,
+        default="max",
+        required=True,
+        key="by",
         bind="query-params",
-    )  # fmt: skip
+    )
     columns = count.number_input("Features shown", 1, MOST_COLUMNS, 24, key="columns", bind="query-params")
     with place:
         at = position_box(n_tokens)
     asked = following.number_input(
-        "Next token id", 0, d_vocab - 1, None, key="next", bind="query-params", placeholder="what follows",
+        "Next token id",
+        0,
+        d_vocab - 1,
+        None,
+        key="next",
+        bind="query-params",
+        placeholder="what follows",
         help="The next token to explain: the one that follows the chosen one (after the last, the likeliest), until "
         "one of the predictions is clicked.",
-    )  # fmt: skip
+    )
     hide = dense.toggle(
-        "Hide dense features", value=True, key="hide", bind="query-params",
+        "Hide dense features",
+        value=True,
+        key="hide",
+        bind="query-params",
         help=f"Those that fire on more than {data.DENSE:.0%} of tokens.",
-    )  # fmt: skip
+    )
     return str(chosen), int(columns), bool(hide), at, None if asked is None else int(asked)
 
 
@@ -176,11 +190,16 @@ def _token(page: Page, loaded: Any, ids: list[int], found: Any, pushes: Any, at:
     best = np.argsort(-acts, kind="stable")[:12]
     firing = [
         Row(
-            state.token_label(index, int(features[i])), f"{acts[i]:.3f}", float(acts[i] / maxima[features[i]]),
-            f"{acts[i] / maxima[features[i]]:.0%} of max", prefix=str(features[i]), open=int(features[i]), add=True,
+            state.token_label(index, int(features[i])),
+            f"{acts[i]:.3f}",
+            float(acts[i] / maxima[features[i]]),
+            f"{acts[i] / maxima[features[i]]:.0%} of max",
+            prefix=str(features[i]),
+            open=int(features[i]),
+            add=True,
         )
         for i in best
-    ]  # fmt: skip
+    ]
     name, wanted = label(index.token_bytes(ids[at])), label(index.token_bytes(token))
     help_ = "What fires on the chosen token. + puts a feature into the steering set."
     firing_list = RowList(f"Fires on {at} {name}", firing, help_, "orange", "nothing fires here")
@@ -203,12 +222,17 @@ def _pushing(page: Page, pushes: Any, wanted: str, at: int) -> None:
     most = max([1e-9, *np.abs(values[best]).tolist(), *(abs(v) for v in parts.values())])
     rows = [
         Row(
-            state.token_label(page.index, int(features[i])), f"{values[i]:+.3f}", abs(float(values[i])) / most,
-            "" if positions[i] == at else f"at {positions[i]}", prefix=str(features[i]), negative=bool(values[i] < 0),
-            open=int(features[i]), add=True,
+            state.token_label(page.index, int(features[i])),
+            f"{values[i]:+.3f}",
+            abs(float(values[i])) / most,
+            "" if positions[i] == at else f"at {positions[i]}",
+            prefix=str(features[i]),
+            negative=bool(values[i] < 0),
+            open=int(features[i]),
+            add=True,
         )
         for i in best
-    ]  # fmt: skip
+    ]
     others = float(values.sum() - values[best].sum())
     if len(values) > len(best):
         parts = {f"{len(values) - len(best):,} other features": others, **parts}

@@ -21,7 +21,13 @@ def position_box(n_tokens: int) -> int:
     if isinstance(given, int) and given >= n_tokens:  # the text became shorter
         st.session_state["at"] = None
     found = st.number_input(
-        "Token", 0, max(1, n_tokens - 1), None, key="at", bind="query-params", placeholder="the last",
+        "Token",
+        0,
+        max(1, n_tokens - 1),
+        None,
+        key="at",
+        bind="query-params",
+        placeholder="the last",
         help="Position of the chosen token; a click on a token of the table chooses it too.",
-    )  # fmt: skip
+    )
     return n_tokens - 1 if found is None else min(int(found), n_tokens - 1)

@@ -91,9 +91,9 @@ def _header(page: Page, progress: runs.Progress) -> None:
         "tokens trained": f"{int(train.get('tokens') or 0):,}",
         "seed": str(train.get("seed", "?")),
     }
-    badge = {
-        "trained": "trained", "training": "training now", "stopped": "stopped", "empty": "just started",
-    }[progress.state]  # fmt: skip
+    badge = {"trained": "trained", "training": "training now", "stopped": "stopped", "empty": "just started"}[
+        progress.state
+    ]
     title = f'<div class="mono-title">{html.escape(page.entry.id)} <span class="mono-flag">{badge}</span></div>'
     st.html(_facts({k: v for k, v in facts.items() if v != "?" and "? (" not in v}, title))
     if progress.state in ("training", "stopped"):
@@ -137,13 +137,19 @@ def _fidelity(page: Page, report: dict[str, Any], progress: runs.Progress) -> No
     table = runs.fidelity_table(report)
     number = st.column_config.NumberColumn
     st.dataframe(
-        table, hide_index=True, height=min(440, 38 + 27 * len(table)), row_height=27, key="fidelity",
+        table,
+        hide_index=True,
+        height=min(440, 38 + 27 * len(table)),
+        row_height=27,
+        key="fidelity",
         column_config={
-            "metric": st.column_config.TextColumn(width=130), "value": number(format="%.4f", width=70),
-            "low": number(format="%.4f", width=70), "high": number(format="%.4f", width=70),
+            "metric": st.column_config.TextColumn(width=130),
+            "value": number(format="%.4f", width=70),
+            "low": number(format="%.4f", width=70),
+            "high": number(format="%.4f", width=70),
             "formula": st.column_config.TextColumn(width=300),
         },
-    )  # fmt: skip
+    )
     if checks.get("scores_are_noise"):
         state.explain(
             "The loss scores are noise here",

@@ -62,14 +62,21 @@ def _steering_set(page: Page) -> list[Any] | None:
     head, add = st.columns([0.62, 0.38], vertical_alignment="bottom")
     head.html('<div class="mono-head">Steering set</div>')
     add.button(
-        f"Add feature {page.feature:,}", icon=":material/add:", on_click=state.add_edit, args=(page.feature,),
+        f"Add feature {page.feature:,}",
+        icon=":material/add:",
+        on_click=state.add_edit,
+        args=(page.feature,),
         width="stretch",
-    )  # fmt: skip
+    )
     place = st.container()  # the table stands above the text it is made of
     text = st.text_input(
-        "Edits as text", key=state.EDITS, bind="query-params", help=HELP["spec"], max_chars=600,
+        "Edits as text",
+        key=state.EDITS,
+        bind="query-params",
+        help=HELP["spec"],
+        max_chars=600,
         placeholder=f"{page.feature}:set:5   7:ablate   9:add:2:p99:active",
-    )  # fmt: skip
+    )
     with place:
         try:
             edits = run.parse(text)
@@ -198,9 +205,13 @@ def _generate(page: Page, loaded: Live, edits: list[Any], asked: dict[str, Any])
         return
     place.empty()
     st.session_state["steered"] = {
-        "entry": page.entry.id, "path": str(page.entry.path), "edits": edits, "asked": asked, "rows": rows,
+        "entry": page.entry.id,
+        "path": str(page.entry.path),
+        "edits": edits,
+        "asked": asked,
+        "rows": rows,
         "next": following,
-    }  # fmt: skip
+    }
 
 
 # --- what came of it -------------------------------------------------------------------------------------------------

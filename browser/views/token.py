@@ -34,13 +34,22 @@ def show(page: Page) -> None:
     """Draws the token's search and the three lists."""
     text, which, sort, least = st.columns([0.3, 0.4, 0.16, 0.14], vertical_alignment="bottom")
     wanted = text.text_input(
-        "Token", " the", key="token", bind="query-params", max_chars=60,
-        help="The token as it stands in the text: a leading space counts. #123 asks for the token of that id.",
-    )  # fmt: skip
-    chosen = which.segmented_control(
-        "Features that", list(LISTS), format_func=LISTS.__getitem__, default="on", required=True, key="list",
+        "Token",
+        " the",
+        key="token",
         bind="query-params",
-    )  # fmt: skip
+        max_chars=60,
+        help="The token as it stands in the text: a leading space counts. #123 asks for the token of that id.",
+    )
+    chosen = which.segmented_control(
+        "Features that",
+        list(LISTS),
+        format_func=LISTS.__getitem__,
+        default="on",
+        required=True,
+        key="list",
+        bind="query-params",
+    )
     by = sort.selectbox("Sort by", list(SORTS), format_func=SORTS.__getitem__, key="tokensort", bind="query-params")
     few = least.number_input("Firings, at least", 1, 10_000, 5, key="least", bind="query-params")
     token_id, others = find_token(page, wanted or "")
@@ -85,9 +94,10 @@ def _choose(token_id: int) -> None:
 def _suggest(page: Page, text: str, others: list[int]) -> None:
     state.explain(
         f"No token is exactly “{text}”",
-        "A word may be several tokens, and most words begin with a space. These hold it:" if others else
-        "None of the vocabulary holds it either.",
-    )  # fmt: skip
+        "A word may be several tokens, and most words begin with a space. These hold it:"
+        if others
+        else "None of the vocabulary holds it either.",
+    )
     if others:
         _others(page, others)
 
@@ -182,7 +192,13 @@ def _draw(table: pd.DataFrame, chosen: str) -> None:
     number, share = st.column_config.NumberColumn, st.column_config.ProgressColumn
     shares = {name: share(name, format="%.3f", min_value=0, max_value=1, width=120) for name in ("precision", "recall")}
     st.dataframe(
-        table, key=f"token-table-{chosen}", height=560, row_height=27, hide_index=True, lazy=False, on_select=opened,
+        table,
+        key=f"token-table-{chosen}",
+        height=560,
+        row_height=27,
+        hide_index=True,
+        lazy=False,
+        on_select=opened,
         selection_mode="single-row",
         column_config={
             **shares,
@@ -194,5 +210,5 @@ def _draw(table: pd.DataFrame, chosen: str) -> None:
             "together": number("together", format="%d", width=76, help="how often both"),
             "density": number("density", format="%.1e", width=76),
         },
-    )  # fmt: skip
+    )
     st.caption(f"{len(table):,} features. Select a row to open its feature.", help=HELP[chosen])

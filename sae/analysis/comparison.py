@@ -93,17 +93,27 @@ def compare(
     weights = logit_weights or (None, None)
     tables = {
         "features_a": _table(
-            pairs.a, pairs.best_of_a, matched_a, pairs.matched_correlation(matched_a), chance.best_of_a[1],
-            seen.neurons_a, (cosines.of_a, cosines.cosine_a) if cosines else None,
+            pairs.a,
+            pairs.best_of_a,
+            matched_a,
+            pairs.matched_correlation(matched_a),
+            chance.best_of_a[1],
+            seen.neurons_a,
+            (cosines.of_a, cosines.cosine_a) if cosines else None,
             _logit_correlations(a, b, pairs.best_of_a[0], weights),
         ),
         "features_b": _table(
-            pairs.b, pairs.best_of_b, matched_b, pairs.matched_correlation(matched_a, inverse=True),
-            chance.best_of_b[1], seen.neurons_b, (cosines.of_b, cosines.cosine_b) if cosines else None,
+            pairs.b,
+            pairs.best_of_b,
+            matched_b,
+            pairs.matched_correlation(matched_a, inverse=True),
+            chance.best_of_b[1],
+            seen.neurons_b,
+            (cosines.of_b, cosines.cosine_b) if cosines else None,
             _logit_correlations(b, a, pairs.best_of_b[0], weights[::-1]),
         ),
         "edges": _edges(pairs, a, b, same_space),
-    }  # fmt: skip
+    }
     return Comparison(_summary(seen, pairs, tables, same_space), tables)
 
 

@@ -28,9 +28,12 @@ class Recorder:
         self.add_entries(found.support.features, found.values, found.support.rows, kept)
 
     def add_entries(
-        self, features: Int[Tensor, " n"], values: Float[Tensor, " n"], rows: Int[Tensor, " n"],
+        self,
+        features: Int[Tensor, " n"],
+        values: Float[Tensor, " n"],
+        rows: Int[Tensor, " n"],
         kept: Bool[Tensor, " rows"],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """The same from entries in the order of their rows."""
         counted = kept[rows] & (values > 0)
         self._features.append(features[counted].cpu().numpy().astype(np.int32))

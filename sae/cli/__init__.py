@@ -28,9 +28,23 @@ from sae.cli.train import train
 from sae.cli.verify import verify
 
 VERBS = (
-    pretrain, harvest, train, sweep, evaluate, index, browse, steer, compare, controls, export, import_dictionary, info,
-    verify, clean, store,
-)  # fmt: skip
+    pretrain,
+    harvest,
+    train,
+    sweep,
+    evaluate,
+    index,
+    browse,
+    steer,
+    compare,
+    controls,
+    export,
+    import_dictionary,
+    info,
+    verify,
+    clean,
+    store,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,8 +28,15 @@ def _run_controls(args: argparse.Namespace) -> int:
     from sae.cli.tables import controls_table
 
     result = pipeline.controls(
-        args.sae, store=args.acts, model=args.model, tokens=args.tokens, train_tokens=args.train_tokens,
-        only=args.only, seed=args.seed, device=args.device, report=lambda line: print(line, file=sys.stderr),
-    )  # fmt: skip
+        args.sae,
+        store=args.acts,
+        model=args.model,
+        tokens=args.tokens,
+        train_tokens=args.train_tokens,
+        only=args.only,
+        seed=args.seed,
+        device=args.device,
+        report=lambda line: print(line, file=sys.stderr),
+    )
     print(json.dumps(result, indent=2) if args.json else controls_table(result))
     return 0

@@ -38,9 +38,11 @@ def add_dictionary_device(verb: argparse.ArgumentParser) -> None:
 def add_kernels(verb: argparse.ArgumentParser) -> None:
     add_dictionary_device(verb)
     verb.add_argument(
-        "--kernels", default="auto", choices=["auto", "cpu", "reference", "triton"],
+        "--kernels",
+        default="auto",
+        choices=["auto", "cpu", "reference", "triton"],
         help="what computes (default: the fastest, or SAE_KERNELS)",
-    )  # fmt: skip
+    )
 
 
 def add_text(verb: argparse.ArgumentParser, *, required: bool = True) -> None:

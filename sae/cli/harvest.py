@@ -55,11 +55,21 @@ def _run_harvest(args: argparse.Namespace) -> int:
     widths = {hook_point: model.hook_width(hook_point) for hook_point in hook_points}
     print(f"forecast: {pipeline.forecast_harvest(plan, widths, dtypes, args.out)}", file=sys.stderr)
     out = pipeline.harvest(
-        model, source, args.out, tokens=args.tokens, hook_points=hook_points, dtype=dtypes,
-        heldout_tokens=heldout, seq_len=args.seq_len, max_disk_bytes=args.max_disk, max_ram_bytes=args.max_ram,
-        keep_rows=args.keep_rows, rank=rank or 0, world=_number(args.world, "WORLD_SIZE") or 1,
+        model,
+        source,
+        args.out,
+        tokens=args.tokens,
+        hook_points=hook_points,
+        dtype=dtypes,
+        heldout_tokens=heldout,
+        seq_len=args.seq_len,
+        max_disk_bytes=args.max_disk,
+        max_ram_bytes=args.max_ram,
+        keep_rows=args.keep_rows,
+        rank=rank or 0,
+        world=_number(args.world, "WORLD_SIZE") or 1,
         take_over=args.take_over,
-    )  # fmt: skip
+    )
     if source.report.documents:
         print(f"text read: {source.report.summary()}", file=sys.stderr)
         for problem in source.report.first_problems:

@@ -17,9 +17,10 @@ def import_dictionary(verbs: Any) -> None:
     verb.add_argument("source", help="directory, file, or hub:owner/repo[/path][@revision] (downloads)")
     verb.add_argument("--out", required=True, help="directory of the dictionary, by custom runs/<run>/<name>")
     verb.add_argument(
-        "--format", choices=(*IMPORT_FORMATS, *DUMP_FORMATS),
+        "--format",
+        choices=(*IMPORT_FORMATS, *DUMP_FORMATS),
         help="whose layout it is (default: as the files say); sae-dashboard (Neuronpedia too) and paper: feature pages",
-    )  # fmt: skip
+    )
     verb.add_argument("--model", help="directory, shipped name or hub id to check it against and record")
     verb.add_argument("--hook-point", help="where it reads its activations (default: as the files say)")
 

@@ -47,9 +47,16 @@ def _run_steer(args: argparse.Namespace) -> int:
     dictionary, model = pipeline.open_pair(args.sae, args.model)
     units: dict[str, Any] = dict(pipeline.feature_units(args.sae))
     *_, rows = sweep_stream(
-        model, dictionary, prompt, edits, factors, seed=args.seed, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature, **units,
-    )  # fmt: skip
+        model,
+        dictionary,
+        prompt,
+        edits,
+        factors,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        **units,
+    )
     following = next_tokens(model, dictionary, rows[0].prompt_ids, edits, **units)
     if args.json:
         print(json.dumps(_report(edits, factors, rows, following, model.tokenizer.id_to_token), indent=2))
@@ -80,8 +87,12 @@ def _report(
         "base": {"ids": base.base_ids, "text": base.base_text, "surprisal_nats": base.base_surprisal},
         "steered": [
             {
-                "factor": factor, "ids": row.steered_ids, "text": row.steered_text, "kl_nats": row.kl,
-                "surprisal_nats": row.steered_surprisal, "perplexity": row.steered_perplexity,
+                "factor": factor,
+                "ids": row.steered_ids,
+                "text": row.steered_text,
+                "kl_nats": row.kl,
+                "surprisal_nats": row.steered_surprisal,
+                "perplexity": row.steered_perplexity,
                 "first_divergence": row.first_divergence,
             }
             for factor, row in zip(factors, rows, strict=True)
@@ -90,7 +101,7 @@ def _report(
             {"id": i, "token": token(i), "base": p, "steered": q}
             for i, p, q in zip(following.ids, following.base, following.steered, strict=True)
         ],
-    }  # fmt: skip
+    }
 
 
 def _edits(args: argparse.Namespace) -> list[Edit]:

@@ -31,9 +31,18 @@ def _run_sweep(args: argparse.Namespace) -> int:
 
     batch = {"batch_tokens": args.batch_tokens} if args.batch_tokens else {}
     frontier = pipeline.sweep(
-        args.acts, args.out, names=args.recipe, d_sae=args.d_sae, l0=args.l0, seeds=args.seed or [0],
-        tokens=args.tokens, config=batch | parsed(args.set or []), hook_point=args.hook_point, kernels=args.kernels,
-        device=args.device, memory_gb=args.memory_gb,
-    )  # fmt: skip
+        args.acts,
+        args.out,
+        names=args.recipe,
+        d_sae=args.d_sae,
+        l0=args.l0,
+        seeds=args.seed or [0],
+        tokens=args.tokens,
+        config=batch | parsed(args.set or []),
+        hook_point=args.hook_point,
+        kernels=args.kernels,
+        device=args.device,
+        memory_gb=args.memory_gb,
+    )
     print(frontier)
     return 0

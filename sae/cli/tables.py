@@ -5,10 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 SHOWN = (
-    "l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "ce_loss_score_resample", "delta_ce", "kl", "ce_clean",
-    "ce_sae", "ce_zero", "ce_mean", "ce_resample", "cosine", "relative_norm", "shrinkage", "dead_share",
+    "l0",
+    "fvu",
+    "ce_loss_score_zero",
+    "ce_loss_score_mean",
+    "ce_loss_score_resample",
+    "delta_ce",
+    "kl",
+    "ce_clean",
+    "ce_sae",
+    "ce_zero",
+    "ce_mean",
+    "ce_resample",
+    "cosine",
+    "relative_norm",
+    "shrinkage",
+    "dead_share",
     "ultra_low_share",
-)  # fmt: skip
+)
 
 
 def eval_table(result: dict[str, Any]) -> str:

@@ -60,10 +60,20 @@ def _run_train(args: argparse.Namespace) -> int:
     if bool(args.acts) == bool(args.live) or bool(args.live) != bool(args.text):
         raise ValueError("say where the rows come from: --acts STORE, or --live MODEL with --text SOURCE.")
     pipeline.train(
-        pipeline.Live(args.live, args.text) if args.live else args.acts, args.out,
-        recipe=args.recipe, d_sae=args.d_sae, tokens=args.tokens, seed=args.seed,
-        config=given | parsed(args.set or []), hook_point=hook_point, target_hook_point=target_hook_point,
-        kernels=args.kernels, device=args.device, keep=args.keep, log_to=args.log_to or [], max_ram_bytes=args.max_ram,
-    )  # fmt: skip
+        pipeline.Live(args.live, args.text) if args.live else args.acts,
+        args.out,
+        recipe=args.recipe,
+        d_sae=args.d_sae,
+        tokens=args.tokens,
+        seed=args.seed,
+        config=given | parsed(args.set or []),
+        hook_point=hook_point,
+        target_hook_point=target_hook_point,
+        kernels=args.kernels,
+        device=args.device,
+        keep=args.keep,
+        log_to=args.log_to or [],
+        max_ram_bytes=args.max_ram,
+    )
     print(args.out)
     return 0

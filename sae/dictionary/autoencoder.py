@@ -46,9 +46,16 @@ class SAE(nn.Module):
     W_skip: Tensor
 
     def __init__(
-        self, d_in: int, d_sae: int, *, activation: str = "relu", k: int | None = None,
-        d_out: int | None = None, pre_bias: bool = True, skip: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        activation: str = "relu",
+        k: int | None = None,
+        d_out: int | None = None,
+        pre_bias: bool = True,
+        skip: bool = False,
+    ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}.")

@@ -137,7 +137,7 @@ def evaluate(
             "ablation_gap_nats": gap,
             "scores_are_noise": gap is None or gap < metrics.MIN_ABLATION_GAP_NATS,
         },
-    }  # fmt: skip
+    }
     return result, firings.statistics()
 
 

@@ -27,9 +27,20 @@ A1 = {
 }
 # Features by density: lower edge of each half-decade of log10 density.
 A1_DENSITY = {
-    -8.0: 111, -7.5: 84, -7.0: 74, -6.5: 19, -6.0: 10, -5.5: 13, -5.0: 69, -4.5: 189, -4.0: 685, -3.5: 1118,
-    -3.0: 1143, -2.5: 408, -2.0: 4,
-}  # fmt: skip
+    -8.0: 111,
+    -7.5: 84,
+    -7.0: 74,
+    -6.5: 19,
+    -6.0: 10,
+    -5.5: 13,
+    -5.0: 69,
+    -4.5: 189,
+    -4.0: 685,
+    -3.5: 1118,
+    -3.0: 1143,
+    -2.5: 408,
+    -2.0: 4,
+}
 FORMULAS = {
     "l0": "Σ of the features' densities",
     "median_density": "median density (firings / kept tokens) of the features that fired",

@@ -72,9 +72,19 @@ METRICS: dict[str, Metric] = {
     **{f"ce_loss_score_{ablation}": _score(ablation) for ablation in ABLATIONS},
 }
 SUMS = (
-    "rows", "predictions", "l0", "error", "variance", "cosine", "hat_hat", "x_hat", "norm", "norm_hat",
-    *(f"ce_{which}" for which in CE), "kl",
-)  # fmt: skip
+    "rows",
+    "predictions",
+    "l0",
+    "error",
+    "variance",
+    "cosine",
+    "hat_hat",
+    "x_hat",
+    "norm",
+    "norm_hat",
+    *(f"ce_{which}" for which in CE),
+    "kl",
+)
 Sums = dict[str, np.ndarray]
 
 

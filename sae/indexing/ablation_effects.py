@@ -93,9 +93,13 @@ def _drawn(firings: Firings, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def _delta_losses(
-    model: NativeModel, firings: Firings, feature: np.ndarray, row: np.ndarray, value: np.ndarray,
+    model: NativeModel,
+    firings: Firings,
+    feature: np.ndarray,
+    row: np.ndarray,
+    value: np.ndarray,
     written: Float[Tensor, "d_sae d_model"],
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Δloss of the token after each row when its feature is ablated there."""
     seq_len = firings.tokens.shape[1]
     order = np.argsort(row, kind="stable")

@@ -53,17 +53,23 @@ class IndexSink(Protocol):
     ) -> None: ...
 
     def finish(
-        self,
-        panels: dict[str, np.ndarray],
-        from_firings: Callable[[Firings], dict[str, np.ndarray]] | None = None,
+        self, panels: dict[str, np.ndarray], from_firings: Callable[[Firings], dict[str, np.ndarray]] | None = None
     ) -> Path: ...
 
 
 @torch.inference_mode()
 def index(
-    sae: SAE, model: LanguageModel, blocks: Iterable[IndexBlock], sink: IndexSink, *, hook_point: str, tokens: int,
-    resampled: Mapping[int, int] | None = None, device: str = "auto", kernels: str = "auto",
-) -> Path:  # fmt: skip
+    sae: SAE,
+    model: LanguageModel,
+    blocks: Iterable[IndexBlock],
+    sink: IndexSink,
+    *,
+    hook_point: str,
+    tokens: int,
+    resampled: Mapping[int, int] | None = None,
+    device: str = "auto",
+    kernels: str = "auto",
+) -> Path:
     """Encodes every block once, then adds logit weights, neurons, neighbours, what fires together, labels and Δloss.
 
     `hook_point` is where the decoder writes: where x was read, or a transcoder's target.
@@ -81,9 +87,14 @@ def index(
             acts = acts.where(kept[acts.support.rows] & (acts.values > 0))
             first_row = block.first_context * block.tokens.shape[1]
             sink.append(
-                block.first_context, block.tokens, block.keep, block.document,
-                acts.support.rows.numpy() + first_row, acts.support.features.numpy(), acts.values.numpy(),
-            )  # fmt: skip
+                block.first_context,
+                block.tokens,
+                block.keep,
+                block.document,
+                acts.support.rows.numpy() + first_row,
+                acts.support.features.numpy(),
+                acts.values.numpy(),
+            )
             correlation.add(acts, block.acts, kept)
             bar.update(block.tokens.size)
 

@@ -160,7 +160,4 @@ def _best(scores: np.ndarray, name: str) -> dict[str, np.ndarray]:
     order = np.lexsort((ids, -values), axis=1)
     ids, values = np.take_along_axis(ids, order, 1), np.take_along_axis(values, order, 1)
     nothing = np.isneginf(values)
-    return {
-        "id": np.where(nothing, -1, ids).astype(np.int32),
-        name: np.where(nothing, 0.0, values).astype(np.float32),
-    }
+    return {"id": np.where(nothing, -1, ids).astype(np.int32), name: np.where(nothing, 0.0, values).astype(np.float32)}

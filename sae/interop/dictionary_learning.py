@@ -25,19 +25,31 @@ _TENSORS = {  # ours → theirs, by their class
     "MatryoshkaBatchTopKSAE": _PLAIN,
     "JumpReluAutoEncoder": _PLAIN,
     "GatedAutoEncoder": {
-        "W_enc": "encoder.weight", "b_enc": "gate_bias", "W_dec": "decoder.weight", "b_dec": "decoder_bias",
-        "r_mag": "r_mag", "b_mag": "mag_bias",
+        "W_enc": "encoder.weight",
+        "b_enc": "gate_bias",
+        "W_dec": "decoder.weight",
+        "b_dec": "decoder_bias",
+        "r_mag": "r_mag",
+        "b_mag": "mag_bias",
     },
-}  # fmt: skip
+}
 _ACTIVATIONS = {
-    "AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk",
-    "MatryoshkaBatchTopKSAE": "batchtopk", "JumpReluAutoEncoder": "jumprelu", "GatedAutoEncoder": "gated",
-}  # fmt: skip
+    "AutoEncoder": "relu",
+    "AutoEncoderNew": "relu",
+    "AutoEncoderTopK": "topk",
+    "BatchTopKSAE": "batchtopk",
+    "MatryoshkaBatchTopKSAE": "batchtopk",
+    "JumpReluAutoEncoder": "jumprelu",
+    "GatedAutoEncoder": "gated",
+}
 _WITHOUT_PRE_BIAS = ("AutoEncoderNew", "JumpReluAutoEncoder")
 _TRAINERS = {
-    "AutoEncoder": "StandardTrainer", "AutoEncoderTopK": "TopKTrainer", "BatchTopKSAE": "BatchTopKTrainer",
-    "JumpReluAutoEncoder": "JumpReluTrainer", "GatedAutoEncoder": "GatedSAETrainer",
-}  # fmt: skip
+    "AutoEncoder": "StandardTrainer",
+    "AutoEncoderTopK": "TopKTrainer",
+    "BatchTopKSAE": "BatchTopKTrainer",
+    "JumpReluAutoEncoder": "JumpReluTrainer",
+    "GatedAutoEncoder": "GatedSAETrainer",
+}
 
 
 # --- read ------------------------------------------------------------------------------------------------------------

@@ -17,10 +17,16 @@ _PLACES = (  # modules of Hugging Face models and dictionary_learning's names â†
     (r"attn_out_layer_?(\d+)", "blocks.{}.hook_attn_out"),
 )
 _SHORT = {  # TransformerLens' own short names of a block's activations
-    "resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post",
-    "mlp_out": "hook_mlp_out", "attn_out": "hook_attn_out", "post": "mlp.hook_post", "pre": "mlp.hook_pre",
-    "mlp_post": "mlp.hook_post", "mlp_pre": "mlp.hook_pre",
-}  # fmt: skip
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "mlp_out": "hook_mlp_out",
+    "attn_out": "hook_attn_out",
+    "post": "mlp.hook_post",
+    "pre": "mlp.hook_pre",
+    "mlp_post": "mlp.hook_post",
+    "mlp_pre": "mlp.hook_pre",
+}
 _TRANSFORMER_LENS = re.compile(r"(?:(?:blocks\.\d+|ln_final)\.(?:[\w.]*\.)?)?hook_\w+")
 
 

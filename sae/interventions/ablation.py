@@ -130,10 +130,15 @@ def _compare(context: Tensor, position: Tensor, target: Tensor, logits: Tensor, 
     raised, raised_ids = change.topk(min(top, change.shape[-1]), dim=-1)
     lowered, lowered_ids = change.topk(min(top, change.shape[-1]), dim=-1, largest=False)
     return Ablated(
-        context, position + 1,
-        cross_entropy(logits, target, reduction="none"), cross_entropy(ablated, target, reduction="none"),
-        raised_ids, raised, lowered_ids, lowered,
-    )  # fmt: skip
+        context,
+        position + 1,
+        cross_entropy(logits, target, reduction="none"),
+        cross_entropy(ablated, target, reduction="none"),
+        raised_ids,
+        raised,
+        lowered_ids,
+        lowered,
+    )
 
 
 def _joined(parts: list[Ablated], top: int) -> Ablated:

@@ -95,9 +95,13 @@ def _entering(model: LanguageModel, ids: Sequence[int], layer: int) -> tuple[Blo
 
 
 def _pushes(
-    block: Block, sae: SAE, name: str, feature: int, resid_pre: Float[Tensor, " d_model"],
+    block: Block,
+    sae: SAE,
+    name: str,
+    feature: int,
+    resid_pre: Float[Tensor, " d_model"],
     attn_out: Float[Tensor, " d_model"],
-) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:  # fmt: skip
+) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
     """Gradient of the pre-activation by what attention writes and by the stream past it, norm scale held."""
     encoder = sae.W_enc[:, feature].detach().to(resid_pre.device)
     attn_leaf, stream_leaf = (part.detach().clone().requires_grad_(True) for part in (attn_out, resid_pre))
@@ -106,9 +110,12 @@ def _pushes(
     normed = norm_part(block.ln2, resid_mid, norm_scale(block.ln2, resid_mid.detach())) + block.ln2.bias
     post = block.mlp.post(normed)
     x = {
-        "hook_attn_out": attn_leaf, "hook_resid_mid": resid_mid, "mlp.hook_post": post,
-        "hook_mlp_out": block.mlp.out(post), "hook_resid_post": resid_mid + block.mlp.out(post),
-    }[name]  # fmt: skip
+        "hook_attn_out": attn_leaf,
+        "hook_resid_mid": resid_mid,
+        "mlp.hook_post": post,
+        "hook_mlp_out": block.mlp.out(post),
+        "hook_resid_post": resid_mid + block.mlp.out(post),
+    }[name]
     found = torch.autograd.grad(x @ encoder, [attn_leaf, stream_leaf], allow_unused=True)
     into_attn, into_stream = (torch.zeros_like(attn_out) if g is None else g for g in found)
     return into_attn, into_stream

@@ -52,9 +52,14 @@ def inspect(model: LanguageModel, sae: SAE, ids: Sequence[int], *, hook_point: s
     error = (x - x_hat).double().pow(2).sum(-1) / (x - sae.input_bias).double().pow(2).sum(-1).clamp_min(1e-12)
     first = torch.full((1,), torch.nan)
     return Inspection(
-        list(ids), positions, features, acts[positions, features], error.float(),
-        torch.cat([first, loss]), torch.cat([first, spliced]),
-    )  # fmt: skip
+        list(ids),
+        positions,
+        features,
+        acts[positions, features],
+        error.float(),
+        torch.cat([first, loss]),
+        torch.cat([first, spliced]),
+    )
 
 
 def _kept(model: LanguageModel, tokens: Int[Tensor, " pos"]) -> Bool[Tensor, " pos"]:

@@ -212,9 +212,17 @@ def steer(
     Raises: ValueError for bad edits, an empty model context, or a temperature below 0.
     """
     steps = steer_stream(
-        model, sae, prompt, edits, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature,
-        feature_max=feature_max, feature_p99=feature_p99, hook_point=hook_point,
-    )  # fmt: skip
+        model,
+        sae,
+        prompt,
+        edits,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        feature_max=feature_max,
+        feature_p99=feature_p99,
+        hook_point=hook_point,
+    )
     return list(steps)[-1]
 
 
@@ -234,9 +242,18 @@ def steer_stream(
     """As `steer`, yielding the growing result after every token. Both columns are held back by no cache: hooks act on
     every position, as in the definition."""
     rows = sweep_stream(
-        model, sae, prompt, edits, (1.0,), seed=seed, max_new_tokens=max_new_tokens, temperature=temperature,
-        feature_max=feature_max, feature_p99=feature_p99, hook_point=hook_point,
-    )  # fmt: skip
+        model,
+        sae,
+        prompt,
+        edits,
+        (1.0,),
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        feature_max=feature_max,
+        feature_p99=feature_p99,
+        hook_point=hook_point,
+    )
     return (row for (row,) in rows)
 
 

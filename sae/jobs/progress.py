@@ -16,9 +16,15 @@ def progress(description: str, total: int, unit: str, *, initial: int = 0) -> It
     """A progress bar with rate and ETA on standard error; one line every 30 s where that is no terminal."""
     interval_s = 0.2 if sys.stderr.isatty() else 30.0
     with tqdm(
-        total=total, initial=initial, desc=description, unit=unit, unit_scale=True,
-        mininterval=interval_s, dynamic_ncols=True, smoothing=0.05,
-    ) as bar:  # fmt: skip
+        total=total,
+        initial=initial,
+        desc=description,
+        unit=unit,
+        unit_scale=True,
+        mininterval=interval_s,
+        dynamic_ncols=True,
+        smoothing=0.05,
+    ) as bar:
         yield bar
 
 

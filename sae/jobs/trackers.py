@@ -47,9 +47,13 @@ def weights_and_biases(out: Path, settings: Mapping[str, Any], step: int) -> Ite
     if not identity.is_file():
         write_bytes(identity, uuid.uuid4().hex.encode())
     run = wandb.init(
-        dir=str(out), id=identity.read_text(), name=out.name, resume="allow", config=dict(settings),
+        dir=str(out),
+        id=identity.read_text(),
+        name=out.name,
+        resume="allow",
+        config=dict(settings),
         mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     try:
         yield lambda entry: run.log(_numbers(entry), step=entry["step"])
     finally:

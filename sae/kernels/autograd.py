@@ -35,9 +35,19 @@ class Kernels(Protocol):
     def sum_by_feature(self, values: Tensor, support: Support) -> Tensor: ...
 
     def adam_(
-        self, parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *,
-        step: int, lr: float, beta1: float, beta2: float, eps: float, unit_rows: bool,
-    ) -> None: ...  # fmt: skip
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        *,
+        step: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        unit_rows: bool,
+    ) -> None: ...
 
 
 def encode(
@@ -65,9 +75,16 @@ def decode(
 class _PreActs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernels: Kernels, support: Support, pre: Tensor, centred: Tensor,
-        x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        kernels: Kernels,
+        support: Support,
+        pre: Tensor,
+        centred: Tensor,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+    ) -> Tensor:
         ctx.kernels, ctx.support, ctx.weight = kernels, support, W_enc
         ctx.save_for_backward(centred, W_enc)
         return pre.clone()

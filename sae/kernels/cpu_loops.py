@@ -37,9 +37,8 @@ def lengths(W, bits, shift, start, stop, norm, error):
 
 @compiled_for_numbers
 def choose(
-    bits, x_norm, margin, base, rounding, shift,
-    x, W, bias, threshold, k, first, start, stop, features, values, counts,
-):  # fmt: skip
+    bits, x_norm, margin, base, rounding, shift, x, W, bias, threshold, k, first, start, stop, features, values, counts
+):
     """Rows start..stop of one screened block, whose row 0 is row `first` of x."""
     n_groups, width = len(margin) // GROUP, features.shape[1]
     surest = np.empty(n_groups, np.float32)

@@ -20,9 +20,8 @@ SUM_COLUMNS = 512
 
 @triton.jit
 def _dots(  # type: ignore[no-untyped-def]
-    a, a_row, a_column, b, b_row, b_column, rows, features, out, nnz, d,
-    ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    a, a_row, a_column, b, b_row, b_column, rows, features, out, nnz, d, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr
+):
     """out[e] = a[rows[e]] · b[features[e]] for ENTRIES entries. Reads nnz · d numbers of b, and a from the cache."""
     entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     inside = entry < nnz
@@ -40,9 +39,21 @@ def _dots(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _sum_rows(  # type: ignore[no-untyped-def]
-    values, entries, indices, offsets, source, source_row, source_column, out, out_row, out_column, d,
-    ADD: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    values,
+    entries,
+    indices,
+    offsets,
+    source,
+    source_row,
+    source_column,
+    out,
+    out_row,
+    out_column,
+    d,
+    ADD: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """out[g] (+)= Σ values[entries[n]] · source[indices[n]] over n = offsets[g] … offsets[g + 1] − 1.
 
     Reads nnz · d numbers of source; writes each row of out once, with ADD only those that have entries.
@@ -75,9 +86,18 @@ def dots(a: Float[Tensor, "rows d"], b: Float[Tensor, "d_sae d"], support: Suppo
     out = torch.empty(nnz, device=a.device, dtype=torch.float32)
     if nnz:
         _dots[(triton.cdiv(nnz, DOT_ENTRIES),)](
-            a, *a.stride(), b, *b.stride(), support.rows, support.features, out, nnz, d,
-            ENTRIES=DOT_ENTRIES, COLUMNS=min(DOT_COLUMNS, triton.next_power_of_2(d)),
-        )  # fmt: skip
+            a,
+            *a.stride(),
+            b,
+            *b.stride(),
+            support.rows,
+            support.features,
+            out,
+            nnz,
+            d,
+            ENTRIES=DOT_ENTRIES,
+            COLUMNS=min(DOT_COLUMNS, triton.next_power_of_2(d)),
+        )
     return out
 
 
@@ -111,6 +131,16 @@ def _sum_over(
         return
     columns = min(SUM_COLUMNS, triton.next_power_of_2(d))
     _sum_rows[(groups, triton.cdiv(d, columns))](
-        values.contiguous(), entries, indices, offsets, source, *source.stride(), out, *out.stride(), d,
-        ADD=add, ENTRIES=min(128, SUM_NUMBERS // columns), COLUMNS=columns,
-    )  # fmt: skip
+        values.contiguous(),
+        entries,
+        indices,
+        offsets,
+        source,
+        *source.stride(),
+        out,
+        *out.stride(),
+        d,
+        ADD=add,
+        ENTRIES=min(128, SUM_NUMBERS // columns),
+        COLUMNS=columns,
+    )

@@ -67,10 +67,8 @@ def narrowed(rows: Float[Tensor, "n d"]) -> Narrow:
 def _slack(x_norm, x_error, w_norm, w_error, doubt, rounding):  # type: ignore[no-untyped-def]
     """How far the screened values of a block may lie from the exact ones."""
     return (
-        x_error[:, None] * w_norm[None, :]
-        + x_norm[:, None] * (w_error + rounding * w_norm)[None, :]
-        + doubt[None, :]
-    )  # fmt: skip
+        x_error[:, None] * w_norm[None, :] + x_norm[:, None] * (w_error + rounding * w_norm)[None, :] + doubt[None, :]
+    )
 
 
 @triton.jit
@@ -82,10 +80,33 @@ def _packed(hits, ROWS: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-un
 
 @triton.jit
 def _screen(  # type: ignore[no-untyped-def]
-    x, x_scale, x_norm, x_error, w, w_scale, w_norm, w_error, base, doubt, rounding, bar,
-    bits, screened, lows, n, d_sae, d_in, words, groups, shrink,
-    KEEP: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, INPUTS: tl.constexpr,
-):  # fmt: skip
+    x,
+    x_scale,
+    x_norm,
+    x_error,
+    w,
+    w_scale,
+    w_norm,
+    w_error,
+    base,
+    doubt,
+    rounding,
+    bar,
+    bits,
+    screened,
+    lows,
+    n,
+    d_sae,
+    d_in,
+    words,
+    groups,
+    shrink,
+    KEEP: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
     """The product x̂ ŵᵀ of a block of ROWS × FEATURES, and what is kept of it.
 
     Where the bars are known, a bit per feature that may reach its row's: n · d_sae / 8 bytes are written. With KEEP,
@@ -107,20 +128,25 @@ def _screen(  # type: ignore[no-untyped-def]
         inputs = start + tl.arange(0, INPUTS)
         a = tl.load(
             x + row.to(tl.int64)[:, None] * d_in + inputs[None, :],
-            mask=real_row[:, None] & (inputs < d_in)[None, :], other=0.0,
-        )  # fmt: skip
+            mask=real_row[:, None] & (inputs < d_in)[None, :],
+            other=0.0,
+        )
         b = tl.load(
             w + feature.to(tl.int64)[None, :] * d_in + inputs[:, None],
-            mask=real[None, :] & (inputs < d_in)[:, None], other=0.0,
-        )  # fmt: skip
+            mask=real[None, :] & (inputs < d_in)[:, None],
+            other=0.0,
+        )
         product = tl.dot(a, b, product)
     base_here = tl.load(base + feature, mask=real, other=float("-inf"))
     units = tl.load(x_scale + row, mask=real_row, other=1.0)[:, None] * tl.load(w_scale + feature, mask=real, other=1.0)
     slack = _slack(
-        tl.load(x_norm + row, mask=real_row, other=0.0), tl.load(x_error + row, mask=real_row, other=0.0),
-        tl.load(w_norm + feature, mask=real, other=0.0), tl.load(w_error + feature, mask=real, other=0.0),
-        tl.load(doubt + feature, mask=real, other=0.0), rounding,
-    )  # fmt: skip
+        tl.load(x_norm + row, mask=real_row, other=0.0),
+        tl.load(x_error + row, mask=real_row, other=0.0),
+        tl.load(w_norm + feature, mask=real, other=0.0),
+        tl.load(w_error + feature, mask=real, other=0.0),
+        tl.load(doubt + feature, mask=real, other=0.0),
+        rounding,
+    )
     value = product * units + base_here[None, :]
     if KEEP:
         place = screened + row.to(tl.int64)[:, None] * d_sae + feature[None, :]
@@ -138,25 +164,46 @@ def _screen(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _mark(  # type: ignore[no-untyped-def]
-    screened, x_scale, x_norm, x_error, w_scale, w_norm, w_error, base, doubt, rounding, bar, bits, n, d_sae, words,
-    grow, narrow_rounding, narrow_smallest, ROWS: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
+    screened,
+    x_scale,
+    x_norm,
+    x_error,
+    w_scale,
+    w_norm,
+    w_error,
+    base,
+    doubt,
+    rounding,
+    bar,
+    bits,
+    n,
+    d_sae,
+    words,
+    grow,
+    narrow_rounding,
+    narrow_smallest,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
     """The bits of `_screen` from the product it kept: reads 2 bytes for each feature and writes a bit."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     feature = tl.program_id(1) * WORDS * 32 + tl.arange(0, WORDS * 32)
     real_row, real = row < n, feature < d_sae
     wide = row.to(tl.int64)[:, None]
-    stored = tl.load(
-        screened + wide * d_sae + feature[None, :], mask=real_row[:, None] & real[None, :], other=0.0
-    ).to(tl.float32)  # fmt: skip
+    stored = tl.load(screened + wide * d_sae + feature[None, :], mask=real_row[:, None] & real[None, :], other=0.0).to(
+        tl.float32
+    )
     units = grow * tl.load(x_scale + row, mask=real_row, other=1.0)[:, None]
     units = units * tl.load(w_scale + feature, mask=real, other=1.0)[None, :]
     slack = _slack(
-        tl.load(x_norm + row, mask=real_row, other=0.0), tl.load(x_error + row, mask=real_row, other=0.0),
-        tl.load(w_norm + feature, mask=real, other=0.0), tl.load(w_error + feature, mask=real, other=0.0),
-        tl.load(doubt + feature, mask=real, other=0.0), rounding,
-    )  # fmt: skip
+        tl.load(x_norm + row, mask=real_row, other=0.0),
+        tl.load(x_error + row, mask=real_row, other=0.0),
+        tl.load(w_norm + feature, mask=real, other=0.0),
+        tl.load(w_error + feature, mask=real, other=0.0),
+        tl.load(doubt + feature, mask=real, other=0.0),
+        rounding,
+    )
     slack += (tl.abs(stored) * narrow_rounding + narrow_smallest) * units
     value = stored * units + tl.load(base + feature, mask=real, other=float("-inf"))[None, :]
     hits = value + slack >= tl.load(bar + row, mask=real_row, other=float("inf"))[:, None]

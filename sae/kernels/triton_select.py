@@ -160,15 +160,34 @@ def _mark_top(x: Narrow, w: Narrow, bounds: Bounds, k: int, bits: Tensor) -> Non
     words = bits.shape[1]
     blocks = _word_blocks(words)
     _mark[(triton.cdiv(rows, blocks["ROWS"]), triton.cdiv(words, blocks["WORDS"]))](
-        screened, *x[1:], *w[1:], *bounds, bar, bits, rows, d_sae, words, grow, FLOAT16_ROUNDING, FLOAT16_SMALLEST,
+        screened,
+        *x[1:],
+        *w[1:],
+        *bounds,
+        bar,
+        bits,
+        rows,
+        d_sae,
+        words,
+        grow,
+        FLOAT16_ROUNDING,
+        FLOAT16_SMALLEST,
         **blocks,
-    )  # fmt: skip
+    )
 
 
 def _multiply(
-    x: Narrow, w: Narrow, bounds: Bounds, *, bar: Tensor | None = None, bits: Tensor | None = None,
-    screened: Tensor | None = None, lows: Tensor | None = None, group: int = 1, shrink: float = 1.0,
-) -> None:  # fmt: skip
+    x: Narrow,
+    w: Narrow,
+    bounds: Bounds,
+    *,
+    bar: Tensor | None = None,
+    bits: Tensor | None = None,
+    screened: Tensor | None = None,
+    lows: Tensor | None = None,
+    group: int = 1,
+    shrink: float = 1.0,
+) -> None:
     """`_screen` with bars and bits, or with what is kept where there is no bar yet; tuned on the device."""
     n, d_in = x.numbers.shape
     d_sae, keep = len(w.numbers), screened is not None
@@ -177,9 +196,25 @@ def _multiply(
     if n:
         kernel, blocks = _tuned_screen()
         kernel[lambda block: (triton.cdiv(n, block["ROWS"]) * triton.cdiv(d_sae, block["FEATURES"]),)](
-            x.numbers, *x[1:], w.numbers, *w[1:], *bounds, bar, bits, screened, lows, n, d_sae, d_in, words, groups,
-            shrink, KEEP=keep, GROUP=group, **blocks,
-        )  # fmt: skip
+            x.numbers,
+            *x[1:],
+            w.numbers,
+            *w[1:],
+            *bounds,
+            bar,
+            bits,
+            screened,
+            lows,
+            n,
+            d_sae,
+            d_in,
+            words,
+            groups,
+            shrink,
+            KEEP=keep,
+            GROUP=group,
+            **blocks,
+        )
 
 
 @cache
@@ -190,9 +225,13 @@ def _tuned_screen() -> tuple[Any, dict[str, int]]:
     configs = [
         triton.Config({"ROWS": rows, "FEATURES": features, "INPUTS": inputs}, num_warps=warps, num_stages=stages)
         for rows, features, inputs, warps, stages in (
-            (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 32, 8, 4), (64, 128, 64, 4, 4),
+            (128, 256, 64, 8, 3),
+            (128, 128, 64, 8, 3),
+            (128, 128, 64, 8, 4),
+            (128, 128, 32, 8, 4),
+            (64, 128, 64, 4, 4),
         )
-    ]  # fmt: skip
+    ]
     return triton.autotune(configs, key=["d_sae", "d_in", "KEEP"])(_screen), {}
 
 

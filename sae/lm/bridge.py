@@ -28,8 +28,14 @@ LEGACY_HUB_IDS = {
 }
 # What the bridge computes with beside its parameters; the rest of its settings follows from these, or is a name.
 DECISIVE = (
-    "n_heads", "n_key_value_heads", "act_fn", "normalization_type", "eps", "positional_embedding_type", "rotary_base",
-)  # fmt: skip
+    "n_heads",
+    "n_key_value_heads",
+    "act_fn",
+    "normalization_type",
+    "eps",
+    "positional_embedding_type",
+    "rotary_base",
+)
 
 
 class BridgeModel(LanguageModel):

@@ -67,10 +67,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        h: Float[Tensor, "rows d_model"],
-        W: Float[Tensor, "d_vocab d_model"],
-        target: Int[Tensor, " rows"],
+        ctx: Any, h: Float[Tensor, "rows d_model"], W: Float[Tensor, "d_vocab d_model"], target: Int[Tensor, " rows"]
     ) -> Float[Tensor, ""]:
         rows, size = h.shape[0], min(h.shape[0], ChunkedCrossEntropy.CHUNK_ROWS)
         h_half, W_half = h.bfloat16(), W.bfloat16()

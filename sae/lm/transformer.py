@@ -181,8 +181,13 @@ class Transformer(nn.Module):
         widths: dict[str, int] = {}
         for layer in range(self.config.n_layers):
             for name in (
-                "hook_resid_pre", "hook_attn_out", "hook_resid_mid", "mlp.hook_in", "hook_mlp_out", "hook_resid_post",
-            ):  # fmt: skip
+                "hook_resid_pre",
+                "hook_attn_out",
+                "hook_resid_mid",
+                "mlp.hook_in",
+                "hook_mlp_out",
+                "hook_resid_post",
+            ):
                 widths[f"blocks.{layer}.{name}"] = self.config.d_model
             widths[f"blocks.{layer}.mlp.hook_post"] = self.config.d_mlp
         return widths

@@ -41,7 +41,9 @@ def compare(
     blocks = _paired_blocks(acts, first_shards(acts, tokens), first, second, models)
     hooks = [sae.config["hook_point"] for sae in (first, second)]
     found = comparison.compare(
-        first, second, blocks,
+        first,
+        second,
+        blocks,
         tokens=tokens,
         same_space=models[0].weights_sha256 == models[1].weights_sha256 and hooks[0] == hooks[1],
         logit_weights=(
@@ -49,7 +51,7 @@ def compare(
             lambda directions: models[1].logit_weights(directions, hooks[1]),
         ),
         seed=seed,
-    )  # fmt: skip
+    )
     directory = Path(out) if out else a / "compare" / f"{b.resolve().parent.name}--{b.resolve().name}"
     result = found.summary | {
         "a": _described(first, a, models[0]),
@@ -76,11 +78,7 @@ def _described(sae: SAE, directory: Path, model: LanguageModel) -> dict[str, Any
 
 
 def _paired_blocks(
-    store: ActivationStore,
-    shards: list[tuple[str, int]],
-    a: SAE,
-    b: SAE,
-    models: tuple[LanguageModel, LanguageModel],
+    store: ActivationStore, shards: list[tuple[str, int]], a: SAE, b: SAE, models: tuple[LanguageModel, LanguageModel]
 ) -> Iterator[comparison.PairedBlock]:
     """Each shard's rows as both models see them: from the store where it holds them, else by running the model."""
     for model in models:

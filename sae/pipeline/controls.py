@@ -105,9 +105,15 @@ class Setup:
     """One text and one model: what every control is measured on. `live` runs the model instead of reading the store."""
 
     def __init__(
-        self, store: ActivationStore, model: LanguageModel, hook_point: str, tokens: int, device: str = "auto", *,
+        self,
+        store: ActivationStore,
+        model: LanguageModel,
+        hook_point: str,
+        tokens: int,
+        device: str = "auto",
+        *,
         live: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.store, self.model, self.hook_point, self.device, self.live = store, model, hook_point, device, live
         self.chosen = {split: thinned(store, split, tokens) for split in (HELD_OUT, TRAIN)}
         shards, every = self.chosen[HELD_OUT]
@@ -145,10 +151,19 @@ class Setup:
         mean = torch.stack([block.acts[block.keep].double().sum(0) for block in self.blocks(HELD_OUT)]).sum(0)
         given = self.training_rows(4096) if self.live else donors(self.store, self.hook_point)
         found, _ = evaluation.evaluate(
-            sae, self.model, self.blocks(HELD_OUT), training=self.blocks(TRAIN), hook_point=self.hook_point,
-            heldout_mean=(mean / self.kept_tokens).numpy(), train_mean=given.double().mean(0).numpy(), donors=given,
-            domains=self.domains, kept_tokens=self.kept_tokens, device=self.device, ablated=self.ablated,
-        )  # fmt: skip
+            sae,
+            self.model,
+            self.blocks(HELD_OUT),
+            training=self.blocks(TRAIN),
+            hook_point=self.hook_point,
+            heldout_mean=(mean / self.kept_tokens).numpy(),
+            train_mean=given.double().mean(0).numpy(),
+            donors=given,
+            domains=self.domains,
+            kept_tokens=self.kept_tokens,
+            device=self.device,
+            ablated=self.ablated,
+        )
         return {
             "features": sae.d_sae,
             **{name: found["metrics"][name]["value"] for name in METRICS},
@@ -156,11 +171,9 @@ class Setup:
             "pure_features": found["domains"]["pure_features"],
             "top_neuron": found["decoder"]["top_neuron"]["median"],
             "nearest_cosine": found["decoder"]["nearest_cosine"]["median"],
-            "best_f1": {
-                domain: entry and entry["f1"] for domain, entry in found["domains"]["best_feature"].items()
-            },
+            "best_f1": {domain: entry and entry["f1"] for domain, entry in found["domains"]["best_feature"].items()},
             **self.probed(sae, learned=learned),
-        }  # fmt: skip
+        }
 
     def probed(self, sae: SAE, *, learned: bool = False) -> dict[str, Any]:
         """k-sparse probes of each token's domain and, of `learned` dictionaries, absorption."""

@@ -111,11 +111,14 @@ def _write(out: Path, paths: Sequence[Path], format: str, survey: _Survey, d_sae
     place = " ".join(survey.origin[key] for key in ("layer", "sae_set") if key in survey.origin)
     n_contexts = max(1, survey.n_texts)
     writer = FeatureWriter(
-        out / "features.zarr", d_sae=d_sae, seq_len=survey.longest, n_contexts=n_contexts,
+        out / "features.zarr",
+        d_sae=d_sae,
+        seq_len=survey.longest,
+        n_contexts=n_contexts,
         attributes={"sampled": True, "hook_point": place, "model": {"id": model or "?"}, "provenance": {"dump": name}},
         vocabulary=list(survey.vocabulary),
         documents=[(title, file, "", survey.sha256[file]) for title, file in survey.groups],
-    )  # fmt: skip
+    )
     try:
         panels = _Panels(d_sae, n_contexts, survey)
         first = 0
@@ -131,10 +134,14 @@ def _write(out: Path, paths: Sequence[Path], format: str, survey: _Survey, d_sae
         writer.abandon()
         raise
     config = {
-        "kind": "feature-dump", "format": 1, "d_sae": d_sae, "recipe": f"{format} dump", "model": {"id": model or "?"},
+        "kind": "feature-dump",
+        "format": 1,
+        "d_sae": d_sae,
+        "recipe": f"{format} dump",
+        "model": {"id": model or "?"},
         "hook_point": place,
         "imported": {"format": format, "source": name, "files": len(paths), "features": len(survey.found)},
-    }  # fmt: skip
+    }
     write_bytes(out / "config.json", json.dumps(config, indent=2).encode())
     return index
 
@@ -153,9 +160,14 @@ def _append(writer: FeatureWriter, survey: _Survey, file: str, each: DumpedFeatu
         document[i, :size] = survey.groups[text.group, file]
     rows = np.flatnonzero(acts.reshape(-1) > 0)
     writer.append(
-        first, tokens, document >= 0, document, rows + first * survey.longest, np.full(len(rows), each.feature),
+        first,
+        tokens,
+        document >= 0,
+        document,
+        rows + first * survey.longest,
+        np.full(len(rows), each.feature),
         acts.reshape(-1)[rows],
-    )  # fmt: skip
+    )
 
 
 class _Panels:

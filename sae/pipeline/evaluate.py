@@ -80,9 +80,15 @@ def thinned(store: ActivationStore, split: str, tokens: int) -> tuple[list[int],
 
 
 def eval_blocks(
-    store: ActivationStore, hook_point: str, domains: list[str], split: str, shards: list[int],
-    target: str | None = None, *, every: int = 1,
-) -> Iterator[evaluation.Block]:  # fmt: skip
+    store: ActivationStore,
+    hook_point: str,
+    domains: list[str],
+    split: str,
+    shards: list[int],
+    target: str | None = None,
+    *,
+    every: int = 1,
+) -> Iterator[evaluation.Block]:
     """Whole contexts of some shards, or one in `every`; with y where there is a target hook point."""
     markers = store.markers(split)
     documents = {int(n): entry for shard in shards for n, entry in markers[shard].documents.items()}

@@ -55,9 +55,7 @@ def _example(index: FeatureIndex, row: int, value: float) -> dict[str, Any]:
     tokens = [index.token_bytes(int(token)) for token in window.token_ids]
     parts = (tokens[:hit], tokens[hit : hit + 1], tokens[hit + 1 :])
     before, token, after = (visible(b"".join(part)) for part in parts)
-    return {
-        "activation": value, "domain": index.document_of(row)[2], "before": before, "token": token, "after": after,
-    }  # fmt: skip
+    return {"activation": value, "domain": index.document_of(row)[2], "before": before, "token": token, "after": after}
 
 
 def visible(raw: bytes) -> str:

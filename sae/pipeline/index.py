@@ -67,10 +67,16 @@ def index(
     blocks = _index_blocks(acts, hook, shards, renumbered)
     try:
         return indexing.index(
-            dictionary, lm, blocks, writer, hook_point=written, tokens=contexts * acts.seq_len,
-            device=device, kernels=kernels,
+            dictionary,
+            lm,
+            blocks,
+            writer,
+            hook_point=written,
+            tokens=contexts * acts.seq_len,
+            device=device,
+            kernels=kernels,
             resampled=_resampled_at(directory) if directory else None,
-        )  # fmt: skip
+        )
     except BaseException:
         writer.abandon()
         raise

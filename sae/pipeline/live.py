@@ -42,9 +42,15 @@ def live_rows(
     hooks = {"x": hook} | ({"y": target_hook_point} if target_hook_point else {})
     hooks |= {"resid": resid_mid_of(hook)} if needs == "resid" else {}
     rows = LiveRows(
-        Contexts(lm, source, seq_len), hooks, batch_tokens=config.batch_tokens, seed=config.seed, steps=config.steps,
-        memory_bytes=live.memory_bytes, dtype=live.dtype, downstream=lm.downstream(hook) if needs == "resid" else None,
-    )  # fmt: skip
+        Contexts(lm, source, seq_len),
+        hooks,
+        batch_tokens=config.batch_tokens,
+        seed=config.seed,
+        steps=config.steps,
+        memory_bytes=live.memory_bytes,
+        dtype=live.dtype,
+        downstream=lm.downstream(hook) if needs == "resid" else None,
+    )
     made_of = provenance_of(lm, source)
     return rows, {
         "hook_point": hook,

@@ -30,10 +30,19 @@ class StoreRows:
     """
 
     def __init__(
-        self, store: ActivationStore, hook_point: str, *, batch_tokens: int, seed: int,
-        target_hook_point: str | None = None, resid_hook_point: str | None = None, downstream: Downstream | None = None,
-        max_ram_bytes: int = SHUFFLE_BYTES, rank: int = 0, world: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        store: ActivationStore,
+        hook_point: str,
+        *,
+        batch_tokens: int,
+        seed: int,
+        target_hook_point: str | None = None,
+        resid_hook_point: str | None = None,
+        downstream: Downstream | None = None,
+        max_ram_bytes: int = SHUFFLE_BYTES,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         beside = [hook for hook in (target_hook_point, resid_hook_point) if hook]
         wide = sum(store.hook_points[hook] for hook in (hook_point, *beside))
 
@@ -65,9 +74,15 @@ class StoreRows:
 
 
 def open_rows(
-    path: str | Path, *, batch_tokens: int, hook_point: str | None = None, seed: int = 0, rank: int | None = None,
-    world: int | None = None, max_ram_bytes: int = SHUFFLE_BYTES,
-) -> StoreRows:  # fmt: skip
+    path: str | Path,
+    *,
+    batch_tokens: int,
+    hook_point: str | None = None,
+    seed: int = 0,
+    rank: int | None = None,
+    world: int | None = None,
+    max_ram_bytes: int = SHUFFLE_BYTES,
+) -> StoreRows:
     """Rows of a store for a training loop of one's own, alone or as one of many ranks, each with rows of its own.
 
     `batch_tokens` is of one rank; `rank` and `world` default to what torchrun says (RANK, WORLD_SIZE), else 0 and 1.
@@ -75,16 +90,23 @@ def open_rows(
     """
     store = ActivationStore.open(path)
     return StoreRows(
-        store, hook_point_of(store, hook_point), batch_tokens=batch_tokens, seed=seed, max_ram_bytes=max_ram_bytes,
+        store,
+        hook_point_of(store, hook_point),
+        batch_tokens=batch_tokens,
+        seed=seed,
+        max_ram_bytes=max_ram_bytes,
         rank=int(os.environ.get("RANK") or 0) if rank is None else rank,
         world=int(os.environ.get("WORLD_SIZE") or 1) if world is None else world,
-    )  # fmt: skip
+    )
 
 
 def rows_for(
-    store: ActivationStore, hook: str, config: TrainConfig, target_hook_point: str | None,
+    store: ActivationStore,
+    hook: str,
+    config: TrainConfig,
+    target_hook_point: str | None,
     max_ram_bytes: int = SHUFFLE_BYTES,
-) -> StoreRows:  # fmt: skip
+) -> StoreRows:
     """The rows that a recipe trains on. Raises: PipelineError for a hook point that it needs and is not there."""
     check_target(config.recipe, target_hook_point)
     resid, downstream = None, None
@@ -92,16 +114,24 @@ def rows_for(
         downstream = model_in(store).downstream(hook)
         resid = hook_point_of(store, resid_mid_of(hook))
     return StoreRows(
-        store, hook, batch_tokens=config.batch_tokens, seed=config.seed,
+        store,
+        hook,
+        batch_tokens=config.batch_tokens,
+        seed=config.seed,
         target_hook_point=hook_point_of(store, target_hook_point) if target_hook_point else None,
-        resid_hook_point=resid, downstream=downstream, max_ram_bytes=max_ram_bytes,
-    )  # fmt: skip
+        resid_hook_point=resid,
+        downstream=downstream,
+        max_ram_bytes=max_ram_bytes,
+    )
 
 
 def provenance_of(
-    store: ActivationStore, hook: str, out: str | Path, target_hook_point: str | None = None,
+    store: ActivationStore,
+    hook: str,
+    out: str | Path,
+    target_hook_point: str | None = None,
     max_ram_bytes: int = SHUFFLE_BYTES,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Where a dictionary's rows come from, for its config.json."""
     return {
         "hook_point": hook,

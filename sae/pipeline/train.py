@@ -46,9 +46,7 @@ def train(
     """
     overrides = {"d_sae": d_sae, "seed": seed, **(config or {})}
     tokens = overrides.pop("tokens", tokens)
-    how: dict[str, Any] = {
-        "kernels": kernels, "device": device, "keep": keep, "trackers": trackers_named(log_to),
-    }  # fmt: skip
+    how: dict[str, Any] = {"kernels": kernels, "device": device, "keep": keep, "trackers": trackers_named(log_to)}
     if not isinstance(rows, str | Path):
         _, resolved = recipes.resolve(recipe, tokens=tokens or TrainConfig.tokens, **overrides)
         provenance: dict[str, Any] = {}

@@ -25,17 +25,34 @@ from sae.text.documents import Document, TextReport
 
 # The project's own dependencies; torch and transformers would drown the rest.
 PACKAGES = (
-    "numpy", "zarr", "tokenizers", "safetensors", "streamlit", "transformer_lens", "jaxtyping", "tqdm", "altair",
-    "pandas", "datasets",
-)  # fmt: skip
+    "numpy",
+    "zarr",
+    "tokenizers",
+    "safetensors",
+    "streamlit",
+    "transformer_lens",
+    "jaxtyping",
+    "tqdm",
+    "altair",
+    "pandas",
+    "datasets",
+)
 PACKAGE_BYTES = 2_000_000
 FILE_BYTES = 500_000  # longer files are tables and generated code
 DOCUMENT_CHARS = (60, 8_000)
 
 RULE = 1  # part of the fingerprint: count up when the way of cutting documents changes
 SKIPPED_DIRECTORIES = {
-    "site-packages", "dist-packages", "test", "tests", "_testing", "idlelib", "turtledemo", "lib2to3", "__pycache__",
-}  # fmt: skip
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "_testing",
+    "idlelib",
+    "turtledemo",
+    "lib2to3",
+    "__pycache__",
+}
 PROSE_SUFFIXES = {".md", ".rst", ".txt"}
 PROSE_NAME = re.compile(r"readme|licen[cs]e|copying|notice|authors", re.IGNORECASE)
 TOPICS = "pydoc_data/topics.py"  # the Python reference as one dict of strings: prose, not code
@@ -218,9 +235,7 @@ def split_docstrings(source: str) -> tuple[list[str], str]:
     return docstrings, "\n".join(line for number, line in enumerate(lines) if number not in removed)
 
 
-def _documented(
-    node: ast.AST,
-) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+def _documented(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
     """Modules, classes and functions in source order; expressions are not entered (they hold no docstrings)."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         yield node

@@ -179,12 +179,31 @@ def _addresses(rng: Random) -> str:
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 MONTH_NAMES = (
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
     "December",
-)  # fmt: skip
+)
 EVENTS = (
-    "started", "stopped", "connected", "timed out", "retrying", "finished", "reloaded", "rotated", "accepted", "closed",
-)  # fmt: skip
+    "started",
+    "stopped",
+    "connected",
+    "timed out",
+    "retrying",
+    "finished",
+    "reloaded",
+    "rotated",
+    "accepted",
+    "closed",
+)
 
 
 def _moment(rng: Random) -> datetime:

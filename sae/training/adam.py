@@ -42,9 +42,17 @@ class Adam:
     """
 
     def __init__(
-        self, sae: SAE, kernels: Kernels, *, beta1: float, beta2: float = 0.999, eps: float = 1e-8,
-        unit_norm: bool = True, clip: float = 0.0, threshold_lr_ratio: float = 1.0,
-    ) -> None:  # fmt: skip
+        self,
+        sae: SAE,
+        kernels: Kernels,
+        *,
+        beta1: float,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        unit_norm: bool = True,
+        clip: float = 0.0,
+        threshold_lr_ratio: float = 1.0,
+    ) -> None:
         self.sae, self.kernels, self.beta1, self.beta2, self.eps = sae, kernels, beta1, beta2, eps
         self.unit_norm, self.clip, self.threshold_lr_ratio = unit_norm, clip, threshold_lr_ratio
         self.step_count = 0
@@ -66,9 +74,14 @@ class Adam:
             rows = [_rows(name, t) for t in (parameter, parameter.grad, *self.moments[name].values())]
             rate = lr * self.threshold_lr_ratio if name == "threshold" else lr
             self.kernels.adam_(
-                *rows, step=self.step_count, lr=rate, beta1=self.beta1, beta2=self.beta2, eps=self.eps,
+                *rows,
+                step=self.step_count,
+                lr=rate,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                eps=self.eps,
                 unit_rows=name == "W_dec" and self.unit_norm,
-            )  # fmt: skip
+            )
             parameter.grad.zero_()
             if name == "threshold":
                 parameter.clamp_(min=0.0)

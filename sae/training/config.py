@@ -14,9 +14,20 @@ PAPER_RESAMPLE_STEPS = (25_000, 50_000, 75_000, 100_000)
 PAPER_DEAD_STEPS = 12_500
 PAPER_RESAMPLE_ROWS = 819_200
 NOT_NEGATIVE = (
-    "l1", "k", "aux_coefficient", "dead_tokens", "seed", "target_l0", "l0_penalty", "clip", "bandwidth",
-    "threshold_init", "threshold_lr_ratio", "multi_k", "min_density",
-)  # fmt: skip
+    "l1",
+    "k",
+    "aux_coefficient",
+    "dead_tokens",
+    "seed",
+    "target_l0",
+    "l0_penalty",
+    "clip",
+    "bandwidth",
+    "threshold_init",
+    "threshold_lr_ratio",
+    "multi_k",
+    "min_density",
+)
 
 
 @dataclass(frozen=True)

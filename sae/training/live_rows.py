@@ -73,9 +73,17 @@ class LiveRows:
     """
 
     def __init__(
-        self, contexts: Contexts, hooks: dict[str, str], *, batch_tokens: int, seed: int, steps: int,
-        memory_bytes: int = 1 << 30, dtype: str = "float16", downstream: Downstream | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        contexts: Contexts,
+        hooks: dict[str, str],
+        *,
+        batch_tokens: int,
+        seed: int,
+        steps: int,
+        memory_bytes: int = 1 << 30,
+        dtype: str = "float16",
+        downstream: Downstream | None = None,
+    ) -> None:
         if dtype not in DTYPES:
             raise LiveError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
         self._contexts, self._hooks, self._dtype, self.downstream = contexts, hooks, DTYPES[dtype], downstream

@@ -72,9 +72,14 @@ class Plan:
 
 
 def train_together(
-    rows: Rows, plans: Sequence[Plan], *, save_minutes: float = 2.0, keep: int = 1, kernels: str = "auto",
+    rows: Rows,
+    plans: Sequence[Plan],
+    *,
+    save_minutes: float = 2.0,
+    keep: int = 1,
+    kernels: str = "auto",
     device: str = "auto",
-) -> list[SAE | Diverged]:  # fmt: skip
+) -> list[SAE | Diverged]:
     """Trains several dictionaries on one pass over the rows, each bit for bit as `train` would alone.
 
     Their seeds and batches must be those the rows were made for. One that diverges is given back as its error, and the

@@ -12,9 +12,22 @@ from sae.training.config import TrainConfig, with_overrides
 
 # Settings that only some recipes have a use for; the others refuse them.
 OPTIONAL = (
-    "k", "l1", "l0_penalty", "aux_coefficient", "bandwidth", "threshold_init", "threshold_lr_ratio", "multi_k",
-    "min_density", "prefix_shares", "p_end", "p_from_share", "skip", "exact", "resample_shares",
-)  # fmt: skip
+    "k",
+    "l1",
+    "l0_penalty",
+    "aux_coefficient",
+    "bandwidth",
+    "threshold_init",
+    "threshold_lr_ratio",
+    "multi_k",
+    "min_density",
+    "prefix_shares",
+    "p_end",
+    "p_from_share",
+    "skip",
+    "exact",
+    "resample_shares",
+)
 
 
 @dataclass(frozen=True)

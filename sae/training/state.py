@@ -64,16 +64,25 @@ def start(
     sae = _dictionary(rows, config, recipe)
     norm = 1.0 if recipe.unit_norm else TIED_FREE_NORM
     initialise.initialise_(
-        sae, sample * scale, recipe.encoder_init, config.seed, target=target, decoder_norm=norm,
-        threshold=config.threshold_init, l0=config.target_l0,
-    )  # fmt: skip
+        sae,
+        sample * scale,
+        recipe.encoder_init,
+        config.seed,
+        target=target,
+        decoder_norm=norm,
+        threshold=config.threshold_init,
+        l0=config.target_l0,
+    )
     return TrainState(
-        sae, _adam(sae.to(device), kernels, config, recipe), scale,
+        sae,
+        _adam(sae.to(device), kernels, config, recipe),
+        scale,
         torch.zeros(config.d_sae, dtype=torch.int64, device=device),
         penalty=at_start(getattr(config, recipe.coefficient) if recipe.coefficient else 0.0, config),
-        target_scale=target_scale, downstream=getattr(rows, "downstream", None),
+        target_scale=target_scale,
+        downstream=getattr(rows, "downstream", None),
         matmul=matmul.choose(config.matmul, sae.W_enc.device),
-    )  # fmt: skip
+    )
 
 
 def save_state(out: Path, state: TrainState, *, keep: int = 1) -> None:
@@ -127,25 +136,41 @@ def restore(out: Path, rows: Rows, config: TrainConfig, recipe: Recipe, device: 
     adam = _adam(sae.to(place), choose(header["kernels"], place), config, recipe)
     adam.restore(tensors, header["step"])
     return TrainState(
-        sae, adam, header["scale"], tensors["tokens_since_fired"].to(place), header["step"], header["density"],
-        header["resampled"], Penalty(**header["penalty"]), header["target_scale"], getattr(rows, "downstream", None),
+        sae,
+        adam,
+        header["scale"],
+        tensors["tokens_since_fired"].to(place),
+        header["step"],
+        header["density"],
+        header["resampled"],
+        Penalty(**header["penalty"]),
+        header["target_scale"],
+        getattr(rows, "downstream", None),
         matmul.resumed(header["matmul"], config.matmul),
-    )  # fmt: skip
+    )
 
 
 def _dictionary(rows: Rows, config: TrainConfig, recipe: Recipe) -> SAE:
     return SAE(
-        rows.d_in, config.d_sae, activation=recipe.activation, k=config.k or None,
+        rows.d_in,
+        config.d_sae,
+        activation=recipe.activation,
+        k=config.k or None,
         d_out=getattr(rows, "d_out", None) if recipe.needs == "y" else None,
-        pre_bias=recipe.pre_bias, skip=config.skip,
-    )  # fmt: skip
+        pre_bias=recipe.pre_bias,
+        skip=config.skip,
+    )
 
 
 def _adam(sae: SAE, kernels: Kernels, config: TrainConfig, recipe: Recipe) -> adam.Adam:
     return adam.Adam(
-        sae, kernels, beta1=config.beta1, unit_norm=recipe.unit_norm, clip=config.clip,
+        sae,
+        kernels,
+        beta1=config.beta1,
+        unit_norm=recipe.unit_norm,
+        clip=config.clip,
         threshold_lr_ratio=config.threshold_lr_ratio,
-    )  # fmt: skip
+    )
 
 
 def _scale(sample: Tensor, width: int) -> float:

@@ -52,9 +52,7 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     if config.p_end < 1:
         _hold_penalty(state, acts, config)
     state.step += 1
-    return {
-        "loss": outcome.loss.detach(), "error": outcome.error.detach(), "l0": active, "x": scaled.target.detach(),
-    }  # fmt: skip
+    return {"loss": outcome.loss.detach(), "error": outcome.error.detach(), "l0": active, "x": scaled.target.detach()}
 
 
 def _now(state: TrainState, config: TrainConfig, recipe: Recipe) -> Now:

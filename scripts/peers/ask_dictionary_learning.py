@@ -14,9 +14,15 @@ from dictionary_learning.trainers.top_k import AutoEncoderTopK
 from dictionary_learning.utils import load_dictionary
 
 OURS = {  # its parameters → the weights of `sides`
-    "encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec", "decoder.bias": "b_dec",
-    "bias": "b_dec", "decoder_bias": "b_dec", "gate_bias": "b_enc", "mag_bias": "b_mag",
-}  # fmt: skip
+    "encoder.weight": "W_enc",
+    "encoder.bias": "b_enc",
+    "decoder.weight": "W_dec",
+    "decoder.bias": "b_dec",
+    "bias": "b_dec",
+    "decoder_bias": "b_dec",
+    "gate_bias": "b_enc",
+    "mag_bias": "b_mag",
+}
 
 
 def compute(directory: Path, x: torch.Tensor) -> sides.Computed:
@@ -37,10 +43,15 @@ def make(name: str, dictionary: torch.nn.Module, seed: int, *, unit_norms: bool 
     directory = sides.place(name)
     torch.save(dictionary.state_dict(), directory / "ae.pt")
     trainer = {
-        "dict_class": type(dictionary).__name__, "trainer_class": "any", "activation_dim": sides.D_IN,
-        "dict_size": sides.D_SAE, "layer": 3, "lm_name": "EleutherAI/pythia-70m-deduped",
-        "submodule_name": "resid_post_layer_3", **({"k": sides.K} if hasattr(dictionary, "k") else {}),
-    }  # fmt: skip
+        "dict_class": type(dictionary).__name__,
+        "trainer_class": "any",
+        "activation_dim": sides.D_IN,
+        "dict_size": sides.D_SAE,
+        "layer": 3,
+        "lm_name": "EleutherAI/pythia-70m-deduped",
+        "submodule_name": "resid_post_layer_3",
+        **({"k": sides.K} if hasattr(dictionary, "k") else {}),
+    }
     (directory / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}))
     x = sides.rows(seed, given["b_dec"])
     with torch.no_grad():

@@ -10,19 +10,29 @@ from llamascopium.models.sae import SAEConfig, SparseAutoEncoder
 
 HOOK = "blocks.3.hook_mlp_out"
 OURS = {
-    "W_E": "W_enc", "b_E": "b_enc", "W_D": "W_dec", "b_D": "b_dec",
+    "W_E": "W_enc",
+    "b_E": "b_enc",
+    "W_D": "W_dec",
+    "b_D": "b_dec",
     "activation_function.log_jumprelu_threshold": "threshold",
-}  # fmt: skip
+}
 
 
 def make(name: str, seed: int, *, norm: float | None = None, weighted: bool = False, **more: object) -> None:
     """With `norm`, trained on activations scaled by their average norm; with `weighted`, the features are chosen by
     activation times decoder norm, and where that is a topk, so weighted are the answers too."""
     config = SAEConfig(
-        hook_point_in=HOOK, hook_point_out=HOOK, d_model=sides.D_IN, expansion_factor=sides.D_SAE / sides.D_IN,
-        norm_activation="inference" if norm is None else "dataset-wise", sparsity_include_decoder_norm=weighted,
-        device="cpu", dtype=torch.float32, top_k=sides.K, **more,
-    )  # fmt: skip
+        hook_point_in=HOOK,
+        hook_point_out=HOOK,
+        d_model=sides.D_IN,
+        expansion_factor=sides.D_SAE / sides.D_IN,
+        norm_activation="inference" if norm is None else "dataset-wise",
+        sparsity_include_decoder_norm=weighted,
+        device="cpu",
+        dtype=torch.float32,
+        top_k=sides.K,
+        **more,
+    )
     sae = SparseAutoEncoder(config)
     given = sides.weights(seed, unit_norms=False)
     with torch.no_grad():

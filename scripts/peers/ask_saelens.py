@@ -100,10 +100,21 @@ def make_old(name: str, seed: int, **more: object) -> None:
     directory = sides.place(name)
     save_file({n: given[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec")}, str(directory / "sae_weights.safetensors"))
     config = {
-        "d_in": sides.D_IN, "d_sae": sides.D_SAE, "dtype": "torch.float32", "device": "cpu", "model_name": "gpt2-small",
-        "hook_name": HOOK, "hook_head_index": None, "normalize_activations": None, "apply_b_dec_to_input": False,
-        "finetuning_scaling_factor": False, "prepend_bos": True, "context_size": 128, "dataset_path": "x", **more,
-    }  # fmt: skip
+        "d_in": sides.D_IN,
+        "d_sae": sides.D_SAE,
+        "dtype": "torch.float32",
+        "device": "cpu",
+        "model_name": "gpt2-small",
+        "hook_name": HOOK,
+        "hook_head_index": None,
+        "normalize_activations": None,
+        "apply_b_dec_to_input": False,
+        "finetuning_scaling_factor": False,
+        "prepend_bos": True,
+        "context_size": 128,
+        "dataset_path": "x",
+        **more,
+    }
     (directory / "cfg.json").write_text(json.dumps(config))
     write_answers(directory, SAE.load_from_disk(str(directory), device="cpu"), seed)
 

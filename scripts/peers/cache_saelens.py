@@ -56,10 +56,21 @@ def main() -> None:
     model = hooked(Path(directory), tokens.shape[1])
     runner.load_model = lambda **_: model
     cfg = runner.CacheActivationsRunnerConfig(
-        dataset_path="contexts", model_name="native", model_batch_size=16, hook_name=hook, d_in=model.cfg.d_mlp,
-        training_tokens=tokens.size, context_size=tokens.shape[1], new_cached_activations_path=out, shuffle=False,
-        dtype="float16", device="cpu", prepend_bos=False, streaming=False, buffer_size_gb=0.25,
-    )  # fmt: skip
+        dataset_path="contexts",
+        model_name="native",
+        model_batch_size=16,
+        hook_name=hook,
+        d_in=model.cfg.d_mlp,
+        training_tokens=tokens.size,
+        context_size=tokens.shape[1],
+        new_cached_activations_path=out,
+        shuffle=False,
+        dtype="float16",
+        device="cpu",
+        prepend_bos=False,
+        streaming=False,
+        buffer_size_gb=0.25,
+    )
     dataset = Dataset.from_dict({"input_ids": tokens.tolist()})
     caching = runner.CacheActivationsRunner(cfg, override_dataset=dataset)
     began, used = time.perf_counter(), time.process_time()
