@@ -1,7 +1,7 @@
 """How fast the app is in a real browser: Playwright with Debian's Chromium against a running server.
 
     python scripts/bench_browser_index.py /tmp/bench-browser --text PATH       # once
-    python scripts/bench_browser.py /tmp/bench-browser --json docs/bench-browser.json
+    python scripts/bench_browser.py /tmp/bench-browser --json docs/measurements/bench-browser.json
 
 Every figure is wall-clock time from the key or click to the thing standing on the screen. Prints a table beside the
 goals and writes JSON with the hardware, the load of the machine and every time.

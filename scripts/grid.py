@@ -2,10 +2,10 @@
 
     sae harvest --text corpus.jsonl.xz --out runs/grid/acts.zarr --tokens 6200000 --hook-point blocks.0.mlp.hook_post \\
         --hook-point blocks.0.hook_resid_mid --hook-point blocks.0.mlp.hook_in --hook-point blocks.0.hook_mlp_out
-    python scripts/grid.py --acts runs/grid/acts.zarr --json docs/grid.json --l0 5 --l0 20
-    python scripts/grid.py --acts runs/grid/acts.zarr --json docs/grid.json --recipe topk --l0 2 --seed 0 --seed 1
-    python scripts/grid.py --json docs/grid.json                                   # the table of what is there
-    python scripts/grid.py --json docs/grid.json --domains --l0 20                 # best features' F1 by domain instead
+    python scripts/grid.py --acts runs/grid/acts.zarr --json docs/measurements/grid.json --l0 5 --l0 20
+    python scripts/grid.py --acts runs/grid/acts.zarr --json docs/measurements/grid.json --recipe topk --l0 2 --seed 1
+    python scripts/grid.py --json docs/measurements/grid.json   # the table of what is there
+    python scripts/grid.py --json docs/measurements/grid.json --domains --l0 20   # F1 by domain instead
 
 Trains every combination beside the store, evaluates it on all held-out tokens, and adds one entry to the JSON as each
 is done; what is there with the same settings and rows is not trained again. `--processes 2` shares the processor among
