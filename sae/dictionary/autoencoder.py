@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae.kernels import autograd, choose, dense
-from sae.kernels.activations import DenseActs, FeatureActs, SparseActs
+from sae.kernels import choose, dense
+from sae.kernels.activations import DenseActs, FeatureActs, SparseActs, sparse_or_dense
 from sae.kernels.autograd import Kernels
-from sae.kernels.sparsity import Above, BatchTopK, NotSparse, Rule, TopK
+from sae.kernels.sparsity import Above, BatchTopK, Rule, TopK
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 SHAPE = ("d_in", "d_sae", "activation", "k", "d_out", "pre_bias", "skip")
@@ -143,15 +143,12 @@ class SAE(nn.Module):
     def encode_sparse(self, x: Float[Tensor, "rows d_in"], kernels: Kernels | None = None) -> SparseActs:
         """Feature activations at the cost of the active ones (and one product), differentiable as `encode` is."""
         kernels = kernels or choose(device=x.device)
-        pre, support = autograd.encode(kernels, x, self.W_enc, self.b_enc, self.input_bias, self.rule)
-        return SparseActs(self.magnitudes(pre, support.features.long()), support, kernels)
+        pre = SparseActs.pre_activations(kernels, x, self.W_enc, self.b_enc, self.input_bias, self.rule)
+        return pre.with_values(self.magnitudes(pre.values, pre.support.features.long()))
 
     def feature_acts(self, x: Float[Tensor, "rows d_in"], kernels: Kernels | None = None) -> FeatureActs:
         """`encode_sparse` where that pays, else `encode`: in either form the same activations."""
-        try:
-            return self.encode_sparse(x, kernels)
-        except NotSparse:
-            return self.encode_dense(x)
+        return sparse_or_dense(lambda: self.encode_sparse(x, kernels), lambda: self.encode_dense(x))
 
     def encode_dense(self, x: Float[Tensor, "rows d_in"]) -> DenseActs:
         """`encode`, with what it counts on the way."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.kernels import choose, dense, fastest
-from sae.kernels.autograd import Kernels, decode
-from sae.kernels.sparsity import Support
+from sae.kernels.autograd import Kernels, decode, encode
+from sae.kernels.sparsity import NotSparse, Rule, Support
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,20 @@ class SparseActs:
     values: Float[Tensor, " nnz"]
     support: Support
     kernels: Kernels
+
+    @classmethod
+    def pre_activations(
+        cls,
+        kernels: Kernels,
+        x: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, " d_sae"],
+        b_dec: Float[Tensor, " d_in"],
+        rule: Rule,
+    ) -> SparseActs:
+        """`(x − b_dec) W_enc + b_enc` of the active features. Raises: NotSparse if there are too many."""
+        pre, support = encode(kernels, x, W_enc, b_enc, b_dec, rule)
+        return cls(pre, support, kernels)
 
     @property
     def n_rows(self) -> int:
@@ -135,6 +150,14 @@ class DenseActs:
 
 
 FeatureActs = SparseActs | DenseActs
+
+
+def sparse_or_dense(sparse: Callable[[], SparseActs], dense: Callable[[], DenseActs]) -> FeatureActs:
+    """`sparse()`, or `dense()` where the sparse kernels refuse the batch (NotSparse): the one place that falls back."""
+    try:
+        return sparse()
+    except NotSparse:
+        return dense()
 
 
 def l0(acts: FeatureActs) -> Float[Tensor, ""]:

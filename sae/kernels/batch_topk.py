@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.kernels.sparsity import BatchTopK, Support
+from sae.kernels import reference
+from sae.kernels.sparsity import BatchTopK, NotSparse, Support
 
 SAMPLED_ROWS = 64
 
@@ -21,6 +22,19 @@ def batch_topk(
     bias: Float[Tensor, " d_sae"],
     rule: BatchTopK,
     above: Above,
+) -> tuple[Support, Float[Tensor, " nnz"]]:
+    """The k · rows largest; `above(threshold)` finds the entries above one threshold per feature.
+
+    Falls back to one dense product in the rare batch that has a row with too many entries for `above` (NotSparse).
+    """
+    try:
+        return _above_floor(x, W_enc, bias, rule, above)
+    except NotSparse:
+        return reference.select(x, W_enc, bias, rule)
+
+
+def _above_floor(
+    x: Tensor, W_enc: Tensor, bias: Tensor, rule: BatchTopK, above: Above
 ) -> tuple[Support, Float[Tensor, " nnz"]]:
     """Everything above a floor guessed from some rows; the floor is lowered until k · rows entries lie above it."""
     wanted, lift = rule.k * len(x), rule.lifts(bias)

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels import cpu_loops, matmul, reference
+from sae.kernels import cpu_loops, matmul
 from sae.kernels.batch_topk import batch_topk
 from sae.kernels.cpu_loops import GROUP
 from sae.kernels.sparsity import Above, BatchTopK, ByFeature, NotSparse, Rule, Support, TopK
@@ -45,10 +45,7 @@ def select(
         case Above(threshold):
             return _screened(x, W_enc, bias, 0, threshold)
         case BatchTopK():
-            try:
-                return batch_topk(x, W_enc, bias, rule, lambda threshold: _screened(x, W_enc, bias, 0, threshold))
-            except NotSparse:  # one row takes more than its room: rare, and then the dense way is the way
-                return reference.select(x, W_enc, bias, rule)
+            return batch_topk(x, W_enc, bias, rule, lambda threshold: _screened(x, W_enc, bias, 0, threshold))
 
 
 def _screened(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, threshold: Tensor) -> tuple[Support, Tensor]:

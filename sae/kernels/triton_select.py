@@ -12,7 +12,6 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.kernels import reference
 from sae.kernels.batch_topk import batch_topk
 from sae.kernels.sparsity import Above, BatchTopK, NotSparse, Rule, Support, TopK
 from sae.kernels.triton_products import dots
@@ -41,10 +40,7 @@ def select(
         case Above(threshold):
             return encoder.above(threshold)
         case BatchTopK():
-            try:
-                return batch_topk(x, W_enc, bias, rule, encoder.above)
-            except NotSparse:  # one row takes more than its room: rare, and then the dense way is the way
-                return reference.select(x, W_enc, bias, rule)
+            return batch_topk(x, W_enc, bias, rule, encoder.above)
 
 
 class Bounds(NamedTuple):

@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
-from sae.kernels.activations import DenseActs, FeatureActs, SparseActs
-from sae.kernels.autograd import Kernels, encode, take_features
-from sae.kernels.sparsity import NotSparse, TopK
+from sae.kernels.activations import DenseActs, FeatureActs, SparseActs, sparse_or_dense
+from sae.kernels.autograd import Kernels, take_features
+from sae.kernels.sparsity import TopK
 
 LP_EPSILON = 1e-2  # in scaled units, where active features are about 1 to 10
 AUX_SPARSE_BELOW = 1 / 8  # of the dead features: with more a row, sparse products cost what dense ones do
@@ -86,11 +86,11 @@ def aux_k_loss(
 
 def _largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, kernels: Kernels) -> FeatureActs:
     """The k largest of each row, where they are positive: dense, unless they are few of many on a CPU."""
-    if not x.is_cuda and k < AUX_SPARSE_BELOW * len(b_enc):
-        try:
-            pre, support = encode(kernels, x, W_enc, b_enc, b_dec, TopK(k))
-            return SparseActs(pre, support, kernels)
-        except NotSparse:
-            pass
-    acts = DenseActs((x @ W_enc + (b_enc - b_dec @ W_enc)).relu())
-    return acts.largest_of_rows(k) if k < len(b_enc) else acts
+
+    def dense() -> DenseActs:
+        acts = DenseActs((x @ W_enc + (b_enc - b_dec @ W_enc)).relu())
+        return acts.largest_of_rows(k) if k < len(b_enc) else acts
+
+    if x.is_cuda or k >= AUX_SPARSE_BELOW * len(b_enc):
+        return dense()
+    return sparse_or_dense(lambda: SparseActs.pre_activations(kernels, x, W_enc, b_enc, b_dec, TopK(k)), dense)

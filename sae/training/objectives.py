@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sae.dictionary.autoencoder import SAE
-from sae.kernels import autograd
-from sae.kernels.activations import DenseActs, FeatureActs, SparseActs
+from sae.kernels.activations import DenseActs, FeatureActs, SparseActs, sparse_or_dense
 from sae.kernels.autograd import Kernels
-from sae.kernels.sparsity import Above, NotSparse, Rule, TopK
+from sae.kernels.sparsity import Above, Rule, TopK
 from sae.training import losses
 from sae.training.config import TrainConfig
 
@@ -66,13 +65,14 @@ Objective = Callable[[SAE, Scaled, Now], Outcome]
 
 def pre_activations(sae: SAE, x: Tensor, rule: Rule, now: Now) -> FeatureActs:
     """`(x − b_dec) W_enc + b_enc` of the features the rule makes active; of all where sparse products do not pay."""
-    if now.sparse or not isinstance(rule, Above):
-        try:
-            pre, support = autograd.encode(now.kernels, x, sae.W_enc, sae.b_enc, sae.input_bias, rule)
-            return SparseActs(pre, support, now.kernels)
-        except NotSparse:
-            pass
-    return DenseActs(sae.pre_acts(x))
+
+    def dense() -> DenseActs:
+        return DenseActs(sae.pre_acts(x))
+
+    if isinstance(rule, Above) and not now.sparse:
+        return dense()
+    encoder = (sae.W_enc, sae.b_enc, sae.input_bias)
+    return sparse_or_dense(lambda: SparseActs.pre_activations(now.kernels, x, *encoder, rule), dense)
 
 
 def activations(sae: SAE, x: Tensor, now: Now) -> FeatureActs:
