@@ -12,7 +12,7 @@ from browser.components.keys import draw_keys
 from browser.data import SaeEntry
 from browser.registry import DEFAULT, VIEWS
 from browser.state import Page
-from store.schema import StoreError
+from store.common import StoreError
 
 
 def main() -> None:

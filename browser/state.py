@@ -22,8 +22,8 @@ from browser.comparison import Comparison
 from browser.data import SaeEntry
 from browser.notes import Notes, NotesError
 from browser.tokens import label
+from store.common import StoreError
 from store.features import FeatureIndex
-from store.schema import StoreError
 
 ROOT_VARIABLE = "MONOSEM_ROOT"
 EDITS = "edits"  # the steering set, as text

@@ -30,7 +30,7 @@ from sae import pipeline
 from sae.lm import LanguageModel, load_model
 from sae.text.sources import TextSource
 from store.activations import ActivationStore, DiskFull
-from store.schema import StoreError
+from store.common import StoreError
 
 HOOK = pipeline.DEFAULT_HOOK_POINT
 SIZE = {"tokens": 16_384, "heldout_tokens": 16_384}  # one context of 256 for each lane and split

@@ -28,7 +28,7 @@ import numpy as np
 from figures import record
 
 from store.activation_layout import metadata_files, parse_attributes
-from store.schema import StoreError
+from store.common import StoreError
 from store.shards import Marker, parse_marker
 
 ATTRIBUTES = {

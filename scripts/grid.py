@@ -134,7 +134,7 @@ def missing(points: Iterable[Point], held: dict[str, Any], rows_sha256: str) -> 
 
 def add(path: Path, name: str, entry: dict[str, Any]) -> None:
     """One more entry, the file whole at any moment."""
-    from sae.jobs.checkpoint import write_json
+    from store.common import write_json
 
     held = json.loads(path.read_text()) if path.exists() else {}
     write_json(path, held | {name: entry})

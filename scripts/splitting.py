@@ -22,8 +22,8 @@ import pyarrow.parquet as parquet
 import torch
 
 import sae
-from sae.text.documents import HELD_OUT
 from store.activations import ActivationStore
+from store.common import HELD_OUT
 
 MIN_FIRINGS, MAIN_SHARE = 10, 0.5
 

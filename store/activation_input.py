@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from store.activation_layout import HOOK_NAME, SPLITS, acts_name
-from store.schema import StoreError, decode, encode, stored_dtype
-from store.shards import Document, as_document
+from store.activation_layout import HOOK_NAME, acts_name
+from store.common import SPLITS, DocumentRecord, StoreError
+from store.schema import decode, encode, stored_dtype
+from store.shards import as_document
 
 EXPONENT = {"float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80)}
 
@@ -76,7 +77,7 @@ class ShardInput:
     blocks: dict[str, np.ndarray]
     contexts: int
     kept: np.ndarray  # bool [contexts * seq_len]
-    documents: dict[int, Document]
+    documents: dict[int, DocumentRecord]
 
     @classmethod
     def check(
@@ -86,7 +87,7 @@ class ShardInput:
         tokens: np.ndarray,
         keep: np.ndarray,
         document: np.ndarray,
-        documents: Mapping[int, Document],
+        documents: Mapping[int, DocumentRecord],
         hook_points: Mapping[str, int],
         seq_len: int,
         dtype: Mapping[str, str],

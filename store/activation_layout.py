@@ -9,12 +9,11 @@ import numpy as np
 import zarr
 from zarr.storage import MemoryStore
 
+from store.common import HELD_OUT, SPLITS, TRAIN, StoreError
 from store.places import Place
-from store.schema import FORMAT_VERSION, StoreError, parse_json, stored_dtype
+from store.schema import FORMAT_VERSION, parse_json, stored_dtype
 from store.shards import create_array
 
-SPLITS = ("heldout", "train")  # in the order of their shards
-LANES = 64  # shard s of a split belongs to lane s % LANES, whatever the number of workers
 KIND = "activations"
 TEXT_ARRAYS: dict[str, tuple[type, int | bool]] = {  # name: dtype, what padding holds
     "tokens": (np.uint32, 0),
@@ -48,7 +47,7 @@ def shard_of_key(key: str, n_heldout: int) -> tuple[str, int] | None:
         return found[1], int(found[2])
     if found := _FILE_OF_SHARD.fullmatch(key):
         number = int(found[1])
-        return ("heldout", number) if number < n_heldout else ("train", number - n_heldout)
+        return (HELD_OUT, number) if number < n_heldout else (TRAIN, number - n_heldout)
     return None
 
 

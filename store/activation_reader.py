@@ -16,18 +16,17 @@ import numpy as np
 
 from store.activation_layout import (
     COMPLETE,
-    LANES,
     METADATA,
-    SPLITS,
     TEXT_ARRAYS,
     acts_name,
     array_names,
     marker_key,
     metadata_problems,
 )
+from store.common import HELD_OUT, LANES, SPLITS, TRAIN, DocumentRecord, StoreError
 from store.places import Place
-from store.schema import StoreError, decode, json_bytes, parse_json, stored_dtype
-from store.shards import Document, Marker, ShardedArray, files_present, parse_marker
+from store.schema import decode, json_bytes, parse_json, stored_dtype
+from store.shards import Marker, ShardedArray, files_present, parse_marker
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,9 +150,9 @@ class ActivationReader:
             return np.empty((0, self.seq_len), bool)
         return self._read(split, marker, "keep")[: marker.contexts]
 
-    def documents(self, split: str) -> dict[int, Document]:
+    def documents(self, split: str) -> dict[int, DocumentRecord]:
         """Document table of the written shards: number → (id, source, domain, sha256)."""
-        table: dict[int, Document] = {}
+        table: dict[int, DocumentRecord] = {}
         for shard, marker in self.markers(split).items():
             for number, entry in marker.documents.items():
                 if table.setdefault(number, entry) != entry:
@@ -292,7 +291,7 @@ class ActivationReader:
         self._check_split(split)
         if not 0 <= shard < self.n_shards[split]:
             raise StoreError(f"{self.path} has {self.n_shards[split]} {split} shards, no number {shard}")
-        return shard + (self.n_shards["heldout"] if split == "train" else 0)
+        return shard + (self.n_shards[HELD_OUT] if split == TRAIN else 0)
 
     def _check_split(self, split: str) -> None:
         if split not in SPLITS:

@@ -19,9 +19,7 @@ from store.activation_input import ShardInput, check_settings, differences
 from store.activation_layout import (
     COMPLETE,
     KIND,
-    LANES,
     METADATA,
-    SPLITS,
     acts_name,
     array_names,
     marker_key,
@@ -32,9 +30,10 @@ from store.activation_layout import (
     shard_of_key,
 )
 from store.activation_reader import ActivationReader, Contexts, Problem, Totals
+from store.common import HELD_OUT, LANES, SPLITS, TRAIN, DocumentRecord, StoreError
 from store.places import Check, LocalPlace, Place
-from store.schema import FORMAT_VERSION, StoreError, json_bytes
-from store.shards import Document, Marker, kept_sums
+from store.schema import FORMAT_VERSION, json_bytes
+from store.shards import Marker, kept_sums
 
 __all__ = ["ActivationStore", "Contexts", "Problem", "Totals"]
 
@@ -134,7 +133,7 @@ class ActivationStore(ActivationReader):
         """Half-written files of these lanes; those of no lane when all are held."""
         found = []
         for key in self.place.leftovers():
-            owner = shard_of_key(key, self.n_shards["heldout"])
+            owner = shard_of_key(key, self.n_shards[HELD_OUT])
             if lanes.issuperset(ALL_LANES) or (owner is not None and self.lane_of(owner[1]) in lanes):
                 found.append(key)
         return found
@@ -145,7 +144,7 @@ class ActivationStore(ActivationReader):
         sizes = self.place.sizes()
         named = {name for split in SPLITS for marker in self.markers(split).values() for name in marker.files}
         gone = set(self.place.leftovers()) | {
-            key for key in sizes if "/c/" in key and key not in named and shard_of_key(key, self.n_shards["heldout"])
+            key for key in sizes if "/c/" in key and key not in named and shard_of_key(key, self.n_shards[HELD_OUT])
         }
         if not dry_run:
             self.place.delete(*gone)
@@ -162,7 +161,7 @@ class ActivationStore(ActivationReader):
         tokens: np.ndarray,
         keep: np.ndarray,
         document: np.ndarray,
-        documents: Mapping[int, Document],
+        documents: Mapping[int, DocumentRecord],
         cursor: dict[str, Any],
     ) -> Marker:
         """Write one shard: files first, all on disk, then its marker.
@@ -209,10 +208,10 @@ class ActivationStore(ActivationReader):
                     f"the disk of {self.path} is full ({error.strerror}). Every shard written before is whole and "
                     "can be used as it is; make room and repeat the command to go on"
                 ) from error
-            if self.ring_shards_per_lane is not None and split == "train":
+            if self.ring_shards_per_lane is not None and split == TRAIN:
                 reach = self.ring_shards_per_lane * LANES
                 self._drop(shard - reach)
-                if self.place.size(marker_key("train", shard + reach)) is not None:
+                if self.place.size(marker_key(TRAIN, shard + reach)) is not None:
                     self._drop(shard)  # it had fallen out long ago, and was written again for its marker alone
         return marker
 
@@ -259,23 +258,23 @@ class ActivationStore(ActivationReader):
 
     def _drop(self, shard: int) -> None:
         """Empties a training shard that fell out of the ring; its marker keeps the place in the text."""
-        marker = self._usable_marker("train", shard) if shard >= 0 else None
+        marker = self._usable_marker(TRAIN, shard) if shard >= 0 else None
         if marker is None or marker.contexts == 0:
             return
         zero = {hook: np.zeros_like(vector) for hook, vector in marker.sum.items()}
         emptied = replace(
             marker, rows=0, contexts=0, kept_rows=0, files={}, sum=zero, sum_sq=dict.fromkeys(zero, 0.0), documents={}
         )
-        key = marker_key("train", shard)
+        key = marker_key(TRAIN, shard)
         self.place.write(key, json_bytes(emptied.to_json(), self.place.where(key)), replace=True)
-        self._delete_files("train", shard)
+        self._delete_files(TRAIN, shard)
 
     def _drop_fallen(self, lanes: set[int]) -> None:
         """Empties what fell out of the ring when its writer was killed before it could."""
         if self.ring_shards_per_lane is None:
             return
         newest: dict[int, int] = {}
-        markers = self.markers("train")  # ascending
+        markers = self.markers(TRAIN)  # ascending
         for shard in markers:
             newest[self.lane_of(shard)] = shard
         for shard, marker in markers.items():

@@ -10,13 +10,13 @@ the rows that step n of an unbroken one got.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from store.activations import ActivationStore
-from store.schema import StoreError, decode, stored_dtype
+from store.common import StoreError, read_ahead
+from store.schema import decode, stored_dtype
 
 _SHARD_ORDER, _ROW_ORDER, _SAMPLE, _PART_ORDER = range(4)  # independent streams of one seed
 _PLACE_BYTES = 16  # of a held row: its place in the permutation and its context, int64 both
@@ -251,12 +251,7 @@ class ShuffledRows:
         def read(place: int) -> np.ndarray:
             return self.store.read_stored(self.split, int(self._shards[place]), self.hook_point)
 
-        with ThreadPoolExecutor(1, thread_name_prefix="shards") as reader:
-            coming = reader.submit(read, group[0])
-            for place in group[1:]:
-                stored, coming = coming.result(), reader.submit(read, place)
-                yield stored
-            yield coming.result()
+        return read_ahead(read, group.tolist())
 
     def _kept_numbers(self, place: int) -> np.ndarray:
         """Numbers inside a shard of its kept rows, ascending. Kept in memory as bits: each part asks again."""

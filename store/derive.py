@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from store.activation_input import differences
-from store.activation_layout import SPLITS
 from store.activations import ActivationStore
-from store.schema import StoreError, atomic_json, decode, fsync_directory, fsync_file
+from store.common import SPLITS, StoreError, fsync
+from store.schema import atomic_json, decode
 
 _SAME_ROWS = ("model", "tokenizer_sha256", "bos", "weight_processing", "held_out")  # of provenance: what a row means
 Shard = tuple[ActivationStore, str, int, int]  # where from, and what is added to its document numbers
@@ -127,9 +127,9 @@ def export_numpy(
     about = {"split": split, "rows": n_rows, "provenance": store.provenance}
     atomic_json(draft / "about.json", about | {"documents": {str(n): d for n, d in store.documents(split).items()}})
     for entry in draft.iterdir():
-        fsync_file(entry)
+        fsync(entry)
     os.rename(draft, out)
-    fsync_directory(out.parent)
+    fsync(out.parent)
     return out
 
 

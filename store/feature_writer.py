@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
+from store.common import DocumentRecord, StoreError, exclusive_lock, fsync
 from store.feature_sort import (
     SortedFirings,
     Spill,
@@ -26,7 +27,7 @@ from store.feature_sort import (
     token_pairs,
     top_tokens,
 )
-from store.schema import StoreError, atomic_json
+from store.schema import atomic_json
 
 KIND = "feature-index"
 # 2: what features do together and next, labels, Δloss, how often each token occurs, what precedes it, the map
@@ -71,7 +72,6 @@ PANEL_DTYPES = {
     "map/umap": "float32",
     "map/cluster": "int32",
 }
-Document = tuple[str, str, str, str]  # id, source, domain, sha256
 
 
 class FeatureWriter:
@@ -92,7 +92,7 @@ class FeatureWriter:
         n_contexts: int,
         attributes: dict[str, Any],
         vocabulary: Sequence[bytes],
-        documents: Sequence[Document],
+        documents: Sequence[DocumentRecord],
     ) -> None:
         if n_contexts * seq_len > 2**32:
             raise StoreError(
@@ -103,9 +103,12 @@ class FeatureWriter:
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.d_sae, self.seq_len, self.n_contexts = d_sae, seq_len, n_contexts
         self.attributes, self.vocabulary = dict(attributes), list(vocabulary)
-        self.documents = [tuple(document) for document in documents]
-        self.domains = sorted({document[2] for document in self.documents})
-        self._lock = _claim(self.partial)
+        self.documents = [DocumentRecord(*document) for document in documents]
+        self.domains = sorted({document.domain for document in self.documents})
+        self._lock = ExitStack()
+        self._lock.enter_context(exclusive_lock(self.path.with_name(self.path.name + ".lock"), str(self.path)))
+        shutil.rmtree(self.partial, ignore_errors=True)  # what a killed build left
+        self.partial.mkdir(parents=True)
         self._coo = Spill(
             self.partial / "spill" / "firings", {"feature": "uint32", "row": "uint32", "value": "float16"}
         )
@@ -191,7 +194,7 @@ class FeatureWriter:
     def abandon(self) -> None:
         """Removes what was built so far."""
         shutil.rmtree(self.partial, ignore_errors=True)
-        os.close(self._lock)
+        self._lock.close()
 
     def _attributes(self) -> dict[str, Any]:
         return {
@@ -306,7 +309,7 @@ class FeatureWriter:
 
     def _domain_of(self) -> np.ndarray:
         """Document number → domain number; the last entry answers padding's -1."""
-        return np.array([self.domains.index(d[2]) for d in self.documents] + [-1], np.int64)
+        return np.array([self.domains.index(d.domain) for d in self.documents] + [-1], np.int64)
 
     def _put_panels(self, root: zarr.Group, panels: dict[str, np.ndarray], computed: set[str]) -> None:
         for name, array in panels.items():
@@ -323,15 +326,15 @@ class FeatureWriter:
         shutil.rmtree(self.partial / "spill")
         for folder, _, files in os.walk(self.partial):
             for name in [*files, "."]:
-                _fsync(os.path.join(folder, name))
+                fsync(os.path.join(folder, name))
         previous = self.path.with_name(self.path.name + ".previous")
         shutil.rmtree(previous, ignore_errors=True)
         if self.path.exists():
             self.path.rename(previous)
         self.partial.rename(self.path)
-        _fsync(self.path.parent)
+        fsync(self.path.parent)
         shutil.rmtree(previous, ignore_errors=True)
-        os.close(self._lock)
+        self._lock.close()
         return self.path
 
 
@@ -355,30 +358,3 @@ def _contexts_map(path: Path, dtype: str, shape: tuple[int, int]) -> np.ndarray:
     if 0 in shape:
         raise StoreError(f"{path}: an index needs at least one context and one position")
     return np.memmap(path, dtype=dtype, mode="w+", shape=shape)
-
-
-def _claim(partial: Path) -> int:
-    """Clears what a killed build left, and locks the folder for as long as this process lives."""
-    if partial.exists():
-        os.close(_lock_folder(partial))
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    return _lock_folder(partial)
-
-
-def _lock_folder(folder: Path) -> int:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise StoreError(f"{folder}: another process is building this index; wait for it, or stop it") from error
-    return handle
-
-
-def _fsync(path: str | Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import zarr
 
-from store.feature_writer import INDEX_FORMAT, KIND, Document, FeatureWriter
-from store.schema import StoreError, read_json
+from store.common import DocumentRecord, StoreError
+from store.feature_writer import INDEX_FORMAT, KIND, FeatureWriter
+from store.schema import read_json
 
 __all__ = ["FeatureIndex", "FeatureWriter", "Window"]
 
@@ -128,7 +129,7 @@ class FeatureIndex:
     @cached_property
     def domain_numbers(self) -> np.ndarray:
         """Number in `domains` of each row's document, -1 on padding [n_rows]."""
-        of_document = np.array([self.domains.index(row[2]) for row in self.documents] + [-1], np.int64)
+        of_document = np.array([self.domains.index(document.domain) for document in self.documents] + [-1], np.int64)
         return of_document[np.asarray(self._array("document")[:])].reshape(-1)
 
     @cached_property
@@ -188,21 +189,21 @@ class FeatureIndex:
         """The bytes a token stands for."""
         return self._vocabulary[token_id]
 
-    def document_of(self, row: int) -> Document:
+    def document_of(self, row: int) -> DocumentRecord:
         """(id, source, domain, sha256) of the document a row belongs to; blanks on padding."""
         context, position = divmod(int(row), self.seq_len)
         number = int(self._context("document", context)[position])
-        return self.documents[number] if number >= 0 else ("", "", "", "")
+        return self.documents[number] if number >= 0 else DocumentRecord("", "", "", "")
 
     @cached_property
     def _vocabulary(self) -> list[bytes]:
         return [token.encode("latin-1") for token in read_json(self.path / "vocabulary.json")]
 
     @cached_property
-    def documents(self) -> list[Document]:
+    def documents(self) -> list[DocumentRecord]:
         """The document table: number in `document` → (id, source, domain, sha256)."""
         rows = read_json(self.path / "documents.json")
-        return [(row[0], row[1], row[2], row[3]) for row in rows]
+        return [DocumentRecord(*row) for row in rows]
 
     def _slice(self, name: str, group: int, n_groups: int, what: str) -> slice:
         if not 0 <= group < n_groups:

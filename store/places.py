@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from store.schema import PARTIAL_SUFFIX, StoreError, atomic_bytes, exclusive_lock, fsync_directory, fsync_file
+from store.common import PARTIAL_SUFFIX, StoreError, atomic_write, exclusive_lock, fsync
 
 CREATION_WAIT_S = 60.0  # workers that start together make the store one after another
 Check = Callable[[int], None]  # raises StoreError when a lane is no longer ours
@@ -131,13 +131,13 @@ class LocalPlace:
 
     def write(self, key: str, data: bytes, *, replace: bool = False) -> None:
         """The lane's lock already keeps other writers away, so `replace` changes nothing here."""
-        atomic_bytes(self.path / key, data)
+        with atomic_write(self.path / key) as partial:
+            partial.write_bytes(data)
 
     def settle(self, key: str) -> None:
         file = self.path / key
-        fsync_file(file)
-        for directory in (file.parent, file.parent.parent, file.parent.parent.parent):
-            fsync_directory(directory)
+        for path in (file, file.parent, file.parent.parent, file.parent.parent.parent):
+            fsync(path)
 
     def delete(self, *keys: str) -> None:
         changed = set()
@@ -146,7 +146,7 @@ class LocalPlace:
                 file.unlink()
                 changed.add(file.parent)
         for directory in changed:
-            fsync_directory(directory)
+            fsync(directory)
 
     def leftovers(self) -> list[str]:
         return [key for key in self.sizes() if key.endswith(PARTIAL_SUFFIX)]
@@ -168,13 +168,10 @@ class LocalPlace:
             (draft / name).parent.mkdir(parents=True, exist_ok=True)
             (draft / name).write_bytes(content)
         for entry in [*draft.rglob("*"), draft]:
-            if entry.is_dir():
-                fsync_directory(entry)
-            else:
-                fsync_file(entry)
+            fsync(entry)
         target = Path(os.path.realpath(self.path))
         os.rename(draft, target)
-        fsync_directory(target.parent)
+        fsync(target.parent)
 
     def is_vacant(self) -> bool:
         return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from store.schema import StoreError, json_bytes, writer_name
+from store.common import StoreError, writer_name
+from store.schema import json_bytes
 
 METADATA = "zarr.json"
 CONNECTIONS = 16

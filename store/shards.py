@@ -17,10 +17,9 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
+from store.common import DocumentRecord, StoreError
 from store.places import Place
-from store.schema import StoreError, crc32c, decode, parse_json
-
-Document = tuple[str, str, str, str]  # id, source, domain, sha256 of the text
+from store.schema import crc32c, decode, parse_json
 
 _CRC_BYTES = 4
 _SUM_ROWS = 1024  # rows widened to float64 at a time; part of the result's bits, so a constant
@@ -38,7 +37,7 @@ class Marker:
     sum: dict[str, np.ndarray]
     sum_sq: dict[str, float]
     cursor: dict[str, Any]
-    documents: dict[int, Document]
+    documents: dict[int, DocumentRecord]
 
     def to_json(self) -> dict[str, Any]:
         """The object that is written to the marker file."""
@@ -96,11 +95,11 @@ def _count(value: Any) -> int:
     return value
 
 
-def as_document(number: Any, entry: Any) -> Document:
+def as_document(number: Any, entry: Any) -> DocumentRecord:
     """A table entry as it is kept; StoreError unless it is four strings."""
     if not isinstance(entry, list | tuple) or len(entry) != 4 or not all(isinstance(part, str) for part in entry):
         raise StoreError(f"document {number} must be (id, source, domain, sha256), got {entry!r}")
-    return (entry[0], entry[1], entry[2], entry[3])
+    return DocumentRecord(*entry)
 
 
 def files_present(place: Place, marker: Marker) -> bool:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from sae.jobs.checkpoint import write_json, write_tensors
+from sae.jobs.checkpoint import write_tensors
 from sae.lm.transformer import Transformer, TransformerConfig
 from sae.text.documents import Document
 from sae.text.sources import TextSource
 from sae.text.tokenizer import BOS, train_tokenizer
+from store.common import write_json
 
 SHAPE = TransformerConfig(d_model=16, d_mlp=32, n_heads=2, d_head=8, n_ctx=32, d_vocab=300)
 HOOK_POINT = "blocks.0.mlp.hook_post"

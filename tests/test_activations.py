@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from store.activations import ActivationStore
-from store.schema import StoreError
+from store.common import StoreError
 
 SEQ, CONTEXTS = 5, 4
 SETTINGS = {
@@ -224,8 +224,7 @@ def test_killed_create_leaves_nothing_or_a_whole_store(tmp_path, monkeypatch) ->
 
         return wrapper
 
-    for name in ("fsync_directory", "fsync_file"):
-        monkeypatch.setattr(places, name, dying(getattr(places, name)))
+    monkeypatch.setattr(places, "fsync", dying(places.fsync))
     monkeypatch.setattr(Path, "write_bytes", dying(Path.write_bytes))
     path = tmp_path / "acts.zarr"
     died = 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from store.activations import ActivationStore
 from store.batches import ShuffledRows
-from store.schema import StoreError
+from store.common import StoreError
 
 HOOK = "h"
 ROW_BYTES = 2 * 4 + 16  # float32 [2], its place in the permutation and its context

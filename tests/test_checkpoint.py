@@ -11,15 +11,8 @@ import pytest
 import torch
 
 from sae.jobs import checkpoint
-from sae.jobs.checkpoint import (
-    CheckpointError,
-    adam_tensors,
-    read_header,
-    read_tensors,
-    restore_adam,
-    write_json,
-    write_tensors,
-)
+from sae.jobs.checkpoint import CheckpointError, adam_tensors, read_header, read_tensors, restore_adam, write_tensors
+from store.common import write_json
 
 TENSORS = {
     "a": torch.randn(3, 4),
@@ -55,7 +48,7 @@ def test_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-@pytest.mark.parametrize("fails", ["save_file", "_fsync", "os.replace"])
+@pytest.mark.parametrize("fails", ["sae.jobs.checkpoint.save_file", "store.common.fsync", "store.common.os.replace"])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
@@ -66,7 +59,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     def fail(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(f"sae.jobs.checkpoint.{fails}", fail)
+    monkeypatch.setattr(fails, fail)
     with pytest.raises(OSError, match="no space"):
         write_tensors(path, {"a": torch.zeros(2)}, {})
     assert path.read_bytes() == before
@@ -74,7 +67,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".x.safetensors.0123.tmp").write_bytes(b"half")
+    (tmp_path / "x.safetensors.0123.partial").write_bytes(b"half")
+    (tmp_path / ".x.safetensors.0123.tmp").write_bytes(b"half, by version 0.1")
     (tmp_path / ".other.safetensors.0123.tmp").write_bytes(b"another's")
     write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)}, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == [".other.safetensors.0123.tmp", "x.safetensors"]

@@ -15,9 +15,9 @@ from sae import pipeline
 from sae.cli import main
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.files import save
-from sae.jobs.checkpoint import write_json
 from sae.lm import NativeModel
 from sae.text.tokenizer import train_tokenizer
+from store.common import write_json
 
 D_IN, D_SAE = SHAPE.d_mlp, 24
 

@@ -23,8 +23,8 @@ from sae.analysis.probing import Labelled, probe
 from sae.cli import main
 from sae.lm import NativeModel
 from sae.pipeline.controls import Setup
-from sae.text.documents import TRAIN
 from store.activations import ActivationStore
+from store.common import TRAIN
 
 D_IN = 16
 

@@ -14,8 +14,9 @@ import pytest
 
 from sae.text import default_corpus, synthetic
 from sae.text.default_corpus import split_docstrings
-from sae.text.documents import HELD_OUT, Document, TextReport
+from sae.text.documents import Document, TextReport
 from sae.text.sources import open_text
+from store.common import HELD_OUT
 
 INSTALLED_DOMAINS = {"code", "docstrings", "prose"}
 GENERATED_DOMAINS = {"dna", "base64", "hex", "dates", "arithmetic", "urls"}

@@ -21,11 +21,9 @@ from sae.harvesting import harvest as harvesting
 from sae.harvesting.lanes import lanes_of
 from sae.lm import NativeModel
 from sae.pipeline import PipelineError
-from sae.text.documents import HELD_OUT, TRAIN
-from sae.text.packing import LANES
 from store.activations import ActivationStore, DiskFull
+from store.common import HELD_OUT, LANES, TRAIN, StoreError
 from store.places import LocalPlace
-from store.schema import StoreError
 
 BUDGET = {"tokens": 8192, "heldout_tokens": 1024}  # what tiny_store holds
 

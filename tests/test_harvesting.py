@@ -18,9 +18,9 @@ from sae.harvesting import harvest as harvesting
 from sae.harvesting import lanes
 from sae.jobs.progress import Interrupted
 from sae.lm import NativeModel
-from sae.text.documents import HELD_OUT, TRAIN, Document, sha256_of
-from sae.text.packing import LANES
+from sae.text.documents import Document, sha256_of
 from store.activations import ActivationStore
+from store.common import HELD_OUT, LANES, TRAIN
 from store.schema import encode
 
 SEQ_LEN = 32

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sae import pipeline
 from sae.lm import BridgeModel, ModelError, load_model
-from sae.text.documents import TRAIN
 from store.activations import ActivationStore
+from store.common import TRAIN
 
 COMMON = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
 

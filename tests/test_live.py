@@ -25,12 +25,13 @@ from sae import pipeline
 from sae.cli import main
 from sae.lm import NativeModel
 from sae.pipeline import PipelineError
-from sae.text.documents import HELD_OUT, TRAIN, split_of
+from sae.text.documents import split_of
 from sae.text.packing import FORWARD_TOKENS
 from sae.text.sources import TextSource, open_text
 from sae.training.live_rows import Contexts, LiveError, LiveRows
 from sae.training.shuffle_buffer import MixingBuffer, Spread
 from store.activations import ActivationStore
+from store.common import HELD_OUT, TRAIN
 
 SEQ_LEN, BATCH = 32, 64
 

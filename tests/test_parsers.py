@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from store.activation_layout import parse_attributes
-from store.schema import StoreError
 from store.shards import parse_marker
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import fuzz
+
+from store.common import StoreError
 
 SEEDS = fuzz.seeds()
 

@@ -16,7 +16,7 @@ from test_activations import POST, fill, make, shard_data
 
 from store.activations import ActivationStore
 from store.batches import ShuffledRows
-from store.schema import StoreError
+from store.common import StoreError
 
 pytest.importorskip("obstore")
 pytest.importorskip("moto")

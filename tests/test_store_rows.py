@@ -13,8 +13,8 @@ from fakes import HOOK_POINT
 
 from sae import pipeline
 from sae.cli import main
-from sae.text.documents import TRAIN
 from store.activations import ActivationStore
+from store.common import TRAIN
 
 SETTINGS = {"d_sae": 24, "tokens": 128 * 100, "config": {"k": 2, "batch_tokens": 128}}
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from store.schema import StoreError, atomic_json, crc32c, decode, encode, exclusive_lock, read_json
+from store.common import StoreError, exclusive_lock
+from store.schema import atomic_json, crc32c, decode, encode, read_json
 
 
 def nearest_bfloat16(value: float) -> float:

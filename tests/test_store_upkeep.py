@@ -16,9 +16,8 @@ from sae import pipeline
 from sae.cli import main
 from sae.lm import NativeModel
 from sae.pipeline import PipelineError
-from sae.text.documents import HELD_OUT, TRAIN
 from store.activations import ActivationStore
-from store.schema import StoreError
+from store.common import HELD_OUT, TRAIN, StoreError
 
 RESID = "blocks.0.hook_resid_post"
 TOKENS = {"tokens": 2048, "heldout_tokens": 2048}  # one shard of one context for each lane and split

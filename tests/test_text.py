@@ -16,8 +16,9 @@ import datasets
 import pytest
 import zstandard
 
-from sae.text.documents import DOCUMENT_BYTES, HELD_OUT, TRAIN, Document, TextReport, sha256_of, shuffled, split_of
+from sae.text.documents import DOCUMENT_BYTES, Document, TextReport, sha256_of, shuffled, split_of
 from sae.text.sources import TextError, TextSource, combine, open_text
+from store.common import HELD_OUT, TRAIN
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,

@@ -15,8 +15,8 @@ from sae.cli import main
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.files import load, save
 from sae.lm import NativeModel
-from sae.text.documents import HELD_OUT
 from store.activations import ActivationStore
+from store.common import HELD_OUT
 from store.features import FeatureIndex
 
 READ, WRITTEN = "blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out"

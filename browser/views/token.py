@@ -12,7 +12,7 @@ from browser import data, state
 from browser.components import Row, RowList, draw_lists
 from browser.state import Page
 from browser.tokens import label
-from store.schema import StoreError
+from store.common import StoreError
 
 LISTS = {"on": "Fire on it", "before": "Fire just before it", "raise": "Raise its logit"}
 HELP = {

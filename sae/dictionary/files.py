@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sae.dictionary.autoencoder import SAE, SHAPE
-from sae.jobs.checkpoint import CheckpointError, read_tensors, write_json, write_tensors
+from sae.jobs.checkpoint import CheckpointError, read_tensors, write_tensors
+from store.common import write_json
 
 FORMAT = 1
 

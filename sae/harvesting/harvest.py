@@ -16,9 +16,10 @@ from sae.harvesting.lanes import Lane, open_lanes
 from sae.jobs.memory import resident_bytes
 from sae.jobs.progress import Interrupt, Interrupted, interruptible, progress
 from sae.lm import LanguageModel
-from sae.text.documents import HELD_OUT, TRAIN, Document
-from sae.text.packing import FORWARD_TOKENS, LANES, packed, tokenised
+from sae.text.documents import Document
+from sae.text.packing import FORWARD_TOKENS, packed, tokenised
 from sae.text.sources import TextSource
+from store.common import HELD_OUT, LANES, TRAIN
 
 SHARDS_IN_HAND = 4  # in memory at once: one computed, one waiting, one written, and that one as encoded
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sae.text.documents import HELD_OUT, TRAIN, Document, sha256_of
-from sae.text.packing import LANES
+from sae.text.documents import Document, sha256_of
+from store.common import HELD_OUT, LANES, TRAIN
 
 SHARD_TOKENS = 8192  # larger shards mix worse where memory is short, smaller ones cost files; bench_store.py compares
 

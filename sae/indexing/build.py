@@ -17,10 +17,10 @@ from sae.indexing import ablation_effects, co_activation, rules
 from sae.indexing import map as feature_map
 from sae.indexing.co_activation import Firings
 from sae.indexing.correlation import NEURONS, Correlation
-from sae.jobs.prefetch import read_ahead
 from sae.jobs.progress import progress
 from sae.kernels.activations import SparseActs
 from sae.lm import LanguageModel
+from store.common import read_ahead
 
 TOP_LOGITS = 20
 LOGIT_BUCKETS = 40

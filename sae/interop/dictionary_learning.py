@@ -10,7 +10,7 @@ from torch import Tensor
 from sae.dictionary.autoencoder import SAE
 from sae.interop import assemble, files
 from sae.interop.hooks import hook_point, layer_of, short_hook_point
-from sae.jobs.checkpoint import write_json
+from store.common import write_json
 
 NAME = "dictionary-learning"
 FILES = 'ae.pt and config.json with a "trainer" section'

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.jobs.checkpoint import CheckpointError, read_tensors, write_bytes
+from sae.jobs.checkpoint import CheckpointError, read_tensors
+from store.common import write_bytes
 
 
 class InteropError(ValueError):

@@ -13,7 +13,8 @@ from sae.dictionary.autoencoder import SAE
 from sae.interop import assemble, files
 from sae.interop.files import InteropError
 from sae.interop.hooks import hook_point
-from sae.jobs.checkpoint import write_json, write_tensors
+from sae.jobs.checkpoint import write_tensors
+from store.common import write_json
 
 NAME = "sae-lens"
 FILES = "cfg.json and sae_weights.safetensors"

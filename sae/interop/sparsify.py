@@ -7,7 +7,8 @@ from pathlib import Path
 from sae.dictionary.autoencoder import SAE
 from sae.interop import assemble, files
 from sae.interop.hooks import hook_point
-from sae.jobs.checkpoint import write_json, write_tensors
+from sae.jobs.checkpoint import write_tensors
+from store.common import write_json
 
 NAME = "sparsify"
 FILES = "cfg.json and sae.safetensors"

@@ -1,1 +1,1 @@
-"""What any long job needs: whole files, a directory of its own, progress, trackers, reading ahead, a memory budget."""
+"""What any long job needs: checkpoints, a directory of its own, progress, trackers, a memory budget."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +11,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from store.common import PARTIAL_SUFFIX, atomic_write
+
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another kind."""
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Writes `tensors` and the JSON `header` to `path`: temporary file, fsync, rename, fsync of the directory."""
+    """Writes `tensors` and the JSON `header` to `path`, whole or not at all (`store.common.atomic_write`)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    # One writer owns a directory, so what an earlier, killed writer left half-done can go.
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+    # One writer owns a directory, so the unfinished files of a killed one can go (version 0.1 named them .tmp).
+    for stale in (*path.parent.glob(f"{path.name}.*{PARTIAL_SUFFIX}"), *path.parent.glob(f".{path.name}.*.tmp")):
         stale.unlink(missing_ok=True)
-    try:
-        plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        save_file(plain, str(temporary), metadata={"json": json.dumps(header, sort_keys=True)})
-        temporary.chmod(0o644)  # safetensors creates private files; results are shared
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Writes JSON to `path` whole or not at all. Raises: ValueError for NaN and infinities, which JSON has not."""
-    write_bytes(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
-
-
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes `content` to `path` whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_bytes(content)
-    _fsync(temporary)
-    os.replace(temporary, path)
-    _fsync(path.parent)
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as partial:
+        save_file(plain, str(partial), metadata={"json": json.dumps(header, sort_keys=True)})
+        partial.chmod(0o644)  # safetensors creates private files; results are shared
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -107,11 +85,3 @@ def restore_adam(optimizer: torch.optim.Optimizer, names: list[str], tensors: di
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

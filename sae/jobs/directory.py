@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae.jobs.checkpoint import write_json
+from store.common import write_bytes, write_json
 
 
 def claim(directory: Path, name: str, settings: Mapping[str, Any], absent: Mapping[str, Any] | None = None) -> None:
@@ -49,9 +49,7 @@ def cut_log(path: Path, step: int) -> None:
     """Drops the lines of a metrics.jsonl after `step`, and a last line torn by a kill."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)  # a kill in between must not cost the lines that are kept
+        write_bytes(path, "".join(line + "\n" for line in kept).encode())
 
 
 def _step_of(line: str) -> float:

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sae.jobs.checkpoint import write_bytes
+from store.common import write_bytes
 
 Entry = Mapping[str, Any]
 Log = Callable[[Entry], None]

@@ -20,13 +20,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sae.jobs.checkpoint import adam_tensors, read_tensors, restore_adam, write_json, write_tensors
+from sae.jobs.checkpoint import adam_tensors, read_tensors, restore_adam, write_tensors
 from sae.jobs.directory import claim, cut_log
 from sae.jobs.progress import Interrupted, interruptible, progress
 from sae.lm.transformer import Transformer, TransformerConfig
-from sae.text.documents import HELD_OUT, TRAIN, Document
+from sae.text.documents import Document
 from sae.text.sources import TextSource
 from sae.text.tokenizer import BOS, load_tokenizer, train_tokenizer
+from store.common import HELD_OUT, TRAIN, atomic_write, write_json
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,8 @@ def _token_file(
         tokenizer_path = out / "tokenizer.json"
         if not tokenizer_path.exists():
             texts = _texts_up_to(source.documents(), config.tokenizer_characters)
-            train_tokenizer(texts, shape.d_vocab).save(str(tokenizer_path) + ".tmp")
-            Path(str(tokenizer_path) + ".tmp").replace(tokenizer_path)
+            with atomic_write(tokenizer_path) as partial:
+                train_tokenizer(texts, shape.d_vocab).save(str(partial))
         tokenizer = load_tokenizer(tokenizer_path)
         bos = np.array([tokenizer.token_to_id(BOS)], dtype=np.uint16)
         parts: list[np.ndarray] = []
@@ -188,9 +189,8 @@ def _token_file(
         while batch := list(islice(documents, 256)):
             for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
                 parts += [bos, np.array(encoding.ids, dtype=np.uint16)]
-        temporary = path.with_suffix(".tmp.npy")
-        np.save(temporary, np.concatenate(parts) if parts else np.empty(0, np.uint16))
-        temporary.replace(path)
+        with atomic_write(path) as partial, partial.open("wb") as file:
+            np.save(file, np.concatenate(parts) if parts else np.empty(0, np.uint16))
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 

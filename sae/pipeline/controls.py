@@ -16,15 +16,14 @@ from sae.analysis.recorder import Recorder
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.inference import Placed
 from sae.evaluation import evaluate as evaluation
-from sae.jobs.checkpoint import write_json
 from sae.lm import LanguageModel
 from sae.pipeline.evaluate import donors, eval_blocks, thinned
 from sae.pipeline.resolve import autoencoder, model_of, store_of
-from sae.text.documents import HELD_OUT, TRAIN
 from sae.text.tokenizer import token_bytes
 from sae.training import loop
 from sae.training.config import TrainConfig, with_overrides
 from store.activations import ActivationStore
+from store.common import HELD_OUT, TRAIN, write_json
 
 CONTROLS_FORMAT = 2  # 2: on contexts spread over the store
 BASIS_ROWS = 65_536

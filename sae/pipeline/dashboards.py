@@ -14,10 +14,10 @@ import numpy as np
 from sae.interop import dashboards
 from sae.interop.dashboards import DumpedFeature, Histogram
 from sae.interop.files import InteropError
-from sae.jobs.checkpoint import write_bytes
 from sae.jobs.progress import progress
 from sae.pipeline.exchange import refuse_filled
 from sae.pipeline.resolve import PipelineError
+from store.common import write_bytes
 from store.features import FeatureWriter
 
 DUMP_FORMATS = tuple(dashboards.READERS)

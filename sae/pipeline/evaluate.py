@@ -10,11 +10,11 @@ import torch
 
 from sae.dictionary.autoencoder import SAE
 from sae.evaluation import evaluate as evaluation
-from sae.jobs.checkpoint import write_json, write_tensors
+from sae.jobs.checkpoint import write_tensors
 from sae.lm import LanguageModel
 from sae.pipeline.resolve import PipelineError, model_of, opened, output_hook_point, store_of
-from sae.text.documents import HELD_OUT, TRAIN
 from store.activations import ActivationStore
+from store.common import HELD_OUT, TRAIN, write_json
 
 DONORS, DONOR_SHARDS = 4096, 8
 CHOOSING_TOKENS = 65_536

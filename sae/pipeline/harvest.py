@@ -15,11 +15,9 @@ from sae.jobs.memory import resident_bytes
 from sae.lm import LanguageModel, load_model
 from sae.lm.identity import same_model
 from sae.pipeline.resolve import PipelineError
-from sae.text.documents import HELD_OUT, TRAIN
-from sae.text.packing import LANES
 from sae.text.sources import TextSource, combine, open_text
 from store.activations import ActivationStore, is_url
-from store.schema import StoreError
+from store.common import HELD_OUT, LANES, TRAIN, StoreError
 
 DEFAULT_HOOK_POINT = "blocks.0.mlp.hook_post"
 BYTES_PER_VALUE = {"float16": 2, "bfloat16": 2, "float32": 4}

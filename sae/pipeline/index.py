@@ -11,13 +11,12 @@ import torch
 
 from sae.dictionary.autoencoder import SAE
 from sae.indexing import build as indexing
-from sae.jobs.prefetch import read_ahead
 from sae.lm import LanguageModel
 from sae.pipeline.resolve import model_of, opened, output_hook_point, store_of
-from sae.text.documents import HELD_OUT, TRAIN
 from sae.text.tokenizer import token_bytes
 from store.activation_reader import Contexts
 from store.activations import ActivationStore
+from store.common import HELD_OUT, TRAIN, read_ahead
 from store.features import FeatureWriter
 from store.shards import Marker
 

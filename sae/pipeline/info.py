@@ -8,8 +8,8 @@ from typing import Any
 
 from sae.kernels import choose, device_named, matmul
 from sae.pipeline.resolve import PipelineError
-from sae.text.documents import HELD_OUT, TRAIN
 from store.activations import ActivationStore, is_url
+from store.common import HELD_OUT, TRAIN
 from store.features import FeatureIndex
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from sae.pipeline.live import check_target, resid_mid_of
 from sae.pipeline.resolve import PipelineError, model_in
-from sae.text.documents import TRAIN
 from sae.training import recipes
 from sae.training.config import TrainConfig
 from sae.training.objectives import Downstream
 from sae.training.rows import Batch
 from store.activations import ActivationStore
 from store.batches import ShuffledRows
+from store.common import TRAIN
 
 SHUFFLE_BYTES = 10**9  # of rows held in memory, unless another budget is given
 

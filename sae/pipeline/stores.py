@@ -10,12 +10,11 @@ from sae.lm import LanguageModel, load_model
 from sae.lm.identity import same_model
 from sae.pipeline.harvest import Text, provenance_of, source_of
 from sae.pipeline.resolve import PipelineError
-from sae.text.documents import HELD_OUT, TRAIN
 from sae.text.sources import TextSource
 from store.activation_input import differences
 from store.activations import ActivationStore
+from store.common import HELD_OUT, TRAIN, StoreError
 from store.derive import export_numpy, merge, subset
-from store.schema import StoreError
 
 __all__ = ["clean", "export_numpy", "merge_stores", "subset_store"]
 

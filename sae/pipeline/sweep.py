@@ -12,15 +12,14 @@ from typing import Any
 
 from sae.analysis.pareto_plot import FRONTIER_FORMAT, picture
 from sae.evaluation.evaluate import Ablated
-from sae.jobs.checkpoint import write_json
 from sae.pipeline.evaluate import evaluate
 from sae.pipeline.resolve import PipelineError
 from sae.pipeline.rows import hook_point_of, provenance_of, rows_for
-from sae.text.documents import TRAIN
 from sae.training import loop, recipes
 from sae.training.config import TrainConfig
 from sae.training.step import Diverged
 from store.activations import ActivationStore
+from store.common import TRAIN, write_json
 
 MEASURED = ("l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "dead_share")
 DIVERGED = "diverged.json"

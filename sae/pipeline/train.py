@@ -11,11 +11,11 @@ from sae.jobs.trackers import trackers_named
 from sae.kernels import device_named
 from sae.pipeline.live import Live, live_rows
 from sae.pipeline.rows import SHUFFLE_BYTES, hook_point_of, provenance_of, rows_for
-from sae.text.documents import TRAIN
 from sae.training import loop, recipes
 from sae.training.config import TrainConfig
 from sae.training.rows import Rows
 from store.activations import ActivationStore
+from store.common import TRAIN
 
 
 def train(

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-HELD_OUT, TRAIN = "heldout", "train"
+from store.common import HELD_OUT, TRAIN
+
 HELD_OUT_MODULUS = 20
 DOCUMENT_BYTES = 500  # what a document takes beside its text; a million short ones are not free
 

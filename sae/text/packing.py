@@ -11,7 +11,6 @@ from tokenizers import Tokenizer
 from sae.text.documents import Document
 from sae.text.tokenizer import pieces_of
 
-LANES = 64
 TOKENISE_DOCUMENTS = 256
 TOKENISE_CHARACTERS = 1 << 22
 PIECE_CHARACTERS = 1 << 18

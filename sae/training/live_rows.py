@@ -13,12 +13,12 @@ from torch import Tensor
 
 from sae.kernels import matmul
 from sae.lm import LanguageModel
-from sae.text.documents import TRAIN
-from sae.text.packing import FORWARD_TOKENS, LANES, packed, tokenised
+from sae.text.packing import FORWARD_TOKENS, packed, tokenised
 from sae.text.sources import TextSource
 from sae.training.objectives import Downstream
 from sae.training.rows import Batch
 from sae.training.shuffle_buffer import MixingBuffer, Spread
+from store.common import LANES, TRAIN
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SAMPLED_FROM = 4  # times the rows drawn

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.jobs.prefetch import read_ahead
+from store.common import read_ahead
 
 BATCHES_AHEAD = 3  # a running model makes two batches or none: three waiting even that out
 

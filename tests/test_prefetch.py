@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae.jobs.prefetch import read_ahead
+from store.common import read_ahead
 
 
 @given(st.lists(st.integers(), max_size=12), st.integers(1, 5))

@@ -1,0 +1,166 @@
+"""What every room may import from the store: lanes, splits, document records, whole files, locks, reading ahead.
+
+The standard library alone, so that the trainer can use it on a machine without zarr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+LANES = 64  # document i belongs to lane i % LANES, shard s of a split to lane s % LANES, for any number of workers
+HELD_OUT, TRAIN = "heldout", "train"
+SPLITS = (HELD_OUT, TRAIN)  # in the order of their shards in a store
+PARTIAL_SUFFIX = ".partial"  # of unfinished files; zarr's own temporary files have it too
+
+Item = TypeVar("Item")
+Piece = TypeVar("Piece")
+
+
+class StoreError(ValueError):
+    """Something about a store that its user can fix: what, where, got, expected, what to do next."""
+
+
+class DocumentRecord(NamedTuple):
+    """What a store keeps of a document: its table entry, without the text."""
+
+    id: str
+    source: str
+    domain: str
+    sha256: str  # of the text
+
+
+# --- whole files -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary path to write; on success it is flushed to disk and renamed to `path`, on an error removed.
+
+    A reader sees the old file or the new one and nothing between, even after a kill or a loss of power. The directory
+    must exist.
+    """
+    path = Path(path)
+    # Two processes or threads that write the same file must not share a temporary one.
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL_SUFFIX}")
+    try:
+        yield partial
+        fsync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file whole or not at all; makes its directory if necessary."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Writes JSON to `path` whole or not at all. Raises: ValueError for NaN and infinity, which JSON cannot hold."""
+    write_bytes(path, json_bytes(content, indent=2))
+
+
+def json_bytes(content: Any, *, indent: int) -> bytes:
+    """A JSON file's bytes: keys sorted, so that equal objects give equal bytes. Raises: ValueError for NaN."""
+    return (json.dumps(content, indent=indent, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def fsync(path: str | os.PathLike[str]) -> None:
+    """Makes a file's bytes, or the names in a directory, survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- one writer at a time --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path, what: str, *, wait_s: float = 0.0) -> Iterator[None]:
+    """Holds the lock file `path`, which is removed at the end.
+
+    The lock is the kernel's (flock): it ends with its process in any case, so a lock file that was left behind locks
+    nothing. Raises: StoreError after `wait_s` seconds, saying which process is writing `what`.
+    """
+    deadline = time.monotonic() + wait_s
+    while (handle := _try_lock(path)) is None:
+        if time.monotonic() >= deadline:
+            raise StoreError(
+                f"{what} is being written by {_holder(path) or 'another process'}: "
+                "wait for it to end, or stop it, then repeat the command"
+            )
+        time.sleep(0.02)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{writer_name()}\n".encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)  # frees the lock
+
+
+def _try_lock(path: Path) -> int | None:
+    """An open, locked handle of the file that is at `path` now; None if another process holds the lock."""
+    import fcntl  # Unix only, unlike the rest of this module
+
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # its directory was removed in between: make it again
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.stat(path).st_ino == os.fstat(handle).st_ino:
+                    return handle
+            except BlockingIOError:
+                os.close(handle)
+                return None
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)  # the previous holder removed this file between our two steps
+
+
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_bytes()[:200].decode("utf-8", "replace").strip()
+    return ""
+
+
+def writer_name() -> str:
+    """This process as messages name it."""
+    return f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+# --- reading ahead ---------------------------------------------------------------------------------------------------
+
+
+def read_ahead(read: Callable[[Item], Piece], items: Iterable[Item], *, pieces: int = 1) -> Iterator[Piece]:
+    """`read(item)` for each item in order, in a thread that is up to `pieces` items ahead of the caller."""
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as reader:
+        coming: deque[Future[Piece]] = deque()
+        try:
+            for item in items:
+                coming.append(reader.submit(read, item))
+                if len(coming) > pieces:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:  # a caller that stops early waits for the piece being read, not for all of them
+            for piece in coming:
+                piece.cancel()
