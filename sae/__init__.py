@@ -21,7 +21,7 @@ _HOME = {
     "SAE": "sae.dictionary.autoencoder",
     "load_model": "sae.lm",
     "steer": "sae.interventions.steering",
-    "Edit": "sae.interventions.steering",
+    "Edit": "sae.interventions.edits",
 }
 
 __all__ = sorted(_HOME)

@@ -25,7 +25,8 @@ from browser.views.steering import _as_text
 from sae.cli import main as sae_command
 from sae.dictionary.files import load
 from sae.interventions.attribution import attribute, inspect
-from sae.interventions.steering import Edit
+from sae.interventions.edits import Edit
+from sae.interventions.steering import Generation
 from sae.lm import NativeModel
 from store.features import FeatureIndex
 
@@ -231,15 +232,13 @@ def test_steering_keeps_its_limits_whatever_the_page_sends() -> None:
         "prompt": "x",
         "edits": [Edit(0)],
         "factors": [1.0],
-        "seed": 0,
-        "new_tokens": 5,
-        "temperature": 1.0,
+        "generation": Generation(),
         "units": {},
     }
     for change, message in (
         ({"prompt": "x" * 2001}, "2,001 characters; at most 2,000"),
         ({"prompt": " "}, "prompt is empty"),
-        ({"new_tokens": 129}, "at most 128"),
+        ({"generation": Generation(max_new_tokens=129)}, "at most 128"),
         ({"edits": [Edit(i) for i in range(17)]}, "17 edits asked for; at most 16"),
         ({"factors": [1.0] * 7}, "7 strengths asked for"),
     ):
@@ -268,9 +267,8 @@ def test_users_at_the_same_time_get_what_each_would_get_alone(root: Path, tiny_m
             return prompts.attribute(loaded, entry, ids, len(ids) - 1, 9).by_feature.tolist()
         if kind == 2:
             return prompts.paths(loaded, entry, ids, feature=feature, position=len(ids) - 1).heads.tolist()
-        settings = {"seed": number, "new_tokens": 6, "temperature": 1.0, "units": units}
-        edits = steering.parse(f"{feature}:set:{number}")
-        *_, rows = steering.sweep(loaded, prompt, edits, [0.0, 5.0], **settings)
+        edits, generation = steering.parse(f"{feature}:set:{number}"), Generation(number, max_new_tokens=6)
+        *_, rows = steering.sweep(loaded, prompt, edits, [0.0, 5.0], generation, units)
         return [row.steered_ids for row in rows]
 
     numbers = list(range(12)) * 2

@@ -332,7 +332,7 @@ def test_steer_edits_of_several_kinds_over_a_sweep(run: Path, capsys: pytest.Cap
     assert said.count("perplexity under the base model") == 2
     assert "'1,2,3,4,5,6,7,8,9,10" in said
     assert main(["steer", str(run / "topk"), "--edit", "1:set"]) == 2
-    assert "says no value for 'set'" in capsys.readouterr().err
+    assert "has no value for 'set'" in capsys.readouterr().err
     assert main(["steer", str(run / "topk"), "--prompt", "the"]) == 2
     assert "say what to do with the features" in capsys.readouterr().err
 

@@ -12,20 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae.dictionary.autoencoder import SAE
-from sae.interventions.steering import (
-    MAX_EDITS,
-    Edit,
-    Steered,
-    _gumbel,
-    _kl,
-    _sample,
-    next_tokens,
-    scaled,
-    splice_edits,
-    steer,
-    steer_stream,
-    sweep_stream,
-)
+from sae.interventions.edits import MAX_EDITS, Edit, scaled, splice_edits
+from sae.interventions.steering import Generation, Steered, _gumbel, _kl, _sample, next_tokens, steer, sweep_stream
 from sae.lm import NativeModel
 
 D_IN, D_SAE, DEAD = 32, 24, 5
@@ -152,9 +140,9 @@ def test_a_multiple_of_the_99th_percentile(sae: SAE, feature_max: np.ndarray) ->
     p99 = feature_max / 4
     found = splice_edits(sae, [Edit(2, "set", 8.0, "p99")], feature_max, p99)(x)
     torch.testing.assert_close(found, splice_edits(sae, [Edit(2, "set", 2.0)], feature_max)(x))
-    with pytest.raises(ValueError, match="multiples of the p99, but no feature_p99 is given"):
+    with pytest.raises(ValueError, match="multiples of the p99, but feature_p99 was not given"):
         splice_edits(sae, [Edit(2, "set", 8.0, "p99")], feature_max)
-    with pytest.raises(ValueError, match="feature 5 never fired, so multiples of its 99th percentile mean nothing"):
+    with pytest.raises(ValueError, match="feature 5 never fired, so it has no 99th percentile to take multiples of"):
         splice_edits(sae, [Edit(DEAD, "add", 1.0, "p99")], feature_max, p99)
 
 
@@ -194,8 +182,8 @@ def test_edits_as_people_write_them(text: str, edit: Edit) -> None:
         ("-1:set:5", "'-1' in '-1:set:5' is not a feature number"),
         ("12", "mode must be one of"),
         ("12:clamp:5", "mode must be one of set, add, scale, ablate; got 'clamp'"),
-        ("12:set", "'12:set' says no value for 'set'"),
-        ("12:set:five", "'five' in '12:set:five' is no number"),
+        ("12:set", "'12:set' has no value for 'set'"),
+        ("12:set:five", "'five' in '12:set:five' is not a number"),
         ("12:set:nan", "finite number"),
     ],
 )
@@ -250,11 +238,10 @@ def test_a_seed_is_a_text_and_the_base_column_knows_nothing_of_the_edits(
 
 
 def test_the_stream_grows_to_the_same_result(sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray) -> None:
-    keywords = {"seed": 2, "max_new_tokens": 6, "feature_max": feature_max}
-    lengths = [
-        (len(s.base_ids), len(s.steered_ids), len(s.kl))
-        for s in steer_stream(tiny_model, sae, PROMPT, STRONG, **keywords)
-    ]
+    steps = sweep_stream(
+        tiny_model, sae, PROMPT, STRONG, (1.0,), Generation(2, max_new_tokens=6), feature_max=feature_max
+    )
+    lengths = [(len(s.base_ids), len(s.steered_ids), len(s.kl)) for (s,) in steps]
     assert lengths == [(i, i, i) for i in range(1, 7)]
     assert not tiny_model.lock.locked()
 
@@ -293,15 +280,16 @@ def test_each_row_of_a_sweep_is_that_text_steered_alone(
     sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray
 ) -> None:
     edits, factors = [Edit(2, "set", 3.0), Edit(7, "add", 2.0), Edit(9, "ablate")], (0.0, 1.0, 5.0)
-    settings = {"seed": 3, "max_new_tokens": 8, "feature_max": feature_max}
-    *_, rows = sweep_stream(tiny_model, sae, PROMPT, edits, factors, **settings)
+    generation = Generation(seed=3, max_new_tokens=8)
+    *_, rows = sweep_stream(tiny_model, sae, PROMPT, edits, factors, generation, feature_max=feature_max)
     for factor, row in zip(factors, rows, strict=True):
-        alone = steer(tiny_model, sae, PROMPT, scaled(edits, factor), **settings)
+        edited = scaled(edits, factor)
+        alone = steer(tiny_model, sae, PROMPT, edited, seed=3, max_new_tokens=8, feature_max=feature_max)
         assert (row.base_ids, row.steered_ids) == (alone.base_ids, alone.steered_ids)
         assert row.kl == pytest.approx(alone.kl, rel=1e-4, abs=1e-6)
     assert len({tuple(row.steered_ids) for row in rows}) == 3
     with pytest.raises(ValueError, match="at least one factor"):
-        sweep_stream(tiny_model, sae, PROMPT, edits, (), **settings)
+        sweep_stream(tiny_model, sae, PROMPT, edits, (), generation, feature_max=feature_max)
 
 
 def test_no_strength_adds_nothing_and_sets_to_zero() -> None:
@@ -403,7 +391,7 @@ def test_kl_by_hand() -> None:
         ([Edit(-1)], "feature -1 does not exist"),
         ([Edit(DEAD, "set", 1.0)], "feature 5 never fired"),
         ([Edit(DEAD, "add", 1.0)], "feature 5 never fired"),
-        ([Edit(1)] * (MAX_EDITS + 1), f"at most {MAX_EDITS} features at once; got {MAX_EDITS + 1}"),
+        ([Edit(1)] * (MAX_EDITS + 1), f"at most {MAX_EDITS} edits at once; got {MAX_EDITS + 1}"),
     ],
 )
 def test_edits_that_mean_nothing(
@@ -429,10 +417,10 @@ def test_edits_that_are_none(arguments: tuple, message: str) -> None:
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"temperature": -0.1}, "temperature must not be negative"),
-        ({"temperature": float("nan")}, "temperature must .*finite"),
+        ({"temperature": -0.1}, "temperature must be 0 or a positive number; got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be 0 or a positive number; got nan"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"feature_max": np.ones(3)}, "feature_max has 3 entries, the dictionary 24"),
+        ({"feature_max": np.ones(3)}, "feature_max has 3 entries, the dictionary 24 features"),
     ],
 )
 def test_settings_that_are_wrong(sae: SAE, tiny_model: NativeModel, feature_max, keywords: dict, message: str) -> None:

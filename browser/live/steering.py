@@ -18,8 +18,8 @@ UNITS = ("max", "p99")
 
 
 def parse(text: str) -> list[Any]:
-    """Edits written as `FEATURE:MODE[:VALUE][:p99][:active]`, parted by spaces or commas. Raises LiveError."""
-    from sae.interventions.steering import Edit
+    """Edits written as `FEATURE:MODE[:VALUE][:p99][:active]`, separated by spaces or commas. Raises LiveError."""
+    from sae.interventions.edits import Edit
 
     try:
         edits = [Edit.parse(part) for part in text.replace(",", " ").split()]
@@ -32,7 +32,7 @@ def parse(text: str) -> list[Any]:
 
 def edit(feature: int, mode: str, value: float, unit: str, only_active: bool) -> Any:
     """One edit from the table of the page. Raises LiveError."""
-    from sae.interventions.steering import Edit
+    from sae.interventions.edits import Edit
 
     try:
         return Edit(feature, mode, value, unit, only_active)
@@ -40,18 +40,20 @@ def edit(feature: int, mode: str, value: float, unit: str, only_active: bool) ->
         raise LiveError(str(error).removeprefix("steering: ")) from error
 
 
+def generation(seed: int, max_new_tokens: int, temperature: float) -> Any:
+    """How the texts are written: a `sae.interventions.steering.Generation`. Raises LiveError."""
+    from sae.interventions.steering import Generation
+
+    try:
+        return Generation(seed, max_new_tokens, temperature)
+    except ValueError as error:
+        raise LiveError(str(error).removeprefix("steering: ")) from error
+
+
 def sweep(
-    live: Live,
-    prompt: str,
-    edits: Sequence[Any],
-    factors: Sequence[float],
-    *,
-    seed: int,
-    new_tokens: int,
-    temperature: float,
-    units: dict[str, Any],
+    live: Live, prompt: str, edits: Sequence[Any], factors: Sequence[float], generation: Any, units: dict[str, Any]
 ) -> Iterator[list[Any]]:
-    """`sae.interventions.steering.sweep_stream` within the app's limits: after each token growing rows, one a factor.
+    """`sae.interventions.steering.sweep_stream` within the app's limits: the growing texts, one per factor.
 
     Raises LiveError beyond the limits.
     """
@@ -60,24 +62,14 @@ def sweep(
         raise LiveError("Nothing is steered yet: add a feature to the table, or write an edit such as 12:set:5.")
     if len(edits) > MAX_FEATURES:
         raise LiveError(f"{len(edits)} edits asked for; at most {MAX_FEATURES} at once.")
-    if not 1 <= new_tokens <= MAX_NEW_TOKENS:
-        raise LiveError(f"{new_tokens} new tokens asked for; at most {MAX_NEW_TOKENS}.")
+    if generation.max_new_tokens > MAX_NEW_TOKENS:
+        raise LiveError(f"{generation.max_new_tokens} new tokens asked for; at most {MAX_NEW_TOKENS}.")
     if not 1 <= len(factors) <= MAX_STRENGTHS:
         raise LiveError(f"{len(factors)} strengths asked for; 1 to {MAX_STRENGTHS}.")
     from sae.interventions.steering import sweep_stream
 
     try:
-        rows = sweep_stream(
-            live.model,
-            live.sae,
-            prompt,
-            edits,
-            factors,
-            seed=seed,
-            max_new_tokens=new_tokens,
-            temperature=temperature,
-            **units,
-        )
+        rows = sweep_stream(live.model, live.sae, prompt, edits, factors, generation, **units)
     except ValueError as error:
         raise LiveError(str(error).removeprefix("steering: ")) from error
     yield from rows
@@ -90,32 +82,32 @@ def next_tokens(live: Live, ids: Sequence[int], edits: Sequence[Any], *, n: int,
     return found(live.model, live.sae, ids, edits, n=n, **units)
 
 
-def as_command(path: str, prompt: str, edits: Sequence[Any], asked: dict[str, Any]) -> str:
+def as_command(path: str, prompt: str, edits: Sequence[Any], factors: list[float], generation: Any) -> str:
     """The `sae steer` command that writes the same text."""
     import shlex
 
     words = ["sae", "steer", path, *(w for e in edits for w in ("--edit", str(e))), "--prompt", prompt]
-    words += ["--seed", str(asked["seed"]), "--max-new-tokens", str(asked["new_tokens"])]
-    if asked["temperature"] != 1.0:
-        words += ["--temperature", f"{asked['temperature']:g}"]
-    if asked["factors"] != [1.0]:
-        words += ["--sweep", ",".join(f"{f:g}" for f in asked["factors"])]
+    words += ["--seed", str(generation.seed), "--max-new-tokens", str(generation.max_new_tokens)]
+    if generation.temperature != 1.0:
+        words += ["--temperature", f"{generation.temperature:g}"]
+    if factors != [1.0]:
+        words += ["--sweep", ",".join(f"{f:g}" for f in factors)]
     return shlex.join(words)
 
 
-def as_python(path: str, prompt: str, edits: Sequence[Any], asked: dict[str, Any]) -> str:
+def as_python(path: str, prompt: str, edits: Sequence[Any], factors: list[float], generation: Any) -> str:
     """The Python that writes the same text."""
-    made = ", ".join(repr(e) for e in edits)
-    steer = f"seed={asked['seed']}, max_new_tokens={asked['new_tokens']}, temperature={asked['temperature']:g}"
     lines = [
         "from sae import pipeline",
-        "from sae.interventions.steering import Edit, sweep_stream",
+        "from sae.interventions.edits import Edit",
+        "from sae.interventions.steering import Generation, sweep_stream",
         "",
         f"sae, model = pipeline.open_pair({path!r})",
         f"units = pipeline.feature_units({path!r})",
-        f"edits = [{made}]",
-        f"factors = {asked['factors']!r}",
-        f"*_, rows = sweep_stream(model, sae, {prompt!r}, edits, factors, {steer}, **units)",
+        f"edits = {list(edits)!r}",
+        f"factors = {factors!r}",
+        f"generation = {generation!r}",
+        f"*_, rows = sweep_stream(model, sae, {prompt!r}, edits, factors, generation, **units)",
         "for factor, row in zip(factors, rows):",
         "    print(factor, row.steered_text, row.steered_perplexity)",
     ]

@@ -22,8 +22,8 @@ HELP = {
     "dictionary does not explain of x stays in place. Values of set and add are in multiples of the feature's largest "
     "(max) or 99th-percentile (p99) activation in the index, so that strengths compare between features. "
     "Where active: only at positions where the feature fires by itself.",
-    "spec": "The same table as text, FEATURE:MODE[:VALUE][:p99][:active] parted by spaces; it is what the address of "
-    "this page and `sae steer --edit` hold.",
+    "spec": "The same table as text, FEATURE:MODE[:VALUE][:p99][:active] separated by spaces, as in the address of "
+    "this page and in `sae steer --edit`.",
     "seed": "All texts draw from the same random stream, so they differ only where the edit changed the distribution.",
     "sweep": "One text for each factor on the values of all edits, ×0 to ×10, in one pass. Ablate has no strength.",
     "pinned": "Pinned feature sampling of Bricken et al. 2023: the prompt 1,2,…,10, the feature held at its largest "
@@ -167,13 +167,12 @@ def _settings() -> dict[str, Any] | None:
     pinned.button("The paper's pinned sampling", width="stretch", help=HELP["pinned"], on_click=_pin)
     if not (pressed or st.session_state.pop("pinned", False)):
         return None
-    return {
-        "prompt": prompt,
-        "seed": int(seed_now),
-        "new_tokens": int(count_now),
-        "temperature": float(warmth),
-        "factors": list(run.SWEEP) if sweep else [1.0],
-    }
+    try:
+        generation = run.generation(int(seed_now), int(count_now), float(warmth))
+    except LiveError as error:
+        state.explain("Nothing was generated", str(error))
+        return None
+    return {"prompt": prompt, "factors": list(run.SWEEP) if sweep else [1.0], "generation": generation}
 
 
 def _pin() -> None:
@@ -195,7 +194,7 @@ def _generate(page: Page, loaded: Live, edits: list[Any], asked: dict[str, Any])
     rows: list[Any] = []
     try:
         for rows in run.sweep(loaded, edits=edits, units=units, **asked):
-            progress.progress(len(rows[0].base_ids) / asked["new_tokens"])
+            progress.progress(len(rows[0].base_ids) / asked["generation"].max_new_tokens)
             base.text(rows[0].base_text)
             steered.text("\n\n".join(row.steered_text for row in rows))
         following = run.next_tokens(loaded, rows[0].prompt_ids, edits, n=10, units=units)
@@ -236,9 +235,9 @@ def _results(page: Page, loaded: Live, found: dict[str, Any]) -> None:
             st.caption(f"KL(steered ‖ base), nats{strongest}", help=HELP["kl"])
             st.altair_chart(charts.divergence_chart([float(k) for k in row.kl]), key="kl")
     with st.expander("Copy as a command or as Python"):
-        asked = found["asked"]
-        st.code(run.as_command(found["path"], asked["prompt"], found["edits"], asked), language="bash")
-        st.code(run.as_python(found["path"], asked["prompt"], found["edits"], asked), language="python")
+        asked = {"path": found["path"], "edits": found["edits"], **found["asked"]}
+        st.code(run.as_command(**asked), language="bash")
+        st.code(run.as_python(**asked), language="python")
     st.html('<i id="steered-done"></i>')
 
 
@@ -247,7 +246,7 @@ def _side_by_side(page: Page, found: dict[str, Any]) -> None:
     first = row.first_divergence
     left, right = st.columns(2, gap="medium")
     with left:
-        note = f"seed {found['asked']['seed']} · perplexity {row.base_perplexity:.1f}"
+        note = f"seed {found['asked']['generation'].seed} · perplexity {row.base_perplexity:.1f}"
         _column(page, "Base", note, row, row.base_ids, "base")
     with right:
         parts = "the same text" if first is None else f"differs from new token {first + 1} on"
@@ -258,7 +257,7 @@ def _side_by_side(page: Page, found: dict[str, Any]) -> None:
 
 def _sweep_grid(page: Page, found: dict[str, Any]) -> None:
     base = found["rows"][0]
-    note = f"seed {found['asked']['seed']} · perplexity {base.base_perplexity:.1f}"
+    note = f"seed {found['asked']['generation'].seed} · perplexity {base.base_perplexity:.1f}"
     _column(page, "Base", note, base, base.base_ids, "base")
     for factor, row in zip(found["asked"]["factors"], found["rows"], strict=True):
         first = row.first_divergence

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from sae.cli.flags import add_verb
 
 if TYPE_CHECKING:
-    from sae.interventions.steering import Edit, NextTokens, Steered
+    from sae.interventions.edits import Edit
+    from sae.interventions.steering import NextTokens, Steered
 
 
 def steer(verbs: Any) -> None:
@@ -40,23 +41,14 @@ def steer(verbs: Any) -> None:
 
 def _run_steer(args: argparse.Namespace) -> int:
     from sae import pipeline
-    from sae.interventions.steering import PINNED_PROMPT, next_tokens, sweep_stream
+    from sae.interventions.steering import PINNED_PROMPT, Generation, next_tokens, sweep_stream
 
     edits, factors = _edits(args), _factors(args.sweep)
     prompt = PINNED_PROMPT if args.pinned else args.prompt
     dictionary, model = pipeline.open_pair(args.sae, args.model)
     units: dict[str, Any] = dict(pipeline.feature_units(args.sae))
-    *_, rows = sweep_stream(
-        model,
-        dictionary,
-        prompt,
-        edits,
-        factors,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        **units,
-    )
+    generation = Generation(args.seed, args.max_new_tokens, args.temperature)
+    *_, rows = sweep_stream(model, dictionary, prompt, edits, factors, generation, **units)
     following = next_tokens(model, dictionary, rows[0].prompt_ids, edits, **units)
     if args.json:
         print(json.dumps(_report(edits, factors, rows, following, model.tokenizer.id_to_token), indent=2))
@@ -106,7 +98,7 @@ def _report(
 
 def _edits(args: argparse.Namespace) -> list[Edit]:
     """One edit per --feature (every mode flag is given once for all features, or once for each), then each --edit."""
-    from sae.interventions.steering import Edit
+    from sae.interventions.edits import Edit
 
     written = [Edit.parse(text) for text in args.edit or []]
     given = {mode: getattr(args, mode) for mode in ("set", "add", "scale") if getattr(args, mode)}
