@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,25 @@ from without_torch import no_waiting_for_the_disk, pytest_terminal_summary  # no
 from sae import pipeline
 from sae.lm import NativeModel
 
+SEED = "MONOSEM_TEST_SEED"  # of what tests draw at random, such as the moment of a kill
+
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is made, so before any is
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault(SEED, str(time.time_ns() % 10**9))  # workers inherit it
+
+
+def pytest_report_header() -> str:
+    return f"random seed: {os.environ[SEED]} (set {SEED} to repeat it)"
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Random numbers of this test: another draw in every session, the same again with the seed that was printed."""
+    return random.Random(f"{os.environ[SEED]} {request.node.nodeid}")
 
 
 @pytest.fixture(scope="session")

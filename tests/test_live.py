@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -317,9 +316,11 @@ def training(model: object, text: object, out: Path) -> list[str]:
     ]
 
 
-def test_killed_and_repeated_it_ends_in_the_same_bytes(tiny_model_dir: Path, tiny_text: Path, tmp_path: Path) -> None:
+def test_killed_and_repeated_it_ends_in_the_same_bytes(
+    tiny_model_dir: Path, tiny_text: Path, tmp_path: Path, rng: random.Random
+) -> None:
     """Killed twice at random; the runs resample (sample rows in the main thread while the next batch is made)."""
-    commands, rng = Commands(tmp_path / "sae.log"), random.Random(time.time_ns())
+    commands = Commands(tmp_path / "sae.log")
     whole, out = tmp_path / "whole", tmp_path / "sae"
     assert commands.run(*training(tiny_model_dir, tiny_text, whole)) == 0
     command = training(tiny_model_dir, tiny_text, out)

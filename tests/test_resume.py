@@ -130,10 +130,10 @@ def assert_same_dictionary(out: Path, unbroken: Path) -> None:
 
 
 def test_harvest_killed_three_times_writes_the_same_bytes(
-    commands: Commands, harvest: list[object], store: Path, tmp_path: Path
+    commands: Commands, harvest: list[object], store: Path, tmp_path: Path, rng: random.Random
 ) -> None:
     """Each kill lands a random number of shards after the harvest got going, and a random moment into the next one."""
-    out, rng = tmp_path / "acts.zarr", random.Random(time.time_ns())
+    out = tmp_path / "acts.zarr"
     for _ in range(3):
         there = n_markers(out)
         wanted = there + rng.randrange(1, 80)
@@ -147,11 +147,11 @@ def test_harvest_killed_three_times_writes_the_same_bytes(
 
 
 def test_training_killed_three_times_ends_in_the_same_bytes(
-    commands: Commands, store: Path, unbroken: tuple[str, Path], tmp_path: Path
+    commands: Commands, store: Path, unbroken: tuple[str, Path], tmp_path: Path, rng: random.Random
 ) -> None:
     """Once before the first checkpoint, twice after one; then it saves at every step, so that kills hit saving too."""
     recipe, whole = unbroken
-    out, rng = tmp_path / "sae", random.Random(time.time_ns())
+    out = tmp_path / "sae"
     command = training(store, recipe, out)
     first = commands.stop(signal.SIGKILL, lambda: bool(logged_steps(out)), *command, after_s=rng.random() * 0.02)
     assert first == -signal.SIGKILL
@@ -176,14 +176,14 @@ def places(tiny_model: NativeModel, tiny_text: Path, tmp_path_factory: pytest.Te
 
 @pytest.mark.parametrize("recipe", OTHERS)
 def test_every_other_recipe_killed_twice_ends_in_the_same_bytes(
-    commands: Commands, places: Path, tmp_path: Path, recipe: str
+    commands: Commands, places: Path, tmp_path: Path, recipe: str, rng: random.Random
 ) -> None:
     """Killed for good while it saves at every step: before and after its first resampling, or anywhere else."""
     hooks = PLACES[::3] if recipe == "transcoder" else PLACES[2:3]
     small = ["--d-sae", 48, "--tokens", 200 * 64, "--batch-tokens", 64, "--set", "lr=0.01"]
     command = ["train", "--acts", places, "--recipe", recipe, *small, *(f"--hook-point={hook}" for hook in hooks)]
     assert commands.run(*command, "--out", tmp_path / "whole") == 0
-    out, rng = tmp_path / "sae", random.Random(time.time_ns())
+    out = tmp_path / "sae"
     for earliest, latest in ((3, 15), (40, 150)):
         wanted = rng.randrange(earliest, latest)
         reached: Callable[[], bool] = lambda n=wanted: saved_step(out) >= n  # noqa: E731
