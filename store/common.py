@@ -1,4 +1,4 @@
-"""What every room may import from the store: lanes, splits, document records, whole files, locks, reading ahead.
+"""What every room may import from the store: lanes, splits, records, whole files, locks, reading ahead.
 
 The standard library alone, so that the trainer can use it on a machine without zarr.
 """
@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -37,6 +37,11 @@ class DocumentRecord(NamedTuple):
     source: str
     domain: str
     sha256: str  # of the text
+
+
+def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two recorded identities ({"id", "kind", "sha256"}) are of one model, wherever it is: the hash decides."""
+    return bool(a.get("sha256")) and a["sha256"] == b.get("sha256")
 
 
 # --- whole files -----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
         raise StoreError("merging takes at least two stores")
     first = stores[0]
     for other in stores[1:]:
-        found = differences(_meaning(first), _meaning(other, like=first))
+        found = differences(_meaning(first), _meaning(other))
         if found:
             raise StoreError(
                 f"{other.path} cannot be merged with {first.path}:\n  "
@@ -140,20 +140,15 @@ def _complete(path: str | os.PathLike[str]) -> ActivationStore:
     return store
 
 
-def _meaning(store: ActivationStore, like: ActivationStore | None = None) -> dict[str, Any]:
-    """What must be equal of stores to be merged; the model's hash as the store `like` records it, if that can be."""
-    model = store.provenance.get("model", {})
-    other = model if like is None else like.provenance.get("model", {})
-    # The first versions recorded what is the older hash now.
-    known = {"sha256"} if "older_sha256" in model and "older_sha256" in other else {"sha256", "older_sha256"}
-    same = {model.get(key) for key in known} & {other.get(key) for key in known} - {None}
+def _meaning(store: ActivationStore) -> dict[str, Any]:
+    """What must be equal in stores to be merged."""
     return {
         "hook_points": store.hook_points,
         "dtype": store.dtype,
         "seq_len": store.seq_len,
         "contexts_per_shard": store.contexts_per_shard,
         **{key: store.provenance.get(key) for key in _SAME_ROWS if key != "model"},
-        "model_sha256": (other if same else model).get("sha256"),
+        "model_sha256": store.provenance.get("model", {}).get("sha256"),
     }
 
 

@@ -12,6 +12,7 @@ import torch
 
 from sae.jobs import checkpoint
 from sae.jobs.checkpoint import CheckpointError, adam_tensors, read_header, read_tensors, restore_adam, write_tensors
+from sae.jobs.directory import claim
 from store.common import write_json
 
 TENSORS = {
@@ -140,3 +141,11 @@ def test_a_header_is_read_without_its_tensors(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         read_header(tmp_path / "a.safetensors")
+
+
+def test_what_only_version_0_1_recorded_does_not_make_another_run(tmp_path: Path) -> None:
+    model = {"id": "m", "sha256": "aa"}
+    claim(tmp_path, "train.json", {"rows": {"model": model | {"older_sha256": "bb"}}})
+    claim(tmp_path, "train.json", {"rows": {"model": model}})
+    with pytest.raises(ValueError, match="rows.model.sha256 is 'aa' there, 'cc' asked for"):
+        claim(tmp_path, "train.json", {"rows": {"model": model | {"sha256": "cc"}}})

@@ -15,8 +15,8 @@ from test_hf_harvest import saved
 from sae import pipeline
 from sae.jobs.checkpoint import read_tensors, write_tensors
 from sae.lm import NativeModel, load_model
-from sae.lm.identity import same_model
 from store.activations import ActivationStore
+from store.common import same_model
 
 SIZE = {"tokens": 2048, "heldout_tokens": 2048}
 
@@ -38,7 +38,6 @@ def test_files_cut_otherwise_and_the_hub_are_the_same_model(
     )
     hub = load_model("some-owner/some-model")
     assert one.weights_sha256 == cut.weights_sha256 == hub.weights_sha256
-    assert len({model.older_sha256 for model in (one, cut, hub)}) == 3
     with torch.no_grad():
         next(plain.parameters())[0, 0] += 1
     plain.save_pretrained(tmp_path / "cut", max_shard_size="10KB")
@@ -60,23 +59,19 @@ def test_what_computes_with_the_parameters_is_part_of_a_model(tmp_path: Path, ti
 
 @pytest.fixture
 def old_store(tmp_path: Path, tiny_model_dir: Path) -> Path:
-    """A store as the first versions wrote it: its model known by the SHA-256 of the weight file."""
+    """A store as version 0.1 wrote it: beside its model's hash it recorded that of the weight file."""
     text = write_jsonl(tmp_path / "t.jsonl", made_up_documents(1200))
     out = pipeline.harvest(str(tiny_model_dir), text, tmp_path / "acts.zarr", **SIZE)
     settings = json.loads((out / "zarr.json").read_text())
     of_file = sha256((tiny_model_dir / "model.safetensors").read_bytes()).hexdigest()
-    settings["attributes"]["provenance"]["model"] = {
-        "id": str(tiny_model_dir),
-        "kind": "native-transformer",
-        "sha256": of_file,
-    }
+    settings["attributes"]["provenance"]["model"]["older_sha256"] = of_file
     (out / "zarr.json").write_text(json.dumps(settings))
     (out / "complete.json").unlink()
     ActivationStore.open(out).finish()
     return out
 
 
-def test_a_store_of_the_first_versions_is_used_and_mended_as_before(
+def test_a_store_of_version_0_1_is_used_and_repaired_as_before(
     old_store: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     pipeline.train(old_store, tmp_path / "d", d_sae=24, tokens=512, config={"k": 2, "batch_tokens": 128})
@@ -93,9 +88,7 @@ def test_a_store_of_the_first_versions_is_used_and_mended_as_before(
         pipeline.evaluate(tmp_path / "d", model=str(other))
 
 
-def test_a_store_of_the_first_versions_is_merged_with_one_of_today(
-    old_store: Path, tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_store_of_version_0_1_is_merged_with_a_new_one(old_store: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     more = text_source([d for d in made_up_documents(2600, seed=3) if d.text not in _texts(1200)])
     pipeline.harvest(str(tiny_model_dir), more, tmp_path / "more.zarr", hook_points=[HOOK_POINT], **SIZE)
     pipeline.merge_stores([old_store, tmp_path / "more.zarr"], tmp_path / "both.zarr")
@@ -109,10 +102,9 @@ def _texts(n: int) -> set[str]:
 
 
 def test_identities_without_a_common_hash_are_of_two_models() -> None:
-    old, new = {"sha256": "aa"}, {"sha256": "bb", "older_sha256": "aa"}
-    assert same_model(old, new)
-    assert same_model(new, {"sha256": "bb", "older_sha256": "cc"})  # two places, one model
-    assert not same_model(new, {"sha256": "dd", "older_sha256": "ee"})
+    new = {"id": "one", "sha256": "bb"}
+    assert same_model(new, {"id": "moved", "sha256": "bb", "older_sha256": "cc"})  # two places, one model; version 0.1
+    assert not same_model(new, {"id": "one", "sha256": "dd", "older_sha256": "bb"})
     assert not same_model({"sha256": "bb", "older_sha256": "cc"}, {"sha256": "dd", "older_sha256": "cc"})  # other heads
     assert not same_model({}, {})
     assert not same_model({"sha256": ""}, {"sha256": ""})

@@ -40,7 +40,7 @@ def load(entry: SaeEntry) -> Live:
     name, sha256 = str(model.get("id", "")), str(model.get("sha256", ""))
     found = _load(entry.id, str(entry.path), name, weights.stat().st_mtime_ns)
     from sae.dictionary.autoencoder import refuse_transcoder
-    from sae.lm.identity import same_model
+    from store.common import same_model
 
     refuse_transcoder(found.sae, entry.id, LiveError)
     if sha256 and not same_model(model, found.model.identity()):

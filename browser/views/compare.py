@@ -17,6 +17,7 @@ from browser.live import LiveError
 from browser.live.comparing import cosine_table
 from browser.state import Page
 from browser.style import BLUE, ORANGE
+from store.common import same_model
 
 LISTS = {"matched": "Matched", "unmatched": "Unmatched in A", "alone": "Unmatched in B", "splits": "Splitting"}
 HELP = {
@@ -222,10 +223,9 @@ def _children(page: Page, other: SaeEntry, found: Comparison) -> None:
 
 
 def _of_one_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether one hash is recorded in both: dictionaries of the first versions have only what is now the older one."""
+    """Whether both record the same model; an imported dictionary may know only its name."""
     one, other = (config.get("model") or {} for config in (a, b))
-    hashes = ({model.get(key) for key in ("sha256", "older_sha256")} - {None} for model in (one, other))
-    return one == other or not set.isdisjoint(*hashes)
+    return one == other or same_model(one, other)
 
 
 def _by_weights(page: Page, other: SaeEntry) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from store.common import write_bytes, write_json
 
+RETIRED = {"older_sha256"}  # version 0.1 recorded it of a model; nothing compares it now
+
 
 def claim(directory: Path, name: str, settings: Mapping[str, Any], absent: Mapping[str, Any] | None = None) -> None:
     """Writes `settings` to `directory/name` once; a later call with other settings is refused and changes nothing.
@@ -38,7 +40,7 @@ def claim(directory: Path, name: str, settings: Mapping[str, Any], absent: Mappi
 def _differences(held: Any, asked: Any, absent: Any, where: str) -> list[str]:
     if isinstance(held, dict) and isinstance(asked, dict):
         found = []
-        for key in sorted({*held, *asked}):
+        for key in sorted({*held, *asked} - RETIRED):
             meant = absent.get(key) if isinstance(absent, Mapping) else None
             found += _differences(held.get(key, meant), asked.get(key), meant, f"{where}.{key}" if where else key)
         return found

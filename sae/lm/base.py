@@ -45,8 +45,7 @@ class LanguageModel(ABC):
 
     id: str
     kind: str
-    weights_sha256: str  # of the parameters and what is computed with them, wherever they lie (model_identity.py)
-    older_sha256: str  # what the first versions recorded: of a directory's weight files, of a hub model's parameters
+    weights_sha256: str  # of the parameters and what is computed with them, wherever they lie (`sae.lm.identity`)
     tokenizer: Tokenizer
     bos_id: int | None
     context_tokens: int
@@ -123,8 +122,8 @@ class LanguageModel(ABC):
         return leaves[0].detach(), found
 
     def identity(self) -> dict[str, Any]:
-        """What stores and dictionaries record of the model; `model_identity.same_model` compares it."""
-        return {"id": self.id, "kind": self.kind, "sha256": self.weights_sha256, "older_sha256": self.older_sha256}
+        """What stores and dictionaries record of the model; `store.common.same_model` compares it."""
+        return {"id": self.id, "kind": self.kind, "sha256": self.weights_sha256}
 
     @torch.inference_mode()
     def token_losses(

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice, layer_of
-from sae.lm.identity import sha256_of_files, sha256_of_model, sha256_of_parameters
+from sae.lm.identity import sha256_of_model, sha256_of_parameters
 from sae.lm.transformer import Transformer
 
 Hooks = list[tuple[str, Callable[..., Tensor]]]
@@ -43,13 +43,11 @@ class BridgeModel(LanguageModel):
 
     kind = "transformer-bridge"
 
-    def __init__(self, bridge: Any, model_id: str, files: Sequence[Path] = ()) -> None:
-        """`files` are those that the weights were read from, where they are known."""
+    def __init__(self, bridge: Any, model_id: str) -> None:
         self.module = bridge.eval().requires_grad_(False)
         self.id = model_id
         parameters = sha256_of_parameters(bridge)
         self.weights_sha256 = sha256_of_model(parameters, {name: getattr(bridge.cfg, name, None) for name in DECISIVE})
-        self.older_sha256 = sha256_of_files(files) if files else parameters
         if bridge.tokenizer is None:
             raise ModelError(f"{model_id} comes without a tokenizer; put its tokenizer.json into the directory.")
         self.tokenizer = bridge.tokenizer.backend_tokenizer
@@ -148,14 +146,13 @@ class BridgeModel(LanguageModel):
 
 def open_directory(path: Path, model_id: str, device: str) -> BridgeModel:
     """A model in Hugging Face's layout. Raises: ModelError when there are no weights or it cannot be opened."""
-    weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
-    if not weights:
+    if not any([*path.glob("*.safetensors"), *path.glob("*.bin")]):
         raise ModelError(f"{path} has a config.json but no weights (*.safetensors).")
     try:
         bridge = _boot(str(path.resolve()), device)
     except Exception as error:  # transformers and TransformerLens raise many kinds for one they cannot open
         raise ModelError(f"model {str(path)!r} could not be opened: {error}") from error
-    return BridgeModel(bridge, model_id, weights)
+    return BridgeModel(bridge, model_id)
 
 
 def open_hub(name: str, device: str) -> BridgeModel:

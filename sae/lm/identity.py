@@ -6,9 +6,8 @@ Not of its files: the same model as a directory, a copy of it, a shipped name or
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,24 +26,3 @@ def sha256_of_parameters(module: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(raw)
     return digest.hexdigest()
-
-
-def sha256_of_files(paths: Iterable[Path]) -> str:
-    """Of the files' bytes, one after another."""
-    digest = sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two recorded identities are of one model; the first versions recorded what is now the older hash."""
-    if "older_sha256" in a and "older_sha256" in b:
-        return bool(a["sha256"]) and a["sha256"] == b["sha256"]
-    return bool(_hashes(a) & _hashes(b))
-
-
-def _hashes(identity: Mapping[str, Any]) -> set[str]:
-    return {identity[key] for key in ("sha256", "older_sha256") if identity.get(key)}

@@ -17,7 +17,7 @@ from torch import Tensor
 from sae.jobs.checkpoint import read_tensors
 from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice, layer_of, read_json_file
 from sae.lm.bridge import bridge_with
-from sae.lm.identity import sha256_of_files, sha256_of_model, sha256_of_parameters
+from sae.lm.identity import sha256_of_model, sha256_of_parameters
 from sae.lm.transformer import Transformer, TransformerConfig
 from sae.text.tokenizer import load_tokenizer
 
@@ -44,7 +44,6 @@ class NativeModel(LanguageModel):
         self.directory = directory
         parameters = sha256_of_parameters(self.module)
         self.weights_sha256 = sha256_of_model(parameters, self.module.config.to_dict())
-        self.older_sha256 = sha256_of_files([directory / "model.safetensors"])
         self.tokenizer = load_tokenizer(directory / "tokenizer.json")
         self.bos_id = self.tokenizer.token_to_id(config["bos_token"])
         self.context_tokens = self.module.config.n_ctx

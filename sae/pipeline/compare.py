@@ -13,11 +13,10 @@ from sae.analysis import comparison
 from sae.analysis.parquet import write_table
 from sae.dictionary.autoencoder import SAE
 from sae.lm import LanguageModel
-from sae.lm.identity import same_model
 from sae.pipeline.index import first_shards
 from sae.pipeline.resolve import PipelineError, autoencoder, model_of, store_of
 from store.activations import ActivationStore
-from store.common import write_json
+from store.common import same_model, write_json
 
 
 def compare(

@@ -13,11 +13,10 @@ from sae.harvesting import harvest as harvesting
 from sae.harvesting.lanes import Plan, default_heldout_tokens, lanes_of, plan
 from sae.jobs.memory import resident_bytes
 from sae.lm import LanguageModel, load_model
-from sae.lm.identity import same_model
 from sae.pipeline.resolve import PipelineError
 from sae.text.sources import TextSource, combine, open_text
 from store.activations import ActivationStore, is_url
-from store.common import HELD_OUT, LANES, TRAIN, StoreError
+from store.common import HELD_OUT, LANES, TRAIN, StoreError, same_model
 
 DEFAULT_HOOK_POINT = "blocks.0.mlp.hook_post"
 BYTES_PER_VALUE = {"float16": 2, "bfloat16": 2, "float32": 4}

@@ -10,8 +10,8 @@ from sae.dictionary.autoencoder import SAE, refuse_transcoder
 from sae.dictionary.files import load
 from sae.kernels import device_named
 from sae.lm import LanguageModel, load_model
-from sae.lm.identity import same_model
 from store.activations import ActivationStore
+from store.common import same_model
 
 X_HAT_FOR_X = "controls, comparison and steering"  # what takes x̂ to stand where x was read
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from sae.harvesting import harvest as harvesting
 from sae.lm import LanguageModel, load_model
-from sae.lm.identity import same_model
 from sae.pipeline.harvest import Text, provenance_of, source_of
 from sae.pipeline.resolve import PipelineError
 from sae.text.sources import TextSource
 from store.activation_input import differences
 from store.activations import ActivationStore
-from store.common import HELD_OUT, TRAIN, StoreError
+from store.common import HELD_OUT, TRAIN, StoreError, same_model
 from store.derive import export_numpy, merge, subset
 
 __all__ = ["clean", "export_numpy", "merge_stores", "subset_store"]
