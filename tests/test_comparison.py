@@ -95,7 +95,7 @@ def test_the_matching_of_many_equals_the_dense_one() -> None:
 
 
 def test_best_cosines_and_recovery(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae.analysis.matching.DIRECTIONS_AT_ONCE", 7)
+    monkeypatch.setattr("sae.dictionary.directions.DIRECTIONS_AT_ONCE", 7)
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(20, D_IN, generator=generator)
     learned = torch.randn(33, D_IN, generator=generator)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
+from sae.dictionary.directions import spread_rows
 from sae.kernels import BACKENDS, choose
 from sae.training import adam, initialise, resample
 from sae.training.config import TrainConfig
@@ -227,13 +228,13 @@ def test_data_weights_are_rows_of_the_data_at_the_scale_that_reconstructs_best()
 
 def test_spread_rows_takes_each_direction_before_any_twice() -> None:
     corners = torch.eye(4).repeat_interleave(50, 0)  # four directions, fifty equal rows each
-    chosen = initialise.spread_rows(corners, 10, torch.Generator().manual_seed(0))
+    chosen = spread_rows(corners, 10, torch.Generator().manual_seed(0))
     assert sorted((chosen // 50).tolist()) == [0, 1, 2, 3]  # nothing is left at a distance after four
 
 
 def test_spread_rows_never_takes_a_zero_row() -> None:
     rows = torch.cat([torch.zeros(20, 3), torch.eye(3)])
-    chosen = initialise.spread_rows(rows, 3, torch.Generator().manual_seed(1))
+    chosen = spread_rows(rows, 3, torch.Generator().manual_seed(1))
     assert sorted(chosen.tolist()) == [20, 21, 22]
 
 

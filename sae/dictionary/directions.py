@@ -1,4 +1,4 @@
-"""Directions: unit rows, and each row's nearest in another dictionary."""
+"""Directions: unit rows, each row's nearest neighbours, and rows that lie far apart."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 DIRECTIONS_AT_ONCE = 512
+ROWS_DRAWN_AT_ONCE = 128
 
 
 class Best(NamedTuple):
-    """For each row of the first the best of the second, and for each of the second the best of the first."""
+    """For each row of A its nearest row of B and their cosine; for each row of B its nearest row of A."""
 
     of_a: np.ndarray
     cosine_a: np.ndarray
@@ -27,7 +28,7 @@ def unit(directions: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 
 
 def best_cosines(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"]) -> Best:
-    """The largest cosine each way, slice by slice."""
+    """The nearest row in the other set, in both directions; computed in slices of A."""
     a, b = unit(a.float()), unit(b.float())
     of_a, cosine_a = [], []
     cosine_b = torch.full((len(b),), -2.0)
@@ -41,3 +42,38 @@ def best_cosines(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"]) -> Best:
         better = values > cosine_b
         cosine_b, of_b = torch.where(better, values, cosine_b), torch.where(better, ids + start, of_b)
     return Best(torch.cat(of_a).numpy(), torch.cat(cosine_a).numpy(), of_b.numpy(), cosine_b.numpy())
+
+
+def cosines_with_others(unit_rows: Float[Tensor, "n d"], rows: Int[Tensor, " k"]) -> Float[Tensor, "k n"]:
+    """Cosines of the chosen unit rows with every row; below −1 (never the nearest) for a row with itself."""
+    cosines = unit_rows[rows] @ unit_rows.T
+    cosines[torch.arange(len(rows)), rows] = -2.0
+    return cosines
+
+
+def spread_rows(directions: Float[Tensor, "n d"], count: int, generator: torch.Generator) -> Int[Tensor, " chosen"]:
+    """Numbers of up to `count` unit rows that lie far apart: k-means++ seeding.
+
+    Each row is drawn with P ∝ its cosine distance to the nearest row chosen so far; a zero row is never drawn. The
+    result is shorter than `count` when no row is left at a distance above 0.
+    Source: k-means++ (Arthur and Vassilvitskii 2007).
+    """
+    # Many rows are drawn at once from the same distances. A drawn row is accepted with the probability that its
+    # distance has not shrunk since, which gives the same distribution as drawing one row at a time.
+    distance = directions.norm(dim=-1).double()  # 1 for every row, 0 for a zero row
+    chosen: list[int] = []
+    while len(chosen) < count and distance.sum() > 0:
+        drawn = torch.multinomial(distance, ROWS_DRAWN_AT_ONCE, replacement=True, generator=generator)
+        between = (1 - directions[drawn] @ directions[drawn].T).clamp_min(0).double()
+        between[drawn[:, None] == drawn] = 0.0
+        bars = torch.rand(len(drawn), generator=generator, dtype=torch.float64) * distance[drawn]
+        taken: list[int] = []
+        for i in range(len(drawn)):
+            if len(chosen) + len(taken) < count and (not taken or between[i, taken].min() > bars[i]):
+                taken.append(i)
+        rows = drawn[taken]
+        chosen += rows.tolist()
+        nearest = (1 - directions @ directions[rows].T).amin(1).clamp_min(0).double()
+        distance = torch.minimum(distance, nearest)
+        distance[rows] = 0
+    return torch.tensor(chosen, dtype=torch.long)

@@ -1,65 +1,69 @@
-"""Where each feature lies on the map: decoder directions in two dimensions, and in clusters.
+"""The map of features: decoder directions projected to two dimensions and grouped into clusters.
 
-The only door to umap (the optional extra `map`); without it the map has its principal components.
+The only module that imports umap (optional extra `map`). Without umap the map shows principal components.
 """
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
+
+from sae.dictionary.directions import spread_rows, unit
 
 UMAP_NEIGHBOURS = 15
 KMEANS_STEPS = 25
+MAX_CLUSTERS = 96
 
 
 def panels(W_dec: Float[Tensor, "d_sae d_in"], *, seed: int = 0) -> dict[str, np.ndarray]:
-    """`map/pca`, `map/cluster`, and `map/umap` where umap-learn is installed and there are features enough."""
-    unit = torch.nn.functional.normalize(W_dec.detach(), dim=-1)
-    found = {"map/pca": pca(unit).float().numpy(), "map/cluster": clusters(unit, seed=seed).int().numpy()}
-    if len(unit) > UMAP_NEIGHBOURS and find_spec("umap"):
-        found["map/umap"] = umap(unit, seed=seed)
+    """`map/pca` and `map/cluster`; also `map/umap` where umap-learn is installed and there are enough features."""
+    directions = unit(W_dec.detach())
+    found = {"map/pca": pca(directions).float().numpy(), "map/cluster": clusters(directions, seed=seed).int().numpy()}
+    if len(directions) > UMAP_NEIGHBOURS and find_spec("umap"):
+        found["map/umap"] = umap(directions, seed=seed)
     return found
 
 
-def pca(unit: Float[Tensor, "n d"]) -> Float[Tensor, "n 2"]:
-    """Coordinates on the two directions of largest variance; each direction's largest loading is positive."""
-    centred = unit.double() - unit.double().mean(0)
+def pca(directions: Float[Tensor, "n d"]) -> Float64[Tensor, "n 2"]:
+    """Coordinates on the two principal axes; the sign of each axis makes its largest loading positive."""
+    centred = directions.double() - directions.double().mean(0)
     _, vectors = torch.linalg.eigh(centred.T @ centred)
     axes = vectors[:, -2:].flip(-1)
     loadings = axes.gather(0, axes.abs().argmax(0, keepdim=True))
-    found = centred @ (axes * loadings.sign())
-    return torch.nn.functional.pad(found, (0, 2 - found.shape[1]))
+    coordinates = centred @ (axes * loadings.sign())
+    return torch.nn.functional.pad(coordinates, (0, 2 - coordinates.shape[1]))
 
 
-def umap(unit: Float[Tensor, "n d"], *, seed: int) -> Float[np.ndarray, "n 2"]:
-    """UMAP of the directions by cosine (McInnes et al. 2018); the same seed gives the same map."""
+def umap(directions: Float[Tensor, "n d"], *, seed: int) -> Float32[np.ndarray, "n 2"]:
+    """UMAP with the cosine metric; the same seed gives the same map.
+
+    Source: McInnes et al. 2018.
+    """
     from umap import UMAP
 
-    return UMAP(n_neighbors=UMAP_NEIGHBOURS, metric="cosine", random_state=seed, n_jobs=1).fit_transform(unit.numpy())
+    layout = UMAP(n_neighbors=UMAP_NEIGHBOURS, metric="cosine", random_state=seed, n_jobs=1)
+    return np.asarray(layout.fit_transform(directions.numpy()))
 
 
 def n_clusters(n: int) -> int:
-    """√n / 2, so that names stay readable on a map: 32 of 4,096 features, 64 of 16,384."""
-    return max(1, min(96, round(n**0.5 / 2)))
+    """√n / 2 clusters, so that their names stay readable on the map: 32 for 4,096 features, 64 for 16,384."""
+    return max(1, min(MAX_CLUSTERS, round(math.sqrt(n) / 2)))
 
 
-def clusters(unit: Float[Tensor, "n d"], *, seed: int) -> Int[Tensor, " n"]:
-    """Spherical k-means: each direction with the centre nearest by cosine, k-means++ starts; 0 is the largest."""
+def clusters(directions: Float[Tensor, "n d"], *, seed: int) -> Int[Tensor, " n"]:
+    """The cluster of each unit direction by spherical k-means with k-means++ seeding; cluster 0 is the largest."""
     generator = torch.Generator().manual_seed(seed)
-    centres = unit[torch.randint(len(unit), (1,), generator=generator)]
-    far = 1 - unit @ centres[0]
-    for _ in range(1, n_clusters(len(unit))):
-        weights = far.clamp_min(0) + 1e-9
-        chosen = unit[torch.multinomial(weights, 1, generator=generator)]
-        centres = torch.cat([centres, chosen])
-        far = torch.minimum(far, 1 - unit @ chosen[0])
+    centres = directions[spread_rows(directions, n_clusters(len(directions)), generator)]
+    if not len(centres):  # every direction is zero
+        return torch.zeros(len(directions), dtype=torch.int64)
     for _ in range(KMEANS_STEPS):
-        member = (unit @ centres.T).argmax(-1)
-        centres = torch.nn.functional.normalize(torch.zeros_like(centres).index_add_(0, member, unit), dim=-1)
-    member = (unit @ centres.T).argmax(-1)
-    order = torch.bincount(member, minlength=len(centres)).argsort(descending=True, stable=True)
-    return order.argsort()[member]
+        member = (directions @ centres.T).argmax(-1)
+        centres = unit(torch.zeros_like(centres).index_add_(0, member, directions))
+    member = (directions @ centres.T).argmax(-1)
+    by_size = torch.bincount(member, minlength=len(centres)).argsort(descending=True, stable=True)
+    return by_size.argsort()[member]

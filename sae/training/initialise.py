@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
+from sae.dictionary.directions import spread_rows
 from sae.training.adam import normalise_decoder_
 
 MEDIAN_ROWS = 16_384
 ROWS_AT_ONCE = 1024
 SEED_ROWS = 32_768
 THRESHOLD_ROWS = 2048
-ROWS_DRAWN_AT_ONCE = 128
 
 
 @torch.no_grad()
@@ -91,29 +91,3 @@ def initialise_(
 def _least_of_largest(pre: Float[Tensor, "n d_sae"], per_row: float) -> float:
     """The least of the `per_row` · n largest values, at least 0."""
     return max(0.0, pre.flatten().topk(min(pre.numel(), max(1, round(per_row * len(pre))))).values[-1].item())
-
-
-def spread_rows(directions: Float[Tensor, "n d_in"], count: int, generator: torch.Generator) -> Int[Tensor, " chosen"]:
-    """Up to `count` unit rows far from each other: each is drawn with P ∝ its cosine distance to the nearest so far.
-
-    Fewer than `count` when the rows run out. Many are drawn at once from the last distances, and one is taken with the
-    chance that its distance has not shrunk by those taken since, which is the same law.
-    Source: k-means++ (Arthur and Vassilvitskii 2007).
-    """
-    distance = directions.norm(dim=-1).double()  # a zero row is no direction and is never drawn
-    chosen: list[int] = []
-    while len(chosen) < count and distance.sum() > 0:
-        drawn = torch.multinomial(distance, ROWS_DRAWN_AT_ONCE, replacement=True, generator=generator)
-        between = (1 - directions[drawn] @ directions[drawn].T).clamp_min(0).double()
-        between[drawn[:, None] == drawn] = 0.0
-        bars = torch.rand(len(drawn), generator=generator, dtype=torch.float64) * distance[drawn]
-        taken: list[int] = []
-        for i in range(len(drawn)):
-            if len(chosen) + len(taken) < count and (not taken or between[i, taken].min() > bars[i]):
-                taken.append(i)
-        rows = drawn[taken]
-        chosen += rows.tolist()
-        nearest = (1 - directions @ directions[rows].T).amin(1).clamp_min(0).double()
-        distance = torch.minimum(distance, nearest)
-        distance[rows] = 0
-    return torch.tensor(chosen, dtype=torch.long)

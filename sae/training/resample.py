@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
+from sae.dictionary.directions import spread_rows
 from sae.training.adam import Adam
-from sae.training.initialise import spread_rows
 
 ENCODER_SHARE_OF_ALIVE_NORM = 0.2
 POOL_PER_DEAD = 4
