@@ -14,7 +14,16 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PRELOADED = ["sae.cli", "sae.pipeline", "sae.training.loop", "sae.lm.pretrain", "numpy", "torch._dynamo", "commands"]
+PRELOADED = [
+    "sae.cli",
+    "sae.pipeline.harvest",
+    "sae.pipeline.sweep",
+    "sae.pipeline.train",
+    "sae.lm.pretrain",
+    "numpy",
+    "torch._dynamo",
+    "commands",
+]
 
 
 def _run(arguments: list[str], log: str, save_minutes: float | None) -> None:

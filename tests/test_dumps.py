@@ -22,7 +22,7 @@ from browser.state import ROOT_VARIABLE
 from sae import cli, pipeline
 from sae.interop.dashboards import token_bytes
 from sae.interop.files import InteropError
-from sae.pipeline.resolve import PipelineError
+from sae.pipeline import PipelineError
 from store.features import FeatureIndex
 
 MAKE: dict[str, Callable[[Path], Path]] = {"sae-dashboard": dump_files.dashboard, "paper": dump_files.paper}

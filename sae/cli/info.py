@@ -18,14 +18,17 @@ def info(verbs: Any) -> None:
 
 def _run_info(args: argparse.Namespace) -> int:
     from sae import pipeline
-    from sae.cli.tables import description
+    from sae.cli.tables import description, feature_table
 
     if args.feature is not None:
         if not args.path:
-            raise ValueError("--feature is of a dictionary: name its directory before it.")
+            raise ValueError("--feature shows one feature of a dictionary: sae info DIRECTORY --feature N.")
         feature = pipeline.describe_feature(args.path, args.feature)
-        print(json.dumps(feature, indent=2, ensure_ascii=False) if args.json else pipeline.feature_text(feature))
-        return 0
-    found = pipeline.describe(args.path)
-    print(json.dumps(found, indent=2, default=str) if args.json else description(found))
+        print(json.dumps(feature, indent=2, ensure_ascii=False) if args.json else feature_table(feature))
+    elif args.path is None and not args.json:
+        for name, value in pipeline.machine_facts():  # line by line: the last ones take seconds
+            print(description({name: value}), flush=True)
+    else:
+        found = pipeline.describe(args.path)
+        print(json.dumps(found, indent=2, default=str) if args.json else description(found))
     return 0

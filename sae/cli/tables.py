@@ -115,6 +115,19 @@ def controls_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *meanings])
 
 
+def feature_table(found: dict[str, Any]) -> str:
+    """One feature as `pipeline.describe_feature` describes it; in the examples the firing token is in brackets."""
+    numbers = {name: value for name, value in found.items() if isinstance(value, int | float) and name != "feature"}
+    lines = [f"feature {found['feature']}", "  ".join(f"{name} {value:,.4g}" for name, value in numbers.items())]
+    for name in ("fires_on", "raises", "lowers"):
+        shown = "  ".join(f"{token!r} {value:.3g}" for token, value in found.get(name, {}).items())
+        lines.append(f"{name.replace('_', ' '):9} {shown or 'nothing'}")
+    for each in found["examples"]:
+        where = f"{each['activation']:8.3f}  {each['domain'][:12]:12}"
+        lines.append(f"{where}  {each['before']}[{each['token']}]{each['after']}")
+    return "\n".join(lines)
+
+
 def description(found: dict[str, Any], indent: int = 0) -> str:
     """A nested description as indented lines."""
     lines = []

@@ -13,8 +13,9 @@ from sae.analysis import comparison
 from sae.analysis.parquet import write_table
 from sae.dictionary.autoencoder import SAE
 from sae.lm import LanguageModel
+from sae.pipeline.errors import PipelineError
 from sae.pipeline.index import first_shards
-from sae.pipeline.resolve import PipelineError, autoencoder, model_of, store_of
+from sae.pipeline.resolve import autoencoder, model_of, store_of
 from store.activations import ActivationStore
 from store.common import same_model, write_json
 

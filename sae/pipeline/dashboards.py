@@ -15,8 +15,8 @@ from sae.interop import dashboards
 from sae.interop.dashboards import DumpedFeature, Histogram
 from sae.interop.files import InteropError
 from sae.jobs.progress import progress
+from sae.pipeline.errors import PipelineError
 from sae.pipeline.exchange import refuse_filled
-from sae.pipeline.resolve import PipelineError
 from store.common import write_bytes
 from store.features import FeatureWriter
 

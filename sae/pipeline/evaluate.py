@@ -12,7 +12,8 @@ from sae.dictionary.autoencoder import SAE
 from sae.evaluation import evaluate as evaluation
 from sae.jobs.checkpoint import write_tensors
 from sae.lm import LanguageModel
-from sae.pipeline.resolve import PipelineError, model_of, opened, output_hook_point, store_of
+from sae.pipeline.errors import PipelineError
+from sae.pipeline.resolve import model_of, opened, output_hook_point, store_of
 from store.activations import ActivationStore
 from store.common import HELD_OUT, TRAIN, write_json
 

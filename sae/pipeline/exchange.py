@@ -8,7 +8,8 @@ from sae.dictionary.autoencoder import SAE
 from sae.dictionary.files import save
 from sae.interop import hub, registry
 from sae.lm import load_model
-from sae.pipeline.resolve import PipelineError, opened
+from sae.pipeline.errors import PipelineError
+from sae.pipeline.resolve import opened
 
 EXPORT_FORMATS = ("native", *registry.WRITERS)
 IMPORT_FORMATS = tuple(registry.PEERS)

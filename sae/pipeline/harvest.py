@@ -13,7 +13,7 @@ from sae.harvesting import harvest as harvesting
 from sae.harvesting.lanes import Plan, default_heldout_tokens, lanes_of, plan
 from sae.jobs.memory import resident_bytes
 from sae.lm import LanguageModel, load_model
-from sae.pipeline.resolve import PipelineError
+from sae.pipeline.errors import PipelineError
 from sae.text.sources import TextSource, combine, open_text
 from store.activations import ActivationStore, is_url
 from store.common import HELD_OUT, LANES, TRAIN, StoreError, same_model

@@ -1,50 +1,103 @@
-"""What an artefact is."""
+"""Describe an artefact, one feature of an index, or this machine.
+
+Only what names the machine's kernels imports torch: an artefact is described at once.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import unicodedata
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sae.kernels import choose, device_named, matmul
-from sae.pipeline.resolve import PipelineError
+import numpy as np
+
+from sae import __version__
+from sae.pipeline.errors import PipelineError
 from store.activations import ActivationStore, is_url
 from store.common import HELD_OUT, TRAIN
 from store.features import FeatureIndex
 
+EXPECTED = (
+    "Expected the directory of a dictionary or a model (they hold a config.json), an activation store or a feature "
+    "index (*.zarr), or a directory that holds some of these"
+)
+BEFORE, AFTER = 12, 6  # tokens shown around a firing
+N_EXAMPLES, N_TOKENS = 12, 8
+
 
 def describe(path: str | Path | None = None) -> dict[str, Any]:
-    """What an artefact is: a dictionary, an activation store, a feature index, a model, or a run holding them.
+    """Describes a dictionary, an activation store, a feature index, a model, or a run that holds them.
 
-    Without a path, what dictionaries are computed with on this machine. Raises: PipelineError when it is none.
+    Without a path: this machine, and the kernels that `auto` chooses on it.
+    Raises: PipelineError for a path that is none of these, or a damaged config.json; StoreError for a damaged store.
     """
     if path is None:
-        return {"kind": "machine", "device_here": str(device_named()), **_choices_here()}
+        return dict(machine_facts())
     if is_url(path):
         return _describe_store(ActivationStore.open(path))
     path = Path(path)
+    if path.is_file():
+        raise PipelineError(f"{path} is a file. {EXPECTED}; the directory of this file is {path.parent}.")
+    if not path.exists():
+        raise PipelineError(f"{path}: no such file or directory. {EXPECTED}.")
     if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text())
-        if isinstance(config, dict) and config.get("kind") == "sae":
-            return {"kind": "sae", **{k: v for k, v in config.items() if k != "kind"}, **_choices_here()}
-        if isinstance(config, dict) and config.get("kind") == "feature-dump":
-            return {**config, "kind": "feature dump (samples of another tool's dictionary, to look at)"}
-        return {"kind": "model", **config}
-    if path.name.endswith(".zarr") and (path / "firings").is_dir():
-        found = FeatureIndex.open(path)
-        return {**found.attributes, "kind": "feature index", "contexts": found.n_contexts}
+        return _describe_config(path / "config.json")
     if path.name.endswith(".zarr"):
-        return _describe_store(ActivationStore.open(path))
-    inside = sorted(p for p in path.glob("*") if p.name.endswith(".zarr") or (p / "config.json").is_file())
-    if not inside:
-        raise PipelineError(f"{path}: no dictionary, activation store, feature index or model here.")
-    return {"kind": "run", "holds": [p.name for p in inside]}
+        return _describe_index(path) if (path / "firings").is_dir() else _describe_store(ActivationStore.open(path))
+    return _describe_run(path)
 
 
-def _choices_here() -> dict[str, str]:
-    """The kernels and dense products that `auto` takes here, and why."""
-    kernels = choose(device=device_named())
-    return {"kernels_here": f"{kernels.NAME}: {kernels.describe()}", "matmul_here": matmul.describe()}
+def machine_facts() -> Iterator[tuple[str, str]]:
+    """What dictionaries are computed with on this machine, as (name, value): first what is known without importing
+    torch, last what takes a measurement."""
+    yield "kind", "machine"
+    yield "monosem", __version__
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    yield "cores", str(os.cpu_count())
+    for package in ("torch", "numpy", "zarr"):
+        yield package, version(package)
+
+    from sae.kernels import choose, device_named, matmul
+
+    device = device_named()
+    yield "device_here", str(device)
+    kernels = choose(device=device)
+    yield "kernels_here", f"{kernels.NAME}: {kernels.describe()}"
+    yield "matmul_here", matmul.describe()
+
+
+def _describe_config(file: Path) -> dict[str, Any]:
+    """A dictionary, another tool's feature pages, or a model, as its config.json says."""
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise PipelineError(
+            f"{file} is not JSON ({error}): an empty or damaged file. Run the command that wrote it again."
+        ) from error
+    if not isinstance(config, dict):
+        raise PipelineError(f"{file}: expected a JSON object, got {type(config).__name__}.")
+    if config.get("kind") == "feature-dump":
+        return {**config, "kind": "feature dump (samples of another tool's dictionary, to look at)"}
+    return {"kind": "model", **config}
+
+
+def _describe_index(path: Path) -> dict[str, Any]:
+    found = FeatureIndex.open(path)
+    return {**found.attributes, "kind": "feature index", "contexts": found.n_contexts}
+
+
+def _describe_run(path: Path) -> dict[str, Any]:
+    """The artefacts of a run, or the runs of a directory."""
+    for kind, pattern in (("run", "*"), ("directory of runs", "*/*")):
+        inside = sorted(p for p in path.glob(pattern) if p.name.endswith(".zarr") or (p / "config.json").is_file())
+        if inside:
+            return {"kind": kind, "holds": [str(p.relative_to(path)) for p in inside]}
+    raise PipelineError(f"{path} holds no dictionary, activation store, feature index or model. {EXPECTED}.")
 
 
 def _describe_store(store: ActivationStore) -> dict[str, Any]:
@@ -80,7 +133,8 @@ def _describe_store(store: ActivationStore) -> dict[str, Any]:
 
 
 def _moments(store: ActivationStore, split: str, hook: str) -> dict[str, float]:
-    """Of the kept rows: ‖mean‖, mean ‖x‖², and the share of it that is not the mean's (what a dictionary explains)."""
+    """Of the kept rows: ‖mean‖, mean ‖x‖², and the share of it that is variance around the mean, which a dictionary is
+    there to explain."""
     totals = store.totals(split, hook)
     mean_sq = float((totals.mean**2).sum())
     return {
@@ -88,3 +142,55 @@ def _moments(store: ActivationStore, split: str, hook: str) -> dict[str, float]:
         "mean_sq_norm": totals.mean_sq_norm,
         "variance_share": 1 - mean_sq / totals.mean_sq_norm if totals.mean_sq_norm else 0.0,
     }
+
+
+def describe_feature(path: str | Path, feature: int) -> dict[str, Any]:
+    """What a feature fires on, raises and lowers: of the dictionary (or its features.zarr) at `path`.
+
+    `examples` are the strongest firings, one for each context: activation, domain, text before, token, text after.
+    Text is made visible: a control character or part of a character stands as an escape.
+    Raises: StoreError without an index; PipelineError for a feature that does not exist.
+    """
+    path = Path(path)
+    index = FeatureIndex.open(path if path.name.endswith(".zarr") else path / "features.zarr")
+    if not 0 <= feature < index.d_sae:
+        raise PipelineError(f"{path}: feature {feature} does not exist; features are 0 … {index.d_sae - 1:,}.")
+    rows, values = index.firings(feature)
+    density = index.stats["density"][feature] if index.sampled else len(rows) / max(1, index.kept_tokens)
+    ids, counts = np.unique(index.tokens_of(rows), return_counts=True)
+    usual = np.lexsort((ids, -counts))[:N_TOKENS]
+    found: dict[str, Any] = {
+        "feature": feature,
+        "density": float(density),
+        "firings in the samples" if index.sampled else "firings": len(rows),
+        "max": float(values.max()) if len(rows) else 0.0,
+        "fires_on": {visible(index.token_bytes(int(ids[i]))): float(counts[i] / len(rows)) for i in usual},
+    }
+    for side, name in (("top", "raises"), ("bottom", "lowers")):
+        if index.has(f"logits/{side}_id"):
+            tokens, weights = (index.panel(f"logits/{side}_{part}", feature)[:N_TOKENS] for part in ("id", "value"))
+            pairs = zip(tokens.tolist(), weights.tolist(), strict=True)
+            found[name] = {visible(index.token_bytes(i)): weight for i, weight in pairs if i >= 0}
+    order = np.argsort(-values, kind="stable")
+    _, first = np.unique(rows[order] // index.seq_len, return_index=True)
+    strongest = order[np.sort(first)[:N_EXAMPLES]]
+    found["examples"] = [_example(index, int(rows[i]), float(values[i])) for i in strongest]
+    return found
+
+
+def _example(index: FeatureIndex, row: int, value: float) -> dict[str, Any]:
+    window = index.window(row, BEFORE, AFTER)
+    hit = window.position - window.start
+    tokens = [index.token_bytes(int(token)) for token in window.token_ids]
+    parts = (tokens[:hit], tokens[hit : hit + 1], tokens[hit + 1 :])
+    before, token, after = (visible(b"".join(part)) for part in parts)
+    return {"activation": value, "domain": index.document_of(row)[2], "before": before, "token": token, "after": after}
+
+
+def visible(raw: bytes) -> str:
+    r"""Bytes as text that a terminal shows and does not obey: `\n`, `\x1b`, `\u202e` and broken UTF-8 as escapes."""
+    text = raw.decode("utf-8", "backslashreplace")
+    return "".join(
+        each.encode("unicode_escape").decode() if unicodedata.category(each)[0] in "CZ" and each != " " else each
+        for each in text
+    )

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae.lm import LanguageModel, load_model
+from sae.pipeline.errors import PipelineError
 from sae.pipeline.harvest import DEFAULT_HOOK_POINT, Text, provenance_of, source_of
-from sae.pipeline.resolve import PipelineError
 from sae.training.config import TrainConfig
 from sae.training.live_rows import Contexts, LiveRows
 from sae.training.recipes import recipe_named

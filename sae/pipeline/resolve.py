@@ -10,14 +10,11 @@ from sae.dictionary.autoencoder import SAE, refuse_transcoder
 from sae.dictionary.files import load
 from sae.kernels import device_named
 from sae.lm import LanguageModel, load_model
+from sae.pipeline.errors import PipelineError
 from store.activations import ActivationStore
 from store.common import same_model
 
 X_HAT_FOR_X = "controls, comparison and steering"  # what takes x̂ to stand where x was read
-
-
-class PipelineError(ValueError):
-    """The pieces given do not belong together, or there is no room for the work."""
 
 
 def opened(sae: SAE | str | Path) -> tuple[SAE, Path | None]:

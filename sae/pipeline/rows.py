@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.pipeline.errors import PipelineError
 from sae.pipeline.live import check_target, resid_mid_of
-from sae.pipeline.resolve import PipelineError, model_in
+from sae.pipeline.resolve import model_in
 from sae.training import recipes
 from sae.training.config import TrainConfig
 from sae.training.objectives import Downstream

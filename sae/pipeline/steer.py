@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from sae.jobs.checkpoint import read_tensors
-from sae.pipeline.resolve import PipelineError
+from sae.pipeline.errors import PipelineError
 from store.features import FeatureIndex
 
 

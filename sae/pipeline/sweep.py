@@ -12,8 +12,8 @@ from typing import Any
 
 from sae.analysis.pareto_plot import FRONTIER_FORMAT, picture
 from sae.evaluation.evaluate import Ablated
+from sae.pipeline.errors import PipelineError
 from sae.pipeline.evaluate import evaluate
-from sae.pipeline.resolve import PipelineError
 from sae.pipeline.rows import hook_point_of, provenance_of, rows_for
 from sae.training import loop, recipes
 from sae.training.config import TrainConfig

@@ -10,7 +10,7 @@ import pytest
 from browser_fixture import DEAD, HOSTILE, SEQ_LEN, Corpus, activations, build_index
 
 from sae import cli, pipeline
-from sae.pipeline.feature_text import visible
+from sae.pipeline.info import visible
 
 N_CONTEXTS = 48
 

@@ -1,0 +1,78 @@
+"""Repair an activation store: harvest again what `verify` finds wrong, and nothing else.
+
+Apart from `stores`, because it runs a model: verifying does not need torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sae.harvesting import harvest as harvesting
+from sae.lm import LanguageModel, load_model
+from sae.pipeline.errors import PipelineError
+from sae.pipeline.harvest import Text, provenance_of, source_of
+from sae.text.sources import TextSource
+from store.activation_input import differences
+from store.activations import ActivationStore
+from store.common import HELD_OUT, TRAIN, same_model
+
+
+def repair(
+    path: str | Path, *, model: LanguageModel | str | None = None, text: Text | None = None, device: str = "cpu"
+) -> tuple[list[str], list[str]]:
+    """Harvests again just what `verify` finds wrong; what was wrong, and what still is.
+
+    The model and the text are those the store names, unless given; either way their hashes must be the store's.
+    Raises: PipelineError showing what differs, before anything is changed; StoreError when nothing can be rebuilt.
+    """
+    restored = ActivationStore.restore_metadata(path)
+    store = ActivationStore.open(path)
+    problems = store.verify()
+    found = restored + [problem.text for problem in problems]
+    bad = {
+        split: {p.shard for p in problems if p.split == split and p.shard is not None} for split in (HELD_OUT, TRAIN)
+    }
+    if any(bad.values()):
+        lm, source = _as_harvested(store, model, text, device)
+        sums = {(split, shard): store.recorded_files(split, shard) for split in bad for shard in bad[split]}
+        with store.hold():
+            for problem in problems:
+                store.clear(problem)
+            harvesting.harvest(lm, source, store, only=bad)
+        left = [problem.text for problem in store.verify()] + [
+            f"{store.path}: {split} shard {shard} came out with other bytes than it had (another machine, or another "
+            "number of threads?): sound, but its activations differ in the last digits"
+            for (split, shard), before in sums.items()
+            if before and before != store.recorded_files(split, shard)
+        ]
+        return found, left
+    if problems and all(len(store.markers(split)) == store.n_shards[split] for split in (HELD_OUT, TRAIN)):
+        store.finish()
+    return found, [problem.text for problem in store.verify()]
+
+
+def _as_harvested(
+    store: ActivationStore, model: LanguageModel | str | None, text: Text | None, device: str
+) -> tuple[LanguageModel, TextSource]:
+    derived = {"merged_from", "subset_of"} & store.provenance.keys()  # their shards are numbered anew
+    if derived or "model" not in store.provenance or not (text or store.provenance.get("text_specs")):
+        raise PipelineError(
+            f"{store.path} does not say from which model and text it was harvested (a merged or cut store does not): "
+            "repair the stores it was made of, and make it again."
+        )
+    chosen = model or store.provenance["model"]["id"]
+    lm = chosen if isinstance(chosen, LanguageModel) else load_model(chosen, device=device)
+    source = source_of(text or store.provenance["text_specs"])
+    ours = provenance_of(lm, source)
+    decisive = ("tokenizer_sha256", "text_sha256", "bos", "weight_processing", "held_out")
+    named = store.provenance["model"]
+    there = {"model_sha256": named["sha256"], **{k: store.provenance.get(k) for k in decisive}}
+    found = named["sha256"] if same_model(named, ours["model"]) else lm.weights_sha256
+    differing = differences(there, {"model_sha256": found, **{k: ours[k] for k in decisive}})
+    if differing:
+        raise PipelineError(
+            f"{store.path} was harvested from something else, and nothing in it was changed:\n  "
+            + "\n  ".join(differing)
+            + "\nName what it was harvested from (--model, --text)."
+        )
+    return lm, source
