@@ -370,7 +370,7 @@ def test_export_info_and_verify(run: Path, tmp_path: Path, capsys: pytest.Captur
         assert main(["info", str(path)]) == 0
         shown = capsys.readouterr().out
         assert f"kind: {kind}" in shown
-        assert "kernels_here" not in shown  # it would take torch and a measurement: `sae info` without a path says it
+        assert "kernels_here" not in shown  # it would take torch: `sae info` without a path says it
     assert main(["verify", str(run / "acts.zarr")]) == 0
     assert "every checksum holds" in capsys.readouterr().out
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae.kernels import buffers, dense, matmul
+from sae.kernels import buffers, cpu, dense, matmul, processor
 from sae.kernels.activations import DenseActs, l0
 from sae.training.losses import l1_norm
 
@@ -123,43 +126,81 @@ def test_memory_is_reused_by_a_tensor_of_another_shape_and_type() -> None:
 # --- products --------------------------------------------------------------------------------------------------------
 
 
+FLOAT32_ERROR = 2e-6  # relative, of a product over 512 terms; bfloat16's is about 3e-3
+ZEN4 = ("avx2", "avx512_f", "avx512_bw", "avx512_bf16")
+SAPPHIRE_RAPIDS = (*ZEN4, "amx_tile", "amx_bf16")
+
+
 @pytest.fixture
-def probed(monkeypatch: pytest.MonkeyPatch) -> list[matmul.Probe]:
-    """What the probe is made to have found."""
-    found = [matmul.Probe({"highest": 2.0, "medium": 1.0}, {"highest": 2e-7, "medium": 4e-7}, 0.5)]
-    monkeypatch.setattr(matmul, "probe", lambda: found[0])
-    return found
+def has(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`has(*names)`: the processor's instruction sets from then on."""
+
+    def set_instructions(*names: str) -> None:
+        for module in (matmul, cpu):
+            monkeypatch.setattr(module, "instructions", lambda: frozenset(names))
+
+    return set_instructions
 
 
-def test_auto_takes_the_fastest_products_with_the_error_of_float32(probed: list[matmul.Probe]) -> None:
-    assert matmul.choose("auto") == "medium"
-    assert "medium runs 2.0 times as fast" in matmul.describe()
-    probed[0] = matmul.Probe({"highest": 2.0, "medium": 0.3}, {"highest": 2e-7, "medium": 3e-3}, 0.3)  # AMX
-    assert matmul.choose("auto") == "highest"
-    assert probed[0].bfloat16_speedup == pytest.approx(2.0 / 0.3)
-    for medium_s, chosen in ((0.8, "medium"), (1.2, "medium"), (1.5, "highest")):  # chance decides nothing near 1
-        probed[0] = matmul.Probe({"highest": 1.0, "medium": medium_s}, {"highest": 2e-7, "medium": 4e-7}, 0.3)
-        assert matmul.choose("auto") == chosen
+@pytest.mark.parametrize(
+    ("instructions", "products", "screen", "reason"),
+    [
+        (ZEN4, "medium", torch.bfloat16, "this processor has AVX-512 and none of amx_tile"),
+        (("avx2", "avx512_f"), "medium", torch.float32, "this processor has AVX-512"),
+        (("avx2",), "medium", torch.float32, "the same products as highest"),
+        (SAPPHIRE_RAPIDS, "highest", torch.bfloat16, "may round to bfloat16 on this processor: it has amx_tile"),
+        (("avx2", "avx_ne_convert"), "highest", torch.float32, "it has avx_ne_convert"),
+        (("neon", "bf16", "sve_bf16"), "highest", torch.float32, "it is not an x86 processor with AVX2"),
+    ],
+)
+def test_auto_follows_the_processors_instructions(
+    has: Callable[..., None], instructions: tuple[str, ...], products: str, screen: torch.dtype, reason: str
+) -> None:
+    has(*instructions)
+    assert matmul.choose("auto") == products
+    assert matmul.describe().startswith(f"{products} (")
+    assert reason in matmul.describe()
+    assert cpu.screen_dtype() == screen
+    assert f"screened by a {str(screen).removeprefix('torch.')} product" in cpu.describe()
     assert matmul.choose("bf16") == "bf16"
     assert matmul.choose("auto", "cuda") == "highest"
+    assert matmul.describe("cuda").startswith("highest (on a GPU")
+
+
+def test_an_unknown_name_of_products_is_refused() -> None:
     with pytest.raises(ValueError, match="no matrix products 'fast'; there are auto, highest, medium, bf16"):
         matmul.choose("fast")
 
 
-def test_a_resumed_run_keeps_its_products_where_they_are_exact(probed: list[matmul.Probe]) -> None:
+def test_no_clock_decides_which_products_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read() -> float:
+        raise AssertionError("a clock was read")
+
+    for clock in ("time", "monotonic", "perf_counter", "process_time", "thread_time"):
+        monkeypatch.setattr(time, clock, read)
+    processor.instructions.cache_clear()
+    assert matmul.choose("auto") in ("medium", "highest")
+    assert cpu.screen_dtype() in (torch.bfloat16, torch.float32)
+    assert matmul.describe()
+
+
+def test_a_resumed_run_keeps_its_products_where_they_are_exact(has: Callable[..., None]) -> None:
+    has(*ZEN4)
     assert matmul.resumed("medium", "auto") == "medium"
-    probed[0] = matmul.Probe({"highest": 2.0, "medium": 0.3}, {"highest": 2e-7, "medium": 3e-3}, 0.3)
+    has(*SAPPHIRE_RAPIDS)
     assert matmul.resumed("medium", "medium") == "medium"
     assert matmul.resumed("highest", "auto") == "highest"
-    with pytest.warns(UserWarning, match="relative error here is 3e-03: it goes on with highest"):
+    with pytest.warns(UserWarning, match=r"may round to bfloat16 .*amx_tile.* It continues with highest"):
         assert matmul.resumed("medium", "auto") == "highest"
 
 
-def test_what_the_probe_finds_here_is_the_error_of_float32() -> None:
-    found = matmul.probe()
-    assert found.error["highest"] < 1e-6
-    assert found.error[found.best] <= matmul.FLOAT32_ERROR
-    assert min(*found.seconds.values(), found.bfloat16_s) > 0
+@pytest.mark.parametrize("name", ["highest", "auto"])
+def test_the_products_chosen_on_this_processor_have_the_error_of_float32(name: str) -> None:
+    x, f, W = random(0, 512, 512), random(1, 512, 2048), random(2, 2048, 512)
+    exact = torch.cat([x.double() @ W.double().t(), (f.double().t() @ x.double()).t()])
+    with matmul.using(matmul.choose(name)):
+        found = torch.cat([x @ W.t(), (f.t() @ x).t()])
+    assert (found - exact).norm() / exact.norm() <= (1e-6 if name == "highest" else FLOAT32_ERROR)
 
 
 def test_products_are_switched_inside_and_put_back() -> None:

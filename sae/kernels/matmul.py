@@ -1,119 +1,94 @@
-"""Which products multiply dense float32 matrices on this CPU: chosen by a probe of speed and error, named, switched.
+"""How dense float32 matrices are multiplied: by name, chosen by a rule on the hardware, switched with `using`.
 
-`highest` is PyTorch's default. `medium` lets PyTorch use oneDNN, which on some processors (AMD's) multiplies in float32
-and runs twice as fast, and on others (with AMX) rounds to bfloat16: so `auto` takes it only where its error is
-float32's. `bf16` rounds the factors and results of a dictionary's dense products to bfloat16 (relative error 3e-3) on
-every processor, and is `medium` in all others; sums, weights and what is chosen sparsely stay float32. The names are
-those of `torch.set_float32_matmul_precision`.
+- `highest`: PyTorch's default, float32.
+- `medium`: PyTorch may use oneDNN. What that computes depends on the processor:
+  with AVX-512 alone it multiplies in float32 (relative error 4e-7 over 512 terms, `highest` has 2e-7) and runs 1.0 to
+  2 times as fast as `highest` (docs/measurements/bench-step-cpu*.json: EPYC Zen 4 and Zen 5);
+  with the instructions in `ROUNDING` it may round both factors to bfloat16 (relative error 3e-3);
+  with neither PyTorch does not use oneDNN, and the products are those of `highest`.
+- `bf16`: factors and results of a dictionary's dense products are rounded to bfloat16 (relative error 3e-3) on every
+  processor; all other products are `medium`. Sums and weights stay float32, and so do the values of features that
+  sparse kernels select.
+
+`auto` never gives up float32 accuracy: it is `medium` on an x86 processor with AVX2 and nothing in `ROUNDING`, else
+`highest`. On a GPU it is `highest`: `medium` would allow TF32 there (relative error 5e-4). The rule reads no clock, so
+two runs of one command take the same products however busy the machine is. A run records its choice and keeps it when
+resumed.
+The names are those of `torch.set_float32_matmul_precision`.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae.kernels import buffers
+from sae.kernels.processor import instructions
 
 NAMES = ("auto", "highest", "medium", "bf16")
-FLOAT32_ERROR = 2e-6  # relative, of a product over 512 terms; bfloat16's is about 3e-3
-# Times as fast as `highest`: measured 1.1 to 2 where the error is float32's. The bound lies where no processor is known
-# to be, because two runs of one command must take the same products however busy the machine is.
-WORTH = 0.75
-PROBE_ROUNDS = 8
+ROUNDING = ("amx_tile", "amx_bf16", "avx10_2", "avx_ne_convert")  # with these oneDNN may multiply in bfloat16
 
 _turn = threading.RLock()
 _narrow = False  # whether `product` rounds its factors to bfloat16
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Processor seconds and relative errors of the same products by each back end, and the seconds of bfloat16's."""
-
-    seconds: dict[str, float]
-    error: dict[str, float]
-    bfloat16_s: float
-
-    @property
-    def best(self) -> str:
-        """`medium` where its error is float32's, unless it is clearly slower."""
-        exact = self.error["medium"] <= FLOAT32_ERROR
-        return "medium" if exact and self.speedup >= WORTH else "highest"
-
-    @property
-    def speedup(self) -> float:
-        return self.seconds["highest"] / self.seconds["medium"]
-
-    @property
-    def bfloat16_speedup(self) -> float:
-        """Of bfloat16 tensors over the best float32 product."""
-        return self.seconds[self.best] / self.bfloat16_s
-
-
-@cache
-def probe() -> Probe:
-    """Measures once, in under a second: an encoder's product and a weight gradient's."""
-    generator = torch.Generator().manual_seed(0)
-    x, f, W = factors = tuple(
-        torch.randn(shape, generator=generator) for shape in ((512, 512), (512, 2048), (2048, 512))
-    )
-    exact = torch.cat([x.double() @ W.double().t(), (f.double().t() @ x.double()).t()])
-    narrow = tuple(factor.bfloat16() for factor in factors)
-    error, seconds = {}, {"highest": torch.inf, "medium": torch.inf, "bfloat16": torch.inf}
-    # In turn and by the processor's time, so that what else the machine does decides nothing.
-    for _ in range(PROBE_ROUNDS):
-        for name in seconds:
-            with using("highest" if name == "bfloat16" else name):
-                x, f, W = narrow if name == "bfloat16" else factors
-                started = time.process_time()
-                found = x @ W.t(), f.t() @ x
-                seconds[name] = min(seconds[name], time.process_time() - started)
-            error[name] = ((torch.cat([found[0], found[1].t()]) - exact).norm() / exact.norm()).item()
-    return Probe(seconds, error, seconds.pop("bfloat16"))
-
-
 def choose(name: str, device: str | torch.device = "cpu") -> str:
-    """`name`, or what the probe finds best for `auto`. Raises: ValueError for a name that is none."""
+    """`name`, or for `auto` the fastest products with float32 accuracy. Raises: ValueError for an unknown name."""
     if name not in NAMES:
         raise ValueError(f"no matrix products {name!r}; there are {', '.join(NAMES)}.")
     if name != "auto":
         return name
-    return probe().best if torch.device(device).type == "cpu" else "highest"
+    return "medium" if torch.device(device).type == "cpu" and _medium_is_float32() else "highest"
 
 
 def resumed(name: str, asked: str) -> str:
-    """The products a run began with; others, with a warning, where `auto` chose them on a machine unlike this one."""
-    if asked == "auto" and name == "medium" and probe().error["medium"] > FLOAT32_ERROR:
+    """The products a run began with, unless `auto` chose them on a processor where they are more accurate than here.
+
+    Warns and returns `highest` then.
+    """
+    if asked == "auto" and name == "medium" and not _medium_is_float32():
         warnings.warn(
-            f"this run began with {name} products, whose relative error here is {probe().error[name]:.0e}: it goes on "
-            "with highest, and so not bit for bit as on the machine it began on.",
+            f"this run began with {name} products, which may round to bfloat16 on this processor "
+            f"({_rounding_here()}). It continues with highest, so its numbers will differ from those of the "
+            "machine it began on.",
             stacklevel=2,
         )
         return "highest"
     return name
 
 
-def describe() -> str:
-    """What `auto` takes here, and why."""
-    found = probe()
-    return (
-        f"{found.best} (medium runs {found.speedup:.1f} times as fast as highest here, relative error "
-        f"{found.error['medium']:.0e} against {found.error['highest']:.0e}; bfloat16 tensors "
-        f"{found.bfloat16_speedup:.1f} times as fast as {found.best})"
-    )
+def describe(device: str | torch.device = "cpu") -> str:
+    """What `auto` chooses on this machine, and why."""
+    if torch.device(device).type != "cpu":
+        return "highest (on a GPU, medium would round to TF32)"
+    if not _medium_is_float32():
+        return f"highest (medium may round to bfloat16 on this processor: {_rounding_here()})"
+    if "avx512_f" in instructions():
+        return f"medium (oneDNN in float32: this processor has AVX-512 and none of {', '.join(ROUNDING)})"
+    return "medium (the same products as highest: this processor has no AVX-512, and PyTorch does not use oneDNN)"
+
+
+def _medium_is_float32() -> bool:
+    return "avx2" in instructions() and instructions().isdisjoint(ROUNDING)
+
+
+def _rounding_here() -> str:
+    found = [name for name in ROUNDING if name in instructions()]
+    return f"it has {', '.join(found)}" if found else "it is not an x86 processor with AVX2"
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Multiplies with these products inside. PyTorch keeps the choice for all threads, so they take turns in here."""
+    """Multiplies with these products inside the block.
+
+    PyTorch has one setting for all threads, so only one thread at a time is inside such a block.
+    """
     global _narrow
     with _turn:
         before = torch.get_float32_matmul_precision(), _narrow
@@ -127,7 +102,7 @@ def using(name: str) -> Iterator[None]:
 
 
 def factor(a: Tensor) -> Tensor:
-    """`a` as `product` multiplies it; convert here what takes part in several products."""
+    """`a` in the type that `product` multiplies in; call it once for a matrix that takes part in several products."""
     if not _narrow or a.dtype != torch.float32:
         return a
     if not a.is_contiguous() and a.t().is_contiguous():

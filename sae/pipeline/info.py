@@ -54,7 +54,7 @@ def describe(path: str | Path | None = None) -> dict[str, Any]:
 
 def machine_facts() -> Iterator[tuple[str, str]]:
     """What dictionaries are computed with on this machine, as (name, value): first what is known without importing
-    torch, last what takes a measurement."""
+    torch."""
     yield "kind", "machine"
     yield "monosem", __version__
     yield "python", f"{platform.python_version()} on {platform.platform()}"
@@ -68,7 +68,7 @@ def machine_facts() -> Iterator[tuple[str, str]]:
     yield "device_here", str(device)
     kernels = choose(device=device)
     yield "kernels_here", f"{kernels.NAME}: {kernels.describe()}"
-    yield "matmul_here", matmul.describe()
+    yield "matmul_here", matmul.describe(device)
 
 
 def _describe_config(file: Path) -> dict[str, Any]:
