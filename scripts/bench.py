@@ -1,17 +1,18 @@
-"""Seconds per training step, ours beside the peers', interleaved in one run; prints tables, writes JSON and plots.
+"""Seconds per training step, ours and the peers', interleaved in one run; prints tables, writes JSON and plots.
 
     python scripts/bench.py --variants topk --d-sae 16384 --rounds 8
     python scripts/bench.py --peers DIR --variants topk,batchtopk,relu,relu-sparse --json times.json
     BENCH_MATMUL=medium python scripts/bench.py --peers DIR …      # the same product back end for everyone
     python scripts/bench.py --sweep --json sweep.json --plot sweep.svg
 
-Every contender is a process that runs its own public training loop on the same in-memory batches, one step at a time in
-turn. A step lasts from the loop's taking a batch to its asking for the next: optimiser, logging and counting included.
-`--peers DIR` is a directory with the peers' benchmark `c_peers.py` and its environments; without it only ours run.
+Every contender is a process that runs its own public training loop on the same in-memory batches; they take turns, one
+step at a time. A step lasts from the loop's taking a batch to its asking for the next, with optimiser, logging and
+counting. `--peers DIR` is a directory with the peers' benchmark `c_peers.py` and one environment per peer,
+`envs/pv_NAME`; a peer whose environment is missing is left out, with a message. Without --peers only ours run.
 Variants: `relu` is the first, dense steps; `relu-sparse` a dictionary whose biases leave about 36 features active, as
-training does (the peers' step costs the same in both). `monosem-bf16` rounds the factors of dense products to bfloat16.
-Processor seconds (of all threads) stand beside the wall clock: their ratios are the steadier ones on a busy machine.
-`--sweep` measures ours alone against d_sae, L0 and batch, beside the one dense product that no step can do without.
+after training (the peers' step costs the same in both). `monosem-bf16` rounds factors of dense products to bfloat16.
+Processor seconds (of all threads) are shown next to the wall clock: on a busy machine their ratios vary less.
+`--sweep` measures ours alone against d_sae, L0 and batch, with the one dense product that every step needs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 
 import machine
 from bench_plot import line_plot
+from figures import table
 
 D_IN, BATCH_TOKENS, K = 512, 4096, 32
 NATURAL_L0 = 36
@@ -53,7 +55,7 @@ SWEPT_FROM = {"d_sae": 16384, "l0": K, "batch": BATCH_TOKENS}
 
 
 class Contender:
-    """One process, told when to run."""
+    """One process that takes steps when it is told to."""
 
     def __init__(self, who: str, command: list[str], cwd: Path | None = None) -> None:
         self.who = who
@@ -103,15 +105,27 @@ def ours(who: str, variant: str, *, d_sae: int, l0: int, batch: int) -> Contende
 
 
 def peer(who: str, variant: str, d_sae: int, peers: Path) -> Contender:
-    python = peers / "envs" / f"pv_{PEER_ENVIRONMENTS.get(who, who)}" / "bin/python"
     shape = ["--variants", variant.removesuffix("-sparse"), "--d-sae", str(d_sae), "--batch", str(BATCH_TOKENS)]
-    return Contender(who, [str(python), str(peers / "c_peers.py"), "--worker", who, *shape], cwd=peers)
+    return Contender(who, [str(python_of(who, peers)), str(peers / "c_peers.py"), "--worker", who, *shape], cwd=peers)
+
+
+def python_of(who: str, peers: Path) -> Path:
+    return peers / "envs" / f"pv_{PEER_ENVIRONMENTS.get(who, who)}" / "bin/python"
+
+
+def installed(names: list[str], peers: Path) -> list[str]:
+    """The peers whose environment is there; a line on stderr for each of the others."""
+    absent = [name for name in names if not python_of(name, peers).is_file()]
+    for name in absent:
+        print(f"{name}: left out, its environment is missing ({python_of(name, peers)})", file=sys.stderr)
+    return [name for name in names if name not in absent]
 
 
 def interleaved(contenders: list[Contender], rounds: int) -> list[dict[str, Any]]:
     """Seconds per step of every contender, taken in turn, after warm-up."""
-    for absent in [c for c in contenders if not c.alive]:
-        print(f"{absent.who} did not start", file=sys.stderr)
+    for contender in contenders:
+        if not contender.alive:
+            print(f"{contender.who}: left out, its process did not start", file=sys.stderr)
     contenders = [c for c in contenders if c.alive]
     found = {c.who: {"who": c.who, "seconds": [], "cpu_s": [], "rss_gib": 0.0} for c in contenders}
     for contender in contenders:
@@ -127,46 +141,46 @@ def interleaved(contenders: list[Contender], rounds: int) -> list[dict[str, Any]
     return list(found.values())
 
 
-def beside_peers(variant: str, d_sae: int, rounds: int, peers: Path | None, who: list[str]) -> list[dict[str, Any]]:
+def compare(variant: str, d_sae: int, rounds: int, peers: Path | None, who: list[str]) -> list[dict[str, Any]]:
+    """Ours and the peers' at one variant and size; `who` names the contenders wanted (empty: all)."""
     l0 = NATURAL_L0 if variant.startswith("relu") else K
     mine = [name for name in OURS if name in (who or ["monosem", "monosem-bf16"])]
-    theirs = [name for name in PEERS[variant] if peers and (not who or name in who)]
     contenders = [ours(name, variant, d_sae=d_sae, l0=l0, batch=BATCH_TOKENS) for name in mine]
-    contenders += [peer(name, variant, d_sae, peers) for name in theirs if peers]
+    if peers:
+        theirs = installed([name for name in PEERS[variant] if not who or name in who], peers)
+        contenders += [peer(name, variant, d_sae, peers) for name in theirs]
     return [{"variant": variant, "d_sae": d_sae, **found} for found in interleaved(contenders, rounds)]
 
 
-def show(found: list[dict[str, Any]]) -> None:
-    def best(key: str) -> float | None:
-        return min((statistics.median(f[key]) for f in found if f["who"] not in OURS), default=None)
+def comparison_table(found: list[dict[str, Any]]) -> str:
+    """One line per contender, the fastest first."""
 
-    def ratio(f: dict[str, Any], key: str) -> str:
-        peers_best = best(key)
-        return f"{peers_best / statistics.median(f[key]):.2f}" if peers_best else ""
+    def best_peer_over(f: dict[str, Any], key: str) -> str:
+        best = min((statistics.median(other[key]) for other in found if other["who"] not in OURS), default=None)
+        return f"{best / statistics.median(f[key]):.2f}" if best else ""
 
-    print(f"\n{found[0]['variant']}, d_sae {found[0]['d_sae']:,}, batch {BATCH_TOKENS:,}, d_in {D_IN}")
-    print("| who | s/step min | median | max | rows/s | best peer / this | CPU s | best peer / this | peak GiB |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    rows = []
     for f in sorted(found, key=lambda f: statistics.median(f["seconds"])):
         low, median, high = min(f["seconds"]), statistics.median(f["seconds"]), max(f["seconds"])
-        cpu_s = statistics.median(f["cpu_s"])
-        print(
-            f"| {f['who']} | {low:.3f} | {median:.3f} | {high:.3f} | {BATCH_TOKENS / median:,.0f} "
-            f"| {ratio(f, 'seconds')} | {cpu_s:.3f} | {ratio(f, 'cpu_s')} | {f['rss_gib']:.2f} |"
-        )
+        wall = [f"{low:.3f}", f"{median:.3f}", f"{high:.3f}", f"{BATCH_TOKENS / median:,.0f}"]
+        cpu = [f"{statistics.median(f['cpu_s']):.3f}", best_peer_over(f, "cpu_s"), f"{f['rss_gib']:.2f}"]
+        rows.append([f["who"], *wall, best_peer_over(f, "seconds"), *cpu])
+    columns = ["who", "s/step min", "median", "max", "rows/s", "best peer / this", "CPU s", "best peer / this"]
+    return table([*columns, "peak GiB"], rows)
 
 
 # --- what a step costs, and what it costs besides its one dense product ---
 
 
 def swept(rounds: int) -> list[dict[str, Any]]:
-    """Median seconds of a topk step, and of its screening product alone, against d_sae, L0 and batch."""
+    """Median seconds of a topk step, and of its screening product alone, against d_sae, L0 and batch size."""
     results = []
     for name, values in SWEEP.items():
         print(
-            f"\ntopk step against {name}; else " + ", ".join(f"{k} {v:,}" for k, v in SWEPT_FROM.items() if k != name)
+            f"\ntopk step against {name}; otherwise "
+            + ", ".join(f"{k} {v:,}" for k, v in SWEPT_FROM.items() if k != name)
         )
-        print(f"| {name} | s/step min | median | max | µs/row | the dense product, s | all else, s | CPU s |")
+        print(f"| {name} | s/step min | median | max | µs/row | the dense product, s | the rest, s | CPU s |")
         print("|--:|--:|--:|--:|--:|--:|--:|--:|")
         for value in values:
             shape = SWEPT_FROM | {name: value}
@@ -201,7 +215,7 @@ def screening_product_s(*, d_sae: int, l0: int, batch: int) -> float:
 
 
 def plot(results: list[dict[str, Any]]) -> str:
-    """Milliseconds per step, and without the dense product, against each of the three."""
+    """Milliseconds per step, with and without the dense product, against each of the three."""
     panels = []
     for name in SWEEP:
         points = [r for r in results if r["against"] == name]
@@ -211,30 +225,32 @@ def plot(results: list[dict[str, Any]]) -> str:
     return line_plot(panels)
 
 
-def hardware() -> dict[str, Any]:
+def choices() -> dict[str, Any]:
+    """What the measured steps run on, besides the machine."""
     import torch
 
     from sae.kernels import choose, matmul
 
     torch.set_num_threads(THREADS)
-    chosen = {"kernels": choose().describe(), "matmul": matmul.describe()}
-    return machine.described() | {"matmul_for_all": os.environ.get("BENCH_MATMUL", "")} | chosen
+    for_all = os.environ.get("BENCH_MATMUL", "")
+    return {"matmul_for_all": for_all, "kernels": choose().describe(), "matmul": matmul.describe()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", default="topk,batchtopk,relu,relu-sparse", help="comma-separated")
     parser.add_argument("--d-sae", default="4096,16384", help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="turns that each contender takes")
     parser.add_argument("--peers", type=Path, help="directory of the peers' benchmark and environments")
     parser.add_argument("--who", default="", help="only these contenders, comma-separated")
-    parser.add_argument("--sweep", action="store_true", help="cost against d_sae, L0 and batch instead")
+    parser.add_argument("--sweep", action="store_true", help="measure cost against d_sae, L0 and batch instead")
     parser.add_argument("--json", type=Path, help="write all times here")
     parser.add_argument("--plot", type=Path, help="with --sweep: write an SVG here")
     args = parser.parse_args()
-    description = hardware()
+    description = machine.hardware(**choices())
     print(json.dumps(description, indent=1))
     results: list[dict[str, Any]] = []
+    peers = args.peers and args.peers.resolve()
     if args.sweep:
         results = swept(args.rounds)
         if args.plot:
@@ -242,16 +258,10 @@ def main() -> int:
     else:
         for variant in args.variants.split(","):
             for d_sae in map(int, args.d_sae.split(",")):
-                found = beside_peers(
-                    variant,
-                    d_sae,
-                    args.rounds,
-                    args.peers and args.peers.resolve(),
-                    [name for name in args.who.split(",") if name],
-                )
-                show(found)
+                found = compare(variant, d_sae, args.rounds, peers, [name for name in args.who.split(",") if name])
+                print(f"\n{variant}, d_sae {d_sae:,}, batch {BATCH_TOKENS:,}, d_in {D_IN}")
+                print(comparison_table(found), flush=True)
                 results += found
-                sys.stdout.flush()
     if args.json:
         args.json.write_text(json.dumps({"hardware": description, "results": results}, indent=1) + "\n")
     return 0

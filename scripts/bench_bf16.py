@@ -80,7 +80,7 @@ def main() -> None:
     show(runs)
     settings = {name: getattr(args, name) for name in ("recipe", "d_sae", "l0", "tokens", "set")}
     if args.json:
-        content = {"hardware": machine.described(), "settings": settings, "runs": runs}
+        content = {"hardware": machine.hardware(), "settings": settings, "runs": runs}
         args.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

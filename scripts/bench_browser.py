@@ -201,7 +201,7 @@ def main() -> int:
     if not entries:
         parser.error(f"{args.root} holds no indexed dictionary{f' {args.sae}' if args.sae else ''}")
     sae, index = entries[0].id, FeatureIndex.open(entries[0].index_path)
-    begun = machine.described()
+    begun = machine.hardware()
     with server(args.root) as site, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
 
@@ -231,7 +231,7 @@ def main() -> int:
     for name, found in figures.items():
         print(f"{name:34}{found['goal_s']:7.2f}{found['median_s']:9.3f}{found['p95_s']:9.3f}{found['n']:4}")
     if args.json:
-        content = {"hardware": begun, "load_average_after": machine.described()["load_average"], "index": size}
+        content = {"hardware": begun, "load_average_after": machine.hardware()["load_average"], "index": size}
         args.json.write_text(json.dumps(content | {"figures": figures}, indent=1) + "\n")
     return 0
 

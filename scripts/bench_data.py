@@ -177,7 +177,7 @@ def main() -> None:
     args = parser.parse_args()
     args.text = args.text or ["default"]
     torch.set_num_threads(int(os.environ.get("BENCH_THREADS", "2")))
-    hardware = machine.described() | {"load_1_min": round(os.getloadavg()[0], 1)}
+    hardware = machine.hardware()
     print(json.dumps(hardware))
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         result = data_path(args, Path(scratch))

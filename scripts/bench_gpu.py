@@ -50,7 +50,7 @@ def dense_operations(d_in: int, d_sae: int, rows: int) -> float:
     return 10.0 * rows * d_in * d_sae
 
 
-def spare_the_package_its_small_dependencies() -> None:
+def stand_in_for_small_dependencies() -> None:
     """Stands in for jaxtyping (annotations) and tqdm (progress bars) where a bare GPU box has neither."""
 
     class Anything:
@@ -268,18 +268,6 @@ def show(found: list[dict[str, Any]]) -> None:
         )
 
 
-def hardware(rate: tuple[float, float]) -> dict[str, Any]:
-    import torch
-    import triton
-
-    return machine.described() | {
-        "capability": torch.cuda.get_device_capability(),
-        "copy_gb_per_s": round(rate[0] / 1e9),
-        "float16_tflop_per_s": round(rate[1] / 1e12),
-        "triton": triton.__version__,
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", default="topk,batchtopk", help="comma-separated")
@@ -300,9 +288,16 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("There is no CUDA device here, and this benchmark needs one.", file=sys.stderr)
         return 2
-    spare_the_package_its_small_dependencies()
+    import triton
+
+    stand_in_for_small_dependencies()
     rate = rates()
-    description = hardware(rate)
+    description = machine.hardware(
+        capability=torch.cuda.get_device_capability(),
+        copy_gb_per_s=round(rate[0] / 1e9),
+        float16_tflop_per_s=round(rate[1] / 1e12),
+        triton=triton.__version__,
+    )
     print(description)
     everything: list[dict[str, Any]] = []
     for variant in args.variants.split(","):

@@ -97,7 +97,7 @@ def main() -> int:
         found[name] = measured(args.out / name, ablated)
         print(f"{name:8} " + " ".join(f"{found[name][column]:14,.4g}" for column in COLUMNS), flush=True)
     summary = {
-        "hardware": machine.described(),
+        "hardware": machine.hardware(),
         "recipe": RECIPE,
         "d_sae": args.d_sae,
         "rows": args.tokens,

@@ -95,7 +95,7 @@ def run(acts: Path, point: Point) -> dict[str, Any]:
         "top_neuron": result["decoder"]["top_neuron"]["median"],
         "nearest_cosine": result["decoder"]["nearest_cosine"]["median"],
         "eval_format": result["format"],
-        "hardware": machine.described(),
+        "hardware": machine.hardware(),
     }
     if not transcodes:
         probed = _setup(acts, hook, str(about["model"]["id"])).probed(sae.load(out), learned=True)

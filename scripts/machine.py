@@ -1,4 +1,4 @@
-"""What a measurement was made on, for the JSON files of the other scripts."""
+"""What a measurement ran on, for the JSON files of the other scripts."""
 
 from __future__ import annotations
 
@@ -7,29 +7,37 @@ import os
 import platform
 import shutil
 import subprocess
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 
-def described() -> dict[str, Any]:
-    """Processor, cores, threads, load, GPU where there is one, versions, commit and the moment (UTC)."""
-    import torch  # here: benchmarks set its environment first
-
+def hardware(**more: Any) -> dict[str, Any]:
+    """Time (UTC), processor, load, versions and commit; with torch also its threads and the GPU; then `more`."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "cpu": _processor(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "load_average": [round(load, 1) for load in os.getloadavg()],
-        "torch": torch.__version__,
         "python": platform.python_version(),
+        "numpy": version("numpy"),
         "commit": _commit(),
-        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        **({"zarr": version("zarr")} if find_spec("zarr") else {}),
+        **(_torch() if find_spec("torch") else {}),
+        **more,
     }
 
 
+def _torch() -> dict[str, Any]:
+    import torch  # here, not above: benchmarks set its environment first, and the store's scripts run without it
+
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), **gpu}
+
+
 def _processor() -> str:
-    """Its name with family and model: clouds hide the rest of the name."""
+    """Its name with family and model, because clouds hide the rest of the name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     entries = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}

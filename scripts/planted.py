@@ -85,7 +85,7 @@ def main() -> int:
             print(f"{recipe:26} {seed:4} {cells}", flush=True)
             found.append({"recipe": recipe, "seed": seed, "d_sae": d_sae, "tokens": args.tokens, **values})
     summary = {
-        "hardware": machine.described(),
+        "hardware": machine.hardware(),
         "size": args.size,
         "planted": SIZES[args.size],
         "settings": given,

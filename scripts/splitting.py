@@ -72,7 +72,7 @@ def main() -> int:
             for i in np.flatnonzero(between)
         ]
     result = {
-        "hardware": machine.described(),
+        "hardware": machine.hardware(),
         "domain": args.domain,
         "heldout_tokens": args.tokens,
         "rows": [dictionary.config["train"]["tokens"] for dictionary in dictionaries],

@@ -13,7 +13,17 @@ import pytest
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import bench  # noqa: E402
 from bench_plot import line_plot  # noqa: E402
+
+# Speaks the protocol of bench.Contender: an answer at the start, and one for each `run N`.
+FAKE_PEER = """#!{python}
+import json, sys
+print(json.dumps({{"times": [], "cpu": [], "rss_gib": 0.0}}), flush=True)
+for line in sys.stdin:
+    n = int(line.split()[1])
+    print(json.dumps({{"times": [0.5] * n, "cpu": [[0.25, 0.5]] * n, "rss_gib": 1.0}}), flush=True)
+"""
 
 
 @pytest.mark.parametrize("shape", [("relu-sparse", "7"), ("batchtopk", "3")], ids=lambda s: s[0])
@@ -40,6 +50,28 @@ def test_the_worker_answers_with_the_time_of_each_step(shape: tuple[str, str]) -
     assert [len(answer["cpu"]) for answer in answers] == [0, 3, 1]
     assert all(0 < seconds < 60 for answer in answers for seconds in answer["times"])
     assert answers[-1]["rss_gib"] > 0.05
+
+
+def test_a_peer_without_its_environment_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = bench.python_of("dictlearn", tmp_path)
+    python.parent.mkdir(parents=True)
+    python.write_text(FAKE_PEER.format(python=sys.executable))
+    python.chmod(0o755)
+    who = "dictlearn,saelens"
+    options = ["--variants", "topk", "--d-sae", "64", "--rounds", "3", "--who", who, "--json", str(tmp_path / "times")]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--peers", str(tmp_path), *options])
+    monkeypatch.setattr(bench, "choices", dict)
+    assert bench.main() == 0
+    said = capsys.readouterr()
+    missing = bench.python_of("saelens", tmp_path)
+    assert said.err == f"saelens: left out, its environment is missing ({missing})\n"
+    assert "| dictlearn | 0.500 | 0.500 | 0.500 | 8,192 | 1.00 | 0.750 | 1.00 | 1.00 |" in said.out
+    assert [r["who"] for r in json.loads((tmp_path / "times").read_text())["results"]] == ["dictlearn"]
+    python.unlink()
+    assert bench.main() == 0  # nobody is left to measure
+    assert capsys.readouterr().err.count("left out") == 2
 
 
 def test_lines_fall_where_their_numbers_say() -> None:
