@@ -1,229 +1,195 @@
-"""The frontier of recipes on a corpus, with what fidelity does not show: domains, probes, alignment with neurons.
+"""Compares recipes by what fidelity does not show: features of domains, probes, absorption, alignment with neurons.
 
     sae harvest --text corpus.jsonl.xz --out runs/grid/acts.zarr --tokens 6200000 --hook-point blocks.0.mlp.hook_post \\
         --hook-point blocks.0.hook_resid_mid --hook-point blocks.0.mlp.hook_in --hook-point blocks.0.hook_mlp_out
-    python scripts/grid.py --acts runs/grid/acts.zarr --json docs/measurements/grid.json --l0 5 --l0 20
-    python scripts/grid.py --acts runs/grid/acts.zarr --json docs/measurements/grid.json --recipe topk --l0 2 --seed 1
-    python scripts/grid.py --json docs/measurements/grid.json   # the table of what is there
-    python scripts/grid.py --json docs/measurements/grid.json --domains --l0 20   # F1 by domain instead
+    sae sweep --acts runs/grid/acts.zarr --out runs/grid/plain --hook-point blocks.0.mlp.hook_post \\
+        --recipe topk --recipe gated --d-sae 4096 --l0 5 --l0 20 --tokens 4000000
+    python scripts/grid.py runs/grid/plain --json docs/measurements/grid.json
+    python scripts/grid.py --json docs/measurements/grid.json                     # the table of all entries
+    python scripts/grid.py --json docs/measurements/grid.json --domains --l0 20   # the best features' F1 by domain
 
-Trains every combination beside the store, evaluates it on all held-out tokens, and adds one entry to the JSON as each
-is done; what is there with the same settings and rows is not trained again. `--processes 2` shares the processor among
-runs of one thread each. Repeat the command to go on after an interruption.
+`sae sweep` trains and evaluates the dictionaries (`sae train` and `sae eval` a transcoder); give sweeps with different
+settings directories of their own. This script takes directories that hold such dictionaries, at any depth, measures the
+rest and adds one entry to the JSON as soon as it is complete. An entry of the same settings and rows is not measured
+again, so an interrupted command goes on where it stopped. On a machine with many cores, run one sweep per seed side by
+side with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-HOOK = "blocks.0.mlp.hook_post"
-TRANSCODED = ("blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out")
+import machine
+from figures import table
+
 FIDELITY = ("l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "dead_share", "ultra_low_share")
 QUALITY = ("mean_f1", "pure_features", "probe_k1", "probe_k5", "top_neuron")
 COLUMNS = (*FIDELITY, *QUALITY)
 PROBE_TOKENS = 65_536
+Entry = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Point:
-    """One run."""
-
-    recipe: str
-    d_sae: int
-    l0: float
-    seed: int
-    tokens: int
-    settings: tuple[tuple[str, Any], ...]
-
-    @property
-    def name(self) -> str:
-        changed = "".join(f"-{name}_{value}" for name, value in self.settings)
-        return f"{self.recipe}-{self.d_sae}-l0_{self.l0:g}{changed}-{self.tokens / 1e6:g}M-s{self.seed}"
+# --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def run(acts: Path, point: Point) -> dict[str, Any]:
-    """Trains and measures one point; one entry of the JSON."""
-    import machine
+def evaluated(roots: Iterable[Path]) -> list[Path]:
+    """The directories of evaluated dictionaries under `roots`."""
+    return sorted({path.parent for root in roots for path in root.rglob("eval.json")})
 
-    import sae
+
+def description(directory: Path) -> Entry:
+    """The part of an entry that says what was trained, from a dictionary's config.json."""
+    about = json.loads((directory / "config.json").read_text())
+    train = about["train"]
+    return {
+        "recipe": train["recipe"],
+        "d_sae": train["d_sae"],
+        "target_l0": train["target_l0"],
+        "seed": train["seed"],
+        "rows": train["tokens"],
+        "settings": changed_settings(train),
+        "store_rows_sha256": about["store"]["rows_sha256"],
+        "batch_tokens": train["batch_tokens"],
+        "lambda": about["lambda"]["scaled"],
+    }
+
+
+def changed_settings(train: Entry) -> Entry:
+    """The settings of a run that are not its recipe's own."""
     from sae.training import recipes
 
-    out = acts.parent / point.name
-    transcodes = recipes.recipe_named(point.recipe).needs == "y"
-    hook, target = TRANSCODED if transcodes else (HOOK, None)
-    sae.train(
-        acts,
-        out,
-        recipe=point.recipe,
-        d_sae=point.d_sae,
-        tokens=point.tokens,
-        seed=point.seed,
-        hook_point=hook,
-        target_hook_point=target,
-        config={"target_l0": point.l0, **dict(point.settings)},
-    )
-    result = sae.evaluate(out, ablated=_ABLATED.setdefault(target or hook, {}))
-    about = json.loads((out / "config.json").read_text())
-    metrics = result["metrics"]
+    asked = {name: train[name] for name in ("d_sae", "tokens", "seed", "target_l0")}
+    _, config = recipes.resolve(train["recipe"], **asked)
+    usual = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in config.json
+    return {name: value for name, value in train.items() if value != usual.get(name)}
+
+
+def name_of(run: Entry) -> str:
+    """The key of an entry, e.g. `topk-4096-l0_5-batch_tokens_512-4M-s0`."""
+    changed = "".join(f"-{name}_{value}" for name, value in run["settings"].items())
+    return f"{run['recipe']}-{run['d_sae']}-l0_{run['target_l0']:g}{changed}-{run['rows'] / 1e6:g}M-s{run['seed']}"
+
+
+def is_measured(run: Entry, entries: dict[str, Entry]) -> bool:
+    """Whether there is an entry of the same settings on the same rows."""
+    entry = entries.get(name_of(run))
+    return entry is not None and all(entry[key] == run[key] for key in ("rows", "store_rows_sha256"))
+
+
+def measure(directory: Path) -> Entry:
+    """The results of one dictionary: from its eval.json, and the probes and absorption measured here."""
+    import sae
+
+    dictionary = sae.load(directory)
+    result = json.loads((directory / "eval.json").read_text())
+    metrics, domains, decoder = result["metrics"], result["domains"], result["decoder"]
     entry = {
-        "recipe": point.recipe,
-        "d_sae": point.d_sae,
-        "target_l0": point.l0,
-        "seed": point.seed,
-        "rows": point.tokens,
-        "settings": dict(point.settings),
-        "store_rows_sha256": about["store"]["rows_sha256"],
-        "batch_tokens": about["train"]["batch_tokens"],
-        "lambda": about["lambda"]["scaled"],
         "heldout_tokens": result["tokens"],
         **{name: metrics[name]["value"] for name in FIDELITY},
         "shrinkage": metrics["shrinkage"]["value"],
-        "mean_f1": result["domains"]["mean_f1"],
-        "pure_features": result["domains"]["pure_features"],
-        "best_f1": {name: found and round(found["f1"], 3) for name, found in result["domains"]["best_feature"].items()},
-        "top_neuron": result["decoder"]["top_neuron"]["median"],
-        "nearest_cosine": result["decoder"]["nearest_cosine"]["median"],
+        "mean_f1": domains["mean_f1"],
+        "pure_features": domains["pure_features"],
+        "best_f1": {domain: best and round(best["f1"], 3) for domain, best in domains["best_feature"].items()},
+        "top_neuron": decoder["top_neuron"]["median"],
+        "nearest_cosine": decoder["nearest_cosine"]["median"],
         "eval_format": result["format"],
         "hardware": machine.hardware(),
     }
-    if not transcodes:
-        probed = _setup(acts, hook, str(about["model"]["id"])).probed(sae.load(out), learned=True)
+    if not dictionary.is_transcoder:
+        where = (directory / dictionary.config["store"]["path"]).resolve()
+        setup = _setup(where, dictionary.config["hook_point"], dictionary.config["model"]["id"])
+        probed = setup.probed(dictionary, learned=True)
         entry |= {f"probe_{k}": value for k, value in probed["probe"].items()}
         entry["absorption"] = probed["absorption"] and probed["absorption"]["mean"]
     return entry
 
 
 @cache
-def _setup(acts: Path, hook_point: str, model: str) -> Any:
+def _setup(store: Path, hook_point: str, model: str) -> Any:
+    """The text and the model that all dictionaries of one hook point are measured on."""
     import sae
     from sae.pipeline.controls import Setup
     from store.activations import ActivationStore
 
-    return Setup(ActivationStore.open(acts), sae.load_model(model), hook_point, PROBE_TOKENS)
+    return Setup(ActivationStore.open(store), sae.load_model(model), hook_point, PROBE_TOKENS)
 
 
-_ABLATED: dict[str, Any] = {}  # of a process: what all dictionaries of a hook point have in common
+def read_entries(path: Path) -> dict[str, Entry]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _one_thread() -> None:
-    import numba
-    import torch
-
-    torch.set_num_threads(1)
-    numba.set_num_threads(1)
-
-
-def missing(points: Iterable[Point], held: dict[str, Any], rows_sha256: str) -> list[Point]:
-    def there(point: Point) -> bool:
-        entry = held.get(point.name)
-        return bool(entry) and entry["rows"] == point.tokens and entry["store_rows_sha256"] == rows_sha256
-
-    return [point for point in points if not there(point)]
-
-
-def add(path: Path, name: str, entry: dict[str, Any]) -> None:
-    """One more entry, the file whole at any moment."""
+def add(path: Path, name: str, entry: Entry) -> None:
+    """Adds an entry to the file, which is replaced as a whole."""
     from store.common import write_json
 
-    held = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, held | {name: entry})
+    write_json(path, read_entries(path) | {name: entry})
 
 
-def table(held: dict[str, Any]) -> str:
-    """One line for each recipe and sparsity: the value, or over seeds the mean and the range."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for entry in held.values():
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def results_table(entries: dict[str, Entry]) -> str:
+    """One line for each recipe, settings and L0: the value, or the mean and range over seeds."""
+    groups: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in entries.values():
         key = (entry["target_l0"], entry["recipe"], entry["d_sae"], json.dumps(entry["settings"]), entry["rows"])
         groups.setdefault(key, []).append(entry)
-    lines = [f"| L0 asked | recipe | seeds | {' | '.join(COLUMNS)} |", "|--:|---|--:" + "|--:" * len(COLUMNS) + "|"]
-    for key in sorted(groups, key=str):
-        cells = [_cell([entry.get(column) for entry in groups[key]]) for column in COLUMNS]
-        settings = "" if key[3] == "{}" else f" {key[3]}"
-        lines.append(f"| {key[0]:g} | {key[1]}{settings} | {len(groups[key])} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = []
+    for (l0, recipe, _, settings, _), group in sorted(groups.items(), key=lambda item: str(item[0])):
+        name = recipe if settings == "{}" else f"{recipe} {settings}"
+        rows.append(
+            [name, f"{l0:g}", len(group), *(_cell([entry.get(column) for entry in group]) for column in COLUMNS)]
+        )
+    return table(["recipe", "target L0", "seeds", *COLUMNS], rows)
 
 
-def domain_table(held: dict[str, Any], l0: float) -> str:
-    """Held-out F1 of the best single feature for each domain, a column for each recipe asked for this L0."""
+def domain_table(entries: dict[str, Entry], l0: float) -> str:
+    """Held-out F1 of the best single feature for each domain, a column for each recipe trained for this L0."""
     groups: dict[str, list[dict[str, float | None]]] = {}
-    asked = [entry for entry in held.values() if entry["target_l0"] == l0]
-    usual = statistics.mode(entry["rows"] for entry in asked) if asked else 0
-    for entry in asked:
+    chosen = [entry for entry in entries.values() if entry["target_l0"] == l0]
+    usual_rows = statistics.mode(entry["rows"] for entry in chosen) if chosen else 0
+    for entry in chosen:
         settings = "" if not entry["settings"] else f" {json.dumps(entry['settings'])}"
-        length = "" if entry["rows"] == usual else f", {entry['rows']:,} rows"
+        length = "" if entry["rows"] == usual_rows else f", {entry['rows']:,} rows"
         groups.setdefault(entry["recipe"] + settings + length, []).append(entry["best_f1"])
-    names = sorted({domain for found in groups.values() for best in found for domain in best})
-    lines = [f"| domain | {' | '.join(groups)} |", "|---|" + "--:|" * len(groups)]
-    for name in names:
-        cells = [_cell([best.get(name) for best in found]) for found in groups.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    domains = sorted({domain for group in groups.values() for best in group for domain in best})
+    rows = [[domain, *(_cell([best.get(domain) for best in group]) for group in groups.values())] for domain in domains]
+    return table(["domain", *groups], rows)
 
 
 def _cell(values: list[Any]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    shown = f"{statistics.mean(known):.4g}"
-    return shown if len(known) == 1 else f"{shown} ({min(known):.4g} to {max(known):.4g})"
+    mean = f"{statistics.mean(known):.4g}"
+    return mean if len(known) == 1 else f"{mean} ({min(known):.4g} to {max(known):.4g})"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--acts", type=Path, help="the store; without it, only the table is printed")
-    parser.add_argument("--json", type=Path, required=True, help="the file that entries are added to")
-    parser.add_argument("--recipe", action="append", help="may repeat (default: all)")
-    parser.add_argument("--l0", action="append", type=float, help="may repeat (default: 5 and 20)")
-    parser.add_argument("--seed", action="append", type=int, help="may repeat (default: 0)")
-    parser.add_argument("--d-sae", type=int, default=4096)
-    parser.add_argument("--tokens", type=int, default=4_000_000, help="rows each run sees")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of every run")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--domains", action="store_true", help="print the best features' F1 by domain, train nothing")
+    parser.add_argument("runs", nargs="*", type=Path, help="directories of evaluated dictionaries to measure")
+    parser.add_argument("--json", type=Path, required=True, help="the file of entries")
+    parser.add_argument("--domains", action="store_true", help="print the best features' F1 by domain instead")
+    parser.add_argument("--l0", action="append", type=float, help="with --domains: the target L0; may repeat (20)")
     args = parser.parse_args()
-    held = json.loads(args.json.read_text()) if args.json.exists() else {}
-    if args.domains:
-        print("\n\n".join(domain_table(held, l0) for l0 in args.l0 or [20.0]))
-        return 0
-    if args.acts is None:
-        print(table(held))
-        return 0
-    from sae.training import recipes
-    from store.activations import ActivationStore
-
-    settings = tuple((name, json.loads(value)) for name, _, value in (entry.partition("=") for entry in args.set))
-    points = [
-        Point(recipe, args.d_sae, l0, seed, args.tokens, settings)
-        for l0, seed, recipe in product(args.l0 or [5.0, 20.0], args.seed or [0], args.recipe or list(recipes.RECIPES))
-    ]
-    todo = missing(points, held, ActivationStore.open(args.acts).fingerprint("train"))
-    print(f"{len(todo)} of {len(points)} runs to do", flush=True)
-    failed = []
-    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), _one_thread) as pool:
-        running = {pool.submit(run, args.acts.resolve(), point): point for point in todo}
-        for future in as_completed(running):
-            point = running[future]
-            try:
-                entry = future.result()
-            except Exception as error:  # the others go on; what failed is said at the end
-                failed.append(f"{point.name}: {type(error).__name__}: {error}")
-                print(failed[-1], flush=True)
-                continue
-            add(args.json, point.name, entry)
-            print(f"{point.name}: " + ", ".join(f"{name} {_cell([entry.get(name)])}" for name in COLUMNS), flush=True)
-    print(table(json.loads(args.json.read_text()) if args.json.exists() else {}))
-    return 1 if failed else 0
+    for directory in evaluated(args.runs):
+        run = description(directory)
+        if not is_measured(run, read_entries(args.json)):
+            entry = run | measure(directory)
+            add(args.json, name_of(run), entry)
+            print(f"{name_of(run)}: " + ", ".join(f"{name} {_cell([entry.get(name)])}" for name in COLUMNS), flush=True)
+    entries = read_entries(args.json)
+    print(
+        "\n\n".join(domain_table(entries, l0) for l0 in args.l0 or [20.0]) if args.domains else results_table(entries)
+    )
+    return 0
 
 
 if __name__ == "__main__":
