@@ -19,7 +19,7 @@ import torch
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.files import save
 from sae.indexing import ablation_effects, co_activation, rules
-from sae.indexing.build import panels
+from sae.indexing.build import weight_panels
 from sae.lm import NativeModel, load_model
 from sae.text.sources import open_text
 from sae.text.tokenizer import token_bytes
@@ -99,7 +99,7 @@ def main() -> None:
             start, tokens[part], keep[part], document[part], row[kept] + start * SEQ_LEN, feature[kept], value[kept]
         )
     writer.finish(
-        panels(sae, model, HOOK_POINT),
+        weight_panels(sae, model, HOOK_POINT),
         lambda made: (
             co_activation.panels(made) | rules.panels(made) | ablation_effects.panels(sae, model, made, HOOK_POINT)
         ),

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from sae.analysis import comparison
 from sae.analysis.comparison import PairedBlock, compare
-from sae.analysis.correlation import NeuronPairs, pair_blocks
+from sae.analysis.correlation import NeuronCorrelation, pair_blocks
 from sae.analysis.matching import one_to_one, recovery
 from sae.analysis.recorder import Recorder
 from sae.dictionary.autoencoder import SAE
@@ -59,7 +59,7 @@ def test_neuron_pairs_against_numpy() -> None:
     x, y = rng.random((200, 5)), rng.random((200, 4)) + 100
     y[:, 1] = 2 * x[:, 3] + 1
     y[:, 2] = 7.0  # constant
-    pairs = NeuronPairs(5, 4)
+    pairs = NeuronCorrelation(5, 4)
     for part in (slice(0, 90), slice(90, 200)):
         pairs.add(torch.from_numpy(x[part]), torch.from_numpy(y[part]))
     found = pairs.matrix()

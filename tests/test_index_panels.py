@@ -10,8 +10,9 @@ import torch
 from fakes import HOOK_POINT
 from test_indexing import D_SAE, SEQ_LEN, Built, make_sae
 
-from sae.indexing import ablation_effects, co_activation, rules
+from sae.indexing import ablation_effects, rules
 from sae.indexing.build import index
+from sae.indexing.firings import systematic_sample
 from sae.lm import NativeModel
 from store.feature_sort import SortedFirings
 
@@ -75,10 +76,10 @@ def test_what_fires_next(built: Built) -> None:
 
 def test_even_sampling_gives_every_firing_the_same_chance() -> None:
     rng = np.random.default_rng(0)
-    assert co_activation.evenly(5, 8, rng).tolist() == [0, 1, 2, 3, 4]
+    assert systematic_sample(5, 8, rng).tolist() == [0, 1, 2, 3, 4]
     drawn = np.zeros(10)
     for _ in range(2000):
-        places = co_activation.evenly(10, 4, rng)
+        places = systematic_sample(10, 4, rng)
         assert len(np.unique(places)) == 4
         drawn[places] += 1
     assert abs(drawn - 800).max() < 120  # 800 expected each, standard deviation 22

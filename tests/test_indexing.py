@@ -12,7 +12,7 @@ from fakes import HOOK_POINT
 from sae.dictionary.autoencoder import SAE
 from sae.indexing import build as indexing
 from sae.indexing.build import IndexBlock, index
-from sae.indexing.correlation import Correlation
+from sae.indexing.correlation import FeatureNeuronCorrelation
 from sae.kernels.activations import DenseActs
 from sae.lm import NativeModel
 from sae.text.tokenizer import token_bytes
@@ -116,7 +116,7 @@ def test_logit_weights(built: Built) -> None:
 
 def test_the_model_is_not_changed_by_its_logit_weights(built: Built) -> None:
     before = built.model.logits(built.tokens)
-    indexing.panels(built.sae, built.model, HOOK_POINT)
+    indexing.weight_panels(built.sae, built.model, HOOK_POINT)
     assert torch.equal(built.model.logits(built.tokens), before)
 
 
@@ -176,9 +176,9 @@ def test_the_size_of_a_block_does_not_matter(tmp_path: Path, tiny_model: NativeM
 @pytest.mark.parametrize("at_once", [1, 7, 512])
 def test_the_number_of_features_at_once_does_not_matter(tiny_model: NativeModel, monkeypatch, at_once: int) -> None:
     sae = make_sae()
-    whole = indexing.panels(sae, tiny_model, HOOK_POINT)
+    whole = indexing.weight_panels(sae, tiny_model, HOOK_POINT)
     monkeypatch.setattr(indexing, "FEATURES_AT_ONCE", at_once)
-    parts = indexing.panels(sae, tiny_model, HOOK_POINT)
+    parts = indexing.weight_panels(sae, tiny_model, HOOK_POINT)
     for name in ("neighbours/cosine", "logits/top_value", "stats/cos_enc_dec", "neurons/weight_share"):
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, atol=1e-5)
     assert parts["neighbours/id"].shape == (D_SAE, 10)
@@ -187,7 +187,7 @@ def test_the_number_of_features_at_once_does_not_matter(tiny_model: NativeModel,
 @pytest.mark.parametrize("d_sae", [1, 2, 5])
 def test_dictionaries_smaller_than_a_panel(tiny_model: NativeModel, d_sae: int) -> None:
     sae = SAE(D_IN, d_sae).requires_grad_(False)  # all zero: no direction has a length
-    found = indexing.panels(sae, tiny_model, HOOK_POINT)
+    found = indexing.weight_panels(sae, tiny_model, HOOK_POINT)
     assert found["neighbours/id"].shape == (d_sae, min(10, d_sae - 1))
     assert found["logits/histogram"].sum(1).tolist() == [300] * d_sae
     assert all(np.isfinite(panel).all() for panel in found.values())
@@ -200,11 +200,11 @@ def test_correlation_of_what_never_varies_is_zero() -> None:
     x[:, 1], x[:, 2], x[:, 3] = 0.1, 0.0, 1234.567
     f = torch.rand(4000, 3, generator=generator).sub(0.7).relu()
     f[:, 1] = 0.3
-    correlation = Correlation(3, 6)
+    correlation = FeatureNeuronCorrelation(3, 6)
     for start in range(0, 4000, 700):
         part = slice(start, start + 700)
         correlation.add(DenseActs(f[part]).sparse(), x[part], torch.ones(len(x[part]), dtype=torch.bool))
-    found = correlation.matrix().numpy()
+    found = correlation.matrix()
     assert not found[:, 1:4].any()
     assert not found[1].any()
     for i in (0, 2):
@@ -216,7 +216,7 @@ def test_correlation_of_neurons_far_from_zero() -> None:
     generator = torch.Generator().manual_seed(0)
     f = torch.rand(3000, 1, generator=generator).sub(0.8).relu()
     x = 300 + f * 5 + torch.rand(3000, 2, generator=generator)
-    correlation = Correlation(1, 2)
+    correlation = FeatureNeuronCorrelation(1, 2)
     kept = torch.arange(3000) % 3 > 0
     x[~kept] = 1e6  # rows that are not kept do not count
     acts = DenseActs(f).sparse()
@@ -227,4 +227,4 @@ def test_correlation_of_neurons_far_from_zero() -> None:
 
 
 def test_nothing_at_all_correlates_with_nothing() -> None:
-    assert not Correlation(2, 3).matrix().any()
+    assert not FeatureNeuronCorrelation(2, 3).matrix().any()

@@ -28,13 +28,13 @@ from jaxtyping import Bool, Float
 from scipy import sparse
 from torch import Tensor
 
-from sae.analysis.correlation import Moments, NeuronPairs, PairBlock, pair_blocks
+from sae.analysis.correlation import FeatureMoments, NeuronCorrelation, PairBlock, pair_blocks
 from sae.analysis.matching import one_to_one
 from sae.analysis.recorder import Recorder
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.directions import best_cosines, unit
 from sae.evaluation.metrics import number
-from sae.indexing.correlation import Correlation
+from sae.indexing.correlation import FeatureNeuronCorrelation
 from sae.jobs.progress import progress
 
 COMPARE_FORMAT = 1
@@ -133,8 +133,8 @@ class Seen:
 
 def _encode(a: SAE, b: SAE, blocks: Iterable[PairedBlock], tokens: int) -> Seen:
     recorded = Recorder(a.d_sae), Recorder(b.d_sae)
-    to_neurons = Correlation(a.d_sae, a.d_in), Correlation(b.d_sae, b.d_in)
-    between = NeuronPairs(a.d_in, b.d_in)
+    to_neurons = FeatureNeuronCorrelation(a.d_sae, a.d_in), FeatureNeuronCorrelation(b.d_sae, b.d_in)
+    between = NeuronCorrelation(a.d_in, b.d_in)
     with progress("compare", tokens, "tok") as bar:
         for block in blocks:
             for sae, x, recorder, correlation in zip((a, b), (block.x_a, block.x_b), recorded, to_neurons, strict=True):
@@ -150,8 +150,8 @@ def _encode(a: SAE, b: SAE, blocks: Iterable[PairedBlock], tokens: int) -> Seen:
                 )
             between.add(block.x_a[block.kept], block.x_b[block.kept])
             bar.update(int(block.kept.sum()))
-    best = [correlation.matrix().max(-1) for correlation in to_neurons]
-    neurons = [(found.indices.numpy(), found.values.double().numpy()) for found in best]
+    matrices = [correlation.matrix().astype(np.float32) for correlation in to_neurons]
+    neurons = [(found.argmax(1), found.max(1).astype(np.float64)) for found in matrices]
     return Seen(recorded[0].matrix(), recorded[1].matrix(), neurons[0], neurons[1], between.matrix())
 
 
@@ -162,8 +162,8 @@ def _encode(a: SAE, b: SAE, blocks: Iterable[PairedBlock], tokens: int) -> Seen:
 class Pairs:
     """The best of each feature, the candidates for a matching, and the splitting edges, gathered slice by slice."""
 
-    a: Moments
-    b: Moments
+    a: FeatureMoments
+    b: FeatureMoments
     best_of_a: tuple[np.ndarray, np.ndarray]
     best_of_b: tuple[np.ndarray, np.ndarray]
     candidates: tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -171,7 +171,7 @@ class Pairs:
 
     @classmethod
     def of(cls, acts_a: sparse.csr_array, acts_b: sparse.csr_array, *, masked: bool) -> Pairs:
-        of_a, of_b = Moments.of(acts_a), Moments.of(acts_b)
+        of_a, of_b = FeatureMoments.of(acts_a), FeatureMoments.of(acts_b)
         alive_a, alive_b = of_a.firings >= MIN_FIRINGS, of_b.firings >= MIN_FIRINGS
         best_a, best_b = _nothing(len(alive_a)), _nothing(len(alive_b))
         candidates: list[tuple[np.ndarray, ...]] = []
@@ -245,7 +245,7 @@ def _strongest(edges: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def _table(
-    moments: Moments,
+    moments: FeatureMoments,
     best: tuple[np.ndarray, np.ndarray],
     matched: np.ndarray,
     matched_correlation: np.ndarray,

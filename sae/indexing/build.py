@@ -1,22 +1,23 @@
-"""The feature index: every activation of every feature, and what its page shows, in one streaming pass."""
+"""The feature index: every activation of every feature, and the panels of its page, in one streaming pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
+from sae.dictionary.directions import cosines_with_others, unit
 from sae.dictionary.inference import Placed
 from sae.indexing import ablation_effects, co_activation, rules
 from sae.indexing import map as feature_map
-from sae.indexing.co_activation import Firings
-from sae.indexing.correlation import NEURONS, Correlation
+from sae.indexing.correlation import NEURONS, FeatureNeuronCorrelation
+from sae.indexing.firings import Firings
 from sae.jobs.progress import progress
 from sae.kernels.activations import SparseActs
 from sae.lm import LanguageModel
@@ -27,19 +28,22 @@ LOGIT_BUCKETS = 40
 NEIGHBOURS = 10
 FEATURES_AT_ONCE = 512
 
+Panels = dict[str, np.ndarray]  # by name (`logits/top_id`): one row per feature
+
 
 class IndexBlock(NamedTuple):
-    """Whole contexts as the index numbers them; `document` counts in the index's own table."""
+    """Whole contexts, numbered as in the index; `document` holds row numbers of the index's own document table."""
 
     first_context: int
     acts: Float[Tensor, "rows d_in"]
-    tokens: np.ndarray
-    keep: np.ndarray
-    document: np.ndarray
+    tokens: Int[np.ndarray, "contexts seq_len"]
+    keep: Bool[np.ndarray, "contexts seq_len"]
+    document: Int[np.ndarray, "contexts seq_len"]
 
 
+@runtime_checkable
 class IndexSink(Protocol):
-    """Takes the activations in any order and the finished panels; `store.features.FeatureWriter` is one."""
+    """Takes activations in any order, then the finished panels; `store.features.FeatureWriter` is one."""
 
     def append(
         self,
@@ -70,71 +74,83 @@ def index(
     device: str = "auto",
     kernels: str = "auto",
 ) -> Path:
-    """Encodes every block once, then adds logit weights, neurons, neighbours, what fires together, labels and Δloss.
+    """Encodes every block once, then adds the panels; returns the path of the index.
 
-    `hook_point` is where the decoder writes: where x was read, or a transcoder's target.
-    `resampled` is the step of a feature's last resampling, `stats/resampled_step` (-1: never).
+    `hook_point` is where the decoder writes: where x was read or, for a transcoder, its target.
+    `resampled` gives the step of a feature's last resampling, stored as `stats/resampled_step` (-1: never).
     """
-    correlation, placed = Correlation(sae.d_sae, sae.d_in), Placed(sae, device, kernels)
+    correlation, placed = FeatureNeuronCorrelation(sae.d_sae, sae.d_in), Placed(sae, device, kernels)
 
     @torch.inference_mode()
     def encoded(block: IndexBlock) -> tuple[IndexBlock, SparseActs]:
         return block, placed.encode(block.acts)
 
     with progress("index", tokens, "tok") as bar:
-        for block, acts in read_ahead(encoded, blocks):  # the next block is encoded while this one is taken in
+        for block, acts in read_ahead(encoded, blocks):  # the next block is encoded while this one is stored
             kept = torch.from_numpy(block.keep.reshape(-1))
             acts = acts.where(kept[acts.support.rows] & (acts.values > 0))
-            first_row = block.first_context * block.tokens.shape[1]
-            sink.append(
-                block.first_context,
-                block.tokens,
-                block.keep,
-                block.document,
-                acts.support.rows.numpy() + first_row,
-                acts.support.features.numpy(),
-                acts.values.numpy(),
-            )
+            _append(sink, block, acts)
             correlation.add(acts, block.acts, kept)
             bar.update(block.tokens.size)
 
-    def from_firings(firings: Firings) -> dict[str, np.ndarray]:
+    def from_firings(firings: Firings) -> Panels:
         return (
             co_activation.panels(firings)
             | rules.panels(firings)
             | ablation_effects.panels(sae, model, firings, hook_point)
         )
 
-    resampled_step = np.full(sae.d_sae, -1, np.int32)
-    for feature, step in (resampled or {}).items():
-        resampled_step[feature] = step
-    static = panels(sae, model, hook_point) | correlation.panels() | {"stats/resampled_step": resampled_step}
-    return sink.finish(static, from_firings)
+    panels = weight_panels(sae, model, hook_point) | correlation.panels()
+    panels["stats/resampled_step"] = _resampled_step(sae.d_sae, resampled or {})
+    return sink.finish(panels, from_firings)
 
 
-def panels(sae: SAE, model: LanguageModel, hook_point: str) -> dict[str, np.ndarray]:
-    """What follows from the weights alone: logit weights, aligned neurons, nearest features, encoder alignment, map."""
+def _append(sink: IndexSink, block: IndexBlock, acts: SparseActs) -> None:
+    sink.append(
+        block.first_context,
+        block.tokens,
+        block.keep,
+        block.document,
+        acts.support.rows.numpy() + block.first_context * block.tokens.shape[1],
+        acts.support.features.numpy(),
+        acts.values.numpy(),
+    )
+
+
+def _resampled_step(d_sae: int, resampled: Mapping[int, int]) -> Int[np.ndarray, " d_sae"]:
+    steps = np.full(d_sae, -1, np.int32)
+    for feature, step in resampled.items():
+        steps[feature] = step
+    return steps
+
+
+def weight_panels(sae: SAE, model: LanguageModel, hook_point: str) -> Panels:
+    """The panels that follow from the weights alone: logit weights, neurons, nearest features, map.
+
+    A transcoder has no `neurons/weight_*` (its decoder does not write to neurons of x) and no `stats/cos_enc_dec` (its
+    encoder and decoder directions lie in different spaces).
+    """
     parts: dict[str, list[np.ndarray]] = {}
-    unit = torch.nn.functional.normalize(sae.W_dec, dim=-1)
-    for chunk in _chunks(sae.d_sae):
-        found = _logit_panels(model.logit_weights(sae.W_dec[chunk].to(model.device), hook_point).cpu())
-        found |= _neighbour_panels(unit, chunk)
-        if not sae.is_transcoder:  # whose decoder writes to no neuron of x
-            found |= _neuron_panels(sae.W_dec[chunk])
+    directions = unit(sae.W_dec)
+    for rows in _chunks(sae.d_sae):
+        W_dec = sae.W_dec[rows]
+        found = _logit_panels(model.logit_weights(W_dec.to(model.device), hook_point).cpu())
+        found |= _neighbour_panels(directions, rows)
+        if not sae.is_transcoder:
+            found |= _neuron_panels(W_dec)
         for name, array in found.items():
             parts.setdefault(name, []).append(array)
-    joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    joined |= feature_map.panels(sae.W_dec)
-    if not sae.is_transcoder:  # whose two directions live in different spaces
-        joined["stats/cos_enc_dec"] = torch.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=-1).numpy()
-    return joined
+    panels = {name: np.concatenate(arrays) for name, arrays in parts.items()} | feature_map.panels(sae.W_dec)
+    if not sae.is_transcoder:
+        panels["stats/cos_enc_dec"] = torch.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=-1).numpy()
+    return panels
 
 
-def _chunks(d_sae: int) -> Iterator[slice]:
-    return (slice(start, min(start + FEATURES_AT_ONCE, d_sae)) for start in range(0, d_sae, FEATURES_AT_ONCE))
+def _chunks(d_sae: int) -> list[Int[Tensor, " features"]]:
+    return [torch.arange(start, min(start + FEATURES_AT_ONCE, d_sae)) for start in range(0, d_sae, FEATURES_AT_ONCE)]
 
 
-def _logit_panels(weights: Float[Tensor, "n d_vocab"]) -> dict[str, np.ndarray]:
+def _logit_panels(weights: Float[Tensor, "n d_vocab"]) -> Panels:
     count = min(TOP_LOGITS, weights.shape[1])
     top, top_id = weights.topk(count, dim=-1)
     bottom, bottom_id = weights.topk(count, dim=-1, largest=False)
@@ -156,7 +172,7 @@ def _logit_panels(weights: Float[Tensor, "n d_vocab"]) -> dict[str, np.ndarray]:
     }
 
 
-def _neuron_panels(W_dec: Float[Tensor, "n d_in"]) -> dict[str, np.ndarray]:
+def _neuron_panels(W_dec: Float[Tensor, "n d_in"]) -> Panels:
     _, ids = W_dec.abs().topk(min(NEURONS, W_dec.shape[1]), dim=-1)
     values = W_dec.gather(1, ids)
     share = values.abs() / W_dec.abs().sum(-1, keepdim=True).clamp_min(1e-12)
@@ -167,12 +183,9 @@ def _neuron_panels(W_dec: Float[Tensor, "n d_in"]) -> dict[str, np.ndarray]:
     }
 
 
-def _neighbour_panels(unit: Float[Tensor, "d_sae d_in"], chunk: slice) -> dict[str, np.ndarray]:
-    cosines = unit[chunk] @ unit.T
-    own = torch.arange(chunk.start, chunk.stop)
-    cosines[torch.arange(len(own)), own] = -2.0  # a feature is no neighbour of itself
-    values, ids = cosines.topk(min(NEIGHBOURS, unit.shape[0] - 1), dim=-1)
-    nearest = values[:, 0] if values.shape[1] else torch.zeros(len(own))
+def _neighbour_panels(directions: Float[Tensor, "d_sae d_in"], rows: Int[Tensor, " n"]) -> Panels:
+    values, ids = cosines_with_others(directions, rows).topk(min(NEIGHBOURS, len(directions) - 1), dim=-1)
+    nearest = values[:, 0] if values.shape[1] else torch.zeros(len(rows))
     return {
         "neighbours/id": ids.int().numpy(),
         "neighbours/cosine": values.numpy(),

@@ -1,53 +1,25 @@
-"""What fires together and what fires next, from the sorted activations of an index; numpy only.
+"""Which features fire together and which fire next, from the sorted activations of an index; numpy only.
 
-Each feature is represented by at most `SAMPLE_ROWS` of its firings, spread evenly over the text from a random start, so
-the cost follows the active features; a feature with fewer firings is counted exactly.
+Each feature is represented by at most `SAMPLE_ROWS` of its firings, evenly spaced over the text from a random start, so
+the cost grows with the number of active features. A feature with no more firings than that is counted exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
+from sae.indexing.correlation import Moments, pearson
+from sae.indexing.firings import Firings, next_token_is_kept, systematic_sample
 from sae.jobs.progress import progress
 
 SAMPLE_ROWS = 256
 LISTED = 10
-MIN_TOGETHER = 3  # sampled rows two features must share before they are called similar
+MIN_TOGETHER = 3  # sampled rows on which two features must both fire before either is listed for the other
 CELLS_AT_ONCE = 1 << 22
-
-
-class Firings(Protocol):
-    """Every activation by feature and by row, with its text; `store.feature_sort.SortedFirings` is one."""
-
-    @property
-    def ptr(self) -> np.ndarray: ...
-    @property
-    def rows(self) -> np.ndarray: ...
-    @property
-    def values(self) -> np.ndarray: ...
-    @property
-    def row_ptr(self) -> np.ndarray: ...
-    @property
-    def row_features(self) -> np.ndarray: ...
-    @property
-    def row_values(self) -> np.ndarray: ...
-    @property
-    def tokens(self) -> np.ndarray: ...
-    @property
-    def keep(self) -> np.ndarray: ...
-    @property
-    def domain(self) -> np.ndarray: ...
-
-
-class _Sample(NamedTuple):
-    """Sampled firings of the features `first ..`: which feature (counted from `first`), where, how strongly."""
-
-    feature: np.ndarray
-    row: np.ndarray
-    value: np.ndarray
 
 
 def panels(firings: Firings, *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -56,108 +28,134 @@ def panels(firings: Firings, *, seed: int = 0) -> dict[str, np.ndarray]:
     With n_f the firings of f, n_fg the rows where f and g both fire (scaled up from the sample) and N the kept rows:
     jaccard = n_fg / (n_f + n_g − n_fg); pearson = (E fg − E f E g) / (σ_f σ_g);
     share = P(g fires on the next token | f fires), lift = share / density of g; ranked by share − density.
-    Ids are -1 where fewer than `LISTED` features qualify.
+    Each panel is [d_sae, LISTED]; an id is -1 where fewer features qualify.
     """
-    d_sae = len(firings.ptr) - 1
-    n_rows = max(1, int(firings.keep.sum()))
-    count = np.diff(firings.ptr).astype(np.float64)
-    mean, mean_square = _means(firings, n_rows)
-    std = np.sqrt(np.maximum(mean_square - mean**2, 0.0))
-    keep = firings.keep.reshape(-1)
-    seq_len = firings.keep.shape[1]
-    found: dict[str, list[np.ndarray]] = {}
-
-    def put(name: str, **columns: np.ndarray) -> None:
-        for column, array in columns.items():
-            found.setdefault(f"{name}/{column}", []).append(array)
-
-    with progress("features together", d_sae, "features") as bar:
-        for first, sample in _samples(firings, seed):
-            width = _width(d_sae)
-            n = min(width, d_sae - first)
-            own = np.arange(n), np.arange(first, first + n)
-            n_f = count[first : first + n, None]
-            sampled = np.bincount(sample.feature, minlength=n)[:, None]
-            scale = n_f / np.maximum(sampled, 1)
-            met, weighted = _meet(firings, sample, sample.row, n, d_sae)
-            met[own] = 0
-            enough = met >= MIN_TOGETHER
-            both = met * scale
-            jaccard = np.where(enough, both / np.maximum(n_f + count - both, 1), -np.inf)
-            put("together", **_best(np.minimum(jaccard, 1.0), "jaccard"))
-            covariance = weighted * scale / n_rows - mean[first : first + n, None] * mean
-            spread = std[first : first + n, None] * std
-            pearson = np.where(enough & (spread > 0), covariance / np.where(spread > 0, spread, 1.0), -np.inf)
-            put("correlated", **_best(np.minimum(pearson, 1.0), "pearson"))
-            goes_on = sample.row % seq_len < seq_len - 1
-            goes_on[goes_on] = keep[sample.row[goes_on] + 1]
-            next_sample = _Sample(*(column[goes_on] for column in sample))
-            met, _ = _meet(firings, next_sample, next_sample.row + 1, n, d_sae)
-            steps = np.maximum(np.bincount(next_sample.feature, minlength=n)[:, None], 1)
-            density = count / n_rows
-            gain = np.where(met >= MIN_TOGETHER, met / steps - density, -np.inf)
-            best = _best(gain, "share")
-            share = np.where(best["id"] >= 0, best["share"] + density[best["id"]], 0.0)
-            lift = np.where(best["id"] >= 0, share / np.maximum(density[best["id"]], 1e-12), 0.0)
-            put("successors", id=best["id"], share=share.astype(np.float32), lift=lift.astype(np.float32))
-            bar.update(n)
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+    totals = _Totals.of(firings)
+    parts: dict[str, list[np.ndarray]] = {}
+    with progress("features together", len(totals.count), "features") as bar:
+        for sample in _samples(firings, seed):
+            found = _fires_together(firings, totals, sample) | _fires_next(firings, totals, sample)
+            for name, array in found.items():
+                parts.setdefault(name, []).append(array)
+            bar.update(sample.n)
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
-def _means(firings: Firings, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """E[f] and E[f²] over the kept rows [d_sae]."""
-    mean, square = (np.zeros(len(firings.ptr) - 1) for _ in range(2))
-    for f, (lo, hi) in enumerate(zip(firings.ptr[:-1], firings.ptr[1:], strict=True)):
-        values = np.asarray(firings.values[lo:hi], np.float64)
-        mean[f], square[f] = values.sum() / n_rows, (values**2).sum() / n_rows
-    return mean, square
+class _Totals(NamedTuple):
+    """Exact statistics of every feature over the kept rows."""
+
+    n_rows: int
+    count: Float[np.ndarray, " d_sae"]  # firings
+    moments: Moments
+
+    @classmethod
+    def of(cls, firings: Firings) -> _Totals:
+        n_rows = max(1, int(firings.keep.sum()))
+        mean, mean_square = (np.zeros(len(firings.ptr) - 1) for _ in range(2))
+        for f, (start, stop) in enumerate(zip(firings.ptr[:-1], firings.ptr[1:], strict=True)):
+            values = np.asarray(firings.values[start:stop], np.float64)
+            mean[f], mean_square[f] = values.sum() / n_rows, (values**2).sum() / n_rows
+        return cls(n_rows, np.diff(firings.ptr).astype(np.float64), Moments.of_means(mean, mean_square))
 
 
-def _width(d_sae: int) -> int:
-    return max(1, CELLS_AT_ONCE // d_sae)
+class _Sample(NamedTuple):
+    """Sampled firings of the n features from `first` on; `feature` counts from `first`."""
+
+    first: int
+    n: int
+    feature: Int[np.ndarray, " firings"]
+    row: Int[np.ndarray, " firings"]
+    value: Float[np.ndarray, " firings"]
+
+    @property
+    def features(self) -> slice:
+        return slice(self.first, self.first + self.n)
+
+    @property
+    def size(self) -> Int[np.ndarray, "n 1"]:
+        """Sampled firings of each feature, at least 1."""
+        return np.maximum(np.bincount(self.feature, minlength=self.n)[:, None], 1)
+
+    def where(self, chosen: Bool[np.ndarray, " firings"]) -> _Sample:
+        return self._replace(feature=self.feature[chosen], row=self.row[chosen], value=self.value[chosen])
 
 
-def _samples(firings: Firings, seed: int) -> Iterator[tuple[int, _Sample]]:
-    """Blocks of features with their sampled firings."""
+def _samples(firings: Firings, seed: int) -> Iterator[_Sample]:
+    """Samples of successive blocks of features, small enough for a [block, d_sae] table."""
     d_sae = len(firings.ptr) - 1
     rng = np.random.default_rng(seed)
-    width = _width(d_sae)
-    for first in range(0, d_sae, width):
-        places, features = [], []
-        for f in range(first, min(first + width, d_sae)):
-            lo, hi = int(firings.ptr[f]), int(firings.ptr[f + 1])
-            places.append(lo + evenly(hi - lo, SAMPLE_ROWS, rng))
-            features.append(np.full(len(places[-1]), f - first))
+    at_once = max(1, CELLS_AT_ONCE // d_sae)
+    for first in range(0, d_sae, at_once):
+        n = min(at_once, d_sae - first)
+        places = []
+        for f in range(first, first + n):
+            start, stop = int(firings.ptr[f]), int(firings.ptr[f + 1])
+            places.append(start + systematic_sample(stop - start, SAMPLE_ROWS, rng))
+        feature = np.repeat(np.arange(n), [len(place) for place in places])
         place = np.concatenate(places)
-        rows = np.asarray(firings.rows[place]).astype(np.int64)
-        yield first, _Sample(np.concatenate(features), rows, np.asarray(firings.values[place], np.float64))
+        rows, values = np.asarray(firings.rows[place]).astype(np.int64), np.asarray(firings.values[place], np.float64)
+        yield _Sample(first, n, feature, rows, values)
 
 
-def evenly(n: int, most: int, rng: np.random.Generator) -> np.ndarray:
-    """At most `most` of the numbers 0 … n−1, ascending, each with the same chance (systematic sampling)."""
-    if n <= most:
-        return np.arange(n)
-    return np.minimum(((np.arange(most) + rng.random()) * n / most).astype(np.int64), n - 1)
+def _fires_together(firings: Firings, totals: _Totals, sample: _Sample) -> dict[str, np.ndarray]:
+    """The panels `together` and `correlated` of the sampled features."""
+    met, products = _meetings(firings, sample, sample.row)
+    met[np.arange(sample.n), np.arange(sample.first, sample.first + sample.n)] = 0  # no feature is listed for itself
+    enough = met >= MIN_TOGETHER
+    count = totals.count[sample.features, None]
+    scale = count / sample.size
+    both = met * scale
+    jaccard = np.where(enough, both / np.maximum(count + totals.count - both, 1), -np.inf)
+    mine = Moments(totals.moments.mean[sample.features], totals.moments.std[sample.features])
+    varies = np.outer(mine.std > 0, totals.moments.std > 0)
+    correlation = np.where(enough & varies, pearson(products * scale, totals.n_rows, mine, totals.moments), -np.inf)
+    together, together_value = _largest(np.minimum(jaccard, 1.0))
+    correlated, correlated_value = _largest(correlation)
+    return {
+        "together/id": together,
+        "together/jaccard": together_value,
+        "correlated/id": correlated,
+        "correlated/pearson": correlated_value,
+    }
 
 
-def _meet(firings: Firings, sample: _Sample, rows: np.ndarray, n: int, d_sae: int) -> tuple[np.ndarray, np.ndarray]:
-    """[n, d_sae]: on how many of the sample's `rows` each feature fires, and Σ of the products of activations."""
+def _fires_next(firings: Firings, totals: _Totals, sample: _Sample) -> dict[str, np.ndarray]:
+    """The panel `successors` of the sampled features."""
+    sample = sample.where(next_token_is_kept(firings, sample.row))
+    met, _ = _meetings(firings, sample, sample.row + 1)
+    density = totals.count / totals.n_rows
+    ids, gain = _largest(np.where(met >= MIN_TOGETHER, met / sample.size - density, -np.inf))
+    share = np.where(ids >= 0, gain + density[ids], 0.0)
+    lift = np.where(ids >= 0, share / np.maximum(density[ids], 1e-12), 0.0)
+    return {
+        "successors/id": ids,
+        "successors/share": share.astype(np.float32),
+        "successors/lift": lift.astype(np.float32),
+    }
+
+
+def _meetings(
+    firings: Firings, sample: _Sample, rows: Int[np.ndarray, " firings"]
+) -> tuple[Int[np.ndarray, "n d_sae"], Float[np.ndarray, "n d_sae"]]:
+    """On how many of the sample's `rows` each feature fires, and Σ of the products of the two activations."""
+    d_sae = len(firings.ptr) - 1
     starts = np.asarray(firings.row_ptr[rows]).astype(np.int64)
     lengths = np.asarray(firings.row_ptr[rows + 1]).astype(np.int64) - starts
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     place = np.repeat(starts, lengths) + within
-    key = np.repeat(sample.feature, lengths) * d_sae + np.asarray(firings.row_features[place]).astype(np.int64)
+    cell = np.repeat(sample.feature, lengths) * d_sae + np.asarray(firings.row_features[place]).astype(np.int64)
     product = np.repeat(sample.value, lengths) * np.asarray(firings.row_values[place], np.float64)
-    met = np.bincount(key, minlength=n * d_sae).reshape(n, d_sae)
-    return met, np.bincount(key, weights=product, minlength=n * d_sae).reshape(n, d_sae)
+    n_cells = sample.n * d_sae
+    met = np.bincount(cell, minlength=n_cells).reshape(sample.n, d_sae)
+    return met, np.bincount(cell, weights=product, minlength=n_cells).reshape(sample.n, d_sae)
 
 
-def _best(scores: np.ndarray, name: str) -> dict[str, np.ndarray]:
-    """The `LISTED` largest scores of each row, largest first; id -1 and 0 where a score is −inf."""
+def _largest(scores: Float[np.ndarray, "n d_sae"]) -> tuple[Int[np.ndarray, "n listed"], Float[np.ndarray, "n listed"]]:
+    """Ids and values of the `LISTED` largest scores of each row, largest first; id -1, value 0 for a score of −inf."""
     width = min(LISTED, scores.shape[1])
     ids = np.argpartition(-scores, width - 1, axis=1)[:, :width]
     values = np.take_along_axis(scores, ids, 1)
     order = np.lexsort((ids, -values), axis=1)
     ids, values = np.take_along_axis(ids, order, 1), np.take_along_axis(values, order, 1)
-    nothing = np.isneginf(values)
-    return {"id": np.where(nothing, -1, ids).astype(np.int32), name: np.where(nothing, 0.0, values).astype(np.float32)}
+    missing = np.isneginf(values)
+    return np.where(missing, -1, ids).astype(np.int32), np.where(missing, 0.0, values).astype(np.float32)

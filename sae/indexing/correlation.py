@@ -1,55 +1,87 @@
-"""Pearson correlation of features with neurons, in one pass."""
+"""Pearson correlation from running sums: one formula, and one rule for columns that do not vary."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from sae.kernels.activations import SparseActs
 
+ROUNDING = 1e-9  # a variance at or below this share of the mean square is rounding error: the column is constant
 NEURONS = 10
-ROWS_AT_ONCE = 1024  # in float64: few enough to stay in the cache
+ROWS_AT_ONCE = 1024  # rows converted to float64 at once: few enough to stay in the processor's cache
 
 
-class Correlation:
-    """Pearson correlation of each feature with each neuron of x, from running float64 sums."""
+class Moments(NamedTuple):
+    """Mean and standard deviation of each column; the standard deviation of a constant column is exactly 0."""
 
-    def __init__(self, d_sae: int, d_in: int) -> None:
+    mean: Float64[np.ndarray, " columns"]
+    std: Float64[np.ndarray, " columns"]
+
+    @classmethod
+    def of_sums(
+        cls, n: int, sums: Float64[np.ndarray, " columns"], square_sums: Float64[np.ndarray, " columns"]
+    ) -> Moments:
+        """From Σ x and Σ x² over n rows."""
+        return cls.of_means(sums / max(1, n), square_sums / max(1, n))
+
+    @classmethod
+    def of_means(cls, mean: Float64[np.ndarray, " columns"], mean_square: Float64[np.ndarray, " columns"]) -> Moments:
+        """From E[x] and E[x²]."""
+        variance = mean_square - mean**2
+        return cls(mean, np.sqrt(np.where(variance > ROUNDING * mean_square, variance, 0.0)))
+
+
+def pearson(products: Float64[np.ndarray, "n_a n_b"], n: int, a: Moments, b: Moments) -> Float64[np.ndarray, "n_a n_b"]:
+    """`(E[x y] − E[x] E[y]) / (σ_x σ_y)` for each column x of a and y of b; 0 where either is constant.
+
+    `products` are the sums Σ x y over n rows.
+    """
+    covariance = products / max(1, n) - np.outer(a.mean, b.mean)
+    scale = np.outer(a.std, b.std)
+    return np.clip(np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0), -1, 1)
+
+
+class RunningCorrelation:
+    """Pearson correlation of every column of a with every column of b; subclasses add rows to the float64 sums."""
+
+    def __init__(self, n_a: int, n_b: int) -> None:
         self.n = 0
-        self.products = torch.zeros(d_sae, d_in, dtype=torch.float64)
-        self.f, self.ff = (torch.zeros(d_sae, dtype=torch.float64) for _ in range(2))
-        self.x, self.xx = (torch.zeros(d_in, dtype=torch.float64) for _ in range(2))
+        self.products = torch.zeros(n_a, n_b, dtype=torch.float64)
+        self.sums_a, self.square_sums_a = (torch.zeros(n_a, dtype=torch.float64) for _ in range(2))
+        self.sums_b, self.square_sums_b = (torch.zeros(n_b, dtype=torch.float64) for _ in range(2))
+
+    def matrix(self) -> Float64[np.ndarray, "n_a n_b"]:
+        """The correlations over all rows added so far; 0 where either column is constant."""
+        a = Moments.of_sums(self.n, self.sums_a.numpy(), self.square_sums_a.numpy())
+        b = Moments.of_sums(self.n, self.sums_b.numpy(), self.square_sums_b.numpy())
+        return pearson(self.products.numpy(), self.n, a, b)
+
+
+class FeatureNeuronCorrelation(RunningCorrelation):
+    """Pearson correlation of each feature's activation with each neuron of x, over the kept rows."""
 
     def add(self, acts: SparseActs, x: Float[Tensor, "rows d_in"], kept: Bool[Tensor, " rows"]) -> None:
-        """Rows and the activations of the kept ones among them."""
+        """Adds the kept rows; `acts` holds activations of kept rows only."""
         self.n += int(kept.sum())
         products = torch.zeros(self.products.shape)
         acts.kernels.add_by_feature_(products, acts.values, acts.support, x)
         self.products += products
-        features, wide = acts.support.features.long(), acts.values.double()
-        self.f.index_add_(0, features, wide)
-        self.ff.index_add_(0, features, wide**2)
-        for part, counted in zip(x.split(ROWS_AT_ONCE), kept.split(ROWS_AT_ONCE), strict=True):
-            wide_x = part[counted].double()
-            self.x += wide_x.sum(0)
-            self.xx += wide_x.pow(2).sum(0)
-
-    def matrix(self) -> Float[Tensor, "d_sae d_in"]:
-        """`cov(f, x) / (σ_f σ_x)`; 0 where either never varies."""
-        n = max(1, self.n)
-        covariance = self.products / n - torch.outer(self.f / n, self.x / n)
-        scale = torch.outer(_std(self.f / n, self.ff / n), _std(self.x / n, self.xx / n))
-        varies = scale > 0
-        return torch.where(varies, covariance / torch.where(varies, scale, 1.0), 0.0).clamp(-1, 1).float()
+        features, values = acts.support.features.long(), acts.values.double()
+        self.sums_a.index_add_(0, features, values)
+        self.square_sums_a.index_add_(0, features, values**2)
+        for start in range(0, len(x), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            wide_x = x[part][kept[part]].double()
+            self.sums_b += wide_x.sum(0)
+            self.square_sums_b += wide_x.pow(2).sum(0)
 
     def panels(self) -> dict[str, np.ndarray]:
-        values, ids = self.matrix().topk(min(NEURONS, len(self.x)), dim=-1)
+        """The `NEURONS` most correlated neurons of each feature: `neurons/corr_id`, `neurons/corr_value`."""
+        correlations = torch.from_numpy(self.matrix()).float()
+        values, ids = correlations.topk(min(NEURONS, correlations.shape[1]), dim=-1)
         return {"neurons/corr_id": ids.int().numpy(), "neurons/corr_value": values.numpy()}
-
-
-def _std(mean: Tensor, mean_square: Tensor) -> Tensor:
-    """Standard deviations; 0 where the variance is no more than the rounding of its two terms."""
-    variance = mean_square - mean**2
-    return torch.where(variance > 1e-9 * mean_square, variance, 0.0).sqrt()
