@@ -109,7 +109,10 @@ def files(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-def kill_store_writers(kills: int, workers: int, seed: int, scratch: Path) -> Tally:
+Writer = Callable[[str, int, int], None]
+
+
+def kill_store_writers(kills: int, workers: int, seed: int, scratch: Path, writer: Writer = write) -> Tally:
     """Writers without a model: processes forked from one that has imported everything."""
     tally, rng = Tally("store", workers), random.Random(seed)
     context = multiprocessing.get_context("forkserver")
@@ -121,7 +124,7 @@ def kill_store_writers(kills: int, workers: int, seed: int, scratch: Path) -> Ta
     while tally.kills < kills:
         out, known = scratch / f"{workers}-{tally.stores}.zarr", set[tuple[str, int]]()
         while not (out / "complete.json").exists():
-            running = [context.Process(target=write, args=(str(out), rank, workers)) for rank in range(workers)]
+            running = [context.Process(target=writer, args=(str(out), rank, workers)) for rank in range(workers)]
             for process in running:
                 process.start()
             before = _markers(out)

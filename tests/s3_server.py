@@ -30,7 +30,7 @@ class Faulty:
             start_response("500 Internal Server Error", [("Content-Length", "0")])
             return [b""]
         if kind == "slow":
-            time.sleep(0.3)
+            time.sleep(0.05)
         if kind == "cut":
             return self._cut(environ)
         answer = list(self.app(environ, start_response))

@@ -89,16 +89,13 @@ def test_a_store_of_version_0_1_is_used_and_repaired_as_before(
 
 
 def test_a_store_of_version_0_1_is_merged_with_a_new_one(old_store: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
-    more = text_source([d for d in made_up_documents(2600, seed=3) if d.text not in _texts(1200)])
+    there = {document.text for document in made_up_documents(1200)}
+    more = text_source([d for d in made_up_documents(2600, seed=3) if d.text not in there])
     pipeline.harvest(str(tiny_model_dir), more, tmp_path / "more.zarr", hook_points=[HOOK_POINT], **SIZE)
     pipeline.merge_stores([old_store, tmp_path / "more.zarr"], tmp_path / "both.zarr")
     both = ActivationStore.open(tmp_path / "both.zarr")
     rows = [ActivationStore.open(p).totals("train", HOOK_POINT).kept_rows for p in (old_store, tmp_path / "more.zarr")]
     assert both.totals("train", HOOK_POINT).kept_rows == sum(rows)
-
-
-def _texts(n: int) -> set[str]:
-    return {document.text for document in made_up_documents(n)}
 
 
 def test_identities_without_a_common_hash_are_of_two_models() -> None:

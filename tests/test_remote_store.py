@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import s3_server
 from test_activations import POST, fill, make, shard_data
 
+from store import remote
 from store.activations import ActivationStore
 from store.batches import ShuffledRows
 from store.common import StoreError
@@ -38,6 +40,8 @@ def server(faults: Path) -> Iterator[str]:
         "AWS_ALLOW_HTTP": "true",
     }
     with pytest.MonkeyPatch.context() as patch:
+        backoff = remote.RETRY["backoff"] | {"init_backoff": timedelta(milliseconds=2)}
+        patch.setattr(remote, "RETRY", remote.RETRY | {"backoff": backoff})  # the server needs no time to recover
         for name, value in environment.items():
             patch.setenv(name, value)
         yield url
@@ -114,10 +118,6 @@ def test_failures_in_between_change_nothing(url: str, faults: Path, tmp_path: Pa
 
 
 def test_a_server_that_is_gone_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from datetime import timedelta
-
-    from store import remote
-
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(remote, "RETRY", {**remote.RETRY, "max_retries": 1, "retry_timeout": timedelta(seconds=1)})
     with pytest.raises(StoreError, match=r"s3://bucket/x.*cannot be reached .*repeat the command to go on"):
@@ -127,6 +127,7 @@ def test_a_server_that_is_gone_is_an_error_that_says_so(monkeypatch: pytest.Monk
 HOLDER = """
 import sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
+from store import remote
 from store.activations import ActivationStore
 with ActivationStore.open(sys.argv[1]).hold([1, 2]):
     print("ready", flush=True)

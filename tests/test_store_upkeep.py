@@ -216,7 +216,8 @@ def test_info_tells_all_there_is(store: Path, capsys: pytest.CaptureFixture[str]
 def test_merged_stores_hold_the_rows_of_both(
     store: Path, sound: Path, tiny_model: NativeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = [d for d in made_up_documents(2600, seed=3) if d.text not in {e.text for e in made_up_documents(1200)}]
+    there = {document.text for document in made_up_documents(1200)}
+    more = [d for d in made_up_documents(2600, seed=3) if d.text not in there]
     other = tmp_path / "other.zarr"
     pipeline.harvest(tiny_model, text_source(more), other, hook_points=[HOOK_POINT, RESID], **TOKENS)
     out = tmp_path / "both.zarr"
