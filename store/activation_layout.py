@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from store.common import HELD_OUT, SPLITS, TRAIN, StoreError
 from store.places import Place
 from store.schema import FORMAT_VERSION, parse_json, stored_dtype
-from store.shards import create_array
 
 KIND = "activations"
 TEXT_ARRAYS: dict[str, tuple[type, int | bool]] = {  # name: dtype, what padding holds
@@ -144,7 +144,7 @@ def metadata_files(attributes: dict[str, Any]) -> dict[str, bytes]:
     contexts, seq_len = attributes["contexts_per_shard"], attributes["seq_len"]
     for hook, d_in in attributes["hook_points"].items():
         dtype = attributes["dtype"][hook]
-        create_array(
+        _create_array(
             group,
             acts_name(hook),
             n_shards=n_shards,
@@ -154,7 +154,7 @@ def metadata_files(attributes: dict[str, Any]) -> dict[str, bytes]:
             attributes={"logical_dtype": dtype},
         )
     for name, (kind, fill) in TEXT_ARRAYS.items():
-        create_array(
+        _create_array(
             group,
             name,
             n_shards=n_shards,
@@ -165,3 +165,26 @@ def metadata_files(attributes: dict[str, Any]) -> dict[str, bytes]:
         )
     ordered = sorted(files, key=lambda key: (key == METADATA, key))
     return {key: files[key].to_bytes() for key in ordered}
+
+
+def _create_array(
+    group: zarr.Group,
+    name: str,
+    *,
+    n_shards: int,
+    shard_shape: tuple[int, int],
+    dtype: np.dtype[Any],
+    fill: int | bool,
+    attributes: dict[str, Any],
+) -> None:
+    """Makes an array's metadata for shards of shape [length, width]; no data yet."""
+    group.create_array(
+        name,
+        shape=(n_shards * shard_shape[0], shard_shape[1]),
+        chunks=shard_shape,
+        dtype=dtype,
+        fill_value=fill,
+        filters=None,
+        compressors=[Crc32cCodec()],
+        attributes=attributes,
+    )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 LANES = 64  # document i belongs to lane i % LANES, shard s of a split to lane s % LANES, for any number of workers
 HELD_OUT, TRAIN = "heldout", "train"
 SPLITS = (HELD_OUT, TRAIN)  # in the order of their shards in a store
-PARTIAL_SUFFIX = ".partial"  # of unfinished files; zarr's own temporary files have it too
+PARTIAL_SUFFIX = ".partial"  # of unfinished files; version 0.1 let zarr write shards, with the same suffix
 
 Item = TypeVar("Item")
 Piece = TypeVar("Piece")

@@ -10,11 +10,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from store.common import PARTIAL_SUFFIX, StoreError, atomic_write, exclusive_lock, fsync
+from store.common import PARTIAL_SUFFIX, StoreError, atomic_write, exclusive_lock, fsync, write_bytes
 
 CREATION_WAIT_S = 60.0  # workers that start together make the store one after another
 Check = Callable[[int], None]  # raises StoreError when a lane is no longer ours
@@ -26,11 +26,6 @@ class Place(Protocol):
     @property
     def path(self) -> Path | str:
         """As a person names it."""
-        ...
-
-    @property
-    def zarr_root(self) -> Any:
-        """What zarr opens."""
         ...
 
     def where(self, key: str) -> str:
@@ -59,15 +54,15 @@ class Place(Protocol):
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
-        """What reading and writing through zarr may raise beside OSError."""
+        """What `load` may raise besides OSError."""
         ...
 
     def write(self, key: str, data: bytes, *, replace: bool = False) -> None:
         """Writes a key whole and for good; without `replace` it must not be there with other bytes."""
         ...
 
-    def settle(self, key: str) -> None:
-        """Makes what zarr wrote under a key survive a loss of power."""
+    def write_chunk(self, key: str, data: bytes) -> None:
+        """Writes one file of an array whole and for good, in place of any that is there."""
         ...
 
     def delete(self, *keys: str) -> None:
@@ -96,7 +91,6 @@ class LocalPlace:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.zarr_root = str(path)
         self.errors: tuple[type[Exception], ...] = ()
 
     def where(self, key: str) -> str:
@@ -134,10 +128,11 @@ class LocalPlace:
         with atomic_write(self.path / key) as partial:
             partial.write_bytes(data)
 
-    def settle(self, key: str) -> None:
+    def write_chunk(self, key: str, data: bytes) -> None:
         file = self.path / key
-        for path in (file, file.parent, file.parent.parent, file.parent.parent.parent):
-            fsync(path)
+        write_bytes(file, data)
+        for directory in file.parents[1:3]:  # those above may be as new as the file's own
+            fsync(directory)
 
     def delete(self, *keys: str) -> None:
         changed = set()

@@ -39,7 +39,6 @@ class RemotePlace:
         try:
             import obstore
             from obstore.store import from_url
-            from zarr.storage import ObjectStore
         except ImportError as error:
             raise StoreError(f"{url}: remote stores need obstore: pip install 'monosem[remote]'") from error
         self.path = url.rstrip("/")
@@ -52,7 +51,6 @@ class RemotePlace:
                 client_options={"timeout": TIMEOUT_S, "allow_http": os.environ.get("AWS_ALLOW_HTTP") == "true"},
                 retry_config=RETRY,
             )
-        self.zarr_root = ObjectStore(self._objects)
 
     def where(self, key: str) -> str:
         return f"{self.path}/{key}" if key else self.path
@@ -113,8 +111,8 @@ class RemotePlace:
         if self.read(key) != data:  # the same bytes are our own PUT, whose answer was lost, or one as good
             raise StoreError(f"{self.where(key)}: another writer was here first; nothing was overwritten")
 
-    def settle(self, key: str) -> None:
-        """A PUT that was answered is there for good."""
+    def write_chunk(self, key: str, data: bytes) -> None:
+        self.write(key, data, replace=True)
 
     def delete(self, *keys: str) -> None:
         def remove(key: str) -> None:

@@ -10,12 +10,9 @@ from __future__ import annotations
 import base64
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec
 
 from store.common import DocumentRecord, StoreError
 from store.places import Place
@@ -123,29 +120,6 @@ def kept_sums(stored: np.ndarray, keep: np.ndarray, dtype: str) -> tuple[np.ndar
     return total, math.fsum(total_sq.tolist())
 
 
-def create_array(
-    group: zarr.Group,
-    name: str,
-    *,
-    n_shards: int,
-    shard_shape: tuple[int, int],
-    dtype: np.dtype[Any],
-    fill: int | bool,
-    attributes: dict[str, Any],
-) -> None:
-    """Make an array's metadata for shards of shape [length, width]; no data yet."""
-    group.create_array(
-        name,
-        shape=(n_shards * shard_shape[0], shard_shape[1]),
-        chunks=shard_shape,
-        dtype=dtype,
-        fill_value=fill,
-        filters=None,
-        compressors=[Crc32cCodec()],
-        attributes=attributes,
-    )
-
-
 class ShardedArray:
     """A Zarr array whose shards (equal runs of the first axis) are written once, whole."""
 
@@ -155,43 +129,27 @@ class ShardedArray:
         self.shard_shape, self.dtype = shard_shape, dtype.newbyteorder("<")
         self.file_bytes = math.prod(shard_shape) * dtype.itemsize + _CRC_BYTES
 
-    @cached_property
-    def _array(self) -> zarr.Array[Any]:
-        # A handle does not inherit this from creation, and without it a shard that is all fill
-        # value (contexts without a kept row, say) would have no file.
-        array = zarr.open_array(self.place.zarr_root, path=self.name, mode="r+")
-        return array.with_config({"write_empty_chunks": True})
-
     def file_name(self, shard: int) -> str:
         """Path of a shard's file under the store."""
         return f"{self.name}/c/{shard}/0"
 
     def write(self, shard: int, block: np.ndarray) -> dict[str, int]:
-        """Write a whole shard for good; returns its marker entry {"bytes", "crc32c"}.
+        """Writes a whole shard for good; returns its marker entry {"bytes", "crc32c"}.
 
-        The checksum is of the elements alone. That of the file, which ends in its own, would be
-        the same number for every file.
+        The checksum is that of the elements. That of the file, which ends with its own checksum, would be the same
+        number for every file.
         """
-        name = self.file_name(shard)
-        self.place.delete(name)  # Zarr may read what it overwrites, and fails on damage
-        length = self.shard_shape[0]
-        assert block.shape == self.shard_shape == self._array.chunks
-        try:
-            self._array[shard * length : (shard + 1) * length] = block
-        except self.place.errors as error:
-            raise StoreError(
-                f"{self.place.where(name)}: cannot be written ({error}); every shard written before is whole, "
-                "repeat the command to go on"
-            ) from error
-        self.place.settle(name)
-        size = self.place.size(name)
-        assert size == self.file_bytes
-        return {"bytes": size, "crc32c": crc32c(block)}
+        assert block.shape == self.shard_shape
+        elements = np.ascontiguousarray(block, self.dtype).reshape(-1).view(np.uint8)
+        checksum = crc32c(elements)
+        content = b"".join((elements, checksum.to_bytes(_CRC_BYTES, "little")))
+        self.place.write_chunk(self.file_name(shard), content)
+        return {"bytes": len(content), "crc32c": checksum}
 
     def read(self, shard: int, marker: Marker, repair: str) -> np.ndarray:
         """A whole shard as stored, including its padding, after its size and checksum were proven.
 
-        Not through zarr, which would compute the checksum once more and copy twice (`read_by_zarr` is the same).
+        Not through zarr, which would compute the checksum once more and copy twice.
         Raises StoreError that names the file and says how to `repair` it.
         """
         name = self.file_name(shard)
@@ -215,8 +173,3 @@ class ShardedArray:
                     f"{where}: damaged: checksum {found_crc:08x}, expected {entry['crc32c']:08x}; {repair}"
                 )
         return elements.view(self.dtype).reshape(self.shard_shape)
-
-    def read_by_zarr(self, shard: int) -> np.ndarray:
-        """What zarr makes of the same file: the slow twin of `read`, which knows no marker."""
-        length = self.shard_shape[0]
-        return np.asarray(self._array[shard * length : (shard + 1) * length])
