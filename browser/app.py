@@ -1,18 +1,27 @@
-"""The page Streamlit runs: picks an SAE, a view and a feature, all of them in the URL.
+"""The page Streamlit runs: the start page, or a view of one dictionary and feature; the URL holds all of it.
 
 One script and no `st.navigation`: with it, widgets bound to the URL lose their values.
 """
 
 from __future__ import annotations
 
-import streamlit as st
+from collections.abc import Mapping
+from pathlib import Path
 
-from browser import live, state, style
+import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
+
+from browser import address, live, state, style
+from browser.address import Missing
 from browser.components.keys import draw_keys
 from browser.data import SaeEntry
+from browser.markup import BRAND, explain
 from browser.registry import DEFAULT, VIEWS
 from browser.state import Page
+from browser.views import start
 from store.common import StoreError
+
+TITLES = {name: view.title for name, view in VIEWS.items()}
 
 
 def main() -> None:
@@ -23,50 +32,87 @@ def main() -> None:
     entries = {entry.id: entry for entry in state.saes(root)}
     if not entries:
         st.html(BRAND)
-        state.explain(
-            "No dictionaries here",
-            f"{root} holds no trained dictionary (a directory whose config.json says "
-            '"kind": "sae") in its first four levels. Train one, or start the browser on '
-            "another directory.",
-            "sae train --acts runs/a/acts.zarr --recipe towards-monosemanticity --out runs/a/tm",
-        )
+        _explain_empty(root)
         return
-    entry, view, number = _top_bar(entries)
-    draw_keys()
-    page = Page(entry, number, entries)
-    if entry.is_dump and not VIEWS[view].for_dumps:
-        state.explain(
-            f"{VIEWS[view].title} needs more than {entry.id} holds",
-            "It was imported from another tool's feature pages: samples of the firings of each feature, without the "
-            "dictionary's weights and without the firings that were not sampled. Features and Feature show what it "
-            "has. Weights can be imported too (sae import), then indexed on your own text.",
-        )
+    ids = sorted(entries, key=lambda name: (not entries[name].has_index, name))
+    missing = _missing(entries, ids[0])
+    if missing is not None:
+        st.html(BRAND)
+        explain(missing.title, missing.text, links=missing.links)
+        if not missing.links:  # the dictionary itself is missing
+            start.show(root, entries, in_place=False)
         return
-    if VIEWS[view].needs_index:
-        try:
-            page = Page(entry, min(number, page.index.d_sae - 1), entries)
-        except StoreError as error:
-            _explain_index(entry, str(error))
-            return
-    VIEWS[view].show(page)
-    live.warm(entry)
-    state.spare_collections()
-
-
-BRAND = '<div class="mono-brand">mono<i>sem</i></div>'
-
-
-def _top_bar(entries: dict[str, SaeEntry]) -> tuple[SaeEntry, str, int]:
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small", key="bar")
     bar.html(BRAND, width="content")
     views = bar.container(width="content")
-    ids = sorted(entries, key=lambda name: (not entries[name].has_index, name))
-    chosen = bar.selectbox("Dictionary", ids, key="sae", bind="query-params", label_visibility="collapsed", width=250)
-    entry = entries[str(chosen)]
+    chosen = _choose_dictionary(bar, ids)
+    draw_keys()
+    if chosen is None:
+        start.show(root, entries)
+    else:
+        entry = entries[chosen]
+        view, feature = _choose_view(bar, views, entry)
+        _show(view, Page(entry, feature, entries))
+        live.warm(entry)
+    state.spare_collections()
+
+
+def _explain_empty(root: Path) -> None:
+    explain(
+        "No runs here yet",
+        f"{root} and the four levels of directories below it hold no trained dictionary (a directory whose config.json "
+        'says "kind": "sae"). Harvest activations and train one as below, or start the browser on another directory.',
+        "sae harvest --model tiny-relu-1l --text default --out runs/a/acts.zarr && "
+        "sae train --acts runs/a/acts.zarr --recipe towards-monosemanticity --out runs/a/tm",
+    )
+
+
+def _missing(entries: Mapping[str, SaeEntry], first: str) -> Missing | None:
+    """What the link that began this session asks for in vain; widgets bound to the URL would replace it silently."""
+    asked, chosen = st.query_params, st.session_state
+    name = asked.get("sae", first)
+    if "sae" in asked and "sae" not in chosen:
+        missing = address.missing_dictionary(name, entries)
+        if missing is not None:
+            return missing
+    if name not in entries:
+        return None
+    view = DEFAULT
+    if "view" in asked and "view" not in chosen:
+        found = address.view_named(asked["view"], TITLES)
+        if found is None:
+            place = {"sae": name} | {key: asked[key] for key in ("feature",) if key in asked}
+            return address.missing_view(asked["view"], TITLES.values(), place)
+        view = found
+        if asked["view"] != TITLES[view]:  # the widget reads titles only
+            chosen["view"] = view
+    if "feature" in asked and "feature" not in chosen:
+        return address.missing_feature(asked["feature"], entries[name], TITLES[view])
+    return None
+
+
+def _choose_dictionary(bar: DeltaGenerator, ids: list[str]) -> str | None:
+    """The chosen dictionary; None on the start page."""
+    # Links of version 0.1 do not name the first dictionary: for a session that began with one it is the default.
+    from_link = st.session_state.setdefault("from_link", bool(st.query_params) and "sae" not in st.query_params)
+    return bar.selectbox(
+        "Dictionary",
+        ids,
+        index=0 if from_link else None,
+        key="sae",
+        bind="query-params",
+        placeholder="Choose a dictionary",
+        label_visibility="collapsed",
+        width=250,
+    )
+
+
+def _choose_view(bar: DeltaGenerator, views: DeltaGenerator, entry: SaeEntry) -> tuple[str, int]:
+    """The chosen view and feature."""
     last = entry.d_sae - 1
     if st.session_state.get("feature", 0) > last:  # the dictionary before was larger
         st.session_state["feature"] = last
-    feature_number = bar.number_input(
+    feature = bar.number_input(
         "Feature",
         0,
         max(1, last),
@@ -77,46 +123,67 @@ def _top_bar(entries: dict[str, SaeEntry]) -> tuple[SaeEntry, str, int]:
         icon=":material/tag:",
         width=112,
     )
-    # after the number: each change of the URL is a step of its history, and the step between
-    # a row chosen in the table and its page must still be the table
+    # Created after the number: every change of the URL becomes a step of the browser's history, and going back from a
+    # row that was opened in the table must lead to the table.
     view = views.segmented_control(
         "View",
         list(VIEWS),
-        format_func=lambda name: VIEWS[name].title,
+        format_func=TITLES.__getitem__,
         default=DEFAULT,
         required=True,
         key="view",
         bind="query-params",
         label_visibility="collapsed",
     )
-    for text, by in (("Left", -1), ("Right", 1)):
+    for key, by, help_ in (("Left", -1, "Previous feature"), ("Right", 1, "Next feature")):
         bar.button(
             "",
-            icon=f":material/chevron_{text.lower()}:",
-            key=f"go{text}",
-            shortcut=text,
-            help="Previous feature" if by < 0 else "Next feature",
+            icon=f":material/chevron_{key.lower()}:",
+            key=f"go{key}",
+            shortcut=key,
+            help=help_,
             on_click=state.step_feature,
             args=(by, entry.d_sae),
         )
-    return entry, str(view), int(feature_number)
+    return str(view), int(feature)
+
+
+def _show(view: str, page: Page) -> None:
+    """Draws the view, or says what the dictionary lacks for it."""
+    entry = page.entry
+    if entry.is_dump and not VIEWS[view].for_dumps:
+        explain(
+            f"{VIEWS[view].title} needs more than {entry.id} has",
+            "It was imported from another tool's feature pages: samples of each feature's activations, without the "
+            "dictionary's weights. Features and Feature show what it has. The weights can be imported too (sae import) "
+            "and then indexed on your own text.",
+        )
+        return
+    if VIEWS[view].needs_index:
+        try:
+            last = page.index.d_sae - 1
+        except StoreError as error:
+            _explain_index(entry, str(error))
+            return
+        page = Page(entry, min(page.feature, last), page.entries)
+    VIEWS[view].show(page)
 
 
 def _explain_index(entry: SaeEntry, error: str) -> None:
     if entry.has_index:
-        state.explain("This dictionary's index cannot be read", error, f"sae index {entry.path}")
+        explain("This dictionary's index cannot be read", error, f"sae index {entry.path}")
         return
     if entry.unfinished:
-        state.explain(
+        explain(
             f"{entry.id} is not trained yet",
-            "The view Run shows how far it is. When training is over, evaluate it and build its index.",
+            "The view Run shows its progress. After training, evaluate it and build its index:",
             f"sae eval {entry.path} && sae index {entry.path}",
         )
         return
-    state.explain(
+    explain(
         f"{entry.id} has no feature index yet",
-        "The pages draw from an index of every activation of every feature. One command builds "
-        "it, from the activation store the dictionary was trained on:",
+        "Feature pages are drawn from an index of every activation of every feature. One command builds it, from the "
+        "activation store that the dictionary was trained on:",
         f"sae index {entry.path}",
     )
 

@@ -136,17 +136,62 @@ def clusters(histogram: pd.DataFrame) -> list[tuple[float, float, int]]:
     return found
 
 
+def headline_metrics(entry: SaeEntry) -> dict[str, float | None]:
+    """l0, fvu and ce_loss_score (against zero-ablation) of the dictionary's eval.json; None where it has none."""
+    metrics = read_config(entry.path / "eval.json").get("metrics") or {}
+    keys = {"l0": "l0", "fvu": "fvu", "ce_loss_score": "ce_loss_score_zero"}
+    return {name: (metrics.get(key) or {}).get("value") for name, key in keys.items()}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A line of the start page. `state` is "in training", "just started", "stopped", "trained", "evaluated", "indexed"
+    or "imported pages"; `progress` is the share of the tokens seen, None unless training is unfinished."""
+
+    entry: SaeEntry
+    recipe: str
+    d_in: int | None
+    l0: float | None
+    ce_loss_score: float | None
+    state: str
+    progress: float | None = None
+
+
+def summary(entry: SaeEntry, now: float | None = None) -> Summary:
+    """What the start page says about a dictionary; only an unfinished one's log is read."""
+    metrics = headline_metrics(entry)
+    state, progress = _state(entry, now)
+    d_in = entry.config.get("d_in")
+    return Summary(
+        entry,
+        recipe=str(entry.config.get("recipe") or "?"),
+        d_in=d_in if isinstance(d_in, int) else None,
+        l0=metrics["l0"],
+        ce_loss_score=metrics["ce_loss_score"],
+        state=state,
+        progress=progress,
+    )
+
+
+def _state(entry: SaeEntry, now: float | None) -> tuple[str, float | None]:
+    if entry.is_dump:
+        return "imported pages", None
+    if entry.unfinished:
+        found = progress_of(entry, read_log(entry.path / "metrics.jsonl"), now)
+        name = {"training": "in training", "empty": "just started", "stopped": "stopped"}[found.state]
+        return name, found.rows / max(1, found.total)
+    if entry.has_index:
+        return "indexed", None
+    return ("evaluated" if (entry.path / "eval.json").is_file() else "trained"), None
+
+
 def frontier(entry: SaeEntry, entries: Iterable[SaeEntry]) -> pd.DataFrame:
     """id, recipe, d_sae, l0, fvu, ce_loss_score: the evaluated dictionaries in the same directory (a sweep)."""
     rows = []
     for other in entries:
         if other.path.parent != entry.path.parent:
             continue
-        metrics = read_config(other.path / "eval.json").get("metrics") or {}
-        values = {
-            name: (metrics.get(key) or {}).get("value")
-            for name, key in (("l0", "l0"), ("fvu", "fvu"), ("ce_loss_score", "ce_loss_score_zero"))
-        }
+        values = headline_metrics(other)
         if values["l0"] is not None and values["fvu"] is not None:
             recipe = str(other.config.get("recipe", "?"))
             rows.append(

@@ -6,7 +6,6 @@ State lives in widgets bound to the URL; a move sets their session keys inside a
 from __future__ import annotations
 
 import gc
-import html
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from browser import catalogue, comparison, data
+from browser import catalogue, comparison, data, runs
 from browser.comparison import Comparison
 from browser.data import SaeEntry
 from browser.notes import Notes, NotesError
@@ -52,6 +51,12 @@ def root() -> Path:
 def saes(folder: Path) -> list[SaeEntry]:
     """SAEs below `folder`, looked for again after five seconds."""
     return data.scan(folder)
+
+
+@st.cache_resource(ttl=5, show_spinner="Reading the runs …")
+def summaries(folder: Path) -> list[runs.Summary]:
+    """What the start page says about each of `saes(folder)`, read again after five seconds."""
+    return [runs.summary(entry) for entry in saes(folder)]
 
 
 @st.cache_resource(show_spinner=False)
@@ -138,6 +143,12 @@ def _comparison(_a: SaeEntry, _b: SaeEntry, a: str, b: str, forth: int, back: in
     return comparison.find(_a, _b)
 
 
+def open_dictionary(sae_id: str, view: str) -> None:
+    """Shows a view of a dictionary: for callbacks only, before the widgets of the next run exist."""
+    st.session_state["sae"] = sae_id
+    st.session_state["view"] = view
+
+
 def open_feature(feature: int) -> None:
     """Shows a feature: for callbacks only, before the widgets of the next run exist."""
     st.session_state["feature"] = feature
@@ -179,9 +190,3 @@ def add_edit(feature: int, edit: str = "set:5") -> None:
 def set_edits(text: str) -> None:
     """Makes `text` the steering set: for callbacks only."""
     st.session_state[EDITS] = text
-
-
-def explain(title: str, text: str, command: str = "") -> None:
-    """A notice in plain text: what is the matter, and the command that mends it."""
-    code = f"<code>{html.escape(command)}</code>" if command else ""
-    st.html(f'<div class="mono-notice"><b>{html.escape(title)}</b><div>{html.escape(text)}</div>{code}</div>')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-ORANGE, BLUE, VIOLET = "#e8820c", "#3f7fc1", "#8a6fb3"
+ORANGE, BLUE, VIOLET, GREEN = "#e8820c", "#3f7fc1", "#8a6fb3", "#3d9a6a"
 
 # theme option → value, handed to `streamlit run` (an installed app has no config.toml of its own)
 THEME: dict[str, str] = {
@@ -33,7 +33,9 @@ CSS = """<style>
 [data-testid="stMainBlockContainer"] [data-testid="stVerticalBlock"] { gap: 0.65rem; }
 .st-key-keys { position: absolute; }
 .mono-brand { font-weight: 650; letter-spacing: 0.01em; font-size: 1.12rem; white-space: nowrap; }
+.mono-brand a { color: inherit; text-decoration: none; }
 .mono-brand i { font-style: normal; color: #e8820c; }
+.mono-links { display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; margin-top: 0.35rem; }
 .mono-title { font-size: 1.28rem; font-weight: 650; margin-right: 0.6rem; }
 .mono-facts { display: flex; flex-wrap: wrap; gap: 0.2rem 1.5rem; align-items: baseline; }
 .mono-facts div { white-space: nowrap; font-variant-numeric: tabular-nums; }

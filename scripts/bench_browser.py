@@ -31,6 +31,7 @@ from browser.data import scan
 from store.features import FeatureIndex
 
 CHROMIUM = "/usr/bin/chromium"
+CAPTION = '[data-testid="stCaptionContainer"]:has-text("features")'
 GOALS_S = {
     "first view, server just started": 4.0,
     "first view, new visitor": 4.0,
@@ -85,6 +86,10 @@ class Bench:
         self.wait('[data-test-script-state="notRunning"]')
         self.page.wait_for_timeout(300)
 
+    def caption(self) -> str:
+        """The line below what the page shows; it changes with what is shown."""
+        return str(self.page.locator(CAPTION).last.text_content())
+
     def timed(self, name: str, act: Callable[[], Any], *waits: tuple[str, str]) -> None:
         """Times `act` until each selector is there: one figure for each (name, selector), from the same start."""
         start = time.monotonic()
@@ -115,35 +120,33 @@ class Bench:
             self.idle()
 
     def table(self) -> None:
-        self.visit("Features", "#features-done")
+        self.visit("Features", CAPTION)
         box = self.page.locator('input[aria-label="Search"]')
         for text in ("the", "of", "import", "", "ing"):
-            shown = self.page.locator("#features-done").get_attribute("data-shown")
+            shown = self.caption()
             box.fill(text)
             self.timed(
-                "table filter",
-                lambda: box.press("Enter"),
-                ("table filter", f'#features-done:not([data-shown="{shown}"])'),
+                "table filter", lambda: box.press("Enter"), ("table filter", f"{CAPTION}:not(:has-text({shown!r}))")
             )
             self.idle()
-        self.visit("Features", "#features-done")
+        self.visit("Features", CAPTION)
         for sort in ("density, highest first", "max activation", "logit kurtosis", "number"):
             self.page.locator('[data-testid="stSelectbox"]').last.locator("input").click()
             option = self.page.get_by_role("option", name=sort, exact=True)
             option.wait_for()
-            self.timed("table sort", option.click, ("table sort", f'#features-done[data-sort="{sort}"]'))
+            self.timed("table sort", option.click, ("table sort", f"{CAPTION}:has-text('by {sort}.')"))
             self.idle()
 
     def microscope(self) -> None:
-        self.visit("Microscope", "#microscope-done", prompt="warm")
+        self.visit("Microscope", CAPTION, prompt="warm")
         box = self.page.get_by_label("Prompt", exact=True)
         for number in range(4):
-            tokens = self.page.locator("#microscope-done").get_attribute("data-tokens")
+            shown = self.caption()
             box.fill("a " * number + WORDS * 10)
             self.timed(
                 "microscope, 256 tokens",
                 lambda: box.press("Control+Enter"),
-                ("microscope, 256 tokens", f'#microscope-done:not([data-tokens="{tokens}"])'),
+                ("microscope, 256 tokens", f"{CAPTION}:not(:has-text({shown!r}))"),
             )
             self.idle()
 
@@ -152,7 +155,7 @@ class Bench:
         go = self.page.get_by_role("button", name="Generate")
         for _ in range(4):
             self.timed("steering, first text", go.click, ("steering, first text", '[data-testid="stText"]:not(:empty)'))
-            self.wait("#steered-done")
+            self.page.get_by_text("Copy as a command or as Python").wait_for()
             self.idle()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser_sites import chromium, live_root, live_site, open_page, planted_root, planted_site, windows  # noqa: F401
 from fakes import made_up_documents, write_jsonl, write_model
 from without_torch import no_waiting_for_the_disk, pytest_terminal_summary  # noqa: F401
 

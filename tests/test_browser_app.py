@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import signal
 import socket
@@ -9,18 +11,21 @@ import subprocess
 import sys
 import time
 import urllib.request
+from html import escape, unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
-from browser_fixture import DEAD, DNA, HOSTILE, HOSTILE_TOKENS, build_root, write_sae_directory
+from browser_fixture import DEAD, DNA, HOSTILE, HOSTILE_TOKENS, write_sae_directory
 from browser_pages import html, payloads
 from streamlit.testing.v1 import AppTest
 
 import browser
 from browser import data, launch, live
 from browser.live.ablation import Effect, Effects
+from browser.registry import VIEWS
 from browser.state import ROOT_VARIABLE
 from browser.views import feature_examples
 from store.features import FeatureIndex
@@ -28,11 +33,9 @@ from store.features import FeatureIndex
 APP = Path(browser.__file__).with_name("app.py")
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("runs")
-    build_root(path, n_contexts=48)
-    return path
+@pytest.fixture
+def root(planted_root: Path) -> Path:
+    return planted_root
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def tokens_of(page: AppTest) -> list[dict[str, Any]]:
 
 
 def test_features_page_shows_the_whole_dictionary(visit: Any) -> None:
-    page = visit()
+    page = visit(sae="demo/tm")
     table = page.dataframe[0].value
     assert len(table) == 64
     assert table["flag"][DEAD] == "dead"
@@ -206,16 +209,112 @@ def test_previous_and_next_go_round_the_ends(visit: Any) -> None:
     assert page.session_state["feature"] == 63
 
 
-def test_bad_query_params_fall_back(visit: Any) -> None:
-    for params in (
-        {"feature": "99999", "view": "Feature"},
-        {"feature": "abc", "view": "nowhere"},
-        {"sae": "../../etc", "feature": "-1"},
-        {"density": "x", "q": "<script>", "around": "?", "draw": "1e9"},
-    ):
-        page = visit(**params)
-        assert page.session_state["feature"] == 0
-        assert page.session_state["sae"] == "demo/tm"
+def test_bad_settings_in_a_link_fall_back(visit: Any) -> None:
+    page = visit(density="x", q="<script>", around="?", draw="1e9")
+    assert page.session_state["feature"] == 0
+    assert page.session_state["sae"] == "demo/tm"
+
+
+def linked(page: AppTest) -> dict[str, dict[str, str]]:
+    """Text → parameters of the links in the page's notice."""
+    found = re.findall(r'<a href="([^"]*)" target="_self">([^<]*)</a>', html(page))
+    return {text: dict(parse_qsl(urlsplit(unescape(address)).query)) for address, text in found}
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "nearest"),
+    [
+        ("99999", "demo/tm has no feature 99999", 63),
+        ("64", "demo/tm has no feature 64", 63),
+        ("-1", "demo/tm has no feature -1", 0),
+        ("abc", "“abc” is not a feature number", 0),
+        ("4.5", "“4.5” is not a feature number", 0),
+        ("", "“” is not a feature number", 0),
+        ("<img src=x>", "“&lt;img src=x&gt;” is not a feature number", 0),
+        ("9" * 5000, "is not a feature number", 0),
+    ],
+)
+def test_a_link_to_no_feature_offers_the_nearest(visit: Any, asked: str, said: str, nearest: int) -> None:
+    for known in ({"sae": "demo/tm"}, {}):  # without a name it is the first dictionary
+        page = visit(feature=asked, view="Microscope", **known)
+        assert said in html(page)
+        assert "The features of demo/tm are numbered 0 to 63." in html(page)
+        assert linked(page) == {
+            f"Feature {nearest}": {"sae": "demo/tm", "view": "Microscope", "feature": str(nearest)},
+            "All features of demo/tm": {"sae": "demo/tm", "view": "Features"},
+        }
+        assert page.query_params["feature"] == asked  # the link is not replaced by another one
+        assert not page.number_input
+
+
+def test_a_link_to_no_view_offers_the_views(visit: Any) -> None:
+    page = visit(sae="demo/tm", view="nowhere", feature="4")
+    assert "There is no view “nowhere”" in html(page)
+    views = linked(page)
+    assert list(views) == [view.title for view in VIEWS.values()]
+    assert views["Map"] == {"sae": "demo/tm", "feature": "4", "view": "Map"}
+
+
+def test_a_view_is_found_by_its_name_in_any_case(visit: Any) -> None:
+    for name in ("feature", "Feature", "FEATURE"):
+        page = visit(sae="demo/tm", view=name, feature="4")
+        assert page.session_state["view"] == "feature"
+        assert "Feature 4" in html(page)
+
+
+@pytest.mark.parametrize("asked", ["nope", "../../etc", "demo", "<b>"])
+def test_a_link_to_no_dictionary_lists_those_there_are(visit: Any, asked: str) -> None:
+    page = visit(sae=asked, view="Feature", feature="4")
+    assert f"There is no dictionary “{escape(asked)}”" in html(page)
+    (listed,) = (p for p in payloads(page.main) if "rows" in p)
+    assert [row["id"] for row in listed["rows"]] == ["demo/no-index", "demo/tm"]
+    assert not listed["in_place"]
+
+
+def test_the_start_page_lists_every_run(visit: Any, tmp_path: Path) -> None:
+    build_run(tmp_path / "a" / "trained", evaluated=False)
+    build_run(tmp_path / "a" / "evaluated")
+    build_run(tmp_path / "a" / "indexed")
+    (tmp_path / "a" / "indexed" / "features.zarr").mkdir()
+    for name, quiet_s in (("going", 0), ("stopped", 3600)):
+        folder = tmp_path / "b" / name
+        folder.mkdir(parents=True)
+        (folder / "train.json").write_text('{"train": {"recipe": "topk", "d_sae": 8, "tokens": 200}, "rows": {}}')
+        (folder / "metrics.jsonl").write_text('{"step": 25, "rows": 50}\n')
+        os.utime(folder / "metrics.jsonl", (time.time() - quiet_s,) * 2)
+    page = visit(tmp_path)
+    (listed,) = (p for p in payloads(page.main) if "rows" in p)
+    assert [column["title"] for column in listed["columns"]] == [
+        "Dictionary",
+        "Recipe",
+        "d_in → d_sae",
+        "L0",
+        "CE loss score",
+        "State",
+    ]
+    shown = {row["id"]: [cell["text"] for cell in row["cells"]][1:] for row in listed["rows"]}
+    assert shown == {
+        "a/evaluated": ["towards-monosemanticity", "128 → 8", "23.4", "0.9250", "evaluated"],
+        "a/indexed": ["towards-monosemanticity", "128 → 8", "23.4", "0.9250", "indexed"],
+        "a/trained": ["towards-monosemanticity", "128 → 8", "–", "–", "trained"],
+        "b/going": ["topk", "? → 8", "–", "–", "in training, 25%"],
+        "b/stopped": ["topk", "? → 8", "–", "–", "stopped, 25%"],
+    }
+    links = {row["id"]: row["href"] for row in listed["rows"]}
+    assert links["a/indexed"] == "?sae=a%2Findexed&view=Features"
+    assert links["a/evaluated"] == "?sae=a%2Fevaluated&view=Run"
+    assert listed["in_place"]
+    assert page.session_state["sae"] is None  # no dictionary is chosen for the visitor
+
+
+def build_run(path: Path, *, evaluated: bool = True) -> None:
+    """A trained dictionary with L0 23.4 and a score of 0.925, or without an evaluation."""
+    write_sae_directory(path, d_sae=8)
+    report = json.loads((path / "eval.json").read_text())
+    report["metrics"]["ce_loss_score_zero"] = {"value": 0.925}
+    (path / "eval.json").write_text(json.dumps(report))
+    if not evaluated:
+        (path / "eval.json").unlink()
 
 
 def test_without_an_index_the_page_says_which_command_builds_it(visit: Any, root: Path) -> None:
@@ -229,7 +328,7 @@ def test_damaged_index_is_explained(visit: Any, tmp_path: Path) -> None:
     write_sae_directory(tmp_path / "run" / "tm", d_sae=8)
     (tmp_path / "run" / "tm" / "features.zarr").mkdir()
     (tmp_path / "run" / "tm" / "features.zarr" / "zarr.json").write_text("{}")
-    assert "cannot be read" in html(visit(tmp_path))
+    assert "cannot be read" in html(visit(tmp_path, sae="run/tm"))
 
 
 def test_run_page_of_a_trained_dictionary_without_weights_or_index(visit: Any) -> None:
@@ -252,7 +351,8 @@ def test_run_page_of_a_run_that_has_just_begun(visit: Any, tmp_path: Path) -> No
 
 def test_empty_root_is_explained(visit: Any, tmp_path: Path) -> None:
     page = visit(tmp_path)
-    assert "No dictionaries here" in html(page)
+    assert "No runs here yet" in html(page)
+    assert "sae harvest" in html(page)
     assert "sae train" in html(page)
 
 

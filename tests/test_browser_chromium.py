@@ -2,107 +2,35 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from browser_fixture import HOSTILE, HOSTILE_TOKENS, build_root
+from browser_fixture import HOSTILE, HOSTILE_TOKENS
+from browser_sites import drag, drawn_table, wait_feature, wait_idle, wait_shortcuts
 
-from browser import launch
-
-CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed")]
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-TIMEOUT_MS = 60_000
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an app serving the fixture."""
-    root = tmp_path_factory.mktemp("runs")
-    build_root(root, n_contexts=48)
-    yield from served(root)
-
-
-def served(root: Path) -> Iterator[str]:
-    """The address of an app serving `root`, which ends with the generator."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    line = launch.command(port=port, open_browser=False)
-    server = subprocess.Popen(line, env=launch.environment(root), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert server.stdout is not None
-    while b"URL:" not in server.stdout.readline():
-        assert server.poll() is None, "the server ended before it served"
-    yield f"http://127.0.0.1:{port}/"
-    server.terminate()
-    server.wait(30)
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
-        yield browser
-        browser.close()
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture
-def page(chromium: Any, site: str) -> Iterator[Any]:
-    """A page that must stay without console errors, exceptions and requests to elsewhere."""
-    yield from _watched(chromium, site, "light")
+def site(planted_site: str) -> str:
+    return planted_site
 
 
 @pytest.fixture
-def dark_page(chromium: Any, site: str) -> Iterator[Any]:
-    yield from _watched(chromium, site, "dark")
+def page(open_page: Callable[..., Any], site: str) -> Any:
+    return open_page(site)
 
 
-def _watched(chromium: Any, site: str, scheme: str) -> Iterator[Any]:
-    page = chromium.new_page(color_scheme=scheme, viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(TIMEOUT_MS)
-    errors: list[str] = []
-    outside: list[str] = []
-    page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("request", lambda r: None if _local(r.url, site) else outside.append(r.url))
-    yield page
-    assert page.locator('[data-testid="stException"]').count() == 0
-    assert errors == []
-    assert outside == []
-    page.close()
-
-
-def _local(url: str, site: str) -> bool:
-    return url.startswith((site, site.replace("http", "ws", 1), "data:", "blob:"))
-
-
-def wait_feature(page: Any, number: int) -> None:
-    page.wait_for_selector(f'#done[data-feature="{number}"]', state="attached")
-    wait_idle(page)
-
-
-def wait_idle(page: Any) -> None:
-    page.wait_for_selector('[data-test-script-state="notRunning"]', state="attached")
+@pytest.fixture
+def dark_page(open_page: Callable[..., Any], site: str) -> Any:
+    return open_page(site, "dark")
 
 
 def test_table_row_opens_its_feature_and_back_returns(page: Any, site: str) -> None:
-    page.goto(site)
-    table = page.locator('[data-testid="stDataFrame"]')
-    table.wait_for()
-    wait_idle(page)
-    page.wait_for_timeout(500)  # the table is drawn on a canvas: nothing to wait for
+    page.goto(f"{site}?sae=demo/tm")
+    table = drawn_table(page)
     box = table.bounding_box()
     page.mouse.click(box["x"] + 18, box["y"] + 32 + 27 * 4 + 13)  # fifth row's box
     wait_feature(page, 4)
@@ -141,7 +69,7 @@ def test_hovering_a_token_shows_its_details(page: Any, site: str) -> None:
 def test_keyboard_goes_to_the_next_feature_and_neighbours_open(page: Any, site: str) -> None:
     page.goto(f"{site}?view=Feature&feature=4")
     wait_feature(page, 4)
-    page.wait_for_timeout(2000)  # the content stands before Streamlit listens for shortcuts
+    wait_shortcuts(page)
     page.keyboard.press("ArrowRight")
     wait_feature(page, 5)
     page.keyboard.press("ArrowLeft")
@@ -156,8 +84,8 @@ def test_keyboard_goes_to_the_next_feature_and_neighbours_open(page: Any, site: 
 
 
 def test_slash_goes_to_the_search_and_question_mark_lists_the_keys(page: Any, site: str) -> None:
-    page.goto(site)
-    page.wait_for_selector("#features-done", state="attached")
+    page.goto(f"{site}?sae=demo/tm")
+    drawn_table(page)
     page.wait_for_selector("dialog.keys", state="attached")
     page.keyboard.press("?")
     keys = page.get_by_role("dialog", name="Keys")
@@ -177,16 +105,6 @@ def test_slash_goes_to_the_search_and_question_mark_lists_the_keys(page: Any, si
     page.keyboard.type("6")
     page.keyboard.press("Enter")
     wait_feature(page, 6)
-
-
-def drag(page: Any, chart: int, low: float, high: float) -> None:
-    """Drags over the histogram number `chart` between two shares of its width."""
-    box = page.locator(".charts .plot").nth(chart).bounding_box()
-    y = box["y"] + box["height"] / 2
-    page.mouse.move(box["x"] + low * box["width"], y)
-    page.mouse.down()
-    page.mouse.move(box["x"] + high * box["width"], y, steps=4)
-    page.mouse.up()
 
 
 def test_a_range_dragged_over_the_activations_shows_its_examples(page: Any, site: str) -> None:
@@ -226,3 +144,38 @@ def test_dead_feature_and_missing_index_render(page: Any, site: str) -> None:
     page.get_by_text("has no feature index yet").wait_for()
     page.goto(f"{site}?view=Steering")
     page.get_by_text("Steering needs the model").wait_for()
+
+
+def test_the_start_page_links_to_every_run_and_back_returns_to_it(page: Any, site: str) -> None:
+    page.goto(site)
+    links = page.locator(".runs a")
+    links.first.wait_for()
+    assert links.all_text_contents() == ["demo/no-index", "demo/tm"]
+    page.get_by_role("link", name="demo/tm").click()
+    drawn_table(page)
+    assert parse_qs(urlsplit(page.url).query)["sae"] == ["demo/tm"]
+    page.go_back()
+    links.first.wait_for()
+    assert urlsplit(page.url).query == ""
+    address = page.get_by_role("link", name="demo/no-index").get_attribute("href")
+    page.goto(site + address)  # what "open in a new tab" loads
+    page.get_by_text("towards-monosemanticity").wait_for()
+    page.get_by_role("link", name="monosem").click()
+    links.first.wait_for()
+
+
+def test_links_to_what_does_not_exist_lead_to_what_does(page: Any, site: str) -> None:
+    page.goto(f"{site}?sae=nope&view=Feature&feature=4")
+    page.get_by_text("There is no dictionary “nope”").wait_for()
+    page.get_by_role("link", name="demo/tm").click()
+    drawn_table(page)
+    page.goto(f"{site}?sae=demo/tm&view=Feature&feature=99999")
+    page.get_by_text("demo/tm has no feature 99999").wait_for()
+    wait_idle(page)
+    assert "feature=99999" in page.url  # nothing else is shown in its place
+    page.get_by_role("link", name="Feature 63", exact=True).click()
+    wait_feature(page, 63)
+    page.goto(f"{site}?sae=demo/tm&view=nowhere&feature=5")
+    page.get_by_text("There is no view “nowhere”").wait_for()
+    page.get_by_role("link", name="Feature", exact=True).click()
+    wait_feature(page, 5)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from browser_live_fixture import D_SAE, NAMES, build_live_root
+from browser_live_fixture import D_SAE, NAMES
 from browser_pages import html, payloads
 from streamlit.testing.v1 import AppTest
 
@@ -34,9 +34,9 @@ APP = Path(browser.__file__).with_name("app.py")
 PROMPT = "the quick brown fox"
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, tiny_model: NativeModel, tiny_store: Path) -> Path:
-    return build_live_root(tmp_path_factory.mktemp("live"), tiny_model, tiny_store)
+@pytest.fixture
+def root(live_root: Path) -> Path:
+    return live_root
 
 
 @pytest.fixture
@@ -386,5 +386,5 @@ def test_deep_links_hold_the_whole_state(visit: Any) -> None:
     page = visit(view="Microscope", at="2", next="17", by="Σ activation", columns="5", hide="false")
     state = page.session_state
     assert (state["at"], state["next"], state["by"], state["columns"], state["hide"]) == (2, 17, "sum", 5, False)
-    page = visit(view="Attention", at="99", feature="99999", head="50")
+    page = visit(view="Attention", at="99", head="50")
     assert not page.exception

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 from browser_fixture import HOSTILE_TOKENS
-from browser_live_fixture import D_SAE, NAMES, build_live_root
-from test_browser_chromium import _watched, chromium, drag, pytestmark, served, wait_feature, wait_idle  # noqa: F401
-
-from sae.lm import NativeModel
+from browser_live_fixture import D_SAE, NAMES
+from browser_sites import drag, wait_feature, wait_idle
 
 PROMPT = "the quick brown fox"
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: NativeModel, tiny_store: Path) -> Iterator[str]:
-    """The address of an app serving a real tiny model and its dictionaries."""
-    root = tmp_path_factory.mktemp("live")
-    yield from served(build_live_root(root, tiny_model, tiny_store, compared=False))
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture
-def page(chromium: Any, site: str) -> Iterator[Any]:  # noqa: F811
-    yield from _watched(chromium, site, "light")
+def site(live_site: str) -> str:
+    return live_site
+
+
+@pytest.fixture
+def page(open_page: Callable[..., Any], site: str) -> Any:
+    return open_page(site)
 
 
 def visit(page: Any, site: str, view: str, **params: str) -> None:
@@ -34,19 +30,29 @@ def visit(page: Any, site: str, view: str, **params: str) -> None:
     page.goto(site + "?" + "&".join(f"{name}={quote(value)}" for name, value in given.items()))
 
 
+def wait_chosen(page: Any, position: int) -> None:
+    """Until the table of the microscope shows this token as the chosen one."""
+    page.locator(".grid .row.chosen .at").get_by_text(str(position), exact=True).wait_for()
+    wait_idle(page)
+
+
+def wait_steered(page: Any) -> None:
+    """Until both texts are written and what can be copied stands below them."""
+    page.get_by_text("Copy as a command or as Python").wait_for()
+    wait_idle(page)
+
+
 def test_a_token_is_chosen_by_click_and_key_and_the_address_holds_it(page: Any, site: str) -> None:
     visit(page, site, "Microscope", hide="false")
-    page.wait_for_selector("#microscope-done", state="attached")
     page.locator(".grid .row").nth(4).locator(".text").click()
-    page.wait_for_selector('#microscope-done[data-at="3"]', state="attached")
-    wait_idle(page)
+    wait_chosen(page, 3)
     assert "at=3" in page.url
     page.locator(".grid").press("ArrowDown")
-    page.wait_for_selector('#microscope-done[data-at="4"]', state="attached")
+    wait_chosen(page, 4)
     page.go_back()
-    page.wait_for_selector('#microscope-done[data-at="3"]', state="attached")
+    wait_chosen(page, 3)
     page.reload()
-    page.wait_for_selector('#microscope-done[data-at="3"]', state="attached")
+    wait_chosen(page, 3)
 
 
 def test_a_feature_goes_from_the_microscope_to_a_steered_text(page: Any, site: str) -> None:
@@ -60,7 +66,7 @@ def test_a_feature_goes_from_the_microscope_to_a_steered_text(page: Any, site: s
     wait_idle(page)
     assert quote(f"{feature}:set:5", safe="") in page.url
     page.get_by_role("button", name="Generate").click()
-    page.wait_for_selector("#steered-done", state="attached")
+    wait_steered(page)
     assert page.locator(".groups .tok").count() > 2 * 40
     assert page.get_by_text(f"Steered: {feature} set to 5 × max").count() == 1
 
@@ -76,14 +82,13 @@ def test_text_streams_while_it_is_written(page: Any, site: str) -> None:
     text = page.locator('[data-testid="stText"]').first
     first = len(text.text_content())
     page.wait_for_function(f"(document.querySelector('[data-testid=stText]')?.textContent.length ?? 1e9) > {first}")
-    page.wait_for_selector("#steered-done", state="attached")
+    wait_steered(page)
 
 
 def test_a_click_on_the_map_opens_a_feature(page: Any, site: str) -> None:
     visit(page, site, "Map")
     page.wait_for_selector(".map canvas")
     wait_idle(page)
-    page.wait_for_timeout(500)  # the canvas is drawn: nothing to wait for
     where = page.evaluate(
         """() => {
           const hosts = [...document.querySelectorAll('*')].filter(n => n.shadowRoot);
@@ -104,7 +109,7 @@ def test_a_click_on_the_map_opens_a_feature(page: Any, site: str) -> None:
 
 def test_a_range_dragged_over_the_logit_weights_shows_what_they_follow(page: Any, site: str) -> None:
     visit(page, site, "Feature", feature="7")
-    page.wait_for_selector("#ablated", state="attached")
+    page.wait_for_selector(".groups[data-underlined]", state="attached")
     wait_idle(page)
     drag(page, 1, 0.3, 0.9)
     group = page.locator(".group", has_text="Your logit weights")
@@ -116,13 +121,12 @@ def test_a_range_dragged_over_the_logit_weights_shows_what_they_follow(page: Any
 
 def test_a_text_of_ones_own_is_coloured_by_the_feature(page: Any, site: str) -> None:
     visit(page, site, "Feature", feature="7")
-    page.wait_for_selector("#ablated", state="attached")
+    page.wait_for_selector(".groups[data-underlined]", state="attached")
     wait_idle(page)
     page.get_by_text("Try a text").click()
     box = page.get_by_label("Text", exact=True)
     box.fill("the quick <b>fox</b>")
     box.press("Control+Enter")
-    page.wait_for_selector("#tried-done", state="attached")
     tried = page.locator(".group", has_text="Your text")
     tried.locator(".tok").first.wait_for()
     shown = "".join(tried.locator(".tok").all_text_contents())
@@ -132,7 +136,6 @@ def test_a_text_of_ones_own_is_coloured_by_the_feature(page: Any, site: str) -> 
 def test_hostile_prompts_are_text(page: Any, site: str) -> None:
     hostile = HOSTILE_TOKENS[0]
     visit(page, site, "Microscope", prompt=hostile)
-    page.wait_for_selector("#microscope-done", state="attached")
     page.locator(".grid .row:not(.heads)").first.wait_for()  # a component is drawn after the page around it
     texts = page.eval_on_selector_all(".grid .row:not(.heads) .text", "nodes => nodes.map(n => n.textContent)")
     assert "".join(texts).endswith(hostile)
@@ -141,8 +144,11 @@ def test_hostile_prompts_are_text(page: Any, site: str) -> None:
     assert page.evaluate("window.__x") is None
 
 
-@pytest.mark.parametrize("view", ["Attention", "Compare", "Token", "Map"])
-def test_every_page_is_drawn_without_an_error(page: Any, site: str, view: str) -> None:
+@pytest.mark.parametrize(
+    ("view", "drawn"),
+    [("Attention", ".grid .row.chosen"), ("Compare", "canvas"), ("Token", ".mono-title"), ("Map", ".map canvas")],
+)
+def test_every_page_is_drawn_without_an_error(page: Any, site: str, view: str, drawn: str) -> None:
     visit(page, site, view, feature=str(D_SAE - 1), token="#0", other=NAMES[1])
-    page.wait_for_selector({"Map": ".map canvas"}.get(view, f"#{view.lower()}-done"), state="attached")
+    page.locator(drawn).first.wait_for(state="attached")
     wait_idle(page)

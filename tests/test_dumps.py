@@ -174,7 +174,7 @@ def test_a_dump_in_the_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert not page.exception, page.exception
         return page
 
-    assert "sampled" in visit().caption[0].value
+    assert "sampled" in visit(view="Features").caption[0].value
     page = visit(view="Feature", feature="10")
     (shown,) = (p for p in payloads(page.main) if "groups" in p)
     assert [group["title"] for group in shown["groups"]] == ["Top", "Subsample <interval> 1"]
@@ -190,7 +190,7 @@ def test_a_dump_in_the_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "is not in this dump" in html(visit(view="Feature", feature="5"))
     assert "imported pages" in html(visit(view="Run"))
     for view in ("Microscope", "Steering", "Map", "Compare", "Token", "Attention"):
-        assert f"{view} needs more than theirs holds" in html(visit(view=view))
+        assert f"{view} needs more than theirs has" in html(visit(view=view))
 
 
 def test_an_exported_feature_of_a_dump_claims_no_more_than_it_holds(tmp_path: Path) -> None:

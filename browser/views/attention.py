@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from browser import live, state
 from browser.components import Row, RowList, draw_lists
 from browser.components.grid import Bars, Cells, Column, draw_grid
 from browser.live import LiveError, prompts
+from browser.markup import explain, facts
 from browser.state import Page
 from browser.tokens import label, pieces
 from browser.views.prompt_box import position_box, prompt_box
@@ -32,7 +32,7 @@ def show(page: Page) -> None:
     try:
         loaded = live.load(page.entry)
     except LiveError as error:
-        state.explain("Attention needs the model", str(error))
+        explain("Attention needs the model", str(error))
         return
     prompt = prompt_box(height=76)
     try:
@@ -42,7 +42,7 @@ def show(page: Page) -> None:
         paths = prompts.paths(loaded, page.entry, ids, feature=page.feature, position=at)
         acts = prompts.activations(prompts.inspect(loaded, page.entry, ids), page.feature, len(ids))
     except LiveError as error:
-        state.explain("This prompt cannot be taken apart", str(error))
+        explain("This prompt cannot be taken apart", str(error))
         return
     _facts(page, ids, paths, acts, at)
     left, right = st.columns([0.66, 0.34], gap="medium")
@@ -53,7 +53,6 @@ def show(page: Page) -> None:
             _pattern(page, ids, pattern[head], at)
     with right:
         _lists(page, ids, paths, at)
-    st.html(f'<i id="attention-done" data-at="{at}" data-feature="{page.feature}"></i>')
 
 
 def _settings(n_heads: int, n_tokens: int) -> tuple[str, int, int]:
@@ -76,19 +75,16 @@ def _settings(n_heads: int, n_tokens: int) -> tuple[str, int, int]:
 
 
 def _facts(page: Page, ids: list[int], paths: Any, acts: np.ndarray, at: int) -> None:
-    name = html.escape(label(page.index.token_bytes(ids[at])))
-    top = html.escape(state.token_label(page.index, page.feature))
-    facts = {
-        "fires on": f"<bdi>{top}</bdi>",
-        "at": f"{at} <bdi>{name}</bdi>",
+    values = {
+        "fires on": state.token_label(page.index, page.feature),
+        "at": f"{at} {label(page.index.token_bytes(ids[at]))}",
         "pre-activation": f"{paths.pre_act:+.3f}",
         "activation": f"{acts[at]:.3f}",
         "through heads": f"{float(paths.heads.sum()):+.3f}",
         "direct": f"{float(paths.direct.sum()):+.3f}",
         "biases" if paths.exact else "biases and curvature": f"{paths.rest:+.3f}",
     }
-    cells = "".join(f"<div><span>{key}</span>{value}</div>" for key, value in facts.items())
-    st.html(f'<div class="mono-facts"><div class="mono-title">Into feature {page.feature:,}</div>{cells}</div>')
+    st.html(facts(values, f"Into feature {page.feature:,}"))
 
 
 def _pushes(page: Page, ids: list[int], pattern: np.ndarray, paths: Any, acts: np.ndarray, at: int) -> None:

@@ -15,6 +15,7 @@ from browser.components import Row, RowList, draw_lists
 from browser.data import SaeEntry
 from browser.live import LiveError
 from browser.live.comparing import cosine_table
+from browser.markup import explain, facts
 from browser.state import Page
 from browser.style import BLUE, ORANGE
 from store.common import same_model
@@ -38,7 +39,7 @@ def show(page: Page) -> None:
     """Draws what is known about the dictionary and another one."""
     others = [name for name in page.entries if name != page.entry.id]
     if not others:
-        state.explain(
+        explain(
             "There is nothing to compare with",
             "This root holds one dictionary. Train another (another seed, size or recipe) beside it:",
             "sae train --acts runs/a/acts.zarr --seed 1 --out runs/a/other",
@@ -68,7 +69,6 @@ def show(page: Page) -> None:
         st.caption("Universality: the best correlation of each feature", help=HELP["histogram"])
         st.altair_chart(_histogram(found), key="universality")
         _children(page, other, found)
-    st.html(f'<i id="compare-done" data-list="{chosen}"></i>')
 
 
 def _labels(entry: SaeEntry, features: pd.Series) -> list[str]:
@@ -79,7 +79,7 @@ def _labels(entry: SaeEntry, features: pd.Series) -> list[str]:
 def _facts(page: Page, other: SaeEntry, found: Comparison) -> None:
     a, b = found.a["correlation"].dropna(), found.b["correlation"].dropna()
     matched = found.a["matched"].notna().sum()
-    facts = {
+    values = {
         "tokens": f"{found.summary.get('tokens', 0):,}",
         "A analysed": f"{len(a):,} of {len(found.a):,}",
         "B analysed": f"{len(b):,} of {len(found.b):,}",
@@ -89,8 +89,7 @@ def _facts(page: Page, other: SaeEntry, found: Comparison) -> None:
         "by chance": f"{found.a['shuffled_correlation'].mean():.3f}",
         "decoder cosine": f"{found.a['cosine'].mean():.3f}" if found.a["cosine"].notna().any() else "other space",
     }
-    cells = "".join(f"<div><span>{key}</span>{value}</div>" for key, value in facts.items())
-    st.html(f'<div class="mono-facts">{cells}</div>')
+    st.html(facts(values))
 
 
 def _table(page: Page, other: SaeEntry, found: Comparison, chosen: str) -> None:
@@ -136,7 +135,7 @@ def _table(page: Page, other: SaeEntry, found: Comparison, chosen: str) -> None:
 
 def _draw(table: pd.DataFrame, entry: SaeEntry, key: str, help_: str) -> None:
     if table.empty:
-        state.explain("None", "No feature is in this list.")
+        explain("None", "No feature is in this list.")
         return
     numbers = table["feature"].to_numpy()
 
@@ -234,13 +233,13 @@ def _by_weights(page: Page, other: SaeEntry) -> None:
     configs = (page.entry.config, other.config)
     same = _of_one_model(*configs) and all(configs[0].get(key) == configs[1].get(key) for key in ("hook_point", "d_in"))
     if not same:
-        state.explain(
+        explain(
             "These two read different activations",
             "Their decoders lie in different spaces, so only activations on the same tokens can be compared:",
             command,
         )
         return
-    state.explain(
+    explain(
         "Compared by decoder directions only",
         "Matching by activations, splitting and universality come from one command on the same tokens:",
         command,
@@ -248,7 +247,7 @@ def _by_weights(page: Page, other: SaeEntry) -> None:
     try:
         table = cosine_table(page.entry, other)
     except LiveError as error:
-        state.explain("The decoders cannot be compared", str(error))
+        explain("The decoders cannot be compared", str(error))
         return
     shown = pd.DataFrame(
         {
@@ -278,4 +277,3 @@ def _by_weights(page: Page, other: SaeEntry) -> None:
             .properties(height=240),
             key="cosines",
         )
-    st.html('<i id="compare-done" data-list="cosine"></i>')

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
-
 import numpy as np
 import streamlit as st
 
 from browser import comparison, data, dumps, state
 from browser.components import Histogram, Row, RowList, draw_histograms, draw_lists
+from browser.markup import explain, facts, source_line
 from browser.state import Page
 from browser.tokens import label
 from browser.views import feature_dump, feature_examples, feature_notes, feature_rule, feature_text
@@ -60,20 +59,18 @@ def show(page: Page) -> None:
             feature_dump.show(page)
         elif len(rows):
             feature_examples.show(page, rows, values)
-        else:
-            st.html(f'<i id="done" data-feature="{page.feature}"></i>')
 
 
 def _explain_silence(page: Page) -> None:
     if str(data.flags(page.index)[page.feature]) == "absent":
-        state.explain(
+        explain(
             f"Feature {page.feature} is not in this dump",
             "The imported feature pages hold nothing about it: neither samples nor a density.",
         )
     elif page.index.sampled:
-        state.explain(f"No sample of feature {page.feature} fires", "What the dump says of it is below.")
+        explain(f"No sample of feature {page.feature} fires", "What the dump says of it is below.")
     else:
-        state.explain(
+        explain(
             f"Feature {page.feature} is dead",
             f"It fires on none of the {page.index.kept_tokens:,} tokens of this index, so there "
             "are no activations to show. What its weights say is below.",
@@ -98,42 +95,39 @@ def _header(page: Page) -> None:
     stats, feature, index = page.index.stats, page.feature, page.index
     flag = str(data.flags(index)[feature])
     domain = int(stats["domain_top"][feature])
-    facts = {"density": f"{data.density(index)[feature]:.3g}"}
+    values = {"density": f"{data.density(index)[feature]:.3g}"}
     if index.sampled:
-        facts["firings in the samples"] = f"{int(stats['count'][feature]):,}"
-        facts["max"] = f"{np.fmax(stats['max'], stats['recorded_max'])[feature]:.3f}"
+        values["firings in the samples"] = f"{int(stats['count'][feature]):,}"
+        values["max"] = f"{np.fmax(stats['max'], stats['recorded_max'])[feature]:.3f}"
     else:
-        facts["firings"] = f"{int(stats['count'][feature]):,}"
-        facts |= {title: f"{stats[name][feature]:.3f}" for name, title in SIZES.items()}
+        values["firings"] = f"{int(stats['count'][feature]):,}"
+        values |= {title: f"{stats[name][feature]:.3f}" for name, title in SIZES.items()}
     if domain >= 0 and not index.sampled:
         share = f"{stats['domain_purity'][feature]:.0%}"
-        facts["purity"] = f"{share} {html.escape(index.domains[domain])}"
+        values["purity"] = f"{share} {index.domains[domain]}"
     for name, title in (("delta_loss", "Δloss when active"), ("logit_kurtosis", "logit kurtosis")):
         if name in stats and np.isfinite(stats[name][feature]):
-            facts[title] = f"{stats[name][feature]:.3f}"
+            values[title] = f"{stats[name][feature]:.3f}"
     for name, title in (("cos_enc_dec", "cos enc·dec"), ("nearest_cosine", "nearest cos")):
         if name in stats:
-            facts[title] = f"{stats[name][feature]:.3f}"
+            values[title] = f"{stats[name][feature]:.3f}"
     if "resampled_step" in stats and stats["resampled_step"][feature] >= 0:
-        facts["resampled at step"] = f"{stats['resampled_step'][feature]:,}"
-    cells = "".join(f"<div><span>{name}</span>{value}</div>" for name, value in facts.items())
-    badge = f'<span class="mono-flag">{flag}</span>' if flag else ""
-    st.html(
-        f'<div class="mono-facts"><div class="mono-title">Feature {feature:,} {badge}</div>'
-        f'{cells}</div>{_label_line(page)}<div class="mono-source">{html.escape(provenance(page))}</div>'
-    )
+        values["resampled at step"] = f"{stats['resampled_step'][feature]:,}"
+    st.html(facts(values, f"Feature {feature:,}", badge=flag) + _label_line(page) + source_line(provenance(page)))
 
 
 def _label_line(page: Page) -> str:
-    """The label found without a language model, with its held-out scores; bdi keeps right-to-left tokens apart."""
+    """The label found without a language model, with its held-out scores."""
     found = data.auto_label(page.index, page.feature)
     if found is None:
         return ""
-    return (
-        f'<div class="mono-facts"><div title="{html.escape(HELP["label"])}"><span>label by rule ({found.kind})</span>'
-        f"<bdi>{html.escape(found.text)}</bdi></div><div><span>held-out F1</span>{found.f1:.2f}</div>"
-        f"<div><span>precision</span>{found.precision:.2f}</div><div><span>recall</span>{found.recall:.2f}</div></div>"
-    )
+    values = {
+        f"label by rule ({found.kind})": found.text,
+        "held-out F1": f"{found.f1:.2f}",
+        "precision": f"{found.precision:.2f}",
+        "recall": f"{found.recall:.2f}",
+    }
+    return facts(values, help=HELP["label"])
 
 
 def provenance(page: Page) -> str:

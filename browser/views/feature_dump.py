@@ -44,4 +44,3 @@ def show(page: Page) -> None:
     effects = dumps.effects(page.index, list(chain.from_iterable(group.examples for group in groups)))
     if effects.at:
         draw_effects(groups, effects, lambda token: [], effects_key=key)
-    st.html(f'<i id="done" data-feature="{page.feature}"></i>')

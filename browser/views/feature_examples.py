@@ -56,7 +56,6 @@ def show(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
     legend = st.empty()
     legend.caption("Orange: activation.")
     draw_examples(groups, float(values.max()), bos=page.index.attributes.get("bos"), key="examples", effects_key=key)
-    st.html(f'<i id="done" data-feature="{page.feature}"></i>')
     _underline(page, rows, values, groups, key, legend)
 
 
@@ -232,4 +231,3 @@ def _underline(
         "Orange: activation. Underline: loss of the token without the feature, blue where it rises, dashed violet "
         f"where it falls ({how}; {found.seconds:.1f} s)."
     )
-    st.html(f'<i id="ablated" data-feature="{page.feature}"></i>')

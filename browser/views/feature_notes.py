@@ -10,6 +10,7 @@ from typing import Any
 import streamlit as st
 
 from browser import export, state
+from browser.markup import explain
 from browser.notes import MAX_LABEL, MAX_NOTE, Note, Notes, NotesError
 from browser.state import Page
 from browser.tokens import plain_markdown
@@ -21,7 +22,7 @@ def show(page: Page, provenance: str) -> None:
     try:
         note, everything = notes.get(page.feature), notes.all()
     except NotesError as error:
-        state.explain("The notes cannot be read", str(error))
+        explain("The notes cannot be read", str(error))
         return
     bar = st.container(horizontal=True, gap="small", key="notes")
     with (
@@ -77,6 +78,6 @@ def _keep(notes: Notes, note: Note) -> None:
     try:
         notes.put(note)
     except NotesError as error:
-        state.explain("The note could not be kept", str(error))
+        explain("The note could not be kept", str(error))
         return
     st.rerun()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import streamlit as st
 
-from browser import charts, specificity, state
+from browser import charts, specificity
+from browser.markup import explain, facts
 from browser.specificity import KINDS, SCRIPTS, Rule, RuleError, Text
 from browser.state import Page
 
@@ -35,22 +36,21 @@ def show(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
             page.index, _text(page.index, str(page.index.path)), Rule(kind, text), str(page.index.path)
         )
     except RuleError as error:
-        state.explain("This rule cannot be used", str(error))
+        explain("This rule cannot be used", str(error))
         return
     found = specificity.measure(page.index, rows, values, holds, score)
-    st.html(
-        '<div class="mono-facts">'
-        f"<div><span>rule holds on</span>{found.base:.3%} of tokens</div>"
-        f"<div><span>and on</span>{float(holds[rows].mean()):.2%} of the firings</div>"
-        f"<div><span>best F1</span>{found.curve['f1'].max():.3f}</div>"
-        f"<div><span>Pearson with the proxy</span>{found.pearson:.3f}</div></div>"
-    )
+    summary = {
+        "rule holds on": f"{found.base:.3%} of tokens",
+        "and on": f"{float(holds[rows].mean()):.2%} of the firings",
+        "best F1": f"{found.curve['f1'].max():.3f}",
+        "Pearson with the proxy": f"{found.pearson:.3f}",
+    }
+    st.html(facts(summary))
     left, right = st.columns(2, gap="medium")
     left.caption("Firings on which the rule holds, by activation")
     left.altair_chart(charts.level_chart(found.levels), key="levels")
     right.caption("Precision, recall and F1 above a threshold")
     right.altair_chart(charts.curve_chart(found.curve), key="curve")
-    st.html('<i id="rule-done"></i>')
 
 
 @st.cache_resource(max_entries=2, show_spinner="Reading the index's text …")

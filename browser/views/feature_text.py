@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import streamlit as st
 
-from browser import live, state
+from browser import live
 from browser.components import Group, draw_examples
 from browser.data import Example
 from browser.live import LiveError, prompts
+from browser.markup import explain
 from browser.state import Page
 from browser.tokens import pieces
 
@@ -23,7 +24,7 @@ def show(page: Page) -> None:
         ids = prompts.encode(loaded, text)
         found = prompts.inspect(loaded, page.entry, ids)
     except LiveError as error:
-        state.explain("This text cannot be run", str(error))
+        explain("This text cannot be run", str(error))
         return
     acts = prompts.activations(found, page.feature, len(ids))
     largest = float(page.index.stats["max"][page.feature])
@@ -43,4 +44,3 @@ def show(page: Page) -> None:
     note = f"fires on {int((acts > 0).sum())} of {len(ids)} tokens, at most {acts.max():.3f} ({share})"
     group = Group("Your text", note if acts.any() else f"silent on all {len(ids)} tokens", [example])
     draw_examples([group], largest or 1.0, bos=page.index.attributes.get("bos"), key="tried")
-    st.html('<i id="tried-done"></i>')

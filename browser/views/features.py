@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from browser import catalogue, data, state
+from browser.markup import explain, facts
 from browser.state import Page
 
 SORTS = {
@@ -35,12 +35,10 @@ def show(page: Page) -> None:
     _summary(page, table)
     shown = _filters(page, table)
     _table(shown)
-    sort = st.session_state.get("sort", "")
-    st.html(f'<i id="features-done" data-shown="{len(shown)}" data-sort="{html.escape(str(sort))}"></i>')
     left, right = st.columns([0.8, 0.2], vertical_alignment="center")
     left.caption(
-        f"{len(shown):,} of {len(table):,} features. Select a row to open its feature; a click on "
-        "a column's head sorts."
+        f"{len(shown):,} of {len(table):,} features, sorted by {st.session_state['sort']}. Select a row to open its "
+        "feature; click a column's head to sort by it."
     )
     name = f"features-{page.entry.id.replace('/', '-')}"
     csv, parquet = right.columns(2)
@@ -61,19 +59,19 @@ def _summary(page: Page, table: pd.DataFrame) -> None:
     live = table.loc[table["flag"] != "dead", "density"]
     if page.index.sampled:
         known = table["density"].notna().sum()
-        facts = {
+        values = {
             "features": f"{len(table):,}",
             "in the dump": f"{(table['flag'] != 'absent').sum():,}",
             "with a density": f"{known:,}",
             "sampled tokens": f"{page.index.kept_tokens:,}",
         }
-        st.html(_facts(facts))
+        st.html(facts(values))
         st.caption(
             "Imported feature pages: samples of another tool, without weights and without the firings that were not "
             "sampled. Densities and maxima are the dump's own."
         )
         return
-    facts = {
+    values = {
         "features": f"{len(table):,}",
         "dead": f"{counts.get('dead', 0) / len(table):.1%}",
         "ultra-low": f"{counts.get('ultra-low', 0) / len(table):.1%}",
@@ -82,12 +80,7 @@ def _summary(page: Page, table: pd.DataFrame) -> None:
         "features per token (L0)": f"{table['density'].sum():.1f}",
         "kept tokens": f"{page.index.kept_tokens:,}",
     }
-    st.html(_facts(facts))
-
-
-def _facts(facts: dict[str, str]) -> str:
-    cells = "".join(f"<div><span>{name}</span>{value}</div>" for name, value in facts.items())
-    return f'<div class="mono-facts">{cells}</div>'
+    st.html(facts(values))
 
 
 def _filters(page: Page, table: pd.DataFrame) -> pd.DataFrame:
@@ -137,7 +130,7 @@ def _filters(page: Page, table: pd.DataFrame) -> pd.DataFrame:
 
 def _table(shown: pd.DataFrame) -> None:
     if shown.empty:
-        state.explain("No feature passes these filters", "Widen the density range or clear the search.")
+        explain("No feature passes these filters", "Widen the density range or clear the search.")
         return
     numbers = shown["feature"].to_numpy()
 

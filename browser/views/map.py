@@ -11,6 +11,7 @@ import streamlit as st
 
 from browser import state
 from browser.components.scatter import Name, Scale, draw_scatter
+from browser.markup import explain
 from browser.state import Page
 
 LAYOUTS = {"map/umap": "UMAP", "map/pca": "PCA"}
@@ -29,7 +30,7 @@ def show(page: Page) -> None:
     index = page.index
     layouts = [name for name in LAYOUTS if index.has(name)]
     if not layouts:
-        state.explain(
+        explain(
             "This index has no map", "It was built before maps were. Build it again:", f"sae index {page.entry.path}"
         )
         return

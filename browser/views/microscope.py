@@ -11,6 +11,7 @@ from browser import data, live, state
 from browser.components import Row, RowList, draw_lists
 from browser.components.grid import Bars, Cells, Column, draw_grid
 from browser.live import LiveError, prompts
+from browser.markup import explain
 from browser.state import Page
 from browser.tokens import label, pieces
 from browser.views.prompt_box import position_box, prompt_box
@@ -43,14 +44,14 @@ def show(page: Page) -> None:
     try:
         loaded = live.load(page.entry)
     except LiveError as error:
-        state.explain("The microscope needs the model", str(error))
+        explain("The microscope needs the model", str(error))
         return
     prompt = prompt_box(height=76)
     try:
         ids = prompts.encode(loaded, prompt)
         found = prompts.inspect(loaded, page.entry, ids)
     except LiveError as error:
-        state.explain("This prompt cannot be shown", str(error))
+        explain("This prompt cannot be shown", str(error))
         return
     order, columns, dense, at, asked = _settings(len(ids), page.index.d_vocab)
     token = _next_token(loaded, ids, at, asked)
@@ -60,7 +61,6 @@ def show(page: Page) -> None:
         _grid(page, ids, found, pushes, at, order=order, most=columns, hide_dense=dense)
     with right:
         _token(page, loaded, ids, found, pushes, at, token)
-    st.html(f'<i id="microscope-done" data-tokens="{len(ids)}" data-at="{at}"></i>')
 
 
 def _settings(n_tokens: int, d_vocab: int) -> tuple[str, int, bool, int, int | None]:

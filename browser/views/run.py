@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import streamlit as st
 
-from browser import charts, data, runs, state
+from browser import charts, data, runs
+from browser.markup import explain, facts, heading
 from browser.state import Page
 
 CURVES = {
@@ -31,7 +31,7 @@ def show(page: Page) -> None:
     progress = runs.progress_of(page.entry, log)
     _header(page, progress)
     if progress.state == "empty":
-        state.explain(
+        explain(
             "Nothing has been logged yet",
             "The run was started, but its first lines are still to come (one every 25 steps). This page looks again "
             "by itself. If it was killed before that, repeat the command it was started with.",
@@ -48,32 +48,24 @@ def show(page: Page) -> None:
         _fidelity(page, report, progress)
         _density(page, report)
         _costs(page, log)
-    st.html('<i id="done" data-view="run"></i>')
 
 
 def _dump(page: Page) -> None:
     """Where imported feature pages come from: there is no run behind them here."""
     config, imported = page.entry.config, page.entry.config.get("imported") or {}
-    facts = {
+    values = {
         "format": str(imported.get("format", "?")),
         "imported from": f"{imported.get('source', '?')} ({imported.get('files', '?')} files)",
         "features in it": f"{imported.get('features', '?')} of {page.entry.d_sae:,}",
         "model": str((config.get("model") or {}).get("id", "?")),
         "place": str(config.get("hook_point") or "?"),
     }
-    title = f'<div class="mono-title">{html.escape(page.entry.id)} <span class="mono-flag">imported pages</span></div>'
-    st.html(_facts({k: v for k, v in facts.items() if v != "?"}, title))
-    state.explain(
+    st.html(facts({k: v for k, v in values.items() if v != "?"}, page.entry.id, badge="imported pages"))
+    explain(
         "These are another tool's feature pages",
         "They hold samples of each feature's firings, its logit weights and some statistics. There is no training run, "
         "no evaluation and no weights here; Features and Feature show what there is.",
     )
-    st.html('<i id="done" data-view="run"></i>')
-
-
-def _facts(facts: dict[str, str], title: str = "") -> str:
-    cells = "".join(f"<div><span>{html.escape(k)}</span><bdi>{html.escape(v)}</bdi></div>" for k, v in facts.items())
-    return f'<div class="mono-facts">{title}{cells}</div>'
 
 
 def _header(page: Page, progress: runs.Progress) -> None:
@@ -81,7 +73,7 @@ def _header(page: Page, progress: runs.Progress) -> None:
     model = config.get("model") or {}
     store = config.get("store") or config.get("live") or {}
     train = config.get("train") or {}
-    facts = {
+    values = {
         "recipe": str(config.get("recipe") or train.get("recipe") or "?"),
         "features": f"{page.entry.d_sae:,}",
         "d_in": str(config.get("d_in", "?")),
@@ -94,13 +86,13 @@ def _header(page: Page, progress: runs.Progress) -> None:
     badge = {"trained": "trained", "training": "training now", "stopped": "stopped", "empty": "just started"}[
         progress.state
     ]
-    title = f'<div class="mono-title">{html.escape(page.entry.id)} <span class="mono-flag">{badge}</span></div>'
-    st.html(_facts({k: v for k, v in facts.items() if v != "?" and "? (" not in v}, title))
+    known = {k: v for k, v in values.items() if v != "?" and "? (" not in v}
+    st.html(facts(known, page.entry.id, badge=badge))
     if progress.state in ("training", "stopped"):
         share = progress.rows / max(1, progress.total)
         st.progress(min(1.0, share), f"{progress.rows:,} of {progress.total:,} tokens")
     if progress.state == "stopped":
-        state.explain(
+        explain(
             "This run has stopped before its end",
             f"Its log has not grown for {progress.quiet_s / 60:,.0f} minutes. Repeating the command it was started "
             "with goes on from the last checkpoint, to the same result bit for bit.",
@@ -112,7 +104,7 @@ def _training(page: Page) -> None:
     if not len(log):
         st.caption("No training log (metrics.jsonl) here." if not page.entry.unfinished else "Waiting for the log …")
         return
-    st.html('<div class="mono-head">Training</div>')
+    heading("Training")
     names = [name for name in CURVES if name in log and log[name].notna().any()]
     events = [int(event["step"]) for event in page.entry.config.get("resample_events") or [] if "step" in event]
     columns = st.columns(2)
@@ -123,10 +115,10 @@ def _training(page: Page) -> None:
 
 
 def _fidelity(page: Page, report: dict[str, Any], progress: runs.Progress) -> None:
-    st.html('<div class="mono-head">Fidelity on held-out text</div>')
+    heading("Fidelity on held-out text")
     if not report:
         if progress.state == "trained":
-            state.explain(
+            explain(
                 "Not evaluated yet", "One command measures it on the held-out split.", f"sae eval {page.entry.path}"
             )
         else:
@@ -151,7 +143,7 @@ def _fidelity(page: Page, report: dict[str, Any], progress: runs.Progress) -> No
         },
     )
     if checks.get("scores_are_noise"):
-        state.explain(
+        explain(
             "The loss scores are noise here",
             f"Zero-ablation costs only {checks.get('ablation_gap_nats')} nats at this hook point, so a share of it "
             "means little; look at delta_ce.",
@@ -172,7 +164,7 @@ def _density(page: Page, report: dict[str, Any]) -> None:
     if histogram.empty:
         return
     dead = int(np.sum((report.get("density") or {}).get("dead") or 0))
-    st.html('<div class="mono-head">Density of the features</div>')
+    heading("Density of the features")
     st.altair_chart(charts.density_chart(histogram), key="densities")
     found = runs.clusters(histogram)
     humps = "; ".join(f"{n:,} features from {10**low:.0e} to {10**high:.0e}" for low, high, n in found)
@@ -187,7 +179,7 @@ def _frontier(page: Page) -> None:
     table = runs.frontier(page.entry, page.entries.values())
     if len(table) < 2:
         return
-    st.html('<div class="mono-head">Frontier of this sweep</div>')
+    heading("Frontier of this sweep")
     st.caption(
         f"{len(table)} evaluated dictionaries in the same directory; the ring is this one. Lower left is better."
     )
@@ -197,8 +189,10 @@ def _frontier(page: Page) -> None:
 def _costs(page: Page, log: pd.DataFrame) -> None:
     found = runs.cost(page.entry, log)
     if found:
-        st.html(f'<div class="mono-head">Cost</div>{_facts(found)}')
+        heading("Cost")
+        st.html(facts(found))
     train = page.entry.config.get("train") or {}
     settings = {k: str(v) for k, v in train.items() if k not in ("recipe", "d_sae", "tokens", "seed") and v}
     if settings:
-        st.html(f'<div class="mono-head">Settings</div>{_facts(settings)}')
+        heading("Settings")
+        st.html(facts(settings))

@@ -12,6 +12,7 @@ from browser import charts, live, state, steering_charts
 from browser.components import Line, draw_line
 from browser.live import Live, LiveError
 from browser.live import steering as run
+from browser.markup import explain, heading
 from browser.state import Page
 from browser.tokens import label, pieces
 from browser.views.prompt_box import prompt_box
@@ -40,7 +41,7 @@ def show(page: Page) -> None:
     try:
         loaded = live.load(page.entry)
     except LiveError as error:
-        state.explain("Steering needs the model", str(error))
+        explain("Steering needs the model", str(error))
         return
     left, right = st.columns([0.52, 0.48], gap="medium")
     with left:
@@ -60,7 +61,8 @@ def show(page: Page) -> None:
 def _steering_set(page: Page) -> list[Any] | None:
     """The edits: a table, and the same as text in the address; None where the text cannot be read."""
     head, add = st.columns([0.62, 0.38], vertical_alignment="bottom")
-    head.html('<div class="mono-head">Steering set</div>')
+    with head:
+        heading("Steering set")
     add.button(
         f"Add feature {page.feature:,}",
         icon=":material/add:",
@@ -81,7 +83,7 @@ def _steering_set(page: Page) -> list[Any] | None:
         try:
             edits = run.parse(text)
         except LiveError as error:
-            state.explain("The steering set cannot be read", str(error))
+            explain("The steering set cannot be read", str(error))
             return None
         _table(page, edits, text)
     return edits
@@ -200,7 +202,7 @@ def _generate(page: Page, loaded: Live, edits: list[Any], asked: dict[str, Any])
         following = run.next_tokens(loaded, rows[0].prompt_ids, edits, n=10, units=units)
     except ValueError as error:  # LiveError, and what sae.steering refuses
         place.empty()
-        state.explain("Nothing was generated", str(error))
+        explain("Nothing was generated", str(error))
         return
     place.empty()
     st.session_state["steered"] = {
@@ -238,7 +240,6 @@ def _results(page: Page, loaded: Live, found: dict[str, Any]) -> None:
         asked = {"path": found["path"], "edits": found["edits"], **found["asked"]}
         st.code(run.as_command(**asked), language="bash")
         st.code(run.as_python(**asked), language="python")
-    st.html('<i id="steered-done"></i>')
 
 
 def _side_by_side(page: Page, found: dict[str, Any]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
-
 import numpy as np
 import pandas as pd
 import streamlit as st
 
 from browser import data, state
 from browser.components import Row, RowList, draw_lists
+from browser.markup import explain, facts
 from browser.state import Page
 from browser.tokens import label
 from store.common import StoreError
@@ -60,7 +59,7 @@ def show(page: Page) -> None:
     try:
         table = TABLES[str(chosen)](page, token_id)
     except StoreError as error:
-        state.explain("This index cannot say", str(error), f"sae index {page.entry.path}")
+        explain("This index cannot say", str(error), f"sae index {page.entry.path}")
         return
     table = table[table["firings"] >= few]
     if by in table:
@@ -71,7 +70,6 @@ def show(page: Page) -> None:
     with right:
         if others:
             _others(page, others)
-    st.html(f'<i id="token-done" data-token="{token_id}" data-rows="{len(table)}"></i>')
 
 
 def find_token(page: Page, text: str) -> tuple[int | None, list[int]]:
@@ -92,7 +90,7 @@ def _choose(token_id: int) -> None:
 
 
 def _suggest(page: Page, text: str, others: list[int]) -> None:
-    state.explain(
+    explain(
         f"No token is exactly “{text}”",
         "A word may be several tokens, and most words begin with a space. These hold it:"
         if others
@@ -114,15 +112,13 @@ def _others(page: Page, ids: list[int]) -> None:
 
 def _facts(page: Page, token_id: int) -> None:
     count = int(page.index.token_counts[token_id])
-    name = html.escape(label(page.index.token_bytes(token_id)))
-    facts = {
+    values = {
         "id": str(token_id),
         "occurs": f"{count:,}",
         "of all tokens": f"{count / max(1, page.index.kept_tokens):.3%}",
         "bytes": page.index.token_bytes(token_id).hex(" "),
     }
-    cells = "".join(f"<div><span>{key}</span>{value}</div>" for key, value in facts.items())
-    st.html(f'<div class="mono-facts"><div class="mono-title">Token <bdi>{name}</bdi></div>{cells}</div>')
+    st.html(facts(values, f"Token {label(page.index.token_bytes(token_id))}"))
 
 
 def _counted(page: Page, token_id: int, feature: np.ndarray, count: np.ndarray, total: np.ndarray) -> pd.DataFrame:
@@ -180,7 +176,7 @@ TABLES = {"on": firing_on, "before": firing_before, "raise": raising}
 
 def _draw(table: pd.DataFrame, chosen: str) -> None:
     if table.empty:
-        state.explain("No feature does", "Lower the least number of firings, or choose another list.")
+        explain("No feature does", "Lower the least number of firings, or choose another list.")
         return
     numbers = table["feature"].to_numpy()
 
