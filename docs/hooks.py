@@ -1,0 +1,128 @@
+"""Parts of the documentation that are generated from the code each time the site is built.
+
+A page says where: `<!-- generated: command line -->` and so on, see PARTS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from typing import Any
+
+EMPTY = (None, False, argparse.SUPPRESS, [])
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """MkDocs calls this for every page."""
+    for name, part in PARTS.items():
+        mark = f"<!-- generated: {name} -->"
+        if mark in markdown:
+            markdown = markdown.replace(mark, part())
+    return markdown
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    """Every verb of the `sae` command with its parser."""
+    from sae.cli import build_parser
+
+    actions = build_parser()._actions
+    (found,) = (action for action in actions if isinstance(action, argparse._SubParsersAction))
+    return dict(found.choices)
+
+
+def arguments(verb: argparse.ArgumentParser) -> list[argparse.Action]:
+    """A verb's arguments, without --help."""
+    return [action for action in verb._actions if not isinstance(action, argparse._HelpAction)]
+
+
+def command_line() -> str:
+    """One section per verb: what it does, its usage and a table of its arguments."""
+    return "\n".join(line for name, verb in verbs().items() for line in _verb(name, verb))
+
+
+def _verb(name: str, verb: argparse.ArgumentParser) -> Iterator[str]:
+    yield f"## sae {name}\n"
+    description = (verb.description or "").rstrip(".")
+    yield f"{description[:1].upper()}{description[1:]}.\n"
+    yield f"```text\n{verb.format_usage().removeprefix('usage: ').rstrip()}\n```\n"
+    yield "| argument | default | meaning |\n|---|---|---|"
+    for action in arguments(verb):
+        names = ", ".join(f"`{option}`" for option in action.option_strings) or f"`{action.dest}`"
+        if action.option_strings and action.nargs != 0:
+            names += f" {html.escape(_value(action))}"
+        yield f"| {names} | {_default(action)} | {_cell(action)} |"
+    yield ""
+
+
+def _value(action: argparse.Action) -> str:
+    if action.choices:
+        return " or ".join(str(choice) for choice in action.choices)
+    return str(action.metavar or action.dest.upper())
+
+
+def _default(action: argparse.Action) -> str:
+    if action.required:
+        return "required"
+    return "" if action.default in EMPTY else f"`{action.default}`"
+
+
+def _cell(action: argparse.Action) -> str:
+    return html.escape((action.help or "").replace("%%", "%")).replace("|", "\\|")
+
+
+def recipe_settings() -> str:
+    """What each recipe sets, and which optional settings it takes besides."""
+    from sae.training.recipes import RECIPES
+
+    lines = ["| recipe | what it sets | also takes |", "|---|---|---|"]
+    for name, recipe in RECIPES.items():
+        given = ", ".join(f"`{key}={_short(value)}`" for key, value in recipe.defaults.items())
+        others = ", ".join(f"`{key}`" for key in sorted(recipe.settings - set(recipe.defaults)))
+        lines.append(f"| `{name}` | {given} | {others} |")
+    return "\n".join(lines)
+
+
+def settings() -> str:
+    """Every setting of training and its default."""
+    from sae.training.config import TrainConfig
+
+    lines = ["| setting | type | default |", "|---|---|---|"]
+    lines += [f"| `{field.name}` | {field.type} | `{_short(field.default)}` |" for field in fields(TrainConfig)]
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return ",".join(_short(each) for each in value) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def pipeline_names() -> str:
+    """The functions and classes of `sae.pipeline`, as mkdocstrings wants them."""
+    from sae import pipeline
+
+    return _documented(getattr(pipeline, name) for name in sorted(pipeline.__all__))
+
+
+def public_objects() -> str:
+    """The public names of `sae` that are not in `sae.pipeline`."""
+    import sae
+    from sae import pipeline
+
+    return _documented(getattr(sae, name) for name in sae.__all__ if name not in pipeline.__all__)
+
+
+def _documented(objects: Iterable[Any]) -> str:
+    """`::: module.name` for each function or class, wherever it is defined."""
+    return "\n\n".join(f"::: {o.__module__}.{o.__qualname__}" for o in objects if callable(o))
+
+
+PARTS = {
+    "command line": command_line,
+    "recipe settings": recipe_settings,
+    "settings": settings,
+    "pipeline": pipeline_names,
+    "objects": public_objects,
+}
