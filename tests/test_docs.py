@@ -1,0 +1,239 @@
+"""The documentation keeps its word: its commands run, its flags exist, its links lead somewhere, the site builds.
+
+Commands and Python blocks run at tiny sizes; TINY and FLAGS say what is replaced, NOT_RUN what is left out and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from fakes import made_up_documents, write_jsonl
+
+from sae.cli import build_parser, main
+from sae.evaluation.metrics import METRICS
+from sae.training.recipes import RECIPES
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+sys.path.insert(0, str(DOCS))
+import hooks  # noqa: E402
+
+# What is replaced in a command or a Python block before it runs: a pattern and what stands in its place.
+TINY = {
+    r"\b(4096|16384)\b": "64",  # features
+    r'"default"': '"made-up.jsonl"',
+    r"--text (default|notes/|letters\.jsonl\.xz)": "--text made-up.jsonl",
+    r"\btiny-relu-1l\b": "tiny-model",
+    r"\.harvest\((.*), tokens=[\d_]+": r".harvest(\1, tokens=8192, heldout_tokens=1024",
+    r"tokens=1_600_000": "tokens=8192",
+    r"batch_tokens=1024": "batch_tokens=64",
+}
+# Flags put at the end of a verb's command, where they override those before.
+FLAGS = {
+    "harvest": "--tokens 8192 --heldout-tokens 1024",
+    "train": "--d-sae 64 --tokens 8192 --batch-tokens 256",
+    "sweep": "--tokens 4096 --batch-tokens 256",
+    "index": "--tokens 9216",
+    "controls": "--tokens 1024 --train-tokens 2048",
+    "compare": "--tokens 1024",
+    "steer": "--max-new-tokens 4",
+}
+# Commands that are not run, by a pattern, and the reason.
+NOT_RUN = {
+    r"^bash scripts/": "makes an environment, runs all tests or starts servers",
+    r"^python scripts/": "each script has tests of its own",
+    r"^(git|cd|python3|pip) ": "installs",
+    r"^sae browse": "starts a server; tests/test_browser_chromium.py does",
+    r"--workers": "starts processes; tests/test_harvest_workers.py does",
+    r"lm/": "trains a language model; tests/test_pretrain.py does",
+    r"runs/more/|runs/both/": "needs two harvests; tests/test_store_upkeep.py merges stores",
+    r"clean runs/mine --acts": "needs the index of every dictionary; tests/test_store_upkeep.py has them",
+}
+# Pages whose blocks need what the README's commands leave behind, in the order they run.
+AFTER_README = ["recipes", "formats", "store-guarantees", "your-own-text", "gpus-and-many-machines", "browser", "api"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    @property
+    def commands(self) -> list[str]:
+        """The command lines of a shell block, without comments; `cd x && y` as two."""
+        joined = self.text.replace("\\\n", " ")
+        lines = [re.sub(r"\s#\s.*$", "", line).strip() for line in joined.splitlines()]
+        return [part.strip() for line in lines for part in re.split(r"&&|(?<!\S)\. \S+", line) if part.strip(" #")]
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    text = page.read_text()
+    found = re.finditer(r"^```(\w+)\n(.*?)^```", text, re.M | re.S)
+    return [
+        Block(page.name, text[: match.start()].count("\n") + 1, match[1], match[2])
+        for match in found
+        if match[1] in languages
+    ]
+
+
+def tiny(text: str) -> str:
+    for pattern, smaller in TINY.items():
+        text = re.sub(pattern, smaller, text)
+    return text
+
+
+def run_page(page: Path) -> None:
+    """Runs the blocks of a page in the current directory; Python blocks share their names."""
+    names: dict[str, object] = {}
+    for block in blocks(page, "bash", "python"):
+        where = f"{block.page}:{block.line}"
+        if block.language == "python":
+            exec(compile(tiny(block.text), where, "exec"), names)
+            continue
+        for command in block.commands:
+            if any(re.search(pattern, command) for pattern in NOT_RUN):
+                continue
+            program, verb, *rest = shlex.split(tiny(command))
+            assert program == "sae", f"{where}: {command}: neither a sae command nor named in NOT_RUN"
+            assert main([verb, *rest, *shlex.split(FLAGS.get(verb, ""))]) == 0, f"{where}: {command}"
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a tiny model and text, as the current one."""
+    (tmp_path / "tiny-model").symlink_to(tiny_model_dir)
+    write_jsonl(tmp_path / "made-up.jsonl", made_up_documents(1500))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_block_of_the_readme_and_of_the_pages_that_build_on_it_runs(workspace: Path) -> None:
+    for page in (ROOT / "README.md", *(DOCS / f"{name}.md" for name in AFTER_README)):
+        run_page(page)
+
+
+def test_every_block_of_the_tutorial_runs(workspace: Path) -> None:
+    run_page(DOCS / "tutorial.md")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(DOCS / "tutorial.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "commit the notebook without outputs"
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    assert any("<iframe" in output["data"].get("text/html", "") for output in shown), "no feature is shown"
+
+
+def sae_commands() -> Iterator[tuple[str, list[str]]]:
+    """Every `sae …` command of every page, as its words."""
+    for page in PAGES:
+        for block in blocks(page, "bash", "text"):
+            for command in block.commands:
+                if command.startswith("sae ") and not command.startswith("sae VERB"):
+                    yield f"{block.page}:{block.line}", shlex.split(command)[1:]
+
+
+def test_every_sae_command_in_the_documentation_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(parser: argparse.ArgumentParser, message: str) -> None:
+        raise ValueError(message)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "error", fail)
+    parser, seen = build_parser(), set()
+    for where, words in sae_commands():
+        try:
+            parser.parse_args(words)
+        except ValueError as error:
+            pytest.fail(f"{where}: sae {' '.join(words)}: {error}")
+        seen.add(words[0])
+    assert seen >= set(hooks.verbs()) - {"pretrain", "store"}, "a verb is nowhere shown"
+
+
+# Flags of other programs that pages name.
+OTHERS = {"--nproc-per-node", "--no-python", "--nbmake", "--strict", "--durations", "--help", "--version"}
+
+
+def test_every_flag_named_in_the_documentation_exists() -> None:
+    known = {option for verb in hooks.verbs().values() for action in verb._actions for option in action.option_strings}
+    for script in (ROOT / "scripts").glob("*.*"):
+        known |= set(re.findall(r"--[a-z][a-z0-9-]+", script.read_text())) if script.suffix in (".py", ".sh") else set()
+    for page in PAGES:
+        code = re.findall(r"^```.*?^```|`[^`\n]+`", page.read_text(), re.M | re.S)
+        named = {flag for part in code for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", part)}
+        assert not named - known - OTHERS, f"{page.name} names flags that do not exist"
+
+
+def test_every_flag_is_documented() -> None:
+    page = hooks.command_line()
+    for name, verb in hooks.verbs().items():
+        (section,) = re.findall(rf"^## sae {name}\n(.*?)(?=^## |\Z)", page, re.M | re.S)
+        for action in hooks.arguments(verb):
+            for option in action.option_strings or [action.dest]:
+                assert f"`{option}`" in section, f"sae {name}: {option} is missing on the page"
+            assert action.help or not action.option_strings, f"sae {name}: {action.option_strings} has no help"
+
+
+def test_the_readme_is_short_and_every_link_leads_somewhere() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.glob("*.md")):
+        for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)[^)]*\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_recipe_has_its_entry_with_loss_and_source() -> None:
+    page = (DOCS / "recipes.md").read_text()
+    sections = dict(re.findall(r"^### ([a-z0-9-]+)\n(.*?)(?=^##|\Z)", page, re.M | re.S))
+    assert sections.keys() == RECIPES.keys()
+    for name, recipe in RECIPES.items():
+        assert recipe.loss in sections[name], f"{name}: its loss is {recipe.loss}"
+        assert recipe.source in sections[name], f"{name}: its source is {recipe.source}"
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{name}`" in readme for name in RECIPES)
+
+
+def test_every_metric_has_its_entry_with_its_version() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*?\| (\d+) \|", (DOCS / "metrics.md").read_text(), re.M))
+    for name, metric in METRICS.items():
+        assert rows.get(name) == str(metric.version), f"{name}: version {metric.version}"
+
+
+def test_every_message_in_troubleshooting_is_one_of_ours() -> None:
+    files = [path for room in ("sae", "store", "browser", "scripts") for path in (ROOT / room).rglob("*.[ps][yh]")]
+    source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in files))
+    for message in re.findall(r"^- \*\*`([^`]+)`\*\*", (DOCS / "troubleshooting.md").read_text(), re.M):
+        assert message in source, f"no message says {message!r}"
+
+
+def test_the_site_builds_without_warnings_and_asks_nothing_of_the_network(tmp_path: Path) -> None:
+    packages = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": packages},
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = list((tmp_path / "site").glob("*.html"))
+    assert len(pages) >= len(list(DOCS.glob("*.md")))
+    for page in pages:
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]*src="([^"]+)"', page.read_text())
+        loaded += re.findall(r'<link[^>]*rel="(?:stylesheet|preconnect|icon)"[^>]*href="([^"]+)"', page.read_text())
+        assert not [url for url in loaded if re.match(r"https?:|//", url)], page.name
