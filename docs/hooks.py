@@ -99,11 +99,25 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+VERBS_FIRST = (
+    "harvest",
+    "train",
+    "Live",
+    "sweep",
+    "evaluate",
+    "index",
+    "compare",
+    "controls",
+    "export",
+    "import_dictionary",
+)
+
+
 def pipeline_names() -> str:
-    """The functions and classes of `sae.pipeline`, as mkdocstrings wants them."""
+    """The functions and classes of `sae.pipeline`, the verbs first, as mkdocstrings wants them."""
     from sae import pipeline
 
-    return _documented(getattr(pipeline, name) for name in sorted(pipeline.__all__))
+    return _documented(pipeline, [*VERBS_FIRST, *(name for name in pipeline.__all__ if name not in VERBS_FIRST)])
 
 
 def public_objects() -> str:
@@ -111,12 +125,17 @@ def public_objects() -> str:
     import sae
     from sae import pipeline
 
-    return _documented(getattr(sae, name) for name in sae.__all__ if name not in pipeline.__all__)
+    return _documented(sae, [name for name in sae.__all__ if name not in pipeline.__all__])
 
 
-def _documented(objects: Iterable[Any]) -> str:
-    """`::: module.name` for each function or class, wherever it is defined."""
-    return "\n\n".join(f"::: {o.__module__}.{o.__qualname__}" for o in objects if callable(o))
+def _documented(package: Any, names: Iterable[str]) -> str:
+    """`::: module.name` for each function or class, wherever it is defined, under its public name."""
+    found = {name: getattr(package, name) for name in names}
+    return "\n\n".join(
+        f"::: {o.__module__}.{o.__qualname__}\n    options: {{heading: {name}, toc_label: {name}}}"
+        for name, o in found.items()
+        if callable(o)
+    )
 
 
 PARTS = {

@@ -214,6 +214,13 @@ def test_every_metric_has_its_entry_with_its_version() -> None:
         assert rows.get(name) == str(metric.version), f"{name}: version {metric.version}"
 
 
+def test_every_view_of_the_browser_has_its_section() -> None:
+    from browser.registry import VIEWS
+
+    sections = re.findall(r"^## (.+)$", (DOCS / "browser.md").read_text(), re.M)
+    assert not {view.title for view in VIEWS.values()} - set(sections)
+
+
 def test_every_message_in_troubleshooting_is_one_of_ours() -> None:
     files = [path for room in ("sae", "store", "browser", "scripts") for path in (ROOT / room).rglob("*.[ps][yh]")]
     source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in files))
