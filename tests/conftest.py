@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import shape_checks  # noqa: F401  before `sae`: its modules are imported with their shapes checked
 import torch
 from browser_sites import chromium, live_root, live_site, open_page, planted_root, planted_site, windows  # noqa: F401
 from fakes import made_up_documents, write_jsonl, write_model
