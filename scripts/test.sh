@@ -7,7 +7,9 @@ if [ ! -x /usr/bin/chromium ] && command -v apt-get >/dev/null && [ "$(id -u)" =
 fi
 ruff check .
 ruff format --check .
-mypy
+mypy & types=$! # a minute on one core; the checks below take the other
 lint-imports
+python -m pip --disable-pip-version-check check
 [ $# -gt 0 ] || bash scripts/newest_zarr.sh
-exec python -m pytest "$@"
+wait $types
+exec python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --durations 20 "$@"

@@ -67,7 +67,7 @@ class Support:
     """
 
     features: Int[Tensor, " nnz"]
-    offsets: Int[Tensor, " rows+1"]
+    offsets: Int[Tensor, " rows_and_one"]
     d_sae: int
 
     @classmethod

@@ -98,7 +98,7 @@ def norm_scale(norm: nn.LayerNorm, x: Float[Tensor, "*batch d"]) -> Float[Tensor
 
 
 def norm_part(
-    norm: nn.LayerNorm, part: Float[Tensor, "*batch d"], scale: Float[Tensor, "*batch 1"]
+    norm: nn.LayerNorm, part: Float[Tensor, "*batch d"], scale: Float[Tensor, "*broadcast 1"]
 ) -> Float[Tensor, "*batch d"]:
     """What a summand of x adds to LayerNorm(x) at the scale σ of x: linear in the part, the norm's bias left out."""
     return (part - part.mean(-1, keepdim=True)) / scale * norm.weight
