@@ -147,7 +147,8 @@ def _meetings(
     product = np.repeat(sample.value, lengths) * np.asarray(firings.row_values[place], np.float64)
     n_cells = sample.n * d_sae
     met = np.bincount(cell, minlength=n_cells).reshape(sample.n, d_sae)
-    return met, np.bincount(cell, weights=product, minlength=n_cells).reshape(sample.n, d_sae)
+    summed = np.bincount(cell, weights=product, minlength=n_cells).astype(np.float64)  # of nothing it gives integers
+    return met, summed.reshape(sample.n, d_sae)
 
 
 def _largest(scores: Float[np.ndarray, "n d_sae"]) -> tuple[Int[np.ndarray, "n listed"], Float[np.ndarray, "n listed"]]:

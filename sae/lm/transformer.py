@@ -87,7 +87,7 @@ class Mlp(nn.Module):
         self.out = nn.Linear(config.d_mlp, config.d_model)
         self.act_fn = ACTIVATIONS[config.act_fn]
 
-    def post(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_mlp"]:
+    def post(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_mlp"]:
         pre: Tensor = self.get_submodule("in")(x)
         return self.act_fn(pre)
 
