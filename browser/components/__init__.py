@@ -7,27 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import streamlit as st
-
+from browser.components.base import Vocabulary, declare, on_trigger
 from browser.data import Example
 from browser.live.ablation import Effects
 from browser.tokens import Piece
 
-_HERE = Path(__file__).parent
-
-
-def _source(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8")
-
-
-_tokens = st.components.v2.component("monosem_tokens", css=_source("tokens.css"), js=_source("tokens.js"))
-_lists = st.components.v2.component("monosem_lists", css=_source("lists.css"), js=_source("lists.js"))
-_effects = st.components.v2.component("monosem_effects", js=_source("effects.js"))
-_histograms = st.components.v2.component("monosem_histograms", css=_source("histogram.css"), js=_source("histogram.js"))
+_tokens, _lists, _effects, _histograms = map(declare, ("tokens", "lists", "effects", "histograms"))
 
 
 @dataclass(frozen=True)
@@ -90,27 +78,12 @@ class Histogram:
     chosen: tuple[float, float] | None = None
 
 
-@dataclass
-class _Vocabulary:
-    """Distinct (token id, pieces) of a payload, so that text is sent once."""
-
-    entries: list[tuple[int, list[Piece]]] = field(default_factory=list)
-    numbers: dict[tuple[int, tuple[Piece, ...]], int] = field(default_factory=dict)
-
-    def add(self, token_id: int, shown: Sequence[Piece]) -> int:
-        key = (token_id, tuple(shown))
-        if key not in self.numbers:
-            self.numbers[key] = len(self.entries)
-            self.entries.append((token_id, list(shown)))
-        return self.numbers[key]
-
-
 def draw_examples(groups: Sequence[Group], maximum: float, *, bos: int | None, key: str, effects_key: str = "") -> None:
     """Groups of examples, orange in proportion to activation / `maximum`; `bos` ids are faint.
 
     `draw_effects` with the same `effects_key` underlines them afterwards.
     """
-    vocabulary = _Vocabulary()
+    vocabulary = Vocabulary()
     payload = [
         {
             "title": group.title,
@@ -129,7 +102,7 @@ def draw_effects(
     groups: Sequence[Group], effects: Effects, show: Callable[[int], list[Piece]], *, effects_key: str
 ) -> None:
     """What ablation does to the tokens of `groups`, sent to the component that drew them; `show` is a token's text."""
-    vocabulary = _Vocabulary()
+    vocabulary = Vocabulary()
     examples: dict[str, dict[str, list[Any]]] = {}
     largest = 0.0
 
@@ -164,12 +137,10 @@ def _rounded(number: float) -> float:
 
 
 def draw_histograms(charts: Sequence[Histogram], *, key: str, on_range: Callable[[str, Any, Any], None]) -> None:
-    """Histograms; a drag calls `on_range(which, low, high)`, a click calls it with None twice."""
+    """Histograms; a drag calls `on_range(which, low, high)`, a click calls it with None for both bounds."""
 
-    def dragged() -> None:
-        chosen = getattr(st.session_state.get(key), "range", None)
-        if chosen is not None:
-            on_range(str(chosen["which"]), chosen["low"], chosen["high"])
+    def dragged(chosen: dict[str, Any]) -> None:
+        on_range(str(chosen["which"]), chosen["low"], chosen["high"])
 
     payload = [
         {
@@ -179,12 +150,12 @@ def draw_histograms(charts: Sequence[Histogram], *, key: str, on_range: Callable
         }
         for chart in charts
     ]
-    _histograms(data={"charts": payload}, key=key, on_range_change=dragged)
+    _histograms(data={"charts": payload}, key=key, on_range_change=on_trigger(key, "range", dragged))
 
 
 def draw_line(title: str, note: str, line: Line, *, key: str) -> None:
     """One text under a heading, with what differs from another text marked."""
-    vocabulary = _Vocabulary()
+    vocabulary = Vocabulary()
     example = {
         "v": [vocabulary.add(i, s) for i, s in zip(line.token_ids, line.shown, strict=True)],
         "start": 0,
@@ -207,14 +178,6 @@ def draw_lists(
 ) -> None:
     """Lists in one or `two` columns; a click on a row calls `on_open` with its feature, one on its + `on_add`."""
 
-    def sent(name: str, call: Callable[[int], Any] | None) -> Callable[[], None]:
-        def changed() -> None:
-            feature = getattr(st.session_state.get(key), name, None)
-            if feature is not None and call is not None:
-                call(int(feature))
-
-        return changed
-
     payload = [
         {
             "title": each.title,
@@ -228,12 +191,12 @@ def draw_lists(
     _lists(
         data={"two": two, "lists": payload},
         key=key,
-        on_open_change=sent("open", on_open),
-        on_add_change=sent("add", on_add),
+        on_open_change=on_trigger(key, "open", on_open),
+        on_add_change=on_trigger(key, "add", on_add),
     )
 
 
-def _example(example: Example, vocabulary: _Vocabulary) -> dict[str, Any]:
+def _example(example: Example, vocabulary: Vocabulary) -> dict[str, Any]:
     document, source, domain, _ = example.document
     entries = zip(example.token_ids.tolist(), example.shown, strict=True)
     return {

@@ -1,42 +1,8 @@
 // A table of tokens: text at the left, then bars (one number a token), then cells (token × column).
-// Token text goes through textContent only. A row sends "row", a column's head "column".
-// data: {vocab: [[id, [[kind, text], …]], …], rows: [vocab index], selected, rtl: false,
-//        bars: [{title, help, values: [number|null], max, signed}], columns: [{title, note, open}],
+// A click on a row triggers "row", one on a column's head "column".
+// data: {vocab: [[id, [[kind, text], …]], …], rows: [vocab index], selected,
+//        bars: [{title, help, values: [number|null], max}], columns: [{title, note, open}],
 //        cells: [[row, column, value]], max: [number] per column, floor, unit, height}
-const GLYPHS = { " ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍" };
-const INVISIBLE = /[\p{Cc}\p{Cf}\u2028\u2029]/u;
-
-function element(tag, name, text) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  if (text !== undefined && text !== null) node.textContent = text;
-  return node;
-}
-
-function glyph(shown, original) {
-  const outer = element("span", "glyph");
-  outer.dataset.g = shown;
-  outer.append(element("span", "hidden", original));
-  return outer;
-}
-
-function appendPieces(target, pieces) {
-  for (const [kind, text] of pieces) {
-    if (kind === "hex") { target.append(glyph("‹" + text + "›", "")); continue; }
-    for (const character of text) {
-      if (!INVISIBLE.test(character) && character !== " ") { target.append(character); continue; }
-      const code = character.codePointAt(0).toString(16).padStart(2, "0");
-      target.append(glyph(GLYPHS[character] || "‹" + code + "›", character));
-    }
-  }
-}
-
-function number(value) {
-  if (value === null || value === undefined) return "–";
-  if (value === 0) return "0";
-  return Math.abs(value) >= 0.001 ? value.toPrecision(3) : value.toExponential(1);
-}
-
 function drawBar(bar, row) {
   const value = bar.values[row];
   const cell = element("span", "bar");
@@ -53,7 +19,7 @@ function drawRow(data, byRow, r) {
   const row = element("div", r === data.selected ? "row chosen" : "row");
   row.dataset.r = r;
   const text = element("span", "text");
-  appendPieces(text, data.vocab[data.rows[r]][1]);
+  appendPieces(text, data.vocab[data.rows[r]][1], true);
   row.append(element("span", "at", String(r)), text);
   for (const bar of data.bars) row.append(drawBar(bar, r));
   const first = 3 + data.bars.length;
@@ -88,13 +54,6 @@ function drawHead(data) {
   return head;
 }
 
-function place(tip, box) {
-  tip.style.display = "block";
-  const below = box.bottom + 6 + tip.offsetHeight < window.innerHeight;
-  tip.style.top = (below ? box.bottom + 6 : box.top - tip.offsetHeight - 6) + "px";
-  tip.style.left = Math.max(4, Math.min(box.left, window.innerWidth - tip.offsetWidth - 8)) + "px";
-}
-
 function fillTip(tip, data, target) {
   tip.replaceChildren();
   if (target.dataset.help !== undefined) {
@@ -108,19 +67,15 @@ function fillTip(tip, data, target) {
   if (target.dataset.v === undefined) return true;
   const r = Number(target.parentElement.dataset.r);
   const text = element("div", "tiptoken");
-  appendPieces(text, data.vocab[data.rows[r]][1]);
+  appendPieces(text, data.vocab[data.rows[r]][1], true);
   tip.append(text, element("div", "", data.unit + " " + number(Number(target.dataset.v)) + " at position " + r));
   return true;
 }
 
 export default function (component) {
-  const { data, parentElement, setTriggerValue } = component;
-  let root = parentElement.querySelector(".grid");
-  if (!root) {
-    root = element("div", "grid");
-    root.tabIndex = 0;
-    parentElement.append(root);
-  }
+  const { data, setTriggerValue } = component;
+  const root = rootOf(component, "grid");
+  root.tabIndex = 0;
   const scrolled = root.scrollTop, across = root.scrollLeft;
   const byRow = new Map();
   for (const cell of data.cells) {
@@ -157,7 +112,7 @@ export default function (component) {
   root.onmouseover = (event) => {
     const target = event.target.closest(".cell, .colhead, .barhead");
     if (!target || !fillTip(tip, data, target)) { tip.style.display = "none"; return; }
-    place(tip, target.getBoundingClientRect());
+    placeTip(tip, target.getBoundingClientRect());
   };
   root.onmouseleave = () => { tip.style.display = "none"; };
 }

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import streamlit as st
 
-from browser.components import _source, _Vocabulary
+from browser.components.base import Vocabulary, declare, on_trigger
 from browser.tokens import Piece
 
-_grid = st.components.v2.component("monosem_grid", css=_source("grid.css"), js=_source("grid.js"))
+_grid = declare("grid")
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def draw_grid(
 
     A click on a token calls `on_row`, one on a column's head `on_column` with its feature.
     """
-    vocabulary = _Vocabulary()
+    vocabulary = Vocabulary()
     rows = [vocabulary.add(i, s) for i, s in zip(token_ids, shown, strict=True)]
     data = {
         "vocab": vocabulary.entries,
@@ -79,16 +78,8 @@ def draw_grid(
         "floor": floor,
         "height": height,
     }
-
-    def sent(name: str, call: Callable[[int], Any] | None) -> Callable[[], None]:
-        def changed() -> None:
-            value = getattr(st.session_state.get(key), name, None)
-            if value is not None and call is not None:
-                call(int(value))
-
-        return changed
-
-    _grid(data=data, key=key, on_row_change=sent("row", on_row), on_column_change=sent("column", on_column))
+    on_row_change, on_column_change = on_trigger(key, "row", on_row), on_trigger(key, "column", on_column)
+    _grid(data=data, key=key, on_row_change=on_row_change, on_column_change=on_column_change)
 
 
 def _bars(bars: Bars) -> dict[str, Any]:

@@ -1,12 +1,5 @@
 // Keys that no button has: "/" goes to the search of the page, "?" shows the keys, Escape leaves either.
 // data: {keys: [[key, what it does]]}
-function element(tag, name, text) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-
 function writing(event) {
   const at = event.composedPath()[0];
   return at instanceof HTMLElement && (at.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(at.tagName));

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import streamlit as st
+from browser.components.base import declare
 
-from browser.components import _source
-
-_keys = st.components.v2.component("monosem_keys", css=_source("keys.css"), js=_source("keys.js"))
+_keys = declare("keys")
 KEYS = [
     ("← →", "previous, next feature"),
     ("/", "the search box of this page (or the feature\u2019s number)"),

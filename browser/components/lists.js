@@ -1,13 +1,6 @@
 // Draws short lists of label, bar and number; a row that opens a feature triggers "open", its + "add".
 // data: {two, lists: [{title, help, colour, empty,
 //                      rows: [{prefix, label, value, extra, share, negative, open, add}]}]}
-function element(tag, name, text) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  if (text !== undefined && text !== null) node.textContent = text;
-  return node;
-}
-
 function drawRow(row, colour, setTriggerValue) {
   const line = element("div", row.open === null ? "row" : "row open");
   const bar = element("div", "bar " + (row.negative ? "negative" : colour || ""));
@@ -20,7 +13,7 @@ function drawRow(row, colour, setTriggerValue) {
   if (row.open !== null) line.onclick = () => setTriggerValue("open", row.open);
   if (row.add) {
     const add = element("button", "add", "+");
-    add.title = "Put into the steering set";
+    add.title = "Add to the steering set";
     add.onclick = (event) => {
       event.stopPropagation();
       add.textContent = "✓";
@@ -32,12 +25,8 @@ function drawRow(row, colour, setTriggerValue) {
 }
 
 export default function (component) {
-  const { data, parentElement, setTriggerValue } = component;
-  let root = parentElement.querySelector(".lists");
-  if (!root) {
-    root = element("div", "lists");
-    parentElement.append(root);
-  }
+  const { data, setTriggerValue } = component;
+  const root = rootOf(component, "lists");
   root.classList.toggle("two", data.two);
   const tip = element("div", "tip");
   const drawn = document.createDocumentFragment();
@@ -45,19 +34,7 @@ export default function (component) {
     const section = element("section", "list");
     const head = element("div", "head");
     head.append(element("span", "", list.title));
-    if (list.help) {
-      const help = element("span", "help", "?");
-      help.onmouseenter = () => {
-        tip.textContent = list.help;
-        tip.style.display = "block";
-        const box = help.getBoundingClientRect();
-        tip.style.top = box.bottom + 6 + "px";
-        tip.style.left =
-          Math.max(4, Math.min(box.left, window.innerWidth - tip.offsetWidth - 8)) + "px";
-      };
-      help.onmouseleave = () => { tip.style.display = "none"; };
-      head.append(help);
-    }
+    if (list.help) head.append(helpMark(list.help, tip));
     section.append(head);
     if (!list.rows.length) section.append(element("div", "row", list.empty));
     for (const row of list.rows) section.append(drawRow(row, list.colour, setTriggerValue));

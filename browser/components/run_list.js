@@ -2,13 +2,6 @@
 // data: {in_place, columns: [{title, help, number}],
 //        rows: [{id, href, cells: [{text, sort, share, tone, help}]}]}
 // With in_place, a plain click triggers "open" and the page need not be loaded again.
-function element(tag, name, text) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  if (text !== undefined && text !== null) node.textContent = text;
-  return node;
-}
-
 function drawCell(cell, column) {
   const node = element("td", column.number ? "number" : "");
   if (cell.help) node.title = cell.help;
@@ -55,12 +48,8 @@ function compare(a, b, column, direction) {
 }
 
 export default function (component) {
-  const { data, parentElement, setTriggerValue } = component;
-  let root = parentElement.querySelector(".runs");
-  if (!root) {
-    root = element("div", "runs");
-    parentElement.append(root);
-  }
+  const { data, setTriggerValue } = component;
+  const root = rootOf(component, "runs");
   const table = element("table"), head = element("tr"), body = element("tbody");
   const top = element("thead");
   let sorted = null, direction = 1;

@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import streamlit as st
+from browser.components.base import declare, on_trigger
 
-from browser.components import _source
-
-_run_list = st.components.v2.component("monosem_run_list", css=_source("run_list.css"), js=_source("run_list.js"))
+_run_list = declare("run_list")
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,6 @@ def draw_runs(
     columns: Sequence[Column], runs: Sequence[Run], *, key: str, on_open: Callable[[str], Any] | None
 ) -> None:
     """Draws the table. A click on a link calls `on_open` with the run's id; with None, it loads the link."""
-
-    def opened() -> None:
-        chosen = getattr(st.session_state.get(key), "open", None)
-        if chosen is not None and on_open is not None:
-            on_open(str(chosen))
-
     rows = [{"id": run.id, "href": run.href, "cells": [vars(cell) for cell in run.cells]} for run in runs]
     data = {"in_place": on_open is not None, "columns": [vars(column) for column in columns], "rows": rows}
-    _run_list(data=data, key=key, on_open_change=opened)
+    _run_list(data=data, key=key, on_open_change=on_trigger(key, "open", on_open))

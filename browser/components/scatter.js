@@ -1,13 +1,6 @@
 // A map of features on a canvas: hover shows one, a click opens it, the wheel zooms, a drag moves.
 // data: {xy: base64 float32 [n, 2], colour: base64 float32 [n] in 0…1 or NaN, faint: base64 uint8 [n],
-//        labels: [text], vocab of notes: [[name, value per feature]], names: [{x, y, text}], chosen, scale, height}
-function element(tag, name, text) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  if (text !== undefined && text !== null) node.textContent = text;
-  return node;
-}
-
+//        notes: [[name, one text per feature]], names: [{x, y, text}], chosen, scale: {title, low, high}, height}
 function bytes(text) {
   const raw = atob(text), out = new Uint8Array(raw.length);
   for (let i = 0; i < raw.length; i++) out[i] = raw.charCodeAt(i);
@@ -217,12 +210,8 @@ class Map2d {
 }
 
 export default function (component) {
-  const { data, parentElement, setTriggerValue } = component;
-  let root = parentElement.querySelector(".map");
-  if (!root) {
-    root = element("div", "map");
-    parentElement.append(root);
-  }
+  const { data, setTriggerValue } = component;
+  const root = rootOf(component, "map");
   const open = (i) => setTriggerValue("open", i);
   if (root.map2d) { root.map2d.open = open; root.map2d.update(data); } else { root.map2d = new Map2d(root, data, open); }
 }

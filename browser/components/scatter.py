@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import streamlit as st
 
-from browser.components import _source
+from browser.components.base import declare, on_trigger
 
-_scatter = st.components.v2.component("monosem_scatter", css=_source("scatter.css"), js=_source("scatter.js"))
+_scatter = declare("scatter")
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,6 @@ def draw_scatter(
 
     `notes` are lines of the tip, (name, one text for each point).
     """
-
-    def opened() -> None:
-        feature = getattr(st.session_state.get(key), "open", None)
-        if feature is not None:
-            on_open(int(feature))
-
     data = {
         "xy": _packed(xy, "<f4"),
         "colour": _packed(colour, "<f4"),
@@ -66,7 +59,7 @@ def draw_scatter(
         "chosen": chosen,
         "height": height,
     }
-    _scatter(data=data, key=key, on_open_change=opened)
+    _scatter(data=data, key=key, on_open_change=on_trigger(key, "open", on_open))
 
 
 def _packed(array: np.ndarray, dtype: str) -> str:

@@ -3,47 +3,6 @@
 // data: {key, max, bos, vocab: [[id, [[kind, text], …]], …],
 //        groups: [{title, note, empty, examples: [{v: [vocab index], a: [activation], start, hit,
 //                  value, where, doc, context, plain, dim, first}]}]}
-const GLYPHS = { " ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍" };
-const INVISIBLE = /[\p{Cc}\p{Cf}\u2028\u2029]/u;
-
-function element(tag, name, text) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  if (text !== undefined && text !== null) node.textContent = text;
-  return node;
-}
-
-function glyph(shown, original) {
-  const outer = element("span", "glyph");
-  outer.dataset.g = shown;
-  outer.append(element("span", "hidden", original));
-  return outer;
-}
-
-function appendPieces(target, pieces, spaces) {
-  for (const [kind, text] of pieces) {
-    if (kind === "hex") {
-      target.append(glyph("‹" + text + "›", ""));
-      continue;
-    }
-    let plain = "";
-    for (const character of text) {
-      const seen = !INVISIBLE.test(character) && !(spaces && character === " ");
-      if (seen) { plain += character; continue; }
-      if (plain) target.append(plain);
-      plain = "";
-      const code = character.codePointAt(0).toString(16).padStart(2, "0");
-      target.append(glyph(GLYPHS[character] || "‹" + code + "›", character));
-    }
-    if (plain) target.append(plain);
-  }
-}
-
-function number(value) {
-  if (value === 0) return "0";
-  return Math.abs(value) >= 0.001 ? value.toPrecision(3) : value.toExponential(1);
-}
-
 function drawExample(data, example, e, g, drawn) {
   const line = element("div", example.plain ? "example plain" : "example");
   if (!example.plain) line.append(element("span", "value", number(example.value)));
@@ -138,20 +97,9 @@ function fillTip(tip, data, at, effects) {
   effectLines(tip, effects, g, e, i);
 }
 
-function place(tip, box) {
-  tip.style.display = "block";
-  const below = box.bottom + 6 + tip.offsetHeight < window.innerHeight;
-  tip.style.top = (below ? box.bottom + 6 : box.top - tip.offsetHeight - 6) + "px";
-  tip.style.left = Math.max(4, Math.min(box.left, window.innerWidth - tip.offsetWidth - 8)) + "px";
-}
-
 export default function (component) {
-  const { data, parentElement } = component;
-  let root = parentElement.querySelector(".groups");
-  if (!root) {
-    root = element("div", "groups");
-    parentElement.append(root);
-  }
+  const { data } = component;
+  const root = rootOf(component, "groups");
   const tip = element("div", "tip");
   const drawn = document.createDocumentFragment();
   const tokens = new Map();
@@ -166,7 +114,7 @@ export default function (component) {
   });
   drawn.append(tip);
   root.replaceChildren(drawn);
-  root.dataset.key = data.key || ""; // what is drawn now, for whoever waits for it
+  root.dataset.key = data.key || ""; // which examples are drawn
   applyEffects(root, data, tokens);
   if (root.listener) window.removeEventListener("monosem-effects", root.listener);
   root.listener = () => applyEffects(root, data, tokens);
@@ -175,7 +123,7 @@ export default function (component) {
     const token = event.target.closest(".tok");
     if (!token) { tip.style.display = "none"; return; }
     fillTip(tip, data, token.dataset.at, root.effects);
-    place(tip, token.getClientRects()[0] || token.getBoundingClientRect());
+    placeTip(tip, token.getClientRects()[0] || token.getBoundingClientRect());
   };
   root.onmouseleave = () => { tip.style.display = "none"; };
   return () => window.removeEventListener("monosem-effects", root.listener);

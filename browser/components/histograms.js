@@ -3,13 +3,6 @@
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 400, HEIGHT = 96, FOOT = 16, HEAD = 4;
 
-function element(tag, name, text) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  if (text !== undefined && text !== null) node.textContent = text;
-  return node;
-}
-
 function shape(tag, attributes) {
   const node = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -36,17 +29,8 @@ function draw(chart, setTriggerValue, tip) {
   const section = element("section", "chart");
   const head = element("div", "head");
   head.append(element("span", "title", chart.title));
-  const help = element("span", "help", "?");
-  help.onmouseenter = () => {
-    tip.textContent = chart.help;
-    tip.style.display = "block";
-    const box = help.getBoundingClientRect();
-    tip.style.top = box.bottom + 6 + "px";
-    tip.style.left = Math.max(4, Math.min(box.left, window.innerWidth - tip.offsetWidth - 8)) + "px";
-  };
-  help.onmouseleave = () => { tip.style.display = "none"; };
   const note = element("span", "note", "");
-  head.append(help, note);
+  head.append(helpMark(chart.help, tip), note);
   const low = chart.bars[0][0], high = chart.bars[chart.bars.length - 1][1];
   const most = Math.max(...chart.bars.map((bar) => bar[2]), 1);
   const scale = chart.log ? (n) => Math.log1p(n) / Math.log1p(most) : (n) => n / most;
@@ -101,12 +85,8 @@ function draw(chart, setTriggerValue, tip) {
 }
 
 export default function (component) {
-  const { data, parentElement, setTriggerValue } = component;
-  let root = parentElement.querySelector(".charts");
-  if (!root) {
-    root = element("div", "charts");
-    parentElement.append(root);
-  }
+  const { data, setTriggerValue } = component;
+  const root = rootOf(component, "charts");
   const tip = element("div", "tip");
   root.replaceChildren(...data.charts.map((chart) => draw(chart, setTriggerValue, tip)), tip);
 }
