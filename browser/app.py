@@ -54,7 +54,7 @@ def main() -> None:
         view, feature = _choose_view(bar, views, entry)
         _show(view, Page(entry, feature, entries))
         live.warm(entry)
-    state.spare_collections()
+    state.freeze_garbage_collection()
 
 
 def _explain_empty(root: Path) -> None:
@@ -68,7 +68,7 @@ def _explain_empty(root: Path) -> None:
 
 
 def _missing(entries: Mapping[str, SaeEntry], first: str) -> Missing | None:
-    """What the link that began this session asks for in vain; widgets bound to the URL would replace it silently."""
+    """What the link that started this session names in vain; widgets bound to the URL would replace it silently."""
     asked, chosen = st.query_params, st.session_state
     name = asked.get("sae", first)
     if "sae" in asked and "sae" not in chosen:
@@ -119,7 +119,7 @@ def _choose_view(bar: DeltaGenerator, views: DeltaGenerator, entry: SaeEntry) ->
         key="feature",
         bind="query-params",
         label_visibility="collapsed",
-        on_change=state.leave_table,
+        on_change=state.feature_changed,
         icon=":material/tag:",
         width=112,
     )

@@ -1,4 +1,4 @@
-"""The whole dictionary as one table, and the rows of it that pass the filters; no Streamlit here."""
+"""A dictionary as a table of its features, and the filters on it; no Streamlit here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT_COLUMNS = ("label", "auto_label", "top_token", "top_logits", "domain")
 
 
 def feature_table(index: FeatureIndex) -> pd.DataFrame:
-    """One row a feature: every statistic of the index, with tokens as visible labels."""
+    """One row per feature: every statistic of the index, with tokens as visible labels."""
     stats = index.stats
 
     def token(number: int) -> str:
@@ -63,10 +63,10 @@ def select_features(
     log_density: tuple[float, float] | None = None,
     text: str = "",
 ) -> pd.DataFrame:
-    """Rows of `feature_table` that pass every filter; `text` is looked for in tokens and domains.
+    """Rows of `feature_table` that pass every filter; `text` is searched for in tokens, labels and domains.
 
-    `flag` is "", "alive" or one of the flags; `log_density` are bounds on log10 density, and
-    features that never fire fall outside them.
+    `flag` is "" (any), "alive" or one of the flags; `log_density` are bounds on log₁₀ density, which exclude features
+    that never fire.
     """
     keep = np.ones(len(table), bool)
     if flag == "alive":
@@ -90,7 +90,7 @@ def select_features(
 
 
 def to_csv(table: pd.DataFrame) -> bytes:
-    """The table as UTF-8 CSV; text cells are JSON strings, so none is taken for a formula."""
+    """The table as UTF-8 CSV. Text cells are JSON strings, so that no spreadsheet runs one as a formula."""
     safe = table.copy()
     for name in TEXT_COLUMNS:
         if name in safe:

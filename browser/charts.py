@@ -1,4 +1,4 @@
-"""Histograms as Altair charts; the app's theme colours their text and grid."""
+"""Altair charts of training, evaluation and specificity; Streamlit's theme sets the colours of text and grid."""
 
 from __future__ import annotations
 
@@ -10,45 +10,8 @@ from browser.style import BLUE, ORANGE, VIOLET
 HEIGHT = 118
 
 
-def _bars(histogram: pd.DataFrame, counted: str, log_counts: bool) -> alt.Chart:
-    axis = alt.Axis(title=None, labelFontSize=10, format="~s")
-    if log_counts:
-        ticks = [0, *(10**i for i in range(12) if 10**i <= histogram["count"].max())]
-        axis.values = ticks
-        y = alt.Y("count:Q", scale=alt.Scale(type="symlog"), axis=axis)
-    else:
-        axis.tickCount = 3
-        y = alt.Y("count:Q", axis=axis)
-    return (
-        alt.Chart(histogram)
-        .mark_bar(binSpacing=0.5)
-        .encode(
-            x=alt.X("low:Q", bin="binned", axis=alt.Axis(tickCount=6, grid=False, title=None, labelFontSize=10)),
-            x2="high:Q",
-            y=y,
-            tooltip=[
-                alt.Tooltip("low:Q", format=".3g", title="above"),
-                alt.Tooltip("high:Q", format=".3g", title="up to"),
-                alt.Tooltip("count:Q", format=",", title=counted),
-            ],
-        )
-        .properties(height=HEIGHT)
-    )
-
-
-def activation_chart(histogram: pd.DataFrame) -> alt.Chart:
-    """Firings by activation; counts on a logarithmic scale, since most firings are weak."""
-    return _bars(histogram, "firings", True).configure_mark(color=ORANGE)
-
-
-def logit_chart(histogram: pd.DataFrame) -> alt.Chart:
-    """Vocabulary by logit weight, coloured by sign."""
-    sign = alt.condition("datum.low + datum.high > 0", alt.value(BLUE), alt.value(VIOLET))
-    return _bars(histogram, "tokens", False).encode(color=sign)
-
-
 def divergence_chart(kl: list[float]) -> alt.Chart:
-    """KL divergence between the two next-token distributions at each new token."""
+    """KL(steered ‖ base) of the next-token distributions at each new token, in nats."""
     frame = pd.DataFrame({"token": range(1, len(kl) + 1), "kl": kl})
     return (
         alt.Chart(frame)
@@ -63,7 +26,7 @@ def divergence_chart(kl: list[float]) -> alt.Chart:
 
 
 def level_chart(levels: pd.DataFrame) -> alt.Chart:
-    """Share of rule-true firings by activation; bars in the width of their interval."""
+    """Share of the firings on which a rule holds, by activation; a bar is as wide as its interval."""
     return (
         alt.Chart(levels)
         .mark_bar(color=ORANGE, binSpacing=1)
@@ -83,7 +46,7 @@ def level_chart(levels: pd.DataFrame) -> alt.Chart:
 
 
 def curve_chart(curve: pd.DataFrame) -> alt.Chart:
-    """Precision, recall and F1 of "activation above the threshold" as a detector of the rule."""
+    """Precision, recall and F1 of "activation > threshold" as a detector of a rule, by threshold."""
     names = {"precision": BLUE, "recall": ORANGE, "f1": VIOLET}
     long = curve.melt("threshold", list(names), var_name="score", value_name="value")
     return (
@@ -105,7 +68,7 @@ def curve_chart(curve: pd.DataFrame) -> alt.Chart:
 
 
 def training_chart(log: pd.DataFrame, name: str, resampled: list[int]) -> alt.LayerChart:
-    """One logged number by step; dashed rules where dead features were resampled."""
+    """One logged number by training step; dashed lines where dead features were resampled."""
     line = (
         alt.Chart(log)
         .mark_line(color=BLUE, strokeWidth=1.6)
@@ -122,7 +85,7 @@ def training_chart(log: pd.DataFrame, name: str, resampled: list[int]) -> alt.La
 
 
 def density_chart(histogram: pd.DataFrame) -> alt.Chart:
-    """Features by log₁₀ density; the ultra-low and the dense ones coloured apart."""
+    """Features by log₁₀ density; ultra-low and dense ones in colours of their own."""
     colour = (
         alt.when("datum.high <= -5")
         .then(alt.value(VIOLET))
@@ -130,15 +93,30 @@ def density_chart(histogram: pd.DataFrame) -> alt.Chart:
         .then(alt.value(BLUE))
         .otherwise(alt.value(ORANGE))
     )
-    return _bars(histogram, "features", False).encode(color=colour)
+    return (
+        alt.Chart(histogram)
+        .mark_bar(binSpacing=0.5)
+        .encode(
+            x=alt.X("low:Q", bin="binned", axis=alt.Axis(tickCount=6, grid=False, title=None, labelFontSize=10)),
+            x2="high:Q",
+            y=alt.Y("count:Q", axis=alt.Axis(title=None, labelFontSize=10, format="~s", tickCount=3)),
+            color=colour,
+            tooltip=[
+                alt.Tooltip("low:Q", format=".3g", title="above"),
+                alt.Tooltip("high:Q", format=".3g", title="up to"),
+                alt.Tooltip("count:Q", format=",", title="features"),
+            ],
+        )
+        .properties(height=HEIGHT)
+    )
 
 
 def frontier_chart(table: pd.DataFrame) -> alt.LayerChart:
-    """fvu by L0 (logarithmic), one line for each recipe and size; the run shown is ringed."""
+    """FVU by L0 (logarithmic), one line for each recipe and size; a ring marks the run that is shown."""
     series = table.assign(series=table["recipe"] + " " + table["d_sae"].astype(str))
     base = alt.Chart(series).encode(
         x=alt.X("l0:Q", scale=alt.Scale(type="log"), axis=alt.Axis(title="L0", grid=False, tickCount=6)),
-        y=alt.Y("fvu:Q", axis=alt.Axis(title="fvu", tickCount=5)),
+        y=alt.Y("fvu:Q", axis=alt.Axis(title="FVU", tickCount=5)),
         color=alt.Color("series:N", legend=alt.Legend(title=None, orient="bottom")),
         tooltip=[
             "id",

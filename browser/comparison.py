@@ -1,4 +1,4 @@
-"""What `sae compare` wrote about two dictionaries, as the Compare page reads it; no Streamlit here."""
+"""Reads what `sae compare` wrote about two dictionaries; no Streamlit here."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pandas as pd
 
 from browser.data import SaeEntry, read_config
 
-PAPER = {"features_a_to_b": 0.72, "neurons_a_to_b": 0.46}  # Bricken et al. 2023, A/1 against B/1: mean correlations
+PAPER = {"features_a_to_b": 0.72, "neurons_a_to_b": 0.46}  # mean correlations of A/1 with B/1 in Bricken et al. 2023
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A's features against B's: `a` and `b` have one row a feature; `flipped` when it was written as B against A."""
+    """A's features against B's: `a` and `b` have one row per feature; `flipped` if it was written as B against A."""
 
     summary: dict[str, Any]
     a: pd.DataFrame
@@ -31,7 +31,7 @@ def folder_of(a: SaeEntry, b: SaeEntry) -> Path:
 
 
 def find(a: SaeEntry, b: SaeEntry) -> Comparison | None:
-    """The comparison of A with B, or of B with A turned round; None where neither was made or one cannot be read."""
+    """The comparison of A with B, or that of B with A with its sides swapped; None if neither is readable."""
     for first, second, flipped in ((a, b, False), (b, a, True)):
         folder = folder_of(first, second)
         summary = read_config(folder / "compare.json")
@@ -44,7 +44,7 @@ def find(a: SaeEntry, b: SaeEntry) -> Comparison | None:
         except (OSError, ValueError):
             continue
         if (len(of_first), len(of_second)) != (first.d_sae, second.d_sae):
-            continue  # of dictionaries that were trained anew since
+            continue  # one of the dictionaries was trained again since
         if flipped:
             edges = edges.rename(columns={"a": "b", "b": "a", "masked_a": "masked_b", "masked_b": "masked_a"})
             return Comparison(summary, of_second, of_first, edges, True)
@@ -53,7 +53,7 @@ def find(a: SaeEntry, b: SaeEntry) -> Comparison | None:
 
 
 def histograms(found: Comparison) -> pd.DataFrame:
-    """What the features correlate with, as shares in 40 bins over −1 … 1: low, high, share, what."""
+    """Histograms of the best correlations in 40 bins over −1 … 1: low, high, share, what."""
     names = {"features": "correlation", "shuffled tokens": "shuffled_correlation", "neurons of A": "neuron_correlation"}
     edges = np.linspace(-1, 1, 41)
     parts = []
@@ -65,7 +65,7 @@ def histograms(found: Comparison) -> pd.DataFrame:
 
 
 def splits(found: Comparison, least: float) -> pd.DataFrame:
-    """Features of A with several in B above `least` (masked correlation): feature, into, children, strongest first."""
+    """Features of A that split: several in B have a masked correlation of at least `least`. Most children first."""
     strong = found.edges[found.edges["masked"] >= least]
     grouped = strong.groupby("a", sort=True)
     table = pd.DataFrame(
@@ -80,7 +80,7 @@ def splits(found: Comparison, least: float) -> pd.DataFrame:
 
 
 def partner(found: Comparison, feature: int) -> tuple[int | None, float]:
-    """The feature of B that correlates best with a feature of A, and how much; None where it was not analysed."""
+    """The feature of B that correlates best with a feature of A, and the correlation; None if it was not analysed."""
     row = found.a.iloc[feature]
     if row["best"] != row["best"] or row["correlation"] != row["correlation"]:
         return None, float("nan")
@@ -88,6 +88,6 @@ def partner(found: Comparison, feature: int) -> tuple[int | None, float]:
 
 
 def children(found: Comparison, feature: int, least: float) -> pd.DataFrame:
-    """The features of B that a feature of A goes with, strongest first."""
+    """The features of B whose masked correlation with a feature of A is at least `least`, strongest first."""
     edges = found.edges
     return edges[(edges["a"] == feature) & (edges["masked"] >= least)].sort_values("masked", ascending=False)

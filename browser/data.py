@@ -1,4 +1,4 @@
-"""What the pages show, from the runs directory and one feature index; no Streamlit here."""
+"""What the pages show, read from the runs directory and from one feature index; no Streamlit here."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pandas as pd
 from browser.tokens import Piece, label, pieces
 from store.features import FeatureIndex
 
-DUMP = "feature-dump"  # imported feature pages: an index of samples, no weights
-LEVELS = 4  # how deep below the root an SAE may lie
-ULTRA_LOW = 1e-5  # firings per kept token; the bound of eval.json's ultra_low_share
-DENSE = 0.1
+DUMP = "feature-dump"  # kind of a dictionary imported from feature pages: an index of samples, no weights
+LEVELS = 4  # directories below the root that are searched for SAEs
+ULTRA_LOW = 1e-5  # density (firings per kept token), as in eval.json's ultra_low_share
+DENSE = 0.1  # density
 N_INTERVALS = 11
 
 
@@ -40,12 +40,12 @@ class SaeEntry:
 
     @property
     def is_dump(self) -> bool:
-        """Whether it is another tool's feature pages: samples to look at, without weights."""
+        """Whether it was imported from another tool's feature pages: samples, without weights."""
         return self.config.get("kind") == DUMP
 
     @property
     def unfinished(self) -> bool:
-        """Whether training has begun and has not ended."""
+        """Whether training has started and not finished."""
         return bool(self.config.get("unfinished"))
 
     @property
@@ -56,7 +56,7 @@ class SaeEntry:
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens around one firing: `acts[i]` is the feature's activation on `token_ids[i]`."""
+    """The tokens around `row`, which is token number `hit`; `acts[i]` is the feature's activation on `token_ids[i]`."""
 
     row: int
     value: float
@@ -71,7 +71,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Interval:
-    """Firings in (low, high]: how many, their share of all firings, and a sample of rows."""
+    """Firings with activations in (low, high]: their number, their share of all firings, and a sample of their rows."""
 
     low: float
     high: float
@@ -81,12 +81,12 @@ class Interval:
 
 
 def scan(root: Path) -> list[SaeEntry]:
-    """SAE directories at most four levels below `root`, links not followed, sorted by id."""
+    """SAE directories up to four levels below `root`, sorted by id; symbolic links are not followed."""
     return sorted(_scan(root, root, LEVELS), key=lambda entry: entry.id)
 
 
 def _scan(root: Path, folder: Path, levels: int) -> Iterator[SaeEntry]:
-    config = read_config(folder / "config.json") or _begun(folder)
+    config = read_config(folder / "config.json") or _unfinished_config(folder)
     if config.get("kind") in ("sae", DUMP):
         yield SaeEntry(folder.relative_to(root).as_posix(), folder, config)
     if not levels:
@@ -94,16 +94,16 @@ def _scan(root: Path, folder: Path, levels: int) -> Iterator[SaeEntry]:
     try:
         with os.scandir(folder) as found:
             children = [entry for entry in found if _worth_entering(entry)]
-    except OSError:  # no right to look inside
+    except OSError:  # e.g. no permission
         return
     for entry in children:
         yield from _scan(root, Path(entry.path), levels - 1)
 
 
-def _begun(folder: Path) -> dict[str, Any]:
-    """What train.json says of a dictionary whose training has not ended; {} where none was begun."""
-    begun = read_config(folder / "train.json")
-    train, rows = begun.get("train"), begun.get("rows")
+def _unfinished_config(folder: Path) -> dict[str, Any]:
+    """The configuration of an unfinished dictionary, from its train.json; {} if there is none."""
+    claim = read_config(folder / "train.json")
+    train, rows = claim.get("train"), claim.get("rows")
     if not isinstance(train, dict):
         return {}
     provenance = rows if isinstance(rows, dict) else {}
@@ -117,7 +117,7 @@ def _worth_entering(entry: os.DirEntry[str]) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`; {} for anything else (a browser shows what it can)."""
+    """The JSON object in `path`; {} if it is missing, damaged, a link or anything else."""
     if path.is_symlink():
         return {}
     try:
@@ -128,7 +128,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def top_rows(rows: np.ndarray, values: np.ndarray, n: int, seq_len: int, *, one_per_context: bool = True) -> np.ndarray:
-    """Rows of the `n` largest values, largest first (ties: lower row), the largest of each context or all."""
+    """Rows of the `n` largest values, largest first (ties: lower row); of each context only the largest, or all."""
     order = np.lexsort((rows, -values))
     if not one_per_context:
         return rows[order[:n]]
@@ -139,12 +139,12 @@ def top_rows(rows: np.ndarray, values: np.ndarray, n: int, seq_len: int, *, one_
 def bottom_rows(
     rows: np.ndarray, values: np.ndarray, n: int, seq_len: int, *, one_per_context: bool = True
 ) -> np.ndarray:
-    """Rows of the `n` smallest firings, smallest first (ties: lower row), the smallest of each context or all."""
+    """Rows of the `n` smallest values, smallest first (ties: lower row); of each context only the smallest, or all."""
     return top_rows(rows, -values, n, seq_len, one_per_context=one_per_context)
 
 
 def control_rows(index: FeatureIndex, rows: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Up to `n` rows drawn uniformly from the kept rows on which the feature does not fire, ascending."""
+    """Up to `n` rows, drawn uniformly from the kept rows on which the feature does not fire, ascending."""
     rng = np.random.default_rng(seed)
     drawn = rng.choice(index.n_contexts * index.seq_len, min(8 * n, index.n_contexts * index.seq_len), replace=False)
     kept = [row for row in _silent(drawn, rows).tolist() if index.keep_at(row // index.seq_len)[row % index.seq_len]]
@@ -152,7 +152,7 @@ def control_rows(index: FeatureIndex, rows: np.ndarray, n: int, seed: int) -> np
 
 
 def _silent(candidates: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Those of the candidates that are not among the ascending `rows`."""
+    """The candidates that are not in `rows` (ascending)."""
     if not len(rows):
         return candidates
     place = np.minimum(np.searchsorted(rows, candidates), len(rows) - 1)
@@ -160,8 +160,8 @@ def _silent(candidates: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def same_token_rows(index: FeatureIndex, rows: np.ndarray, n: int, seed: int, n_tokens: int = 5) -> np.ndarray:
-    """Hard negatives: up to `n` kept rows on which the feature is silent though the token is one of the `n_tokens` it
-    fires on most often, drawn uniformly, ascending."""
+    """Hard negatives: up to `n` rows, drawn uniformly from the kept rows on which the feature is silent although the
+    token is one of the `n_tokens` that it fires on most often. Ascending."""
     ids, counts = np.unique(index.tokens_of(rows), return_counts=True)
     usual = ids[np.lexsort((ids, -counts))[:n_tokens]]
     is_usual = np.zeros(int(index.all_tokens.max(initial=0)) + 1, bool)
@@ -172,8 +172,8 @@ def same_token_rows(index: FeatureIndex, rows: np.ndarray, n: int, seed: int, n_
 
 
 def neighbour_rows(index: FeatureIndex, feature: int, rows: np.ndarray, n: int, seed: int) -> tuple[int, np.ndarray]:
-    """Hard negatives: the nearest feature by decoder cosine (-1: none), and up to `n` rows drawn from the stronger half
-    of its firings on which `feature` is silent, ascending."""
+    """Hard negatives: the nearest feature by decoder cosine (-1: unknown), and up to `n` rows, drawn uniformly from the
+    stronger half of its firings where `feature` is silent. Ascending."""
     nearest = int(index.panel("neighbours/id", feature)[0]) if index.has("neighbours/id") else -1
     if nearest < 0:
         return -1, rows[:0]
@@ -189,8 +189,8 @@ def _drawn(rows: np.ndarray, n: int, seed: int) -> np.ndarray:
 def rows_before_tokens(
     index: FeatureIndex, rows: np.ndarray, values: np.ndarray, wanted: np.ndarray, n: int, seed: int
 ) -> tuple[np.ndarray, int]:
-    """Up to `n` of the firings that one of the tokens `wanted` follows, drawn uniformly, strongest first; and how many
-    there are."""
+    """Up to `n` rows, drawn uniformly from the firings that a token in `wanted` follows, strongest first; and the
+    number of such firings."""
     inside = np.flatnonzero(rows % index.seq_len < index.seq_len - 1)
     inside = inside[np.isin(index.tokens_of(rows[inside] + 1), wanted)]
     drawn = np.random.default_rng(seed).choice(inside, min(n, len(inside)), replace=False)
@@ -200,16 +200,16 @@ def rows_before_tokens(
 def rows_in_range(
     rows: np.ndarray, values: np.ndarray, low: float, high: float, n: int, seed: int
 ) -> tuple[np.ndarray, int]:
-    """Up to `n` rows drawn uniformly from the firings in (low, high], largest first; and how many there are."""
+    """Up to `n` rows, drawn uniformly from the firings in (low, high], strongest first; and the number of these."""
     inside = np.flatnonzero((values > low) & (values <= high))
     drawn = np.random.default_rng(seed).choice(inside, min(n, len(inside)), replace=False)
     return rows[drawn[np.argsort(-values[drawn], kind="stable")]], len(inside)
 
 
 def loss_shares(index: FeatureIndex, feature: int, counts: Sequence[int]) -> list[float | None]:
-    """Each interval's estimated share of Σ|Δloss|, lowest interval first: firings × mean |Δloss| of the sampled ones.
+    """Each interval's estimated share of Σ|Δloss|, lowest first: its firings × mean |Δloss| of a sample of them.
 
-    None for an interval of which nothing was sampled, and for all where the index holds no Δloss.
+    None for an interval without a sample, and for all if the index has no Δloss.
     """
     if not index.has("effects/interval_abs"):
         return [None] * len(counts)
@@ -222,10 +222,10 @@ def loss_shares(index: FeatureIndex, feature: int, counts: Sequence[int]) -> lis
 def intervals(
     rows: np.ndarray, values: np.ndarray, *, per_interval: int, seed: int, n: int = N_INTERVALS, by_rank: bool = False
 ) -> list[Interval]:
-    """The firings in `n` intervals (lo, hi], highest first.
+    """The firings in `n` intervals (low, high], highest first.
 
-    Edges are linspace(0, max, n + 1), or `by_rank` the quantiles i / n of the firings (the lowest at 0), so that each
-    interval holds as many of them. Of each, up to `per_interval` rows drawn uniformly without replacement, largest
+    The edges are linspace(0, max, n + 1); with `by_rank`, the quantiles i / n of the firings (the lowest at 0), so that
+    the intervals hold equally many. Each has up to `per_interval` rows, drawn uniformly without replacement, strongest
     first.
     """
     if not len(values):
@@ -253,7 +253,7 @@ def examples(
     before: int,
     after: int,
 ) -> list[Example]:
-    """The text around the rows `wanted`, with the feature's activation on every token shown."""
+    """The text around the rows `wanted`, with the activation of the feature that fires on `feature_rows`."""
     found = []
     for row in wanted.tolist():
         window = index.window(row, before, after)
@@ -261,7 +261,7 @@ def examples(
         acts = np.zeros(len(window.token_ids), np.float32)
         lo, hi = np.searchsorted(feature_rows, [first_row, first_row + len(acts)])
         acts[feature_rows[lo:hi] - first_row] = feature_values[lo:hi]
-        # three tokens more on the left: a character is at most four bytes
+        # Three more tokens on the left: a character may begin there, as it has up to four bytes.
         lead = index.tokens_at(window.context)[max(0, window.start - 3) : window.start]
         raw = [index.token_bytes(int(t)) for t in (*lead, *window.token_ids)]
         found.append(
@@ -281,7 +281,7 @@ def examples(
 
 
 def activation_histogram(values: np.ndarray, bins: int = 44) -> pd.DataFrame:
-    """Counts of the firings (zeros excluded) in equal bins over (0, max]: low, high, count."""
+    """Histogram of the activations above zero in equal bins over (0, max]: low, high, count."""
     if not len(values):
         return pd.DataFrame({"low": [], "high": [], "count": []})
     edges = np.linspace(0.0, float(values.max()), bins + 1)
@@ -291,7 +291,7 @@ def activation_histogram(values: np.ndarray, bins: int = 44) -> pd.DataFrame:
 
 
 def logit_histogram(index: FeatureIndex, feature: int) -> pd.DataFrame:
-    """Counts of the vocabulary by logit weight: low, high, count."""
+    """Histogram of the vocabulary by logit weight: low, high, count."""
     counts = index.panel("logits/histogram", feature)
     low, high = index.panel("logits/range", feature).astype(float)
     edges = np.linspace(low, high, len(counts) + 1)
@@ -300,8 +300,8 @@ def logit_histogram(index: FeatureIndex, feature: int) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class TokenShare:
-    """How often a feature fires on one token: `share` of its firings (the precision of "fires on this token"), and
-    `recall`, the share of the token's occurrences on which it fires."""
+    """How often a feature fires on one token: `share` of its firings (precision) and `recall`, the share of the token's
+    occurrences on which it fires; `mean` is its mean activation there."""
 
     token_id: int
     count: int
@@ -325,12 +325,12 @@ def token_shares(index: FeatureIndex, rows: np.ndarray, values: np.ndarray, n: i
 
 
 def density(index: FeatureIndex) -> np.ndarray:
-    """Firings per kept token [d_sae]; of a sampled index what its source says, nan where it says nothing."""
+    """Firings per kept token [d_sae]. In a sampled index: what its source reported, nan if nothing."""
     return index.stats["density"] if index.sampled else index.stats["count"] / max(1, index.kept_tokens)
 
 
 def flags(index: FeatureIndex) -> np.ndarray:
-    """ "dead", "ultra-low", "dense" or "" for each feature [d_sae]; "absent" where a sampled index has nothing."""
+    """For each feature [d_sae]: "dead", "ultra-low", "dense" or ""; "absent" if a sampled index lacks it."""
     share = density(index)
     silent = (index.stats["count"] == 0) & ~(share > 0)
     unknown = silent & np.isnan(share)
@@ -339,7 +339,7 @@ def flags(index: FeatureIndex) -> np.ndarray:
 
 
 def logit_weights(index: FeatureIndex, side: str, feature: int, n: int) -> list[tuple[int, float]]:
-    """(token id, logit weight) of the `n` tokens a feature raises ("top") or lowers ("bottom") most, if known."""
+    """(token id, logit weight) of the `n` tokens that a feature raises ("top") or lowers ("bottom") most, if known."""
     if not index.has(f"logits/{side}_id"):
         return []
     ids, weights = (index.panel(f"logits/{side}_{column}", feature)[:n].tolist() for column in ("id", "value"))
@@ -351,7 +351,7 @@ LABEL_KINDS = ("token", "after", "pair", "domain")
 
 @dataclass(frozen=True)
 class AutoLabel:
-    """The rule found without a language model, as text, with its held-out detection scores."""
+    """A rule that says where a feature fires, found without a language model, and its scores on held-out contexts."""
 
     text: str
     kind: str
@@ -361,7 +361,7 @@ class AutoLabel:
 
 
 def auto_label(index: FeatureIndex, feature: int) -> AutoLabel | None:
-    """The index's label of one feature; None where no rule was found."""
+    """The label by rule of a feature; None if no rule was found."""
     if not index.has("label/kind"):
         return None
     kind = int(index.panel("label/kind", feature))
@@ -373,6 +373,8 @@ def auto_label(index: FeatureIndex, feature: int) -> AutoLabel | None:
 
 
 def rule_text(index: FeatureIndex, kind: str, keys: np.ndarray) -> str:
+    """A rule in words, e.g. "after ␣the"; `keys` are pairs of ids, (-1, -1) where unused."""
+
     def token(number: int) -> str:
         return label(index.token_bytes(number))
 

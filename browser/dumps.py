@@ -1,6 +1,6 @@
-"""What an index made of another tool's feature pages holds beside its texts: samples, so no count of them is shown.
+"""Reads an index that was imported from another tool's feature pages. It holds samples, so they are never counted.
 
-Each text of a feature is a context; its document's name is the group it was sampled for.
+Each text of a feature is a context; the name of its document is the group that it was sampled for.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from browser.data import Example, examples
 from browser.live.ablation import Effect, Effects
 from store.features import FeatureIndex
 
-MAX_TEXTS = 30  # of one group
+MAX_TEXTS = 30  # shown per group
 
 
 def histogram(index: FeatureIndex, kind: str, feature: int) -> pd.DataFrame:
-    """low, high, count of the dump's own histogram of "act"ivations or "logit" weights; empty where it has none."""
+    """The dump's own histogram of "act" (activations) or "logit" (weights): low, high, count; empty if missing."""
     if not index.has(f"dump/{kind}_counts"):
         return pd.DataFrame({"low": [], "high": [], "count": []})
     counts, edges = index.panel(f"dump/{kind}_counts", feature), index.panel(f"dump/{kind}_edges", feature)
@@ -29,7 +29,7 @@ def histogram(index: FeatureIndex, kind: str, feature: int) -> pd.DataFrame:
 
 
 def groups(index: FeatureIndex, feature: int, *, before: int, after: int) -> list[tuple[str, int, list[Example]]]:
-    """Title, how many texts, and the texts of each group, as the dump has them and in its order."""
+    """Title, number of texts, and texts of each group, in the order of the dump."""
     rows, values = index.firings(feature)
     first, count = index.panel("dump/contexts", feature).tolist()
     found: dict[str, list[int]] = {}
@@ -45,13 +45,13 @@ def groups(index: FeatureIndex, feature: int, *, before: int, after: int) -> lis
 
 
 def _unpadded(index: FeatureIndex, example: Example) -> Example:
-    """The example without what fills its context up to the longest text of the dump."""
+    """The example without padding; contexts are padded to the longest text of the dump."""
     n = int(index.keep_at(example.context).sum()) - example.start
     return replace(example, token_ids=example.token_ids[:n], shown=example.shown[:n], acts=example.acts[:n])
 
 
 def effects(index: FeatureIndex, shown: Sequence[Example]) -> Effects:
-    """The ablation losses the dump holds, for the tokens of `shown`: only how much the loss changes."""
+    """The ablation losses in the dump for the tokens of `shown`; only the change of the loss is known."""
     found = Effects()
     for example in shown:
         losses = index.panel("dump/loss", example.context)

@@ -1,4 +1,4 @@
-"""Features as one HTML page that needs nothing else, or as JSON; token text is escaped, and in no attribute."""
+"""Exports features as one self-contained HTML page or as JSON; token text is escaped, and never in an attribute."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from browser.notes import Note
 from browser.tokens import Piece, label, visible
 from store.features import FeatureIndex
 
-MAX_FEATURES = 200  # of one page
+MAX_FEATURES = 200  # per page
 BEFORE, AFTER = 22, 12
 N_TOP, PER_INTERVAL, N_LIST = 20, 5, 10
 STYLE = """
@@ -33,16 +33,16 @@ dd { margin: 0; } .ex { font: 12.5px/1.7 ui-monospace, monospace; border-bottom:
 """
 
 
-OF_ALL_FIRINGS = ("count", "mean", "mean_sq", "p99", "domain_top", "domain_purity", "top_token_share")
+ALL_FIRINGS_NEEDED = ("count", "mean", "mean_sq", "p99", "domain_top", "domain_purity", "top_token_share")
 
 
 def describe(index: FeatureIndex, feature: int, note: Note) -> dict[str, Any]:
-    """Everything the feature's page shows, as plain values; examples hold token ids, text and activations."""
+    """What the feature's page shows, as plain values; an example has token ids, their text and the activations."""
     rows, values = index.firings(feature)
     stats = {name: column[feature].item() for name, column in index.stats.items()}
     stats["density"] = float(data.density(index)[feature])
     if index.sampled:
-        stats = {name: value for name, value in stats.items() if name not in OF_ALL_FIRINGS}
+        stats = {name: value for name, value in stats.items() if name not in ALL_FIRINGS_NEEDED}
     found: dict[str, Any] = {
         "feature": feature,
         "label": note.label,
@@ -68,7 +68,7 @@ def describe(index: FeatureIndex, feature: int, note: Note) -> dict[str, Any]:
 
 
 def _share(index: FeatureIndex, each: data.TokenShare) -> dict[str, Any]:
-    """How often a feature fires on a token; without recall where the index holds samples only."""
+    """How often a feature fires on a token; a sampled index has no recall."""
     token = {"token_id": each.token_id, "token": label(index.token_bytes(each.token_id))}
     scores = {"precision": float(each.share), "mean": each.mean}
     return token | scores | ({} if index.sampled else {"recall": float(each.recall)})
@@ -107,7 +107,7 @@ def _text(example: Example) -> dict[str, Any]:
 
 
 def _joined(shown: Sequence[Piece]) -> str:
-    """A token as text: bytes of an unfinished character as ‹hex›."""
+    """A token as text; bytes of an incomplete character appear as ‹hex›."""
     return "".join(f"‹{text}›" if kind == "hex" else text for kind, text in shown)
 
 
@@ -118,7 +118,7 @@ def to_json(provenance: str, features: Sequence[dict[str, Any]]) -> bytes:
 
 
 def to_html(provenance: str, features: Sequence[dict[str, Any]]) -> bytes:
-    """The features as one page: no script, no link to anything, light and dark."""
+    """The features as one HTML page for light and dark, without scripts and links."""
     body = "".join(_feature(feature) for feature in features)
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (

@@ -1,4 +1,4 @@
-"""Starts the app: Streamlit in a process of its own, on this machine only."""
+"""Starts the app: Streamlit in its own process, reachable from this machine only."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from browser.style import THEME
 
 ROOT_VARIABLE = "MONOSEM_ROOT"
 HOST = "127.0.0.1"
-# any other Host header is refused, so that no web page reaches the app by DNS rebinding
+# Any other Host header is refused, so that no web page can reach the app by DNS rebinding.
 HOSTS = ["localhost", HOST]
 OPTIONS = {
     "server.address": HOST,
     "server.enableStaticServing": "false",
     "server.fileWatcherType": "none",
     "browser.gatherUsageStats": "false",
-    "server.showEmailPrompt": "false",  # Streamlit asks for one on its first run, and waits
+    "server.showEmailPrompt": "false",  # else Streamlit waits for an answer on its first run
     "client.toolbarMode": "minimal",
     "runner.magicEnabled": "false",
-    "global.disableWidgetStateDuplicationWarning": "true",  # deep links set what callbacks set
+    "global.disableWidgetStateDuplicationWarning": "true",  # links and callbacks set the same widgets
 }
 
 
@@ -34,12 +34,12 @@ def command(*, port: int, open_browser: bool) -> list[str]:
     options = OPTIONS | {"server.port": str(port), "server.headless": "false" if open_browser else "true"}
     flags = [f"--{name}={value}" for name, value in (options | THEME).items()]
     flags += [f"--server.allowedHosts={host}" for host in HOSTS]
-    # -P: a file of the user's working directory must not stand in for a module
+    # -P: a file in the user's working directory must not shadow a module.
     return [sys.executable, "-P", "-m", "streamlit", "run", str(app), *flags]
 
 
 def environment(root: Path) -> dict[str, str]:
-    """This process's environment, the root to browse, and the way to the packages."""
+    """This process's environment, plus the root to browse and the path of the packages."""
     found = os.environ | {ROOT_VARIABLE: str(root)}
     packages = Path(__file__).resolve().parent.parent
     if packages.name not in ("site-packages", "dist-packages"):  # a checkout
@@ -58,12 +58,12 @@ def launch(root: Path, *, port: int, open_browser: bool) -> int:
     print(f"monosem: http://localhost:{port}  ({root}; Ctrl-C stops it)", flush=True)
     started = command(port=port, open_browser=open_browser)
     with subprocess.Popen(started, env=environment(root)) as child:
-        # whoever ends this process ends the server with it
+        # Ending this process must end the server.
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         while True:
             try:
                 return child.wait()
-            except KeyboardInterrupt:  # the child got it too and is closing
+            except KeyboardInterrupt:  # the child received it too and is closing
                 continue
 
 

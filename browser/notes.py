@@ -1,6 +1,6 @@
-"""A person's labels, notes and bookmarks: SQLite beside the dictionary (`notes.sqlite`).
+"""Your own labels, notes and bookmarks, in a SQLite file in the dictionary's directory (`notes.sqlite`).
 
-The file is made by the first thing written; a browser that only looks leaves nothing behind.
+The first write creates the file; only looking at features does not.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _TABLE = """CREATE TABLE IF NOT EXISTS notes (
 
 
 class NotesError(ValueError):
-    """The notes cannot be read or written; the message says which file and why."""
+    """The notes cannot be read or written; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """What a person said of one feature."""
+    """Label, note and bookmark of one feature."""
 
     feature: int
     label: str = ""
@@ -36,22 +36,22 @@ class Note:
 
 
 class Notes:
-    """The notes of one dictionary. Raises NotesError when the file is damaged or may not be written."""
+    """The notes of one dictionary. Raises NotesError if the file is damaged or read-only."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / NAME
 
     def get(self, feature: int) -> Note:
-        """The note of a feature; an empty one where nothing was said."""
+        """The note of a feature; an empty one if there is none."""
         found = self._read("SELECT * FROM notes WHERE feature = ?", (feature,))
         return found[0] if found else Note(feature)
 
     def all(self) -> list[Note]:
-        """Every note, by feature."""
+        """All notes, sorted by feature."""
         return self._read("SELECT * FROM notes ORDER BY feature", ())
 
     def put(self, note: Note) -> None:
-        """Keeps `note` in place of what was said of that feature; an empty one is removed."""
+        """Saves `note` in place of the feature's earlier one; an empty note deletes it."""
         label, text = note.label.strip()[:MAX_LABEL], note.note.strip()[:MAX_NOTE]
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with self._open(create=True) as database:
@@ -64,7 +64,7 @@ class Notes:
             )
 
     def export(self) -> list[dict[str, Any]]:
-        """Every note as plain values, for JSON."""
+        """All notes as plain values, for JSON."""
         return [asdict(note) for note in self.all()]
 
     def _read(self, query: str, values: tuple[Any, ...]) -> list[Note]:
@@ -76,9 +76,11 @@ class Notes:
 
     @contextlib.contextmanager
     def _open(self, *, create: bool) -> Iterator[sqlite3.Connection]:
-        """A connection with one transaction: another session's write is waited for, a failed one leaves nothing."""
+        """A connection with one transaction: it waits for another session's write, and a failed one changes nothing."""
         if self.path.is_symlink():
-            raise NotesError(f"{self.path} is a link; notes are kept in a file beside the dictionary.")
+            raise NotesError(
+                f"{self.path} is a link; notes must be a regular file. Replace the link by the file it points to."
+            )
         try:
             database = sqlite3.connect(self.path, timeout=5)
             try:

@@ -1,4 +1,4 @@
-"""The views of the app, one line each, in the order of the bar; the name is what `?view=` says."""
+"""The views of the app in the order of the bar; `?view=` names one by its title."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from browser.views import attention, compare, feature, features, map, microscope
 
 @dataclass(frozen=True)
 class View:
-    """`show` draws the page; without `needs_index` it is drawn for a dictionary that has no index too, with `for_dumps`
-    for imported feature pages, which have samples and no weights."""
+    """`show` draws the page. `needs_index`: only for indexed dictionaries. `for_dumps`: also for imported feature
+    pages, which are samples without weights."""
 
     title: str
     show: Callable[[Page], None]

@@ -1,4 +1,4 @@
-"""What a run directory says of itself: its log, evaluation, place in a sweep, cost; no Streamlit here."""
+"""Reads a run directory: its state, log, evaluation, neighbours in a sweep and cost; no Streamlit here."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pandas as pd
 
 from browser.data import SaeEntry, read_config
 
-POINTS = 400  # of a curve
-QUIET_S = 600  # a log unchanged for so long is of a run that has stopped
-FIRST = (
+POINTS = 400  # drawn per curve
+QUIET_S = 600  # a run whose log has not grown for this long has stopped
+MAIN_METRICS = (
     "l0",
     "fvu",
     "delta_ce",
@@ -32,7 +32,7 @@ FIRST = (
 
 
 def read_log(path: Path, points: int = POINTS) -> pd.DataFrame:
-    """The entries of a metrics.jsonl, thinned evenly to `points` with the last one kept; a torn line is left out."""
+    """The entries of a metrics.jsonl, thinned evenly to `points` including the last; an incomplete line is skipped."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
@@ -53,7 +53,7 @@ def read_log(path: Path, points: int = POINTS) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: `state` is "trained", "training", "stopped" or "empty"; `rows` of `total` seen."""
+    """The state of a run: "trained", "training", "stopped" or "empty" (no log yet); `rows` of `total` tokens seen."""
 
     state: str
     rows: int
@@ -62,7 +62,7 @@ class Progress:
 
 
 def progress_of(entry: SaeEntry, log: pd.DataFrame, now: float | None = None) -> Progress:
-    """`training` means that the log grew within the last ten minutes."""
+    """The progress of a run; it counts as training if its log grew within the last ten minutes."""
     total = int((entry.config.get("train") or {}).get("tokens") or 0)
     rows = int(log["rows"].iloc[-1]) if "rows" in log and len(log) else 0
     try:
@@ -77,9 +77,9 @@ def progress_of(entry: SaeEntry, log: pd.DataFrame, now: float | None = None) ->
 
 
 def fidelity_table(report: dict[str, Any]) -> pd.DataFrame:
-    """metric, value, low, high (95% bootstrap), formula: the metrics of an eval.json, the main ones first."""
+    """The metrics of an eval.json, main ones first: metric, value, low, high (95% bootstrap interval), formula."""
     metrics = report.get("metrics") or {}
-    names = [name for name in FIRST if name in metrics] + sorted(set(metrics) - set(FIRST))
+    names = [name for name in MAIN_METRICS if name in metrics] + sorted(set(metrics) - set(MAIN_METRICS))
     rows = []
     for name in names:
         entry = metrics[name] if isinstance(metrics[name], dict) else {"value": metrics[name]}
@@ -89,7 +89,7 @@ def fidelity_table(report: dict[str, Any]) -> pd.DataFrame:
 
 
 def group_table(groups: dict[str, Any], named: str) -> pd.DataFrame:
-    """One row for each group of `{group: {metric: value or {"value": …}}}`: domains, controls."""
+    """One row per group of `{group: {metric: value or {"value": …}}}`, e.g. per domain or control."""
     rows = []
     for group, values in groups.items():
         if isinstance(values, dict):
@@ -100,7 +100,7 @@ def group_table(groups: dict[str, Any], named: str) -> pd.DataFrame:
 
 
 def density_table(report: dict[str, Any]) -> pd.DataFrame:
-    """low, high (log₁₀ density), count: the histogram of an eval.json; empty where it has none."""
+    """The density histogram of an eval.json: low, high (log₁₀ density), count; empty if it has none."""
     density = report.get("density") or {}
     edges, counts = density.get("log10_density_edges") or [], density.get("features") or []
     if len(edges) != len(counts) + 1:
@@ -109,10 +109,10 @@ def density_table(report: dict[str, Any]) -> pd.DataFrame:
 
 
 def clusters(histogram: pd.DataFrame) -> list[tuple[float, float, int]]:
-    """(low, high, features) of the humps of a density histogram, parted at its deepest gaps.
+    """(low, high, features) of the clusters of a density histogram, split at its deepest gaps.
 
-    A gap parts two humps where the smoothed count falls to a third of the lower hump beside it; the paper's ultra-low
-    cluster is such a hump.
+    Two clusters are separate where the smoothed count between them falls to a third of the smaller peak; the
+    ultra-low-density cluster of Bricken et al. 2023 is one.
     """
     if not histogram["count"].sum():
         return []
@@ -186,7 +186,7 @@ def _state(entry: SaeEntry, now: float | None) -> tuple[str, float | None]:
 
 
 def frontier(entry: SaeEntry, entries: Iterable[SaeEntry]) -> pd.DataFrame:
-    """id, recipe, d_sae, l0, fvu, ce_loss_score: the evaluated dictionaries in the same directory (a sweep)."""
+    """The evaluated dictionaries in the same directory (a sweep): id, recipe, d_sae, l0, fvu, ce_loss_score, this."""
     rows = []
     for other in entries:
         if other.path.parent != entry.path.parent:
@@ -201,7 +201,7 @@ def frontier(entry: SaeEntry, entries: Iterable[SaeEntry]) -> pd.DataFrame:
 
 
 def cost(entry: SaeEntry, log: pd.DataFrame) -> dict[str, str]:
-    """What the run took: time in training (from the logged pace), pace, files on disk."""
+    """The cost of a run: training time (from the logged speed), speed, sizes of its files."""
     found = {}
     if {"rows", "rows_per_s"} <= set(log.columns) and len(log):
         steps = np.diff(log["rows"].to_numpy(float), prepend=0.0)

@@ -1,5 +1,5 @@
-"""Does a feature mean a rule? Shares of rule-true tokens by activation, precision and recall, Pearson with the paper's
-proxy. A rule is a regular expression, a script, an alphabet, a set of tokens or a domain; no Streamlit here.
+"""How well a rule describes a feature: the rule's share by activation, precision and recall, correlation with the proxy
+of Bricken et al. 2023. A rule is a regular expression, script, alphabet, set of tokens or domain; no Streamlit here.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ SCRIPTS = (
 )
 MAX_PATTERN = 500  # characters
 TIMEOUT_S = 5.0
-OTHER = 1e-10  # the paper's probability of a character outside the alphabet
+OTHER = 1e-10  # probability of a character outside the alphabet in Bricken et al. 2023
 
 
 class RuleError(ValueError):
-    """A rule that cannot be used; the message says why."""
+    """An invalid rule; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Text:
-    """The index's text as one string, and the byte at which each token begins [n_rows + 1]."""
+    """The text of an index as one string, and the byte at which each token begins [n_rows + 1]."""
 
     string: str
     byte_of_character: np.ndarray
@@ -60,7 +60,7 @@ class Text:
 class Specificity:
     """`levels`: low, high, firings, share of them on which the rule holds. `curve`: threshold, precision, recall, f1.
 
-    `base` is the rule's share of all kept tokens, `pearson` that of the activations with the paper's proxy over them.
+    `base`: share of all kept tokens on which the rule holds. `pearson`: correlation of activation and proxy over them.
     """
 
     levels: pd.DataFrame
@@ -70,28 +70,28 @@ class Specificity:
 
 
 def read_text(index: FeatureIndex) -> Text:
-    """Every token's bytes joined; what is not kept (BOS, padding) is a NUL, so that no match runs across it."""
+    """The bytes of all tokens, joined; BOS and padding become NUL, so that no match runs across them."""
     vocabulary = [index.token_bytes(i) for i in range(index.d_vocab)]
     tokens, keep = index.all_tokens.reshape(-1), index.all_kept.reshape(-1)
     parts = [vocabulary[t] if k else b"\0" for t, k in zip(tokens.tolist(), keep.tolist(), strict=True)]
     string = b"".join(parts).decode("utf-8", "surrogateescape")
     code = np.frombuffer(string.encode("utf-32-le", "surrogatepass"), np.uint32)
-    escaped = (code >= 0xDC80) & (code <= 0xDCFF)  # one byte that is no character
+    escaped = (code >= 0xDC80) & (code <= 0xDCFF)  # one byte of an invalid character
     width = np.where(escaped, 1, 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000))
     lengths = np.fromiter(map(len, parts), np.int64, len(parts))
     return Text(string, np.concatenate([[0], np.cumsum(width)]), np.concatenate([[0], np.cumsum(lengths)]))
 
 
 def truth(index: FeatureIndex, text: Text, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
-    """(where the rule holds [n_rows], the proxy's score [n_rows]).
+    """(where the rule holds [n_rows], score of the proxy [n_rows]).
 
-    The proxy is log P(s | rule) / P(s) of the text ending at the token (Bricken et al. 2023). For an alphabet of n
-    characters P(c | rule) = 1/n (1e-10 outside) and the best start is taken; the rule holds where it is positive.
-    For the others Bayes gives 1 / P(rule) where the rule holds and 1e-10 / P(rule) elsewhere.
-    Raises: RuleError for a rule that cannot be read, or that takes longer than TIMEOUT_S.
+    The proxy is log P(s | rule) / P(s) of the text s that ends at the token (Bricken et al. 2023). For an alphabet of n
+    characters, P(c | rule) = 1/n (1e-10 for others), with the start that gives the largest score; the rule holds where
+    the score is positive. For other rules, Bayes gives 1 / P(rule) where the rule holds and 1e-10 / P(rule) elsewhere.
+    Raises: RuleError for an invalid rule, or one that takes longer than TIMEOUT_S.
     """
     if not rule.text or len(rule.text) > MAX_PATTERN:
-        raise RuleError(f"A rule has 1 to {MAX_PATTERN} characters; this one has {len(rule.text)}.")
+        raise RuleError(f"A rule must have 1 to {MAX_PATTERN} characters; this one has {len(rule.text)}.")
     if rule.kind == "alphabet":
         score = _alphabet_proxy(index, rule.text)
         return score > 0, score
@@ -103,7 +103,7 @@ def truth(index: FeatureIndex, text: Text, rule: Rule) -> tuple[np.ndarray, np.n
 def measure(
     index: FeatureIndex, rows: np.ndarray, values: np.ndarray, holds: np.ndarray, score: np.ndarray
 ) -> Specificity:
-    """The feature that fires on `rows` with `values` against a rule."""
+    """Compares the feature that fires on `rows` with `values` to a rule (`holds` and `score` from `truth`)."""
     keep = index.all_kept.reshape(-1)
     n, n_true = int(keep.sum()), int((holds & keep).sum())
     on = holds[rows]
@@ -138,7 +138,7 @@ def _holds(index: FeatureIndex, text: Text, rule: Rule) -> np.ndarray:
         member = np.array([index.token_bytes(i).decode(errors="replace") in wanted for i in range(index.d_vocab)])
         if not member.any():
             raise RuleError(
-                "No token of this vocabulary is in that set. Write tokens with ␣ for spaces, commas between."
+                "No token of this vocabulary is in that set. Write ␣ for spaces, and commas between tokens."
             )
         return member[index.all_tokens.reshape(-1)]
     if rule.kind == "script" and rule.text not in SCRIPTS:
@@ -147,15 +147,15 @@ def _holds(index: FeatureIndex, text: Text, rule: Rule) -> np.ndarray:
 
 
 def _matched(text: Text, pattern: str) -> np.ndarray:
-    """Rows that hold at least one byte of a match."""
+    """Rows with at least one byte of a match."""
     try:
         spans = [
             m.span() for m in regex.compile(pattern).finditer(text.string, timeout=TIMEOUT_S) if m.end() > m.start()
         ]
     except regex.error as error:
-        raise RuleError(f"This is no regular expression: {error}.") from error
+        raise RuleError(f"This is not a regular expression: {error}.") from error
     except TimeoutError as error:
-        raise RuleError(f"The pattern took longer than {TIMEOUT_S:g} s; make it simpler.") from error
+        raise RuleError(f"The pattern took longer than {TIMEOUT_S:g} s; simplify it.") from error
     marks = np.zeros(len(text.token_starts), np.int64)
     if spans:
         bounds = text.byte_of_character[np.array(spans)]
@@ -170,9 +170,9 @@ def _alphabet_proxy(index: FeatureIndex, characters: str) -> np.ndarray:
         inside = regex.compile(f"[{characters}]")
         size = sum(bool(inside.match(chr(c))) for c in range(0x3000))
     except regex.error as error:
-        raise RuleError(f"These are no characters: {error}. Write them like ACGT or a-zA-Z0-9+/.") from error
+        raise RuleError(f"These are not characters: {error}. Write them as in ACGT or a-zA-Z0-9+/.") from error
     if not size:
-        raise RuleError("No character belongs to that alphabet.")
+        raise RuleError("This alphabet has no characters.")
     chances = np.log([1.0 / size, OTHER])
     gain = np.zeros(index.d_vocab)
     for i in range(index.d_vocab):

@@ -1,6 +1,6 @@
-"""What the views share: the root, cached handles, and moving between views.
+"""What the views share: the root, cached data, and moves from one view to another.
 
-State lives in widgets bound to the URL; a move sets their session keys inside a callback.
+State lives in widgets that are bound to the URL; a move sets their session keys inside a callback.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EDITS = "edits"  # the steering set, as text
 
 @dataclass(frozen=True)
 class Page:
-    """What a view draws: a dictionary, the chosen feature, and every dictionary below the root."""
+    """What a view draws: a dictionary, the chosen feature, and all dictionaries below the root."""
 
     entry: SaeEntry
     feature: int
@@ -38,7 +38,7 @@ class Page:
 
     @cached_property
     def index(self) -> FeatureIndex:
-        """The dictionary's feature index. Raises StoreError where there is none."""
+        """The dictionary's feature index. Raises StoreError if it has none."""
         return open_index(self.entry)
 
 
@@ -49,7 +49,7 @@ def root() -> Path:
 
 @st.cache_resource(ttl=5, show_spinner=False)
 def saes(folder: Path) -> list[SaeEntry]:
-    """SAEs below `folder`, looked for again after five seconds."""
+    """SAEs below `folder`, searched again after five seconds."""
     return data.scan(folder)
 
 
@@ -60,17 +60,17 @@ def summaries(folder: Path) -> list[runs.Summary]:
 
 
 @st.cache_resource(show_spinner=False)
-def spare_collections() -> None:
-    """Once, after the first page: what is loaded by then stays, and the collector need not look through it again.
+def freeze_garbage_collection() -> None:
+    """Takes what is loaded by the first page out of garbage collection, once.
 
-    Each of its full rounds would hold a page up for a tenth of a second.
+    Else each full collection would delay a page by a tenth of a second.
     """
     gc.collect()
     gc.freeze()
 
 
 def open_index(entry: SaeEntry) -> FeatureIndex:
-    """The entry's index, opened once and again when it was rebuilt. Raises StoreError."""
+    """The entry's index, opened once and again after it was rebuilt. Raises StoreError."""
     return _open_index(entry.index_path, _stamp(entry.index_path))
 
 
@@ -80,16 +80,16 @@ def _open_index(path: Path, stamp: int) -> FeatureIndex:
 
 
 def table_of(page: Page) -> pd.DataFrame:
-    """`catalogue.feature_table` of the page's index, made once; callers must not change it."""
+    """`catalogue.feature_table` of the page's index with your own labels; callers must not change it."""
     table = _feature_table(page.index, page.index.path, _stamp(page.index.path))
     try:
-        said = {note.feature: note.label for note in Notes(page.entry.path).all() if note.label}
-    except NotesError:  # the feature's page says what is the matter
-        said = {}
-    if not said:
+        labels = {note.feature: note.label for note in Notes(page.entry.path).all() if note.label}
+    except NotesError:  # the feature's page reports it
+        labels = {}
+    if not labels:
         return table
     table = table.copy(deep=False)
-    table.insert(1, "label", [said.get(feature, "") for feature in table["feature"].tolist()])
+    table.insert(1, "label", [labels.get(feature, "") for feature in table["feature"].tolist()])
     return table
 
 
@@ -109,7 +109,7 @@ def _panel(_index: FeatureIndex, path: Path, stamp: int, name: str) -> np.ndarra
 
 
 def _stamp(path: Path) -> int:
-    """When the index at `path` was made; a rebuilt one has another."""
+    """When the index at `path` was built, in ns."""
     try:
         return (path / "zarr.json").stat().st_mtime_ns
     except OSError as error:
@@ -117,13 +117,13 @@ def _stamp(path: Path) -> int:
 
 
 def token_label(index: FeatureIndex, feature: int) -> str:
-    """The token a feature fires on most, made visible; "dead" for one that never fires."""
+    """The token that a feature fires on most, made visible; "dead" if it never fires."""
     top = int(index.stats["top_token"][feature])
     return label(index.token_bytes(top)) if top >= 0 else "dead"
 
 
 def fires_on(entry: SaeEntry, feature: int) -> str:
-    """`token_label` of a feature of any dictionary; "" without an index or the feature."""
+    """`token_label` of a feature of any dictionary; "" without an index or for an unknown feature."""
     try:
         index = open_index(entry)
     except StoreError:
@@ -132,7 +132,7 @@ def fires_on(entry: SaeEntry, feature: int) -> str:
 
 
 def comparison_of(a: SaeEntry, b: SaeEntry) -> Comparison | None:
-    """`comparison.find`, read again only when one was written."""
+    """`comparison.find`, cached until a comparison is written."""
     folders = [comparison.folder_of(*pair) for pair in ((a, b), (b, a))]
     stamps = [(f / "compare.json").stat().st_mtime_ns if (f / "compare.json").is_file() else 0 for f in folders]
     return _comparison(a, b, str(a.path), str(b.path), *stamps) if any(stamps) else None
@@ -153,7 +153,7 @@ def open_feature(feature: int) -> None:
     """Shows a feature: for callbacks only, before the widgets of the next run exist."""
     st.session_state["feature"] = feature
     st.session_state["view"] = "feature"
-    _forget_ranges()
+    _clear_ranges()
 
 
 def open_feature_of(sae_id: str, feature: int) -> None:
@@ -163,30 +163,30 @@ def open_feature_of(sae_id: str, feature: int) -> None:
 
 
 def step_feature(by: int, d_sae: int) -> None:
-    """Moves to a neighbouring feature, round the ends."""
+    """Moves to a neighbouring feature; after the last comes the first: for callbacks only."""
     st.session_state["feature"] = (int(st.session_state["feature"]) + by) % d_sae
-    leave_table()
+    feature_changed()
 
 
-def _forget_ranges() -> None:
-    """Ranges dragged over the histograms of the feature left behind."""
+def _clear_ranges() -> None:
+    """Clears the ranges that were dragged over the histograms of the previous feature."""
     st.session_state["range"] = st.session_state["weights"] = ""
 
 
-def leave_table() -> None:
-    """A feature chosen on the table page is shown; a range dragged for another feature means nothing now."""
-    _forget_ranges()
+def feature_changed() -> None:
+    """Shows the chosen feature if the table was open, without the ranges of the previous one: for callbacks only."""
+    _clear_ranges()
     if st.session_state.get("view") == "features":
         st.session_state["view"] = "feature"
 
 
 def add_edit(feature: int, edit: str = "set:5") -> None:
-    """Puts a feature into the steering set, unless it is there: for callbacks only."""
+    """Adds a feature to the steering set unless it is in it: for callbacks only."""
     edits = str(st.session_state.get(EDITS, "")).split()
     if not any(each.startswith(f"{feature}:") for each in edits):
         set_edits(" ".join([*edits, f"{feature}:{edit}"]))
 
 
 def set_edits(text: str) -> None:
-    """Makes `text` the steering set: for callbacks only."""
+    """Replaces the steering set: for callbacks only."""
     st.session_state[EDITS] = text

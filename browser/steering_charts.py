@@ -1,4 +1,4 @@
-"""What steering did, as Altair charts: surprisal, and the next token's probabilities."""
+"""Altair charts of steering: surprisal of the new tokens, and probabilities of the next token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from browser.style import BLUE, ORANGE
 
 
 def surprisal_chart(base: list[float], steered: list[float]) -> alt.Chart:
-    """−log p of each new token under the base model, of the base text and of the steered one."""
+    """−log p of each new token under the base model, in nats, for the base text and the steered text."""
     frame = pd.concat(
         pd.DataFrame({"token": range(1, len(values) + 1), "nats": values, "text": text})
         for text, values in (("base", base), ("steered", steered))
@@ -37,8 +37,8 @@ def surprisal_chart(base: list[float], steered: list[float]) -> alt.Chart:
 
 
 def next_token_chart(names: list[str], base: list[float], steered: list[float]) -> alt.Chart:
-    """Two bars for each next token: its probability without and with the edits."""
-    order = [f"{i:02d}" for i in range(len(names))]  # a token may stand there twice under one name
+    """Two bars per candidate for the next token: its probability without and with the edits."""
+    order = [f"{i:02d}" for i in range(len(names))]  # two tokens may have the same name
     frame = pd.concat(
         pd.DataFrame({"place": order, "name": names, "p": values, "text": text})
         for text, values in (("base", base), ("steered", steered))

@@ -1,4 +1,4 @@
-"""Colours and fonts of the app, light and dark, and the few rules Streamlit has no option for."""
+"""Colours and fonts of the app, light and dark, and CSS for what Streamlit has no option for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 ORANGE, BLUE, VIOLET, GREEN = "#e8820c", "#3f7fc1", "#8a6fb3", "#3d9a6a"
 
-# theme option → value, handed to `streamlit run` (an installed app has no config.toml of its own)
+# Theme option → value, as flags of `streamlit run` (an installed app has no config.toml).
 THEME: dict[str, str] = {
     "theme.baseFontSize": "14",
     "theme.baseRadius": "6px",
@@ -51,7 +51,7 @@ CSS = """<style>
 
 
 def icon() -> Image.Image:
-    """The tab's picture [32, 32, 4]: three by three tiles, one lit (a named icon is fetched)."""
+    """The tab's icon, 32 × 32: three by three tiles, one lit. Drawn here because a named icon would be downloaded."""
     pixels = np.zeros((32, 32, 4), np.uint8)
     for row in range(3):
         for column in range(3):

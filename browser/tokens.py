@@ -1,7 +1,7 @@
-"""Token bytes → what a person sees. Token text is hostile: it is never markup here or later.
+"""Token bytes → readable text. Token text may be hostile: it must never become markup.
 
-A byte-level token may hold part of a character. The token that completes a character shows it;
-the tokens before it show their bytes as hex.
+A byte-level token may hold part of a character. The token that completes a character shows it; the tokens before it
+show their bytes as hex.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
 def pieces(tokens: Sequence[bytes]) -> list[list[Piece]]:
-    """One list of pieces for each of the neighbouring `tokens`."""
+    """One list of pieces for each of `tokens`, which follow each other in a text."""
     if all(map(bytes.isascii, tokens)):
         return list(map(_ascii, tokens))
     shown: list[list[Piece]] = [[] for _ in tokens]
-    pending: list[tuple[int, int]] = []  # (token, byte) of an unfinished character
+    pending: list[tuple[int, int]] = []  # (token, byte) of an incomplete character
     missing = 0
 
     def add(token: int, kind: str, text: str) -> None:
@@ -54,7 +54,7 @@ def pieces(tokens: Sequence[bytes]) -> list[list[Piece]]:
                 if missing:
                     continue
                 character = _decode(bytes(b for _, b in pending))
-                if character is None:  # a surrogate or an overlong form
+                if character is None:  # a surrogate or an overlong encoding
                     give_up()
                     continue
                 for token, earlier in pending:
@@ -80,7 +80,7 @@ def _ascii(token: bytes) -> list[Piece]:
 
 @lru_cache(maxsize=1 << 16)
 def label(token: bytes) -> str:
-    """One token on its own for tables: spaces, line ends and bytes made visible."""
+    """One token for a table, with spaces, line ends and bytes made visible."""
     (shown,) = pieces([token])
     return "".join(f"‹{text}›" if kind == "hex" else "".join(map(_visible, text)) for kind, text in shown)
 
@@ -91,14 +91,14 @@ def visible(text: str) -> str:
 
 
 def plain_markdown(text: str) -> str:
-    """`text` with Markdown's signs disarmed, for the elements that read nothing else (captions, buttons)."""
+    """`text` with Markdown escaped, for elements that always read Markdown (captions, buttons)."""
     return "".join(f"\\{character}" if character in "\\`*_{}[]<>()#+-.!$:~|" else character for character in text)
 
 
 def _visible(character: str) -> str:
     if character in _VISIBLE:
         return _VISIBLE[character]
-    # Cc, Cf: control characters and those that reorder or hide text; Zl, Zp: line separators
+    # Cc, Cf: control characters, which may reorder or hide text; Zl, Zp: line separators.
     if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp"):
         return f"‹{ord(character):02x}›"
     return character

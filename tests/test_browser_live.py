@@ -239,8 +239,8 @@ def test_steering_keeps_its_limits_whatever_the_page_sends() -> None:
         ({"prompt": "x" * 2001}, "2,001 characters; at most 2,000"),
         ({"prompt": " "}, "prompt is empty"),
         ({"generation": Generation(max_new_tokens=129)}, "at most 128"),
-        ({"edits": [Edit(i) for i in range(17)]}, "17 edits asked for; at most 16"),
-        ({"factors": [1.0] * 7}, "7 strengths asked for"),
+        ({"edits": [Edit(i) for i in range(17)]}, "17 edits; at most 16"),
+        ({"factors": [1.0] * 7}, "7 strengths; allowed are 1 to 6"),
     ):
         with pytest.raises(LiveError, match=message):
             next(steering.sweep(live.Live(None, None), **(call | change)))
@@ -336,7 +336,7 @@ def test_a_word_that_is_no_token_is_answered_with_those_that_hold_it(visit: Any,
     part = next(part for part in parts if part not in names)
     page = visit(view="Token", token=part.decode())
     assert f"No token is exactly “{part.decode()}”" in html(page)
-    rows = rows_of(page, "Tokens that hold it")
+    rows = rows_of(page, "Tokens that contain it")
     assert rows
     assert all(part in names[row["open"]].lower() for row in rows)
     page = visit(view="Token", token="<script>alert(1)</script>")

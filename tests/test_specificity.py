@@ -110,13 +110,13 @@ def test_precision_recall_f1_and_pearson(index: FeatureIndex, text: Text) -> Non
 
 def test_rules_that_cannot_be_used_say_why(index: FeatureIndex, text: Text) -> None:
     for rule, message in (
-        (Rule("regex", "("), "no regular expression"),
+        (Rule("regex", "("), "not a regular expression"),
         (Rule("regex", ""), "1 to 500 characters"),
         (Rule("regex", "a" * 501), "1 to 500 characters"),
         (Rule("script", "Klingon"), "Unknown script"),
         (Rule("tokens", "no-such-token"), "No token of this vocabulary"),
         (Rule("domain", "poems"), "no domain 'poems'"),
-        (Rule("alphabet", "z-a"), "no characters"),
+        (Rule("alphabet", "z-a"), "not characters"),
     ):
         with pytest.raises(RuleError, match=message):
             specificity.truth(index, text, rule)

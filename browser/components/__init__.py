@@ -1,6 +1,6 @@
-"""Components drawn in the page's own DOM: coloured tokens, lists with bars, histograms that can be dragged over.
+"""Components of the pages: coloured tokens, lists with bars, histograms that can be dragged over.
 
-All take JSON and build nodes with `textContent`; no data ever reaches HTML, CSS or script text.
+All take JSON and set `textContent`, so that no data becomes HTML, CSS or script.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _tokens, _lists, _effects, _histograms = map(declare, ("tokens", "lists", "effec
 
 @dataclass(frozen=True)
 class Group:
-    """Examples under one heading; `empty` is said where there are none."""
+    """Examples under one heading; `empty` is shown if there are none."""
 
     title: str
     note: str
@@ -30,7 +30,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Line:
-    """A text on its own: the first `dim` tokens are context, those from `first` on differ."""
+    """One text: its first `dim` tokens are the prompt, drawn dim; those from `first` on differ from another text."""
 
     token_ids: Sequence[int]
     shown: Sequence[Sequence[Piece]]
@@ -40,9 +40,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a list: `share` in [0, 1] is the bar; `open` is the feature a click opens, `add` a button for it.
+    """One row of a list: `share` in [0, 1] is the bar, `open` the feature that a click opens, `add` draws a + button.
 
-    `prefix` and `label` are kept apart, so that right-to-left text does not swap them.
+    `prefix` and `label` are separate, so that right-to-left text does not swap them.
     """
 
     label: str
@@ -79,9 +79,9 @@ class Histogram:
 
 
 def draw_examples(groups: Sequence[Group], maximum: float, *, bos: int | None, key: str, effects_key: str = "") -> None:
-    """Groups of examples, orange in proportion to activation / `maximum`; `bos` ids are faint.
+    """Draws groups of examples, orange by activation / `maximum`; tokens with the id `bos` are faint.
 
-    `draw_effects` with the same `effects_key` underlines them afterwards.
+    `draw_effects` with the same `effects_key` underlines them later.
     """
     vocabulary = Vocabulary()
     payload = [
@@ -101,7 +101,7 @@ def draw_examples(groups: Sequence[Group], maximum: float, *, bos: int | None, k
 def draw_effects(
     groups: Sequence[Group], effects: Effects, show: Callable[[int], list[Piece]], *, effects_key: str
 ) -> None:
-    """What ablation does to the tokens of `groups`, sent to the component that drew them; `show` is a token's text."""
+    """Underlines the tokens of `groups` by their ablation effects; `show` gives the text of a token id."""
     vocabulary = Vocabulary()
     examples: dict[str, dict[str, list[Any]]] = {}
     largest = 0.0
@@ -137,7 +137,7 @@ def _rounded(number: float) -> float:
 
 
 def draw_histograms(charts: Sequence[Histogram], *, key: str, on_range: Callable[[str, Any, Any], None]) -> None:
-    """Histograms; a drag calls `on_range(which, low, high)`, a click calls it with None for both bounds."""
+    """Draws histograms; a drag calls `on_range(which, low, high)`, a click calls it with None for both bounds."""
 
     def dragged(chosen: dict[str, Any]) -> None:
         on_range(str(chosen["which"]), chosen["low"], chosen["high"])
@@ -154,7 +154,7 @@ def draw_histograms(charts: Sequence[Histogram], *, key: str, on_range: Callable
 
 
 def draw_line(title: str, note: str, line: Line, *, key: str) -> None:
-    """One text under a heading, with what differs from another text marked."""
+    """Draws one text under a heading, and marks what differs from another text."""
     vocabulary = Vocabulary()
     example = {
         "v": [vocabulary.add(i, s) for i, s in zip(line.token_ids, line.shown, strict=True)],
@@ -176,7 +176,7 @@ def draw_lists(
     on_open: Callable[[int], Any] | None,
     on_add: Callable[[int], Any] | None = None,
 ) -> None:
-    """Lists in one or `two` columns; a click on a row calls `on_open` with its feature, one on its + `on_add`."""
+    """Draws lists in one or `two` columns; a click on a row calls `on_open` with its feature, one on its + `on_add`."""
 
     payload = [
         {

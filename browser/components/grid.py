@@ -1,4 +1,4 @@
-"""Tokens down, features or heads across: a heat map beside the text, with a bar for each number a token has."""
+"""A heat map of tokens (rows) × features or heads (columns), with bars for other numbers of each token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _grid = declare("grid")
 
 @dataclass(frozen=True)
 class Bars:
-    """One number for each token; not a number is drawn as none."""
+    """One number per token; nan draws no bar."""
 
     title: str
     values: np.ndarray
@@ -25,7 +25,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of cells: `open` is the feature a click on its head opens."""
+    """One column of cells; a click on its head opens the feature `open`."""
 
     title: str
     note: str = ""
@@ -34,7 +34,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cells:
-    """Sparse cells (row, column, value); colour is the value's share of `largest`, one number for each column."""
+    """Sparse cells (row, column, value); the colour is |value| / `largest` of the column."""
 
     rows: np.ndarray
     columns: np.ndarray
@@ -57,7 +57,7 @@ def draw_grid(
     height: int = 560,
     floor: float = 0.12,
 ) -> None:
-    """Draws the table, its cells at least `floor` strong.
+    """Draws the table; every cell has at least the strength `floor`, so that it stays visible.
 
     A click on a token calls `on_row`, one on a column's head `on_column` with its feature.
     """

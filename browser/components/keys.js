@@ -1,11 +1,11 @@
-// Keys that no button has: "/" goes to the search of the page, "?" shows the keys, Escape leaves either.
+// Keys that no button has: "/" goes to the page's search box, "?" shows the keys, Escape leaves either.
 // data: {keys: [[key, what it does]]}
-function writing(event) {
+function typing(event) {
   const at = event.composedPath()[0];
   return at instanceof HTMLElement && (at.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(at.tagName));
 }
 
-// The page's own search box where it has one, else the number of the feature.
+// The page's own search box if it has one, else the feature number.
 function search() {
   const boxes = ["Search", "Token", "Find", "Feature"].map((name) =>
     [...document.querySelectorAll("input[aria-label]")].find((box) => box.ariaLabel === name && box.offsetParent));
@@ -30,8 +30,8 @@ export default function (component) {
   help.onclick = () => help.close();
   const pressed = (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key === "Escape" && writing(event)) { event.composedPath()[0].blur(); return; }
-    if (writing(event)) return;
+    if (event.key === "Escape" && typing(event)) { event.composedPath()[0].blur(); return; }
+    if (typing(event)) return;
     if (event.key === "?") {
       event.preventDefault();
       if (help.open) help.close(); else help.showModal();

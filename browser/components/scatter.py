@@ -1,4 +1,4 @@
-"""A map of all features on one canvas: as quick for 131,072 points as for a hundred."""
+"""A map of all features on one canvas, fast for 131,072 points."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Scale:
-    """What the colour says: its name, and what stands at both ends."""
+    """The legend of the colours: a title and the values at both ends."""
 
     title: str
     low: str
@@ -45,9 +45,9 @@ def draw_scatter(
     key: str,
     on_open: Callable[[int], Any],
 ) -> None:
-    """Points `xy` [n, 2] coloured by `colour` [n] in 0 … 1 (nan: grey), some `faint`; a click calls `on_open`.
+    """Draws points `xy` [n, 2] coloured by `colour` [n] in 0 … 1 (nan: grey), some `faint`; a click calls `on_open`.
 
-    `notes` are lines of the tip, (name, one text for each point).
+    `notes` are the lines of the tip: (name, one text per point).
     """
     data = {
         "xy": _packed(xy, "<f4"),

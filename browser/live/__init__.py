@@ -1,4 +1,4 @@
-"""The model behind the pages: the only room of the browser that runs a network, one module for each use of it."""
+"""The only part of the browser that runs a language model; one module per use."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ MAX_PROMPT = 2_000  # characters
 
 
 class LiveError(ValueError):
-    """The model or the dictionary cannot be run; the message says why and what to do."""
+    """The model or the dictionary cannot be run; the message says why and what to do about it."""
 
 
 @dataclass(frozen=True)
 class Live:
-    """A language model (with its lock) and an SAE, loaded once for all sessions."""
+    """A language model (with its lock) and a dictionary, loaded once for all sessions."""
 
     model: Any
     sae: Any
 
 
 def load(entry: SaeEntry) -> Live:
-    """The entry's weights and its language model. Raises LiveError when one is missing."""
+    """The entry's weights and its language model. Raises LiveError if one is missing or has changed."""
     weights = entry.path / "sae.safetensors"
     if not weights.is_file():
         raise LiveError(
-            f"{entry.id} has no sae.safetensors, so there is no dictionary to run. Train it again, "
-            "or copy the file back into its directory."
+            f"{entry.id} has no sae.safetensors, so its dictionary cannot be run. Train it again, or copy the file "
+            "back into its directory."
         )
     model = entry.config.get("model")
     model = model if isinstance(model, dict) else {}
@@ -46,7 +46,7 @@ def load(entry: SaeEntry) -> Live:
     if sha256 and not same_model(model, found.model.identity()):
         raise LiveError(
             f"The language model {name!r} has changed since {entry.id} was trained: its weights are "
-            f"{found.model.weights_sha256[:12]}…, expected {sha256[:12]}…. What it computed would be wrong here."
+            f"{found.model.weights_sha256[:12]}…, expected {sha256[:12]}…. Its activations do not fit the dictionary."
         )
     return found
 
@@ -55,9 +55,9 @@ _warmed: set[Path] = set()
 
 
 def warm(entry: SaeEntry) -> None:
-    """Loads the entry's model in the background, once, so that the first ablation or prompt need not wait for it.
+    """Loads the entry's model in the background, once, so that the first ablation or prompt does not wait for it.
 
-    What goes wrong there is told by the page that needs the model.
+    Errors are ignored here: the page that needs the model reports them.
     """
     if entry.path in _warmed or not (entry.path / "sae.safetensors").is_file():
         return
@@ -70,7 +70,7 @@ def _warm(entry: SaeEntry) -> None:
 
     with contextlib.suppress(ValueError, OSError):
         loaded = load(entry)
-        prompts.inspect(loaded, entry, prompts.encode(loaded, "one two"))  # the kernels are compiled at first use
+        prompts.inspect(loaded, entry, prompts.encode(loaded, "one two"))  # compiles the kernels
 
 
 @st.cache_resource(max_entries=2, show_spinner="Loading the model …")

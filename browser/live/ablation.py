@@ -1,4 +1,4 @@
-"""The ablation effect on the examples a page shows: closed form in a one-layer model, a second run elsewhere."""
+"""The ablation effect on the examples of a page: in closed form in a one-layer model, else by a second forward pass."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ CONTEXTS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Effect:
-    """What removing the feature does to the prediction of one token: `change` of its loss in nats (> 0: the feature
-    helps), its loss with the feature (None where it is not known), and logits (token id, change)."""
+    """What removing the feature does to the prediction of one token.
+
+    `loss`: −log p with the feature, in nats (None: unknown). `change`: loss without the feature − loss with it; above
+    zero the feature helps. `raised`, `lowered`: (token id, change of its logit).
+    """
 
     loss: float | None
     change: float
@@ -28,7 +31,7 @@ class Effect:
 
 @dataclass
 class Effects:
-    """Effects by (context, position of the predicted token), how they were found and in how many seconds."""
+    """Effects by (context, position of the predicted token); `exact` if in closed form."""
 
     at: dict[tuple[int, int], Effect] = field(default_factory=dict)
     exact: bool = True
@@ -48,7 +51,7 @@ def effects(
 ) -> Effects:
     """The effect of `feature`, which fires on `rows` with `values`, on every token of `examples`.
 
-    `tick` is called between batches, so that a page can be left in the middle.
+    `tick` is called between batches, so that Streamlit can interrupt the run when the user leaves the page.
     """
     import torch
 
@@ -60,7 +63,7 @@ def effects(
     for example in examples:
         wanted.setdefault(example.context, []).append(example)
     end = {context: max(e.start + len(e.token_ids) for e in shown) for context, shown in wanted.items()}
-    order = sorted(wanted, key=end.__getitem__)  # contexts cut at about the same place run together
+    order = sorted(wanted, key=end.__getitem__)  # contexts of similar length run together
     for start in range(0, len(order), CONTEXTS_AT_ONCE):
         tick()
         batch = order[start : start + CONTEXTS_AT_ONCE]

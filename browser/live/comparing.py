@@ -1,4 +1,4 @@
-"""Two dictionaries by their weights: decoder cosines, where no comparison on text was made."""
+"""Compares two dictionaries by their decoder directions, without any text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from browser.live import LiveError
 
 
 def cosine_table(a: SaeEntry, b: SaeEntry) -> pd.DataFrame:
-    """For each feature of A the nearest of B by decoder cosine: feature, cosine_best, cosine. Raises LiveError."""
+    """The nearest feature of B by decoder cosine, for each of A: feature, cosine_best, cosine. Raises LiveError."""
     for entry in (a, b):
         if not (entry.path / "sae.safetensors").is_file():
             raise LiveError(f"{entry.id} has no sae.safetensors, so its decoder cannot be read.")

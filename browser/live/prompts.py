@@ -1,4 +1,4 @@
-"""One prompt under the dictionary, for the microscope and the attention page, within the app's limits."""
+"""One prompt through model and dictionary, within the app's limits: for the pages Microscope and Attention."""
 
 from __future__ import annotations
 
@@ -23,29 +23,28 @@ def check_prompt(prompt: str) -> None:
 
 
 def encode(live: Live, prompt: str) -> list[int]:
-    """Token ids of a prompt, BOS first where the model has one. Raises LiveError for one that is empty or too long."""
+    """Token ids of a prompt, starting with BOS if the model has one. Raises LiveError if it is empty or too long."""
     check_prompt(prompt)
     ids = live.model.encode_prompt(prompt)
     most = min(MAX_PROMPT_TOKENS, live.model.context_tokens)
     if len(ids) > most:
         raise LiveError(
-            f"The prompt has {len(ids):,} tokens; at most {most:,} (the model's context, and what a page shows)."
+            f"The prompt has {len(ids):,} tokens; at most {most:,}. The limit is the model's context, or "
+            f"{MAX_PROMPT_TOKENS} tokens on this page."
         )
     return ids
 
 
 def hook_point(entry: SaeEntry) -> str:
-    """The hook point of the dictionary, or LiveError."""
+    """The hook point of the dictionary. Raises LiveError if its configuration has none."""
     found = entry.config.get("hook_point")
     if not isinstance(found, str):
-        raise LiveError(
-            f"{entry.id} does not say which hook point it was trained on, so no prompt can be shown under it."
-        )
+        raise LiveError(f"The config.json of {entry.id} names no hook_point, so no prompt can be run through it.")
     return found
 
 
 def inspect(live: Live, entry: SaeEntry, ids: list[int]) -> Any:
-    """`sae.interventions.attribution.inspect`, kept for the last prompts."""
+    """`sae.interventions.attribution.inspect`, cached for the last prompts."""
     weights = (entry.path / "sae.safetensors").stat().st_mtime_ns
     return _inspect(live, str(entry.path), weights, live.model.weights_sha256, tuple(ids), hook_point(entry))
 
@@ -58,7 +57,7 @@ def _inspect(_live: Live, sae: str, weights: int, model: str, ids: tuple[int, ..
 
 
 def activations(found: Any, feature: int, n_tokens: int) -> np.ndarray:
-    """Activation of one feature on every token [n_tokens] of what `inspect` found."""
+    """Activations [n_tokens] of one feature, from the result of `inspect`."""
     acts = np.zeros(n_tokens)
     own = np.asarray(found.features) == feature
     acts[np.asarray(found.positions)[own]] = np.asarray(found.acts)[own]
@@ -66,7 +65,7 @@ def activations(found: Any, feature: int, n_tokens: int) -> np.ndarray:
 
 
 def attribute(live: Live, entry: SaeEntry, ids: list[int], position: int, token: int) -> Any:
-    """`sae.interventions.attribution.attribute`. Raises LiveError for what does not exist."""
+    """`sae.interventions.attribution.attribute`. Raises LiveError for an unknown position or token."""
     from sae.interventions.attribution import attribute
 
     try:
@@ -76,14 +75,14 @@ def attribute(live: Live, entry: SaeEntry, ids: list[int], position: int, token:
 
 
 def predictions(live: Live, ids: list[int], n: int) -> list[tuple[int, float]]:
-    """The `n` likeliest next tokens after `ids`, with their probabilities."""
+    """The `n` most likely next tokens after `ids`, with their probabilities."""
     from sae.interventions.attribution import predictions
 
     return predictions(live.model, ids, n)
 
 
 def patterns(live: Live, entry: SaeEntry, ids: list[int]) -> Any:
-    """Attention pattern [head, dst, src] of the hook point's block. Raises LiveError where there is none to show."""
+    """Attention pattern [head, dst, src] of the hook point's block. Raises LiveError if the model does not give one."""
     from sae.interventions.attention_attribution import patterns
     from sae.lm import layer_of
 
@@ -94,7 +93,7 @@ def patterns(live: Live, entry: SaeEntry, ids: list[int]) -> Any:
 
 
 def paths(live: Live, entry: SaeEntry, ids: list[int], *, feature: int, position: int) -> Any:
-    """`sae.interventions.attention_attribution.paths`. Raises LiveError where the model cannot be taken apart."""
+    """`sae.interventions.attention_attribution.paths`. Raises LiveError for an unsupported model."""
     from sae.interventions.attention_attribution import paths
 
     try:
@@ -104,5 +103,5 @@ def paths(live: Live, entry: SaeEntry, ids: list[int], *, feature: int, position
 
 
 def token_ids(live: Live, text: str) -> list[int]:
-    """The tokens of a text, without BOS."""
+    """Token ids of a text, without BOS."""
     return list(live.model.tokenizer.encode(text, add_special_tokens=False).ids)

@@ -1,4 +1,4 @@
-"""Steering behind its page: `sae.interventions.steering` within the app's limits."""
+"""`sae.interventions.steering` within the limits of the app."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parse(text: str) -> list[Any]:
     except ValueError as error:
         raise LiveError(str(error).removeprefix("steering: ")) from error
     if len(edits) > MAX_FEATURES:
-        raise LiveError(f"{len(edits)} edits asked for; at most {MAX_FEATURES} at once.")
+        raise LiveError(f"There are {len(edits)} edits; at most {MAX_FEATURES} at once.")
     return edits
 
 
@@ -61,11 +61,11 @@ def sweep(
     if not edits:
         raise LiveError("Nothing is steered yet: add a feature to the table, or write an edit such as 12:set:5.")
     if len(edits) > MAX_FEATURES:
-        raise LiveError(f"{len(edits)} edits asked for; at most {MAX_FEATURES} at once.")
+        raise LiveError(f"There are {len(edits)} edits; at most {MAX_FEATURES} at once.")
     if generation.max_new_tokens > MAX_NEW_TOKENS:
-        raise LiveError(f"{generation.max_new_tokens} new tokens asked for; at most {MAX_NEW_TOKENS}.")
+        raise LiveError(f"{generation.max_new_tokens} new tokens are too many; at most {MAX_NEW_TOKENS}.")
     if not 1 <= len(factors) <= MAX_STRENGTHS:
-        raise LiveError(f"{len(factors)} strengths asked for; 1 to {MAX_STRENGTHS}.")
+        raise LiveError(f"There are {len(factors)} strengths; allowed are 1 to {MAX_STRENGTHS}.")
     from sae.interventions.steering import sweep_stream
 
     try:
@@ -83,7 +83,7 @@ def next_tokens(live: Live, ids: Sequence[int], edits: Sequence[Any], *, n: int,
 
 
 def as_command(path: str, prompt: str, edits: Sequence[Any], factors: list[float], generation: Any) -> str:
-    """The `sae steer` command that writes the same text."""
+    """The `sae steer` command that generates the same text."""
     import shlex
 
     words = ["sae", "steer", path, *(w for e in edits for w in ("--edit", str(e))), "--prompt", prompt]
@@ -96,7 +96,7 @@ def as_command(path: str, prompt: str, edits: Sequence[Any], factors: list[float
 
 
 def as_python(path: str, prompt: str, edits: Sequence[Any], factors: list[float], generation: Any) -> str:
-    """The Python that writes the same text."""
+    """The Python code that generates the same text."""
     lines = [
         "from sae import pipeline",
         "from sae.interventions.edits import Edit",

@@ -1,4 +1,4 @@
-"""The logit weights of one feature on the whole vocabulary: one product with the unembedding, made when asked for."""
+"""The logit weights of one feature for the whole vocabulary: its decoder direction · W_U, computed on demand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from browser.live import Live, prompts
 
 
 def tokens_in_range(entry: SaeEntry, feature: int, low: float, high: float) -> np.ndarray:
-    """Ids of the tokens whose logit weight lies in (low, high], highest first. Raises LiveError without the model."""
+    """Ids of the tokens with a logit weight in (low, high], highest first. Raises LiveError without the model."""
     loaded = live.load(entry)
     weights = _weights(loaded, str(entry.path), feature, loaded.model.weights_sha256, prompts.hook_point(entry))
     inside = np.flatnonzero((weights > low) & (weights <= high))

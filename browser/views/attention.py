@@ -1,4 +1,4 @@
-"""Attention: where each head looks, and which source tokens and paths push the chosen feature's pre-activation."""
+"""Attention: where each head reads, and which source tokens and paths push the chosen feature's pre-activation."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from browser.views.prompt_box import position_box, prompt_box
 
 SHOWN = {"push": "Push on the feature, by head and source", "pattern": "Pattern of one head, every destination"}
 HELP = {
-    "exact": "Exact: with the attention pattern, the norms' scales and which ReLU neurons are on held at their values, "
-    "the pre-activation is linear in what enters the block, and these parts and the biases sum to it.",
-    "slope": "Gradient × input: the model's activation function is not piecewise linear, so its slope stands for it. "
-    "Pattern and norm scales are held. The parts do not sum to the pre-activation; what is left out is in the rest.",
-    "pattern": "softmax(q·k/√d_head): how much the head at the row's token reads from the column's.",
-    "weight": "How much all heads together look at this token from the chosen one, Σ over heads of the pattern.",
+    "exact": "Exact: with the attention pattern, the norm scales and the set of active ReLU neurons held fixed, the "
+    "pre-activation is linear in the block's input. These parts plus the biases sum to the pre-activation.",
+    "slope": "Gradient × input: the model's activation function is not piecewise linear, so its slope is used. Pattern "
+    "and norm scales are held fixed. The parts do not sum to the pre-activation; the difference is in “biases and "
+    "curvature”.",
+    "pattern": "softmax(q · k / √d_head): how much the head reads at the row's token from the column's token.",
+    "weight": "How much all heads together read from this token at the chosen one: Σ over heads of the pattern.",
 }
 
 
@@ -42,7 +43,7 @@ def show(page: Page) -> None:
         paths = prompts.paths(loaded, page.entry, ids, feature=page.feature, position=at)
         acts = prompts.activations(prompts.inspect(loaded, page.entry, ids), page.feature, len(ids))
     except LiveError as error:
-        explain("This prompt cannot be taken apart", str(error))
+        explain("Attention to this prompt cannot be shown", str(error))
         return
     _facts(page, ids, paths, acts, at)
     left, right = st.columns([0.66, 0.34], gap="medium")
@@ -88,7 +89,7 @@ def _facts(page: Page, ids: list[int], paths: Any, acts: np.ndarray, at: int) ->
 
 
 def _pushes(page: Page, ids: list[int], pattern: np.ndarray, paths: Any, acts: np.ndarray, at: int) -> None:
-    """Rows: source tokens. Columns: the direct path, then each head through OV."""
+    """Rows: source tokens. Columns: the direct path, then each head's OV circuit."""
     heads = np.asarray(paths.heads).sum(0).T  # [source, head]
     table = np.zeros((len(ids), 1 + heads.shape[1]))
     table[: at + 1, 1:] = heads
@@ -102,8 +103,8 @@ def _pushes(page: Page, ids: list[int], pattern: np.ndarray, paths: Any, acts: n
         pieces([page.index.token_bytes(i) for i in ids]),
         bars=[
             Bars("activation", own, f"Activation of feature {page.feature} on this token."),
-            Bars("looked at", looked, HELP["weight"]),
-            Bars("push, all heads", table[:, 1:].sum(1)),
+            Bars("attention", looked, HELP["weight"]),
+            Bars("push, all heads", table[:, 1:].sum(1), "Σ over heads of the push from this source token."),
         ],
         columns=[Column("direct"), *(Column(f"head {h}") for h in range(heads.shape[1]))],
         cells=Cells(rows, columns, table[rows, columns], np.full(table.shape[1], np.abs(table).max() or 1.0)),
@@ -114,7 +115,9 @@ def _pushes(page: Page, ids: list[int], pattern: np.ndarray, paths: Any, acts: n
         on_row=_choose,
         height=600,
     )
-    st.caption("Orange pushes up, blue down; a click on a token makes it the destination.", help=_help(paths))
+    st.caption(
+        "Orange pushes the pre-activation up, blue down. Click a token to make it the destination.", help=_help(paths)
+    )
 
 
 def _help(paths: Any) -> str:
@@ -136,7 +139,7 @@ def _pattern(page: Page, ids: list[int], pattern: np.ndarray, at: int) -> None:
         on_row=_choose,
         height=600,
     )
-    st.caption("Rows read from columns; weights above 0.005.", help=HELP["pattern"])
+    st.caption("Each row reads from the columns; weights above 0.005 are shown.", help=HELP["pattern"])
 
 
 def _choose(position: int) -> None:

@@ -1,4 +1,4 @@
-"""Two dictionaries: which features of one are features of the other, which split, which stand alone."""
+"""Two dictionaries: which features of one are in the other, which split, which have no partner."""
 
 from __future__ import annotations
 
@@ -22,26 +22,28 @@ from store.common import same_model
 
 LISTS = {"matched": "Matched", "unmatched": "Unmatched in A", "alone": "Unmatched in B", "splits": "Splitting"}
 HELP = {
-    "histogram": "For each feature of A with enough firings the largest Pearson correlation of activations with any "
-    "feature of B on the same tokens; the same with B's tokens shuffled (what the largest of many gives by chance); "
-    "and with A's own neurons. The lines are the means the paper reports, 0.72 for features and 0.46 for neurons "
-    "(A/1 against B/1, two models of another size and text): published figures, not ours.",
-    "matched": "The one-to-one matching with the largest sum of correlations. best is the best partner without that "
-    "constraint. cosine: of the decoder directions, where both read the same activations.",
-    "unmatched": "Features with enough firings that got no partner, or only one below the matching's floor.",
-    "splits": "Features of A that go with several of B. masked: correlation over the tokens where the child (or the "
-    "parent) fires, which is high when one is a part of the other.",
+    "histogram": "For each feature of A with enough firings: its largest Pearson correlation of activations with any "
+    "feature of B on the same tokens. For comparison: the same with B's tokens shuffled (what the largest of many "
+    "correlations gives by chance), and with A's own neurons. The dashed lines are means published by Bricken et al. "
+    "2023 for two other models (A/1 and B/1): 0.72 for features, 0.46 for neurons.",
+    "matched": "One-to-one matching with the largest sum of Pearson correlations. best: the largest correlation "
+    "without that constraint. cosine: of the two decoder directions, if both dictionaries read the same activations. "
+    "density: firings / kept tokens.",
+    "unmatched": "Features with enough firings that have no partner, or none above the matching's minimum correlation. "
+    "nearest: the feature of the other dictionary with the largest Pearson correlation.",
+    "splits": "Features of A that correspond to several of B. masked: Pearson correlation over the tokens on which the "
+    "child (or the parent) fires; it is high if one is a part of the other.",
 }
 SHOWN = 2000
 
 
 def show(page: Page) -> None:
-    """Draws what is known about the dictionary and another one."""
+    """Draws the comparison of the dictionary with another one."""
     others = [name for name in page.entries if name != page.entry.id]
     if not others:
         explain(
-            "There is nothing to compare with",
-            "This root holds one dictionary. Train another (another seed, size or recipe) beside it:",
+            "There is no second dictionary to compare with",
+            "Train another one (with another seed, size or recipe) below this root:",
             "sae train --acts runs/a/acts.zarr --seed 1 --out runs/a/other",
         )
         return
@@ -66,13 +68,13 @@ def show(page: Page) -> None:
     with left:
         _table(page, other, found, str(chosen))
     with right:
-        st.caption("Universality: the best correlation of each feature", help=HELP["histogram"])
+        st.caption("Universality: best correlation of each feature", help=HELP["histogram"])
         st.altair_chart(_histogram(found), key="universality")
         _children(page, other, found)
 
 
 def _labels(entry: SaeEntry, features: pd.Series) -> list[str]:
-    """What each feature fires on most; "" without an index or a feature."""
+    """The token that each feature fires on most; "" without an index or a feature."""
     return ["" if pd.isna(f) else state.fires_on(entry, int(f)) for f in features]
 
 
@@ -81,13 +83,15 @@ def _facts(page: Page, other: SaeEntry, found: Comparison) -> None:
     matched = found.a["matched"].notna().sum()
     values = {
         "tokens": f"{found.summary.get('tokens', 0):,}",
-        "A analysed": f"{len(a):,} of {len(found.a):,}",
-        "B analysed": f"{len(b):,} of {len(found.b):,}",
+        "A, compared": f"{len(a):,} of {len(found.a):,}",
+        "B, compared": f"{len(b):,} of {len(found.b):,}",
         "matched pairs": f"{matched:,}",
         "mean best A→B": f"{a.mean():.3f}",
         "mean best B→A": f"{b.mean():.3f}",
-        "by chance": f"{found.a['shuffled_correlation'].mean():.3f}",
-        "decoder cosine": f"{found.a['cosine'].mean():.3f}" if found.a["cosine"].notna().any() else "other space",
+        "A→B by chance": f"{found.a['shuffled_correlation'].mean():.3f}",
+        "decoder cosine": f"{found.a['cosine'].mean():.3f}"
+        if found.a["cosine"].notna().any()
+        else "different activations",
     }
     st.html(facts(values))
 
@@ -135,7 +139,7 @@ def _table(page: Page, other: SaeEntry, found: Comparison, chosen: str) -> None:
 
 def _draw(table: pd.DataFrame, entry: SaeEntry, key: str, help_: str) -> None:
     if table.empty:
-        explain("None", "No feature is in this list.")
+        explain("This list is empty", "No feature meets its condition.")
         return
     numbers = table["feature"].to_numpy()
 
@@ -165,7 +169,7 @@ def _draw(table: pd.DataFrame, entry: SaeEntry, key: str, help_: str) -> None:
             "into": number("into", format="%d", width=50),
         },
     )
-    st.caption(f"{len(table):,} features; a row opens its feature.", help=help_)
+    st.caption(f"{len(table):,} features. Select a row to open its feature.", help=help_)
 
 
 def _histogram(found: Comparison) -> alt.Chart:
@@ -205,7 +209,7 @@ def _histogram(found: Comparison) -> alt.Chart:
 
 
 def _children(page: Page, other: SaeEntry, found: Comparison) -> None:
-    """The splitting tree of the chosen feature: what it goes with in B."""
+    """The features of B that the chosen feature corresponds to."""
     below = comparison.children(found, page.feature, 0.4).head(14)
     labels = _labels(other, below["b"])
     rows = [
@@ -215,7 +219,7 @@ def _children(page: Page, other: SaeEntry, found: Comparison) -> None:
     (own,) = _labels(page.entry, pd.Series([page.feature]))
     title = f"Feature {page.feature} {own} in {other.id}"
     draw_lists(
-        [RowList(title, rows, HELP["splits"], empty="goes with no feature of B")],
+        [RowList(title, rows, HELP["splits"], empty="corresponds to no feature of B")],
         key="children",
         on_open=lambda feature: state.open_feature_of(other.id, feature),
     )
@@ -228,20 +232,21 @@ def _of_one_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def _by_weights(page: Page, other: SaeEntry) -> None:
-    """Without a comparison on text: decoder cosines, where the two have the same space."""
+    """Without a comparison on text: decoder cosines, if both dictionaries read the same activations."""
     command = f"sae compare {page.entry.path} {other.path}"
     configs = (page.entry.config, other.config)
     same = _of_one_model(*configs) and all(configs[0].get(key) == configs[1].get(key) for key in ("hook_point", "d_in"))
     if not same:
         explain(
-            "These two read different activations",
-            "Their decoders lie in different spaces, so only activations on the same tokens can be compared:",
+            "These dictionaries read different activations",
+            "Their decoder directions cannot be compared, only their activations on the same tokens. One command does "
+            "it:",
             command,
         )
         return
     explain(
         "Compared by decoder directions only",
-        "Matching by activations, splitting and universality come from one command on the same tokens:",
+        "One command compares their activations on the same tokens, which gives matching, splitting and universality:",
         command,
     )
     try:
@@ -260,10 +265,16 @@ def _by_weights(page: Page, other: SaeEntry) -> None:
     ).sort_values("cosine", ascending=False, kind="stable")
     left, right = st.columns([0.62, 0.38], gap="medium")
     with left:
-        _draw(shown, page.entry, "compare-cosine", "The nearest feature of B by decoder cosine, for each of A.")
+        _draw(
+            shown,
+            page.entry,
+            "compare-cosine",
+            "For each feature of A: the feature of B with the largest cosine of decoder directions, d_A · d_B / "
+            "(‖d_A‖ ‖d_B‖).",
+        )
     with right:
         counts, edges = np.histogram(table["cosine"], 40, (-1, 1))
-        st.caption(f"Largest decoder cosine with B; mean {table['cosine'].mean():.3f}")
+        st.caption(f"Largest decoder cosine with a feature of B; mean {table['cosine'].mean():.3f}")
         bars = pd.DataFrame({"low": edges[:-1], "high": edges[1:], "features": counts})
         st.altair_chart(
             alt.Chart(bars)

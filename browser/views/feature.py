@@ -1,4 +1,4 @@
-"""One feature: what it fires on, how strongly, and what it writes."""
+"""One feature: what it fires on, how strongly, and which tokens it promotes."""
 
 from __future__ import annotations
 
@@ -16,28 +16,33 @@ N_LIST = 10
 SIZES = {"max": "max", "p99": "P99", "mean": "mean"}
 
 HELP = {
-    "activations": "Firings (activations above zero) in equal bins up to the maximum. Zeros are "
-    "left out; counts are on a logarithmic scale.",
-    "logits": "Logit weight of a token: (decoder direction in the residual stream, mean removed, "
-    "times the final norm's scale) · W_U. What the feature adds to that token's logit, up to the "
-    "norm's 1/σ, for each unit of activation; shifted so that the median token is at 0.",
-    "weight": "Neurons with the largest decoder weights, and each one's share of Σ|w|.",
-    "pearson": "Pearson correlation of the feature's activation with a neuron's, over all kept tokens of the index.",
-    "neighbours": "Features of this dictionary by cosine of the decoder directions.",
-    "correlated": "Features by Pearson correlation of the activations over the index; the products are taken on up to "
+    "activations": "Histogram of the activations above zero, in equal bins up to the maximum; counts on a logarithmic "
+    "scale. Drag over it to see examples from a range.",
+    "logits": "Logit weight of a token = (decoder direction in the residual stream, its mean removed, × the final "
+    "norm's scale) · W_U: what one unit of activation adds to the token's logit by the direct path, up to the norm's "
+    "1/σ. Shifted so that the median token is at 0. Drag over the histogram to see firings that such tokens follow.",
+    "weight": "Neurons with the largest |decoder weight| w. The percentage is |w| / Σ|w|.",
+    "pearson": "Pearson correlation of the feature's activation with the neuron's, over all kept tokens of the index.",
+    "neighbours": "Features of this dictionary with the largest cosine of decoder directions, d₁ · d₂ / (‖d₁‖ ‖d₂‖).",
+    "correlated": "Features with the largest Pearson correlation of activations over the index, estimated from up to "
     "256 of this feature's firings.",
-    "together": "Features that fire on the same tokens: firings of both / firings of either (Jaccard), from up to 256 "
-    "of this feature's firings.",
-    "successors": "Features likely to fire on the next token: the share of its next tokens on which they fire, and how "
-    "many times their density that is. Chains of these are the paper's finite-state assemblies.",
-    "others": "The feature of another dictionary of this root with the largest correlation of activations on the same "
-    "text, where `sae compare` was run.",
-    "samples": "The dump holds some firings of each feature, so this is a share of the samples and says nothing of "
-    "recall.",
-    "tokens": "Precision: the share of this feature's firings that are on the token. Recall: the share of the token's "
-    "occurrences on which it fires.",
-    "label": "Found without a language model: the short rule (tokens, the token before, a pair, a domain) that tells "
-    "best where the feature fires, learned on half of the contexts. Scores are on the other half.",
+    "together": "Jaccard index = tokens on which both fire / tokens on which either fires, from up to 256 of this "
+    "feature's firings.",
+    "successors": "Features likely to fire on the next token: the share of this feature's next tokens on which they "
+    "fire, and that share / their density. Chains of these are the finite-state automata of Bricken et al. 2023.",
+    "others": "The feature of each other dictionary with the largest Pearson correlation of activations on the same "
+    "text. Shown for dictionaries that `sae compare` has compared with this one.",
+    "samples": "The imported pages hold only some firings of each feature, so this is a share of the samples; recall "
+    "is unknown.",
+    "tokens": "Precision = firings on the token / all firings of the feature. Recall = firings on the token / "
+    "occurrences of the token.",
+    "label": "Found without a language model: the short rule (tokens, the token before, a pair, a domain) that best "
+    "predicts where the feature fires, learned on half of the contexts. Precision = firings on which the rule holds / "
+    "tokens on which it holds; recall = the same / all firings; F1 = their harmonic mean; all on the other half.",
+    "header": "density: firings / kept tokens. max, P99, mean: of the activations above zero. purity: share of the "
+    "firings in the main domain. Δloss: mean rise of the next token's loss without the feature, over sampled firings "
+    "(nats). logit kurtosis: of its logit weights, high if it moves few tokens. cos enc·dec: cosine of encoder and "
+    "decoder direction. nearest cos: largest decoder cosine with another feature.",
 }
 
 
@@ -65,20 +70,20 @@ def _explain_silence(page: Page) -> None:
     if str(data.flags(page.index)[page.feature]) == "absent":
         explain(
             f"Feature {page.feature} is not in this dump",
-            "The imported feature pages hold nothing about it: neither samples nor a density.",
+            "The imported feature pages have neither samples nor a density of it.",
         )
     elif page.index.sampled:
-        explain(f"No sample of feature {page.feature} fires", "What the dump says of it is below.")
+        explain(f"Feature {page.feature} is silent in all samples", "What the imported pages say about it is below.")
     else:
         explain(
             f"Feature {page.feature} is dead",
-            f"It fires on none of the {page.index.kept_tokens:,} tokens of this index, so there "
-            "are no activations to show. What its weights say is below.",
+            f"It fires on none of the {page.index.kept_tokens:,} tokens of this index, so there are no activations to "
+            "show. What its weights say is below.",
         )
 
 
 def _tools(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
-    """What is drawn only when it is asked for."""
+    """Panels that are computed only when opened."""
     text = st.expander("Try a text", key="own-text", on_change="rerun")
     if text.open:
         with text:
@@ -113,7 +118,11 @@ def _header(page: Page) -> None:
             values[title] = f"{stats[name][feature]:.3f}"
     if "resampled_step" in stats and stats["resampled_step"][feature] >= 0:
         values["resampled at step"] = f"{stats['resampled_step'][feature]:,}"
-    st.html(facts(values, f"Feature {feature:,}", badge=flag) + _label_line(page) + source_line(provenance(page)))
+    st.html(
+        facts(values, f"Feature {feature:,}", badge=flag, help=HELP["header"])
+        + _label_line(page)
+        + source_line(provenance(page))
+    )
 
 
 def _label_line(page: Page) -> str:
@@ -131,7 +140,7 @@ def _label_line(page: Page) -> str:
 
 
 def provenance(page: Page) -> str:
-    """One line: which dictionary, model, hook and text the numbers come from."""
+    """One line: the dictionary, model, hook point and text that the numbers come from."""
     attributes = page.index.attributes
     model = attributes.get("model") or {}
     name = model.get("id", "?") if isinstance(model, dict) else model
@@ -159,7 +168,7 @@ def _histograms(page: Page, values: np.ndarray) -> None:
         ranges = {name: feature_examples.parse_range(st.session_state.get(name, "")) for name in ("range", "weights")}
     charts = []
     if len(acts):
-        help_ = "As the dump has it." if sampled else HELP["activations"]
+        help_ = "The histogram of the imported pages." if sampled else HELP["activations"]
         charts.append(
             Histogram(
                 "range",
@@ -187,7 +196,7 @@ def _histograms(page: Page, values: np.ndarray) -> None:
 
 
 def _ranged(which: str, low: float | None, high: float | None) -> None:
-    """A range dragged over a histogram goes into the box of the same name, and so into the address."""
+    """Writes a range that was dragged over a histogram into the box of the same name, and so into the URL."""
     if which in ("range", "weights"):
         st.session_state[which] = "" if low is None or high is None else f"{low:.4g}…{high:.4g}"
 
@@ -228,7 +237,7 @@ def _lists(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
 
 
 def _elsewhere(page: Page) -> None:
-    """The feature's best partner in every dictionary this one was compared with."""
+    """The feature's best partner in each dictionary that was compared with this one."""
     found = []
     for name, other in page.entries.items():
         compared = state.comparison_of(page.entry, other) if name != page.entry.id else None
@@ -243,7 +252,7 @@ def _elsewhere(page: Page) -> None:
         for number, (name, other, best, correlation) in enumerate(found)
     ]
     draw_lists(
-        [RowList("In other dictionaries: correlation", rows, HELP["others"])],
+        [RowList("In other dictionaries", rows, HELP["others"])],
         key="elsewhere",
         on_open=lambda number: state.open_feature_of(found[number][0], found[number][2]),
     )

@@ -12,17 +12,17 @@ from browser.state import Page
 from browser.views.feature_examples import CONTEXTS
 
 HELP = (
-    "This dictionary was imported from feature pages, which hold samples of the firings and not all of them. The "
-    "groups are the dump's own, in its order. Intervals, controls, precision, recall and specificity "
-    "would need every firing, so they are not shown. Underlines are the ablation losses of the dump, where "
-    "it has them: solid blue where the loss rises without the feature, dashed violet where it falls."
+    "This dictionary was imported from feature pages, which hold samples of the firings, not all of them. The groups "
+    "and their order are those of the pages. Intervals, controls, precision, recall and specificity need every firing, "
+    "so they are not shown. Underlines are the ablation losses in the pages, if any: solid blue if the loss rises "
+    "without the feature, dashed violet if it falls."
 )
 
 
 def show(page: Page) -> None:
-    """Draws the groups, underlined where the dump says what ablation does."""
+    """Draws the groups, underlined by the ablation losses that the dump has."""
     title, length = st.columns([0.5, 0.5], vertical_alignment="center")
-    title.caption("Samples of the dump, not all firings", help=HELP)
+    title.caption("Samples, not all firings", help=HELP)
     window = length.segmented_control(
         "Text around",
         list(CONTEXTS),

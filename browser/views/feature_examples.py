@@ -23,20 +23,19 @@ N_TOP, PER_INTERVAL, N_BOTTOM, N_CONTROLS, N_HARD, N_RANGE = 20, 5, 20, 20, 10, 
 DIVISIONS = ["activation", "rank"]
 NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
 HELP = (
-    "Orange is the activation on that token, in proportion to this feature's maximum. The underline is the ablation "
-    "effect: the feature is taken out of the model's MLP at every token and the loss of each token compared; solid "
-    "blue where the loss rises without it (the feature helps), dashed violet where it falls. The intervals divide "
-    "(0, max] into equal parts, or the firings by rank into equal shares, each half-open (low, high], with examples "
-    "drawn uniformly inside; the share of |Δloss| of eleven even intervals is estimated from firings sampled when the "
-    "index was built. Controls are tokens on which the feature is silent, drawn uniformly; hard negatives are silent "
-    "ones that look alike: its usual tokens, and what its nearest feature fires on. The number beside the dice is the "
-    "seed of every draw."
+    "Orange: activation on the token / the feature's maximum. Underline: ablation effect, the loss of the token "
+    "without the feature − its loss with it, when the feature is removed at every token; solid blue if the loss rises "
+    "(the feature helps), dashed violet if it falls. Intervals divide (0, max] into equal parts, or the firings by "
+    "rank into equal shares; examples are drawn uniformly from each. The share of |Δloss| is estimated from firings "
+    "that were sampled when the index was built. Controls: random tokens on which the feature is silent. Hard "
+    "negatives: silent tokens that look similar, either one of its usual tokens or a token on which its nearest "
+    "feature fires. The number beside the die is the random seed."
 )
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How examples are drawn: tokens around, the seed, the intervals, and ranges of activation and of logit weight."""
+    """How examples are drawn: tokens around each, seed, intervals, and ranges of activation and of logit weight."""
 
     before: int
     after: int
@@ -49,7 +48,7 @@ class Sampling:
 
 
 def show(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
-    """Draws the examples, then fills in what ablation does to them."""
+    """Draws the examples, then underlines them by the effect of ablation."""
     sampling = _settings()
     groups = groups_of(page, rows, values, sampling)
     key = f"{page.entry.id}:{page.feature}:{sampling}:{page.index.kept_tokens}"
@@ -77,11 +76,18 @@ def _settings() -> Sampling:
         bind="query-params",
         label_visibility="collapsed",
         max_chars=40,
-        placeholder="range, as 1.5–3",
-        help="Drag over the histogram, or type two activations.",
+        placeholder="range, e.g. 1.5–3",
+        help="Drag over the histogram of activations, or type two numbers.",
     )
     draw = seed.number_input(
-        "Draw", 0, 9999, 0, key="draw", bind="query-params", label_visibility="collapsed", icon=":material/casino:"
+        "Seed of the draws",
+        0,
+        9999,
+        0,
+        key="draw",
+        bind="query-params",
+        label_visibility="collapsed",
+        icon=":material/casino:",
     )
     with more.popover("Sampling", icon=":material/tune:", width="stretch"):
         division = st.selectbox(
@@ -89,22 +95,22 @@ def _settings() -> Sampling:
             DIVISIONS,
             key="division",
             bind="query-params",
-            help="activation: of equal width. rank: with as many firings each.",
+            help="activation: intervals of equal width. rank: intervals with equally many firings.",
         )
         count = st.number_input("Intervals", 1, 20, data.N_INTERVALS, key="intervals", bind="query-params")
         single = st.toggle(
-            "One example a context",
+            "One example per context",
             value=True,
             key="single",
             bind="query-params",
-            help="Top and bottom: off shows every firing, also several of one text.",
+            help="For top and bottom activations. Off: several firings of one context may be shown.",
         )
         weights = st.text_input(
-            "Followed by a token with logit weight from … to",
+            "Followed by a token with a logit weight from … to",
             key="weights",
             bind="query-params",
             max_chars=40,
-            placeholder="as 0.5…1.2",
+            placeholder="e.g. 0.5…1.2",
             help="Drag over the histogram of logit weights, or type two numbers.",
         )
     return Sampling(
@@ -119,14 +125,14 @@ def _settings() -> Sampling:
 
 
 def parse_range(text: str) -> tuple[float, float] | None:
-    """Two numbers in order, from what was dragged or typed; None for anything else."""
+    """The two numbers of a range that was dragged or typed, smaller first; None for anything else."""
     found = re.fullmatch(rf"\s*{NUMBER}\s*(?:[-–—…,]|\s)\s*{NUMBER}\s*", text)
     low, high = sorted(map(float, found.groups())) if found else (0.0, 0.0)
     return (low, high) if low < high < float("inf") else None
 
 
 def groups_of(page: Page, rows: np.ndarray, values: np.ndarray, how: Sampling) -> list[Group]:
-    """Every group of examples, in the order of the page."""
+    """All groups of examples, in the order of the page."""
     index, seed = page.index, how.seed
 
     def around(wanted: np.ndarray) -> list[data.Example]:
@@ -136,15 +142,15 @@ def groups_of(page: Page, rows: np.ndarray, values: np.ndarray, how: Sampling) -
     if how.acts is not None:
         drawn, n = data.rows_in_range(rows, values, *how.acts, N_RANGE, seed)
         note = f"{n:,} firings in ({how.acts[0]:.3g}, {how.acts[1]:.3g}], {len(drawn)} drawn"
-        groups.append(Group("Your range", note, around(drawn), "no firing lies in this range"))
+        groups.append(Group("Your range", note, around(drawn), "no firing in this range"))
     if how.weights is not None:
         drawn, note = _before_tokens(page, rows, values, how.weights, seed)
-        groups.append(Group("Your logit weights", note, around(drawn), "no firing is followed by one of them"))
+        groups.append(Group("Your logit weights", note, around(drawn), "no firing is followed by such a token"))
     single = how.one_per_context
     top = data.top_rows(rows, values, N_TOP, index.seq_len, one_per_context=single)
     groups.append(Group("Top activations", f"max {values.max():.3f}", around(top)))
     groups += [
-        Group(title, note, around(wanted), "no firing lies in this interval")
+        Group(title, note, around(wanted), "no firing in this interval")
         for title, note, wanted in _intervals(page, rows, values, how)
     ]
     bottom = data.bottom_rows(rows, values, N_BOTTOM, index.seq_len, one_per_context=single)
@@ -156,15 +162,19 @@ def groups_of(page: Page, rows: np.ndarray, values: np.ndarray, how: Sampling) -
     groups.append(
         Group(
             "Hard negatives: its tokens",
-            "silent on a token it often fires on",
+            "silent on a token that it often fires on",
             around(alike),
-            "it fires on every one of its five commonest tokens",
+            "it fires on every occurrence of its five most frequent tokens",
         )
     )
     nearest, strong = data.neighbour_rows(index, page.feature, rows, N_HARD, seed)
     if nearest >= 0:
         note = f"silent where {nearest:,}, its nearest direction, fires strongly"
-        groups.append(Group("Hard negatives: its neighbour", note, around(strong), "it fires wherever that one does"))
+        groups.append(
+            Group(
+                "Hard negatives: its neighbour", note, around(strong), "it fires wherever the neighbour fires strongly"
+            )
+        )
     return groups
 
 
@@ -186,11 +196,11 @@ def _intervals(page: Page, rows: np.ndarray, values: np.ndarray, how: Sampling) 
 def _before_tokens(
     page: Page, rows: np.ndarray, values: np.ndarray, bounds: tuple[float, float], seed: int
 ) -> tuple[np.ndarray, str]:
-    """Firings that a token in the dragged range of logit weights follows, and what is said of them."""
+    """Firings that are followed by a token in the range of logit weights, and a note about them."""
     try:
         wanted = tokens_in_range(page.entry, page.feature, *bounds)
     except ValueError as error:  # LiveError, or a model that cannot be hooked there
-        return rows[:0], f"The logit weights of single tokens need the model: {error}"
+        return rows[:0], f"Logit weights of single tokens need the model: {error}"
     drawn, n = data.rows_before_tokens(page.index, rows, values, wanted, N_RANGE, seed)
     names = "  ".join(label(page.index.token_bytes(i)) for i in wanted[:8].tolist())
     said = f"{len(wanted):,} tokens in ({bounds[0]:.3g}, {bounds[1]:.3g}]: {names}{' …' if len(wanted) > 8 else ''}"
@@ -215,7 +225,7 @@ def _underline(
             values,
             list(chain.from_iterable(g.examples for g in groups)),
             hook_point=str(page.index.attributes["hook_point"]),
-            tick=lambda: legend.caption("Orange: activation. Ablating …"),
+            tick=lambda: legend.caption("Orange: activation. Computing the ablation …"),
         )
     except ValueError as error:  # LiveError, or a model that cannot be hooked there
         what = str(error) if isinstance(error, LiveError) else f"The model could not be run: {error}"
@@ -226,8 +236,8 @@ def _underline(
         return pieces([page.index.token_bytes(token)])[0]
 
     draw_effects(groups, found, shown, effects_key=key)
-    how = "exact, in closed form" if found.exact else "the model run again"
+    how = "exact, in closed form" if found.exact else "by a second forward pass"
     legend.caption(
-        "Orange: activation. Underline: loss of the token without the feature, blue where it rises, dashed violet "
-        f"where it falls ({how}; {found.seconds:.1f} s)."
+        "Orange: activation. Underline: change of the token's loss without the feature; blue if it rises, dashed "
+        f"violet if it falls ({how}; {found.seconds:.1f} s)."
     )

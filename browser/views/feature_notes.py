@@ -1,4 +1,4 @@
-"""A person's own label, note and bookmark of a feature, and what can be taken away of it."""
+"""Your own label, note and bookmark of a feature, and its export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from browser.tokens import plain_markdown
 
 
 def show(page: Page, provenance: str) -> None:
-    """Three small menus: label and note, bookmarks, export."""
+    """Three menus: label and note, bookmarks, export."""
     notes = Notes(page.entry.path)
     try:
         note, everything = notes.get(page.feature), notes.all()
@@ -31,24 +31,24 @@ def show(page: Page, provenance: str) -> None:
     ):
         label = st.text_input("Label", note.label, max_chars=MAX_LABEL, key=f"label-{page.feature}")
         text = st.text_area("Note", note.note, max_chars=MAX_NOTE, key=f"note-{page.feature}")
-        if st.form_submit_button("Keep", type="primary"):
-            _keep(notes, Note(page.feature, label or "", text or "", note.bookmarked))
+        if st.form_submit_button("Save", type="primary"):
+            _save(notes, Note(page.feature, label or "", text or "", note.bookmarked))
     marked = [each for each in everything if each.bookmarked]
     star = ":material/bookmark_added:" if note.bookmarked else ":material/bookmark_add:"
     title = "Bookmarked" if note.bookmarked else "Bookmark"
     if bar.button(title, icon=star, key="bookmark"):
-        _keep(notes, Note(page.feature, note.label, note.note, not note.bookmarked))
+        _save(notes, Note(page.feature, note.label, note.note, not note.bookmarked))
     with bar.popover(f"Bookmarks ({len(marked)})", icon=":material/bookmarks:"):
         for each in marked[:50]:
             name = f"{each.feature:,}  {each.label}"
             st.button(plain_markdown(name), key=f"go-{each.feature}", on_click=state.open_feature, args=(each.feature,))
         if not marked:
-            st.caption("No feature is bookmarked yet.")
+            st.caption("No bookmarks yet.")
     with bar.popover("Export", icon=":material/download:"):
         _downloads(page, provenance, notes, "this feature", [page.feature])
         if marked:
             numbers = [each.feature for each in marked][: export.MAX_FEATURES]
-            _downloads(page, provenance, notes, "every bookmark", numbers)
+            _downloads(page, provenance, notes, "all bookmarks", numbers)
         if everything:
             st.download_button(
                 "Labels, notes and bookmarks as JSON",
@@ -74,10 +74,10 @@ def _downloads(page: Page, provenance: str, notes: Notes, what: str, numbers: li
         )
 
 
-def _keep(notes: Notes, note: Note) -> None:
+def _save(notes: Notes, note: Note) -> None:
     try:
         notes.put(note)
     except NotesError as error:
-        explain("The note could not be kept", str(error))
+        explain("The note could not be saved", str(error))
         return
     st.rerun()

@@ -1,4 +1,4 @@
-"""One feature on a text of one's own."""
+"""One feature on your own text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from browser.tokens import pieces
 
 
 def show(page: Page) -> None:
-    """A box for the text, and its tokens coloured by the feature's activation."""
+    """Draws a box for the text, and its tokens coloured by the feature's activation."""
     text = st.text_area("Text", key="try", bind="query-params", max_chars=live.MAX_PROMPT, height=76)
     if not text.strip():
         return
@@ -40,7 +40,7 @@ def show(page: Page) -> None:
         acts=acts.astype(np.float32),
         document=("your text", "", "", ""),
     )
-    share = f"{acts.max() / largest:.0%} of its max in the index" if largest > 0 else "it is silent in the index"
+    share = f"{acts.max() / largest:.0%} of its maximum in the index" if largest > 0 else "never fires in the index"
     note = f"fires on {int((acts > 0).sum())} of {len(ids)} tokens, at most {acts.max():.3f} ({share})"
     group = Group("Your text", note if acts.any() else f"silent on all {len(ids)} tokens", [example])
     draw_examples([group], largest or 1.0, bos=page.index.attributes.get("bos"), key="tried")

@@ -1,4 +1,4 @@
-"""The whole dictionary as one table: filter, search, sort, download, open."""
+"""The dictionary as a table of features: search, filter, sort, open, download."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def _summary(page: Page, table: pd.DataFrame) -> None:
         known = table["density"].notna().sum()
         values = {
             "features": f"{len(table):,}",
-            "in the dump": f"{(table['flag'] != 'absent').sum():,}",
+            "on the pages": f"{(table['flag'] != 'absent').sum():,}",
             "with a density": f"{known:,}",
             "sampled tokens": f"{page.index.kept_tokens:,}",
         }
         st.html(facts(values))
         st.caption(
-            "Imported feature pages: samples of another tool, without weights and without the firings that were not "
-            "sampled. Densities and maxima are the dump's own."
+            "Imported from another tool's feature pages: some sampled firings of each feature, without weights. "
+            "Densities and maxima are those of the pages."
         )
         return
     values = {
@@ -84,14 +84,15 @@ def _summary(page: Page, table: pd.DataFrame) -> None:
 
 
 def _filters(page: Page, table: pd.DataFrame) -> pd.DataFrame:
-    """The widgets above the table, and the rows they leave."""
+    """Draws the filters above the table; returns the rows that pass."""
     search, flag, domain, density, sort = st.columns([0.27, 0.14, 0.16, 0.23, 0.2])
     text = search.text_input(
         "Search",
         key="q",
         bind="query-params",
-        placeholder="in tokens, logits and domains",
-        help="Part of a token, of a promoted token or of a domain, in any case. A space counts.",
+        placeholder="token, label or domain",
+        help="Part of a token that it fires on, of a token that it raises, of a label or of a domain. Case is ignored, "
+        "spaces count.",
         max_chars=80,
     )
     flag_now = flag.selectbox(
@@ -99,8 +100,8 @@ def _filters(page: Page, table: pd.DataFrame) -> pd.DataFrame:
         ["all", *FLAGS],
         key="flag",
         bind="query-params",
-        help="dead: never fires in the indexed text. ultra-low: density below "
-        f"{data.ULTRA_LOW:g}. dense: fires on more than {data.DENSE:.0%} of tokens.",
+        help=f"dead: never fires in the indexed text. ultra-low: density below {data.ULTRA_LOW:g}. dense: density "
+        f"above {data.DENSE:g}. absent: not on the imported pages.",
     )
     domains = ["all", *(name for name in page.index.domains if name)]
     domain_now = domain.selectbox("Main domain", domains, key="domain", bind="query-params")
@@ -112,8 +113,7 @@ def _filters(page: Page, table: pd.DataFrame) -> pd.DataFrame:
         0.25,
         key="density",
         bind="query-params",
-        help="Density is the share of kept tokens (BOS and padding left out) on which a feature "
-        "is above zero. At the full range, dead features are shown too.",
+        help="Density = firings / kept tokens (all but BOS and padding). The full range includes dead features.",
     )
     names = [name for name, (column, _) in SORTS.items() if column in table]
     sorting = sort.selectbox("Sort by", names, key="sort", bind="query-params")
@@ -130,7 +130,9 @@ def _filters(page: Page, table: pd.DataFrame) -> pd.DataFrame:
 
 def _table(shown: pd.DataFrame) -> None:
     if shown.empty:
-        explain("No feature passes these filters", "Widen the density range or clear the search.")
+        explain(
+            "No feature passes these filters", "Widen the density range, or clear the search and the other filters."
+        )
         return
     numbers = shown["feature"].to_numpy()
 
@@ -158,58 +160,60 @@ def _columns() -> dict[str, Any]:
     return {
         "feature": number("feature", format="%d", width=62, pinned=True),
         "flag": text("flag", width=62),
-        "density": number("density", format="%.2e", width=76, help="firings / kept tokens (no BOS, no padding)"),
+        "density": number("density", format="%.2e", width=76, help="firings / kept tokens (all but BOS and padding)"),
         "max": number("max", format="%.2f", width=58, help="largest activation in the index"),
-        "samples": number("samples", format="%d", width=72, help="firings in the texts of the dump, not all there are"),
-        "mean": number("mean", format="%.2f", width=58, help="mean activation over its firings"),
-        "top_token": text("top token", width=110, help="the token it fires on most often"),
+        "samples": number("samples", format="%d", width=72, help="firings in the samples of the imported pages"),
+        "mean": number("mean", format="%.2f", width=58, help="mean of the activations above zero"),
+        "top_token": text("top token", width=110, help="token that it fires on most often"),
         "top_token_share": share(
             "top share",
             format="%.2f",
             min_value=0,
             max_value=1,
             width=92,
-            help="share of its firings that are on the top token",
+            help="firings on the top token / all firings",
         ),
-        "top_logits": text("top positive logits", width=250, help="the five tokens it raises most, by logit weight"),
-        "domain": text("domain", width=76, help="the domain most of its firings are in"),
+        "top_logits": text(
+            "top positive logits", width=250, help="the five tokens with the largest logit weight, direction · W_U"
+        ),
+        "domain": text("domain", width=76, help="domain with most of its firings"),
         "domain_purity": share(
-            "purity",
-            format="%.2f",
-            min_value=0,
-            max_value=1,
-            width=92,
-            help="share of its firings that are in that domain",
+            "purity", format="%.2f", min_value=0, max_value=1, width=92, help="firings in that domain / all firings"
         ),
         "cos_enc_dec": number(
             "cos enc·dec",
             format="%.2f",
             width=82,
-            help="cosine of its encoder and decoder directions; near 0 in ultra-low features",
+            help="cosine of its encoder and decoder directions; near 0 for ultra-low features",
         ),
         "nearest_cosine": number(
             "nearest cos",
             format="%.2f",
             width=82,
-            help="largest decoder cosine with another feature; near 1 means a twin",
+            help="largest decoder cosine with another feature; near 1: a duplicate",
         ),
         "label": text("label", width=130, help="your own label"),
         "auto_label": text(
             "label by rule",
             width=150,
-            help="the short rule that tells best where it fires, found without a language model",
+            help="short rule that best predicts where it fires, found without a language model",
         ),
         "auto_f1": number(
-            "rule F1", format="%.2f", width=66, help="F1 of that rule on the half of the text it was not learned on"
+            "rule F1",
+            format="%.2f",
+            width=66,
+            help="F1 of that rule on the half of the contexts that it was not learned on",
         ),
         "delta_loss": number(
             "Δloss",
             format="%+.3f",
             width=70,
-            help="mean rise of the next token's loss without the feature, over sampled firings (nats; > 0: it helps)",
+            help="mean of (next token's loss without the feature − with it) over sampled firings, nats; > 0: it helps",
         ),
-        "resampled_step": number("resampled", format="%d", width=82, help="step of its last resampling; empty: never"),
+        "resampled_step": number(
+            "resampled", format="%d", width=82, help="training step of its last resampling; empty: never"
+        ),
         "logit_kurtosis": number(
-            "kurtosis", format="%.1f", width=68, help="kurtosis of its logit weights; high when it moves few tokens"
+            "kurtosis", format="%.1f", width=68, help="kurtosis of its logit weights; high if it moves few tokens"
         ),
     }

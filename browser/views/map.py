@@ -1,4 +1,4 @@
-"""The map: every decoder direction in two dimensions, coloured by any statistic; a click opens the feature."""
+"""The map: all decoder directions in two dimensions, coloured by a statistic; a click opens the feature."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from browser.state import Page
 LAYOUTS = {"map/umap": "UMAP", "map/pca": "PCA"}
 LOGARITHMIC = ("density", "max", "mean", "logit_kurtosis")
 HELP = {
-    "layout": "UMAP of the decoder directions by cosine keeps neighbours together and says nothing of large distances; "
-    "PCA is the two directions of largest variance, exact and linear, but a small share of it.",
-    "colour": "Any number of the feature table. Colours follow ranks where the values span decades (log scale).",
-    "find": "Part of a token: features that fire on it most stay bright, the others fade.",
+    "layout": "UMAP (by cosine of the decoder directions) keeps neighbours together; large distances mean nothing. PCA "
+    "projects linearly on the two directions of largest variance, which are a small share of it.",
+    "colour": "Any number of the feature table, from its 1st to its 99th percentile; on a logarithmic scale for "
+    "density, max, mean and kurtosis.",
+    "find": "Part of a token. Features that fire most on such a token stay bright, others fade.",
 }
 CLUSTER_TOKENS = 3
 
 
 def show(page: Page) -> None:
-    """Draws the map and what colours it."""
+    """Draws the map and the settings above it."""
     index = page.index
     layouts = [name for name in LAYOUTS if index.has(name)]
     if not layouts:
         explain(
-            "This index has no map", "It was built before maps were. Build it again:", f"sae index {page.entry.path}"
+            "This index has no map",
+            "It was built by a version without maps. Build it again:",
+            f"sae index {page.entry.path}",
         )
         return
     table = state.table_of(page)
@@ -79,9 +82,9 @@ def show(page: Page) -> None:
         names=_names(page, xy, table, dead) if clusters else [],
     )
     st.caption(
-        f"{len(table):,} features, {int(dead.sum()):,} of them dead (faint). Hover for what a feature fires on, click "
-        "to open it, wheel to zoom, drag to move, double click for the whole map. Clusters (k-means of the directions) "
-        "carry the tokens their features fire on most, against the whole dictionary."
+        f"{len(table):,} features, {int(dead.sum()):,} of them dead (faint). Hover over a feature for details, click "
+        "to open it; turn the wheel to zoom, drag to move, double-click for the whole map. Clusters (k-means of the "
+        "decoder directions) are named by the tokens that their features fire on more than the rest of the dictionary."
     )
 
 
@@ -92,7 +95,7 @@ def _found(table: pd.DataFrame, text: str) -> np.ndarray:
 
 
 def _colours(values: np.ndarray, name: str, dead: np.ndarray) -> tuple[np.ndarray, Scale]:
-    """Values as 0 … 1 between their 1st and 99th percentile, logarithmic where they span decades; dead ones are nan."""
+    """Values scaled to 0 … 1 between their 1st and 99th percentile (LOGARITHMIC ones by log₁₀); nan if dead."""
     known = np.isfinite(values) & ~dead
     logarithmic = name in LOGARITHMIC and known.any() and values[known].min() > 0
     seen = np.log10(np.where(known, values, 1.0)) if logarithmic else np.where(known, values, 0.0)
@@ -106,7 +109,7 @@ def _colours(values: np.ndarray, name: str, dead: np.ndarray) -> tuple[np.ndarra
 
 
 def _names(page: Page, xy: np.ndarray, table: pd.DataFrame, dead: np.ndarray) -> list[Name]:
-    """Clusters at their features' median place, named by the tokens their features fire on most, largest first."""
+    """A name for each cluster, at the median position of its features; clusters in order of their number."""
     if not page.index.has("map/cluster"):
         return []
     cluster = state.panel_of(page, "map/cluster")
@@ -122,7 +125,7 @@ def _names(page: Page, xy: np.ndarray, table: pd.DataFrame, dead: np.ndarray) ->
 
 
 def _typical(tokens: list[str], everywhere: Counter[str]) -> list[str]:
-    """The tokens most of these features fire on, more than the dictionary does: count · log lift, best first."""
+    """The tokens that name a cluster, best first by count · log(share in the cluster / share in the dictionary)."""
     total = sum(everywhere.values())
     counts = Counter(tokens)
 

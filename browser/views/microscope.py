@@ -1,4 +1,4 @@
-"""The prompt microscope: what fires on each token of a text, what is lost there, and what pushes the next token."""
+"""The prompt microscope: what fires on each token of a prompt, what is lost there, and what pushes the next token."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ ORDERS = {
     "here": "at the chosen token",
 }
 HELP = {
-    "error": "‖x − x̂‖² / ‖x − b_dec‖²: the share of this token's activation that the dictionary leaves unexplained.",
-    "loss": "−log p of this token given those before it, in nats, of the model as it is.",
-    "delta": "How much that loss grows when the dictionary's reconstruction stands in place of the model's activations "
-    "at every position but BOS. Above zero: the dictionary lost something this token needed.",
-    "grid": "Colour is the activation's share of the feature's largest in the index. A click on a token chooses it, "
-    "↑ and ↓ move; a click on a number opens the feature.",
-    "push_exact": "What the feature adds to the logit of the chosen next token, less the mean over the vocabulary: "
-    "a · (direction · w_ln / σ) · W_U. Exact here, at the final norm's scale σ: after this hook point nothing but that "
-    "norm and the unembedding reads the feature, so all parts sum to the logit.",
-    "push_slope": "Gradient × activation: the slope of the chosen next token's logit (less the vocabulary's mean), "
-    "times the activation, over all positions. First order only: later layers read this hook point.",
-    "next": "What the model predicts after the chosen token. A click on one asks what pushes it.",
+    "error": "‖x − x̂‖² / ‖x − b_dec‖²: the share of this token's activation x that the reconstruction x̂ leaves "
+    "unexplained.",
+    "loss": "−log p of this token given the tokens before it, in nats, in the unchanged model.",
+    "delta": "Loss with the reconstruction in place of the model's activations (at every position but BOS) − loss "
+    "without. Above zero: the dictionary lost something that this token needed.",
+    "grid": "Colour: activation / the feature's maximum in the index. Click a token (or press ↑ ↓) to choose it; "
+    "click a number at the top to open that feature.",
+    "push_exact": "What the feature adds to the logit of the chosen next token, minus the mean over the vocabulary: a "
+    "· (direction · w_ln / σ) · W_U, with the final norm's scale σ held fixed. Exact here: only the final norm and "
+    "the unembedding read this hook point, so all parts sum to the logit.",
+    "push_slope": "Gradient × activation: ∂(logit of the chosen next token − mean logit) / ∂a · a, over all positions. "
+    "A first-order estimate, because later layers read this hook point.",
+    "next": "Probabilities of the next token after the chosen one. Click one to see what pushes it.",
 }
 MOST_COLUMNS = 60
 
@@ -84,22 +85,22 @@ def _settings(n_tokens: int, d_vocab: int) -> tuple[str, int, bool, int, int | N
         None,
         key="next",
         bind="query-params",
-        placeholder="what follows",
-        help="The next token to explain: the one that follows the chosen one (after the last, the likeliest), until "
-        "one of the predictions is clicked.",
+        placeholder="the one that follows",
+        help="The next token to explain. Empty: the token that follows the chosen one; after the last, the most "
+        "likely. Click a prediction to set it.",
     )
     hide = dense.toggle(
         "Hide dense features",
         value=True,
         key="hide",
         bind="query-params",
-        help=f"Those that fire on more than {data.DENSE:.0%} of tokens.",
+        help=f"Features that fire on more than {data.DENSE:.0%} of the tokens in the index.",
     )
     return str(chosen), int(columns), bool(hide), at, None if asked is None else int(asked)
 
 
 def _next_token(loaded: Any, ids: list[int], at: int, asked: int | None) -> int:
-    """The next token asked about: the one chosen, else the one that follows, else the likeliest."""
+    """The next token to explain: the chosen one, else the one that follows, else the most likely."""
     if asked is not None:
         return asked
     if at + 1 < len(ids):
@@ -148,8 +149,8 @@ def _grid(
     )
     delta = float(np.nanmean(spliced - loss)) if len(ids) > 1 else 0.0
     st.caption(
-        f"{len(ranked)} of {len(np.unique(features)):,} features shown; {l0:.1f} fire on a token; mean Δloss "
-        f"{delta:+.3f} nats with the reconstruction spliced in.",
+        f"{len(ranked)} of {len(np.unique(features)):,} features shown; on average {l0:.1f} fire on a token; mean "
+        f"Δloss {delta:+.3f} nats with the reconstruction spliced in.",
         help=HELP["grid"],
     )
 
@@ -182,7 +183,7 @@ def _ask(token: int) -> None:
 
 
 def _token(page: Page, loaded: Any, ids: list[int], found: Any, pushes: Any, at: int, token: int) -> None:
-    """The chosen token: what fires, what pushes the chosen next token, what the model predicts."""
+    """The chosen token: what fires there, what pushes the chosen next token, what the model predicts."""
     index = page.index
     here = np.asarray(found.positions) == at
     features, acts = np.asarray(found.features)[here], np.asarray(found.acts)[here]
@@ -201,8 +202,8 @@ def _token(page: Page, loaded: Any, ids: list[int], found: Any, pushes: Any, at:
         for i in best
     ]
     name, wanted = label(index.token_bytes(ids[at])), label(index.token_bytes(token))
-    help_ = "What fires on the chosen token. + puts a feature into the steering set."
-    firing_list = RowList(f"Fires on {at} {name}", firing, help_, "orange", "nothing fires here")
+    help_ = "Features that fire on the chosen token, by activation. + adds a feature to the steering set."
+    firing_list = RowList(f"Fires on {at} {name}", firing, help_, "orange", "no feature fires here")
     draw_lists([firing_list], key="firing", on_open=state.open_feature, on_add=state.add_edit)
     _pushing(page, pushes, wanted, at)
     likely = prompts.predictions(loaded, ids[: at + 1], 8)
@@ -217,7 +218,7 @@ def _pushing(page: Page, pushes: Any, wanted: str, at: int) -> None:
     values, features = np.asarray(pushes.by_feature), np.asarray(pushes.features)
     positions = np.asarray(pushes.positions)
     best = np.argsort(-np.abs(values), kind="stable")[:10]
-    parts = {"b_dec": pushes.bias, "not explained (x − x̂)": pushes.unexplained}
+    parts = {"b_dec": pushes.bias, "unexplained (x − x̂)": pushes.unexplained}
     parts["everything else"] = pushes.rest
     most = max([1e-9, *np.abs(values[best]).tolist(), *(abs(v) for v in parts.values())])
     rows = [

@@ -1,5 +1,4 @@
-"""The prompt and the chosen token, one pair for the microscope, steering and attention: what is set on one page stands
-on the others, and in the address."""
+"""The prompt and the chosen token, which Microscope, Steering and Attention share with each other and with the URL."""
 
 from __future__ import annotations
 
@@ -11,12 +10,12 @@ PROMPT = "In the morning"
 
 
 def prompt_box(*, height: int = 84) -> str:
-    """The text area."""
+    """Draws the box; returns the prompt."""
     return st.text_area("Prompt", PROMPT, key="prompt", bind="query-params", max_chars=live.MAX_PROMPT, height=height)
 
 
 def position_box(n_tokens: int) -> int:
-    """The position of the chosen token: the last one until another is chosen."""
+    """The position of the chosen token; the last one until another is chosen."""
     given = st.session_state.get("at")
     if isinstance(given, int) and given >= n_tokens:  # the text became shorter
         st.session_state["at"] = None
@@ -28,6 +27,6 @@ def position_box(n_tokens: int) -> int:
         key="at",
         bind="query-params",
         placeholder="the last",
-        help="Position of the chosen token; a click on a token of the table chooses it too.",
+        help="Position of the chosen token. Clicking a token of the table sets it too.",
     )
     return n_tokens - 1 if found is None else min(int(found), n_tokens - 1)

@@ -1,4 +1,4 @@
-"""A run: where it comes from, how it trained, how faithful it is, what it cost."""
+"""One run: its configuration, training curves, evaluation and cost."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from browser.markup import explain, facts, heading
 from browser.state import Page
 
 CURVES = {
-    "fvu": "fraction of the variance left unexplained, on the batch",
-    "l0": "active features per token",
-    "dead_share": "share of features that have not fired for long",
+    "fvu": "fraction of variance unexplained, Σ‖x − x̂‖² / Σ‖x − mean‖², on the batch",
+    "l0": "mean number of features with f > 0 per token",
+    "dead_share": "share of features that have not fired recently",
     "loss": "training loss",
     "rows_per_s": "tokens per second",
     "lr": "learning rate",
@@ -33,8 +33,8 @@ def show(page: Page) -> None:
     if progress.state == "empty":
         explain(
             "Nothing has been logged yet",
-            "The run was started, but its first lines are still to come (one every 25 steps). This page looks again "
-            "by itself. If it was killed before that, repeat the command it was started with.",
+            "The run has started, but its log is still empty (it gets a line every 25 steps). This page refreshes "
+            "itself. If the run was killed, repeat the command it was started with.",
         )
     left, right = st.columns([0.5, 0.5], gap="medium")
     with left:
@@ -51,20 +51,20 @@ def show(page: Page) -> None:
 
 
 def _dump(page: Page) -> None:
-    """Where imported feature pages come from: there is no run behind them here."""
+    """Where imported feature pages come from; there is no run behind them."""
     config, imported = page.entry.config, page.entry.config.get("imported") or {}
     values = {
         "format": str(imported.get("format", "?")),
         "imported from": f"{imported.get('source', '?')} ({imported.get('files', '?')} files)",
-        "features in it": f"{imported.get('features', '?')} of {page.entry.d_sae:,}",
+        "features on them": f"{imported.get('features', '?')} of {page.entry.d_sae:,}",
         "model": str((config.get("model") or {}).get("id", "?")),
-        "place": str(config.get("hook_point") or "?"),
+        "hook point": str(config.get("hook_point") or "?"),
     }
     st.html(facts({k: v for k, v in values.items() if v != "?"}, page.entry.id, badge="imported pages"))
     explain(
         "These are another tool's feature pages",
-        "They hold samples of each feature's firings, its logit weights and some statistics. There is no training run, "
-        "no evaluation and no weights here; Features and Feature show what there is.",
+        "They hold samples of each feature's firings, its logit weights and some statistics, but no training run, "
+        "evaluation or weights. Features and Feature show what there is.",
     )
 
 
@@ -93,16 +93,18 @@ def _header(page: Page, progress: runs.Progress) -> None:
         st.progress(min(1.0, share), f"{progress.rows:,} of {progress.total:,} tokens")
     if progress.state == "stopped":
         explain(
-            "This run has stopped before its end",
-            f"Its log has not grown for {progress.quiet_s / 60:,.0f} minutes. Repeating the command it was started "
-            "with goes on from the last checkpoint, to the same result bit for bit.",
+            "This run stopped before it was finished",
+            f"Its log has not grown for {progress.quiet_s / 60:,.0f} minutes. Repeat the command it was started with: "
+            "it continues from the last checkpoint, to the same result bit for bit.",
         )
 
 
 def _training(page: Page) -> None:
     log = runs.read_log(page.entry.path / "metrics.jsonl")
     if not len(log):
-        st.caption("No training log (metrics.jsonl) here." if not page.entry.unfinished else "Waiting for the log …")
+        st.caption(
+            "There is no training log (metrics.jsonl)." if not page.entry.unfinished else "Waiting for the log …"
+        )
         return
     heading("Training")
     names = [name for name in CURVES if name in log and log[name].notna().any()]
@@ -119,10 +121,12 @@ def _fidelity(page: Page, report: dict[str, Any], progress: runs.Progress) -> No
     if not report:
         if progress.state == "trained":
             explain(
-                "Not evaluated yet", "One command measures it on the held-out split.", f"sae eval {page.entry.path}"
+                "Not evaluated yet",
+                "One command measures its fidelity on the held-out split:",
+                f"sae eval {page.entry.path}",
             )
         else:
-            st.caption("Measured when training is over (sae eval).")
+            st.caption("Measured after training, by sae eval.")
         return
     checks = report.get("checks") or {}
     st.caption(f"{int(report.get('tokens') or 0):,} held-out tokens; 95% bootstrap intervals over contexts.")
@@ -144,9 +148,9 @@ def _fidelity(page: Page, report: dict[str, Any], progress: runs.Progress) -> No
     )
     if checks.get("scores_are_noise"):
         explain(
-            "The loss scores are noise here",
-            f"Zero-ablation costs only {checks.get('ablation_gap_nats')} nats at this hook point, so a share of it "
-            "means little; look at delta_ce.",
+            "The ce_loss_score metrics are unreliable here",
+            f"Zero-ablation at this hook point costs only {checks.get('ablation_gap_nats')} nats, so a share of that "
+            "cost is mostly noise. Use delta_ce instead.",
         )
     for key, title, named in (("by_domain", "By domain", "domain"), ("controls", "Controls", "control")):
         groups = report.get(key)
@@ -167,11 +171,11 @@ def _density(page: Page, report: dict[str, Any]) -> None:
     heading("Density of the features")
     st.altair_chart(charts.density_chart(histogram), key="densities")
     found = runs.clusters(histogram)
-    humps = "; ".join(f"{n:,} features from {10**low:.0e} to {10**high:.0e}" for low, high, n in found)
-    kinds = "one cluster" if len(found) == 1 else f"{len(found)} clusters"
+    ranges = "; ".join(f"{n:,} features from {10**low:.0e} to {10**high:.0e}" for low, high, n in found)
+    kinds = "One cluster" if len(found) == 1 else f"{len(found)} clusters"
     st.caption(
-        f"log₁₀ of firings per held-out token. {kinds}: {humps}. {dead:,} features never fired. Ultra-low (violet) is "
-        f"below {data.ULTRA_LOW:g}, dense (blue) above {data.DENSE:g}."
+        f"Density = firings / held-out tokens, as log₁₀. {kinds}: {ranges}. {dead:,} features never fired. Ultra-low "
+        f"(violet): below {data.ULTRA_LOW:g}; dense (blue): above {data.DENSE:g}."
     )
 
 
@@ -181,7 +185,8 @@ def _frontier(page: Page) -> None:
         return
     heading("Frontier of this sweep")
     st.caption(
-        f"{len(table)} evaluated dictionaries in the same directory; the ring is this one. Lower left is better."
+        f"FVU by L0 of the {len(table)} evaluated dictionaries in the same directory; the ring marks this one. Lower "
+        "and further left is better."
     )
     st.altair_chart(charts.frontier_chart(table), key="frontier")
 

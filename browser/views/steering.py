@@ -1,4 +1,4 @@
-"""Steering: one prompt continued with the same randomness, without and with several features changed."""
+"""Steering: one prompt continued with the same random numbers, without and with features changed."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from browser.tokens import label, pieces
 from browser.views.prompt_box import prompt_box
 
 HELP = {
-    "edits": "The features to change. The edit is made in delta form, x + Σ (v − a)·decoder, at every position: set "
-    "pins the activation a to v, add raises it by v, scale multiplies it by the factor, ablate takes it to 0. What the "
-    "dictionary does not explain of x stays in place. Values of set and add are in multiples of the feature's largest "
-    "(max) or 99th-percentile (p99) activation in the index, so that strengths compare between features. "
-    "Where active: only at positions where the feature fires by itself.",
+    "edits": "How the feature's activation a is changed, at every position: x + Σ (v − a) · decoder direction. set: v "
+    "is the value. add: v = a + value. scale: v = value · a. ablate: v = 0. The part of x that the dictionary does "
+    "not explain stays. Values of set and add are multiples of the feature's largest (max) or 99th-percentile (p99) "
+    "activation in the index, so strengths can be compared between features. Where active: only at positions where "
+    "the feature fires by itself.",
     "spec": "The same table as text, FEATURE:MODE[:VALUE][:p99][:active] separated by spaces, as in the address of "
     "this page and in `sae steer --edit`.",
-    "seed": "All texts draw from the same random stream, so they differ only where the edit changed the distribution.",
-    "sweep": "One text for each factor on the values of all edits, ×0 to ×10, in one pass. Ablate has no strength.",
-    "pinned": "Pinned feature sampling of Bricken et al. 2023: the prompt 1,2,…,10, the feature held at its largest "
-    "observed activation at every position.",
-    "kl": "KL(steered ‖ base) of the next-token distributions at each new token, both given the steered text so far.",
-    "surprisal": "−log p of each new token under the base model, in nats: of the steered text, and of the base text.",
+    "seed": "All texts use the same random numbers, so they differ only where an edit changed the distribution.",
+    "sweep": "One text per factor (×0, ×1, ×2, ×5, ×10) on the values of all edits. It does not change ablate.",
+    "pinned": "Pinned feature sampling of Bricken et al. 2023: the prompt 1,2,…,10, with the chosen feature set to its "
+    "largest activation in the index at every position.",
+    "kl": "KL(steered ‖ base) = Σ p_steered · log(p_steered / p_base) at each new token, both given the steered text "
+    "so far.",
+    "surprisal": "−log p of each new token under the base model, in nats, for the base text and the steered text.",
     "next": "Next-token probabilities after the prompt, at temperature 1, without and with the edits.",
 }
 DEFAULT_VALUE = 5.0
@@ -55,11 +56,11 @@ def show(page: Page) -> None:
         _results(page, loaded, found)
 
 
-# --- what is steered -------------------------------------------------------------------------------------------------
+# --- the edits ----------------------------------------------------------------------------------------------------
 
 
 def _steering_set(page: Page) -> list[Any] | None:
-    """The edits: a table, and the same as text in the address; None where the text cannot be read."""
+    """The edits, as a table and as text in the URL; None if the text cannot be read."""
     head, add = st.columns([0.62, 0.38], vertical_alignment="bottom")
     with head:
         heading("Steering set")
@@ -70,7 +71,7 @@ def _steering_set(page: Page) -> list[Any] | None:
         args=(page.feature,),
         width="stretch",
     )
-    place = st.container()  # the table stands above the text it is made of
+    place = st.container()  # the table is above the text that it is made from
     text = st.text_input(
         "Edits as text",
         key=state.EDITS,
@@ -90,7 +91,7 @@ def _steering_set(page: Page) -> list[Any] | None:
 
 
 def _table(page: Page, edits: list[Any], text: str) -> None:
-    frame = pd.DataFrame(  # every type is said, for a table of no rows
+    frame = pd.DataFrame(  # with explicit types, because it may have no rows
         {
             "feature": pd.array([e.feature for e in edits], dtype="Int64"),
             "fires on": pd.array([_fires_on(page, e.feature) for e in edits], dtype="string"),
@@ -100,7 +101,7 @@ def _table(page: Page, edits: list[Any], text: str) -> None:
             "where active": np.array([e.only_active for e in edits], np.bool_),
         }
     )
-    key = f"edits-table-{text}"  # the table starts anew from each text, so that no change is counted twice
+    key = f"edits-table-{text}"  # a new table for each text, so that no change is applied twice
 
     def changed() -> None:
         state.set_edits(_as_text(page, frame, st.session_state[key]))
@@ -132,12 +133,12 @@ def _fires_on(page: Page, feature: int) -> str:
 
 
 def _as_text(page: Page, frame: pd.DataFrame, changes: dict[str, Any]) -> str:
-    """The edits of a table after what was changed in it; a row without a feature takes the page's."""
+    """The edits of the table after the user's changes; a new row without a feature gets the page's."""
     rows = frame.to_dict("records")
     for number, cells in changes.get("edited_rows", {}).items():
         rows[int(number)] |= cells
-    gone = set(changes.get("deleted_rows", []))
-    kept = [row for number, row in enumerate(rows) if number not in gone] + changes.get("added_rows", [])
+    deleted = set(changes.get("deleted_rows", []))
+    kept = [row for number, row in enumerate(rows) if number not in deleted] + changes.get("added_rows", [])
     found = []
     for row in kept:
         feature, value = row.get("feature"), row.get("value")
@@ -153,11 +154,11 @@ def _as_text(page: Page, frame: pd.DataFrame, changes: dict[str, Any]) -> str:
     return " ".join(str(e) for e in found)
 
 
-# --- how the text is written -----------------------------------------------------------------------------------------
+# --- the settings -------------------------------------------------------------------------------------------------
 
 
 def _settings() -> dict[str, Any] | None:
-    """The settings when Generate was pressed."""
+    """The settings if Generate was pressed, else None."""
     prompt = prompt_box(height=76)
     seed, count, temperature, mode = st.columns([0.22, 0.22, 0.24, 0.32], vertical_alignment="bottom")
     seed_now = seed.number_input("Seed", 0, 2**31 - 1, 0, key="seed", bind="query-params", help=HELP["seed"])
@@ -166,7 +167,7 @@ def _settings() -> dict[str, Any] | None:
     sweep = mode.toggle("Sweep ×0 … ×10", key="sweep", bind="query-params", help=HELP["sweep"])
     go, pinned = st.columns(2)
     pressed = go.button("Generate", type="primary", width="stretch", shortcut="Ctrl+Enter")
-    pinned.button("The paper's pinned sampling", width="stretch", help=HELP["pinned"], on_click=_pin)
+    pinned.button("Pinned sampling of the paper", width="stretch", help=HELP["pinned"], on_click=_pin)
     if not (pressed or st.session_state.pop("pinned", False)):
         return None
     try:
@@ -178,14 +179,14 @@ def _settings() -> dict[str, Any] | None:
 
 
 def _pin() -> None:
-    """The paper's prompt, and the chosen feature alone at its maximum."""
+    """Sets the paper's prompt, and the chosen feature alone at its maximum."""
     state.set_edits(f"{st.session_state['feature']}:set:1")
     st.session_state["prompt"] = run.PINNED_PROMPT
     st.session_state["pinned"] = True
 
 
 def _generate(page: Page, loaded: Live, edits: list[Any], asked: dict[str, Any]) -> None:
-    """Runs the model, showing the texts as they grow; the result is kept for later runs."""
+    """Runs the model and shows the texts as they grow; the result stays for later runs of the page."""
     st.session_state.pop("steered", None)
     stats = page.index.stats
     units = {"feature_max": stats["max"], "feature_p99": stats["p99"]}
@@ -200,7 +201,7 @@ def _generate(page: Page, loaded: Live, edits: list[Any], asked: dict[str, Any])
             base.text(rows[0].base_text)
             steered.text("\n\n".join(row.steered_text for row in rows))
         following = run.next_tokens(loaded, rows[0].prompt_ids, edits, n=10, units=units)
-    except ValueError as error:  # LiveError, and what sae.steering refuses
+    except ValueError as error:  # LiveError, or an error of sae.interventions.steering
         place.empty()
         explain("Nothing was generated", str(error))
         return
@@ -215,7 +216,7 @@ def _generate(page: Page, loaded: Live, edits: list[Any], asked: dict[str, Any])
     }
 
 
-# --- what came of it -------------------------------------------------------------------------------------------------
+# --- the results -------------------------------------------------------------------------------------------------
 
 
 def _results(page: Page, loaded: Live, found: dict[str, Any]) -> None:
@@ -250,7 +251,7 @@ def _side_by_side(page: Page, found: dict[str, Any]) -> None:
         note = f"seed {found['asked']['generation'].seed} · perplexity {row.base_perplexity:.1f}"
         _column(page, "Base", note, row, row.base_ids, "base")
     with right:
-        parts = "the same text" if first is None else f"differs from new token {first + 1} on"
+        parts = "same text as base" if first is None else f"differs from new token {first + 1} on"
         title = "Steered: " + ", ".join(_in_words(e) for e in found["edits"])
         note = f"{parts} · perplexity {row.steered_perplexity:.1f} under the base model"
         _column(page, title, note, row, row.steered_ids, "steered")
@@ -262,9 +263,9 @@ def _sweep_grid(page: Page, found: dict[str, Any]) -> None:
     _column(page, "Base", note, base, base.base_ids, "base")
     for factor, row in zip(found["asked"]["factors"], found["rows"], strict=True):
         first = row.first_divergence
-        parts = "the same text" if first is None else f"differs from new token {first + 1} on"
+        parts = "same text as base" if first is None else f"differs from new token {first + 1} on"
         kl = sum(row.kl) / len(row.kl)
-        note = f"{parts} · KL {kl:.2f} nats a token · perplexity {row.steered_perplexity:.1f}"
+        note = f"{parts} · KL {kl:.2f} nats per token · perplexity {row.steered_perplexity:.1f}"
         _column(page, f"× {factor:g}", note, row, row.steered_ids, f"x{factor:g}")
 
 

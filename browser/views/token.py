@@ -1,4 +1,4 @@
-"""One token: the features that fire on it, those that fire before it, and those whose weights raise it."""
+"""One token: the features that fire on it, those that fire just before it, and those that raise its logit."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from store.common import StoreError
 
 LISTS = {"on": "Fire on it", "before": "Fire just before it", "raise": "Raise its logit"}
 HELP = {
-    "on": "precision: share of the feature's firings that are on this token. recall: share of the token's occurrences "
-    "on which the feature fires. F1: their harmonic mean.",
-    "before": "The features that predict it in the indexed text. precision: share of the feature's firings that this "
-    "token follows. recall: share of the token's occurrences with the feature firing just before. lift: precision over "
-    "how often any kept token is this one.",
-    "others": "Other tokens of the vocabulary with this text in them, most frequent first; the number at the left is "
-    "the token's id. A click chooses one.",
-    "raise": "Features with this token among the twenty they raise most, by logit weight (direct path, median token at "
-    "0). The other columns say whether it then really follows.",
+    "on": "precision = firings on this token / all firings of the feature. recall = firings on this token / its "
+    "occurrences. F1 = 2 · precision · recall / (precision + recall).",
+    "before": "Features that predict this token in the indexed text. precision = firings that this token follows / all "
+    "firings of the feature. recall = the same / occurrences of the token. lift = precision / the token's share of all "
+    "kept tokens.",
+    "others": "Other tokens that contain this text, most frequent first. The number on the left is the token id. "
+    "Click a token to choose it.",
+    "raise": "Features that have this token among the twenty with their largest logit weights (direction · W_U, direct "
+    "path, median token at 0). The other columns say how often the token then follows.",
 }
 SORTS = {"f1": "F1", "precision": "precision", "recall": "recall", "mean": "mean activation"}
 SUGGESTED = 12
@@ -38,7 +38,7 @@ def show(page: Page) -> None:
         key="token",
         bind="query-params",
         max_chars=60,
-        help="The token as it stands in the text: a leading space counts. #123 asks for the token of that id.",
+        help="The token exactly as in the text: a leading space counts. #123 is the token with id 123.",
     )
     chosen = which.segmented_control(
         "Features that",
@@ -59,7 +59,7 @@ def show(page: Page) -> None:
     try:
         table = TABLES[str(chosen)](page, token_id)
     except StoreError as error:
-        explain("This index cannot say", str(error), f"sae index {page.entry.path}")
+        explain("This index lacks this list", str(error), f"sae index {page.entry.path}")
         return
     table = table[table["firings"] >= few]
     if by in table:
@@ -73,16 +73,16 @@ def show(page: Page) -> None:
 
 
 def find_token(page: Page, text: str) -> tuple[int | None, list[int]]:
-    """The id of the token that is exactly `text` (or #id), and ids of others that hold it, most frequent first."""
+    """The id of the token that is exactly `text` (or #id), and ids of others that contain it, most frequent first."""
     if text.startswith("#") and text[1:].isdecimal() and int(text[1:]) < page.index.d_vocab:
         return int(text[1:]), []
     raw = text.encode()
     ids = range(page.index.d_vocab)
     exact = next((i for i in ids if page.index.token_bytes(i) == raw), None) if raw else None
     needle = raw.strip().lower()
-    holds = [i for i in ids if needle and needle in page.index.token_bytes(i).lower() and i != exact]
+    containing = [i for i in ids if needle and needle in page.index.token_bytes(i).lower() and i != exact]
     counts = page.index.token_counts
-    return exact, sorted(holds, key=lambda i: (-int(counts[i]), i))[:SUGGESTED]
+    return exact, sorted(containing, key=lambda i: (-int(counts[i]), i))[:SUGGESTED]
 
 
 def _choose(token_id: int) -> None:
@@ -92,9 +92,9 @@ def _choose(token_id: int) -> None:
 def _suggest(page: Page, text: str, others: list[int]) -> None:
     explain(
         f"No token is exactly “{text}”",
-        "A word may be several tokens, and most words begin with a space. These hold it:"
+        "A word may be several tokens, and most words begin with a space. These tokens contain it:"
         if others
-        else "None of the vocabulary holds it either.",
+        else "No token of the vocabulary contains it.",
     )
     if others:
         _others(page, others)
@@ -107,7 +107,7 @@ def _others(page: Page, ids: list[int]) -> None:
         Row(label(page.index.token_bytes(i)), f"{counts[i]:,}", int(counts[i]) / most, prefix=str(i), open=i)
         for i in ids
     ]
-    draw_lists([RowList("Tokens that hold it", rows, HELP["others"])], key="other-tokens", on_open=_choose)
+    draw_lists([RowList("Tokens that contain it", rows, HELP["others"])], key="other-tokens", on_open=_choose)
 
 
 def _facts(page: Page, token_id: int) -> None:
@@ -122,7 +122,7 @@ def _facts(page: Page, token_id: int) -> None:
 
 
 def _counted(page: Page, token_id: int, feature: np.ndarray, count: np.ndarray, total: np.ndarray) -> pd.DataFrame:
-    """Precision, recall and F1 of features against the token's occurrences."""
+    """Precision, recall and F1 of features as detectors of the token."""
     firings = page.index.stats["count"][feature].astype(np.int64)
     occurs = max(1, int(page.index.token_counts[token_id]))
     precision, recall = count / np.maximum(1, firings), count / occurs
@@ -148,7 +148,7 @@ def firing_on(page: Page, token_id: int) -> pd.DataFrame:
 
 
 def firing_before(page: Page, token_id: int) -> pd.DataFrame:
-    """The features that fire just before the token. Raises StoreError for an older index."""
+    """The features that fire just before the token. Raises StoreError if the index lacks this list."""
     feature, count, total, _ = page.index.features_before_token(token_id)
     table = _counted(page, token_id, feature, count, total)
     share = int(page.index.token_counts[token_id]) / max(1, page.index.kept_tokens)
@@ -157,7 +157,7 @@ def firing_before(page: Page, token_id: int) -> pd.DataFrame:
 
 
 def raising(page: Page, token_id: int) -> pd.DataFrame:
-    """The features with the token among those they raise most, with how often it then follows."""
+    """The features that raise the token most, and how often it then follows."""
     ids, weights = page.index.column("logits/top_id"), page.index.column("logits/top_value")
     feature, place = np.nonzero(ids == token_id)
     before, count, total, _ = page.index.features_before_token(token_id)
@@ -176,7 +176,7 @@ TABLES = {"on": firing_on, "before": firing_before, "raise": raising}
 
 def _draw(table: pd.DataFrame, chosen: str) -> None:
     if table.empty:
-        explain("No feature does", "Lower the least number of firings, or choose another list.")
+        explain("No feature is in this list", "Lower the minimum number of firings, or choose another list.")
         return
     numbers = table["feature"].to_numpy()
 
@@ -203,7 +203,9 @@ def _draw(table: pd.DataFrame, chosen: str) -> None:
             "mean": number("mean activation", format="%.2f", width=112),
             "lift": number("lift", format="%.1f", width=70),
             "logit weight": number("logit weight", format="%.2f", width=94),
-            "together": number("together", format="%d", width=76, help="how often both"),
+            "together": number(
+                "together", format="%d", width=76, help="firings counted: on the token, or just before it"
+            ),
             "density": number("density", format="%.1e", width=76),
         },
     )
