@@ -11,11 +11,11 @@ BRAND = '<div class="mono-brand"><a href="./" target="_self" title="All runs">mo
 
 
 def facts(values: Mapping[str, str], title: str = "", badge: str = "", help: str = "") -> str:
-    """A line of names and values, after a `title` with a `badge`; `help` appears on hover."""
+    """A line of names and values, after a `title` with a `badge`; `help` appears on hovering over a ? at its end."""
     head = f'<div class="mono-title">{_isolated(title)}{_badge(badge)}</div>' if title else ""
     cells = "".join(f"<div><span>{html.escape(name)}</span>{_isolated(value)}</div>" for name, value in values.items())
-    tip = f' title="{html.escape(help)}"' if help else ""
-    return f'<div class="mono-facts"{tip}>{head}{cells}</div>'
+    mark = f'<div class="mono-help" title="{html.escape(help)}">?</div>' if help else ""
+    return f'<div class="mono-facts">{head}{cells}{mark}</div>'
 
 
 def _badge(text: str) -> str:

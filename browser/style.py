@@ -35,11 +35,14 @@ CSS = """<style>
 .mono-brand { font-weight: 650; letter-spacing: 0.01em; font-size: 1.12rem; white-space: nowrap; }
 .mono-brand a { color: inherit; text-decoration: none; }
 .mono-brand i { font-style: normal; color: #e8820c; }
+.mono-links a { color: #3f7fc1; }
 .mono-links { display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; margin-top: 0.35rem; }
 .mono-title { font-size: 1.28rem; font-weight: 650; margin-right: 0.6rem; }
 .mono-facts { display: flex; flex-wrap: wrap; gap: 0.2rem 1.5rem; align-items: baseline; }
 .mono-facts div { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .mono-facts span { opacity: 0.62; font-size: 0.86rem; margin-right: 0.35rem; }
+.mono-facts .mono-help { cursor: help; font-size: 0.8rem; opacity: 0.7; border-radius: 9px; padding: 0 0.4rem;
+  border: 1px solid rgb(128 128 128 / 0.5); }
 .mono-flag { border: 1px solid currentColor; border-radius: 9px; padding: 0 0.5rem; opacity: 0.8;
   font-size: 0.82rem; }
 .mono-source { opacity: 0.62; font-size: 0.84rem; overflow-wrap: anywhere; }

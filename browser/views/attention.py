@@ -18,6 +18,8 @@ from browser.views.prompt_box import position_box, prompt_box
 
 SHOWN = {"push": "Push on the feature, by head and source", "pattern": "Pattern of one head, every destination"}
 HELP = {
+    "facts": "pre-activation: the encoder's value before its activation function. It is the sum of what comes through "
+    "the heads (Σ over heads and source tokens), what comes directly from the token itself, and the biases.",
     "exact": "Exact: with the attention pattern, the norm scales and the set of active ReLU neurons held fixed, the "
     "pre-activation is linear in the block's input. These parts plus the biases sum to the pre-activation.",
     "slope": "Gradient × input: the model's activation function is not piecewise linear, so its slope is used. Pattern "
@@ -85,7 +87,7 @@ def _facts(page: Page, ids: list[int], paths: Any, acts: np.ndarray, at: int) ->
         "direct": f"{float(paths.direct.sum()):+.3f}",
         "biases" if paths.exact else "biases and curvature": f"{paths.rest:+.3f}",
     }
-    st.html(facts(values, f"Into feature {page.feature:,}"))
+    st.html(facts(values, f"Into feature {page.feature:,}", help=HELP["facts"]))
 
 
 def _pushes(page: Page, ids: list[int], pattern: np.ndarray, paths: Any, acts: np.ndarray, at: int) -> None:

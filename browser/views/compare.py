@@ -22,13 +22,16 @@ from store.common import same_model
 
 LISTS = {"matched": "Matched", "unmatched": "Unmatched in A", "alone": "Unmatched in B", "splits": "Splitting"}
 HELP = {
+    "facts": "compared: features with enough firings. mean best A→B: mean over the features of A of the largest "
+    "Pearson correlation of activations with a feature of B on the same tokens. By chance: the same with B's tokens "
+    "shuffled. decoder cosine: the mean of their largest decoder cosines with a feature of B.",
     "histogram": "For each feature of A with enough firings: its largest Pearson correlation of activations with any "
     "feature of B on the same tokens. For comparison: the same with B's tokens shuffled (what the largest of many "
     "correlations gives by chance), and with A's own neurons. The dashed lines are means published by Bricken et al. "
     "2023 for two other models (A/1 and B/1): 0.72 for features, 0.46 for neurons.",
     "matched": "One-to-one matching with the largest sum of Pearson correlations. best: the largest correlation "
-    "without that constraint. cosine: of the two decoder directions, if both dictionaries read the same activations. "
-    "density: firings / kept tokens.",
+    "without that constraint. cosine: the largest decoder cosine with any feature of B, d_A · d_B / (‖d_A‖ ‖d_B‖), if "
+    "both dictionaries read the same activations. density: firings / kept tokens.",
     "unmatched": "Features with enough firings that have no partner, or none above the matching's minimum correlation. "
     "nearest: the feature of the other dictionary with the largest Pearson correlation.",
     "splits": "Features of A that correspond to several of B. masked: Pearson correlation over the tokens on which the "
@@ -93,7 +96,7 @@ def _facts(page: Page, other: SaeEntry, found: Comparison) -> None:
         if found.a["cosine"].notna().any()
         else "different activations",
     }
-    st.html(facts(values))
+    st.html(facts(values, help=HELP["facts"]))
 
 
 def _table(page: Page, other: SaeEntry, found: Comparison, chosen: str) -> None:

@@ -9,6 +9,7 @@ from browser import charts, specificity
 from browser.markup import explain, facts
 from browser.specificity import KINDS, SCRIPTS, Rule, RuleError, Text
 from browser.state import Page
+from store.features import FeatureIndex
 
 HELP = {
     "regex": "A regular expression on the text, e.g. \\\\d{4}. The rule holds on each token that a match touches. "
@@ -36,10 +37,9 @@ def show(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
         )
     if not text:
         return
+    path = str(page.index.path)
     try:
-        holds, score = _truth(
-            page.index, _text(page.index, str(page.index.path)), Rule(kind, text), str(page.index.path)
-        )
+        holds, score = _truth(page.index, _text(page.index, path), Rule(kind, text), path)
     except RuleError as error:
         explain("This rule cannot be used", str(error))
         return
@@ -59,10 +59,10 @@ def show(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
 
 
 @st.cache_resource(max_entries=2, show_spinner="Reading the text of the index …")
-def _text(_index: object, path: str) -> Text:
-    return specificity.read_text(_index)  # type: ignore[arg-type]
+def _text(_index: FeatureIndex, path: str) -> Text:
+    return specificity.read_text(_index)
 
 
 @st.cache_resource(max_entries=8, show_spinner="Applying the rule to every token …")
-def _truth(_index: object, _text: Text, rule: Rule, path: str) -> tuple[np.ndarray, np.ndarray]:
-    return specificity.truth(_index, _text, rule)  # type: ignore[arg-type]
+def _truth(_index: FeatureIndex, _text: Text, rule: Rule, path: str) -> tuple[np.ndarray, np.ndarray]:
+    return specificity.truth(_index, _text, rule)

@@ -12,6 +12,11 @@ from browser import catalogue, data, state
 from browser.markup import explain, facts
 from browser.state import Page
 
+HELP = (
+    "Density = firings / kept tokens (all but BOS and padding). dead: never fires. ultra-low: density below "
+    f"{data.ULTRA_LOW:g}. dense: above {data.DENSE:g}. Median density: over the features that are not dead. L0 = Σ of "
+    "all densities."
+)
 SORTS = {
     "number": ("feature", True),
     "density, highest first": ("density", False),
@@ -80,7 +85,7 @@ def _summary(page: Page, table: pd.DataFrame) -> None:
         "features per token (L0)": f"{table['density'].sum():.1f}",
         "kept tokens": f"{page.index.kept_tokens:,}",
     }
-    st.html(facts(values))
+    st.html(facts(values, help=HELP))
 
 
 def _filters(page: Page, table: pd.DataFrame) -> pd.DataFrame:

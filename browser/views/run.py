@@ -195,7 +195,8 @@ def _costs(page: Page, log: pd.DataFrame) -> None:
     found = runs.cost(page.entry, log)
     if found:
         heading("Cost")
-        st.html(facts(found))
+        help_ = "Training time = Σ tokens / logged tokens per second. Sizes: files on disk."
+        st.html(facts(found, help=help_))
     train = page.entry.config.get("train") or {}
     settings = {k: str(v) for k, v in train.items() if k not in ("recipe", "d_sae", "tokens", "seed") and v}
     if settings:
