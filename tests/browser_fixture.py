@@ -1,7 +1,7 @@
 """A small dictionary with known features over made-up text, for the browser's tests.
 
-The "model" is a set of rules: feature f fires where its rule matches a token, with a strength that
-rises with how often the rule matched just before. What every panel must show is therefore known.
+There is no model: feature f fires where its rule matches a token, more strongly the more often the rule matched just
+before. So the expected content of every panel is known.
 """
 
 from __future__ import annotations

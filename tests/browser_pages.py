@@ -1,4 +1,4 @@
-"""What a page of the app holds, as AppTest sees it."""
+"""Reads the content of a page that AppTest has run."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_a_range_of_activations_comes_from_the_url(visit: Any, root: Path) -> No
     assert page.session_state["range"] == ""
 
 
-def test_intervals_by_rank_hold_as_many_firings_each(visit: Any) -> None:
+def test_intervals_by_rank_hold_equally_many_firings(visit: Any) -> None:
     page = visit(view="Feature", feature=str(DNA), division="rank", intervals="4", single="false")
     (sent,) = tokens_of(page)
     notes = {group["title"]: group["note"] for group in sent["groups"]}
@@ -182,10 +182,10 @@ def test_ablation_reaches_the_tokens_it_changes(visit: Any, monkeypatch: pytest.
 
 def test_specificity_of_a_rule(visit: Any) -> None:
     page = visit(view="Feature", feature=str(DNA), rule="alphabet", rule_text="ACGT")
-    assert "best F1" not in html(page)  # nothing is computed while the panel is closed
+    assert "best F1" not in html(page)  # a closed panel computes nothing
 
 
-def test_hostile_tokens_travel_as_data_and_reach_no_markup(visit: Any) -> None:
+def test_hostile_tokens_are_sent_as_data_and_never_as_markup(visit: Any) -> None:
     page = visit(view="Feature", feature=str(HOSTILE))
     (sent,) = tokens_of(page)
     texts = {"".join(t for kind, t in shown if kind == "text") for _, shown in sent["vocab"]}
@@ -198,10 +198,10 @@ def test_dead_feature_explains_itself(visit: Any) -> None:
     page = visit(view="Feature", feature=str(DEAD))
     assert f"Feature {DEAD} is dead" in html(page)
     assert tokens_of(page) == []
-    assert any("lists" in p for p in payloads(page.main))  # what its weights say is still there
+    assert any("lists" in p for p in payloads(page.main))  # its weights are still shown
 
 
-def test_previous_and_next_go_round_the_ends(visit: Any) -> None:
+def test_previous_and_next_wrap_around(visit: Any) -> None:
     page = visit(view="Feature", feature="63")
     page.button(key="goRight").click().run()
     assert page.session_state["feature"] == 0
@@ -234,7 +234,7 @@ def linked(page: AppTest) -> dict[str, dict[str, str]]:
         ("9" * 5000, "is not a feature number", 0),
     ],
 )
-def test_a_link_to_no_feature_offers_the_nearest(visit: Any, asked: str, said: str, nearest: int) -> None:
+def test_a_link_to_an_unknown_feature_offers_the_nearest_one(visit: Any, asked: str, said: str, nearest: int) -> None:
     for known in ({"sae": "demo/tm"}, {}):  # without a name it is the first dictionary
         page = visit(feature=asked, view="Microscope", **known)
         assert said in html(page)
@@ -247,7 +247,7 @@ def test_a_link_to_no_feature_offers_the_nearest(visit: Any, asked: str, said: s
         assert not page.number_input
 
 
-def test_a_link_to_no_view_offers_the_views(visit: Any) -> None:
+def test_a_link_to_an_unknown_view_offers_all_views(visit: Any) -> None:
     page = visit(sae="demo/tm", view="nowhere", feature="4")
     assert "There is no view “nowhere”" in html(page)
     views = linked(page)
@@ -263,7 +263,7 @@ def test_a_view_is_found_by_its_name_in_any_case(visit: Any) -> None:
 
 
 @pytest.mark.parametrize("asked", ["nope", "../../etc", "demo", "<b>"])
-def test_a_link_to_no_dictionary_lists_those_there_are(visit: Any, asked: str) -> None:
+def test_a_link_to_an_unknown_dictionary_lists_all(visit: Any, asked: str) -> None:
     page = visit(sae=asked, view="Feature", feature="4")
     assert f"There is no dictionary “{escape(asked)}”" in html(page)
     (listed,) = (p for p in payloads(page.main) if "rows" in p)
@@ -427,7 +427,7 @@ def test_command_line_keeps_to_this_machine() -> None:
     assert "--server.headless=false" in launch.command(port=1, open_browser=True)
 
 
-def test_launch_refuses_what_is_no_directory(tmp_path: Path) -> None:
+def test_launch_needs_a_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a directory"):
         launch.launch(tmp_path / "nothing", port=1, open_browser=False)
 

@@ -1,4 +1,4 @@
-"""What the pages select, against plain loops over the dense activations."""
+"""What the pages select, compared with plain loops over the dense activations."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_feature_table_and_its_filters(index: FeatureIndex, acts: np.ndarray) ->
     }
 
 
-def test_csv_is_exact_and_starts_no_formula() -> None:
+def test_csv_is_exact_and_contains_no_formula() -> None:
     table = pd.DataFrame({"feature": [1, 2], "top_token": ["=1+1", '"a,b\n'], "density": [0.5, 0.25]})
     back = pd.read_csv(io.BytesIO(catalogue.to_csv(table)))
     assert [json.loads(text) for text in back["top_token"]] == ["=1+1", '"a,b\n']

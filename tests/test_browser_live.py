@@ -1,4 +1,4 @@
-"""The pages that run the model, on a real tiny one: what they say against what the mathematics says."""
+"""The pages that run the model, with a real tiny one: their figures against the mathematics."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_chosen_token_and_what_pushes_the_one_after_it(visit: Any, root: Path,
     expected = dict(zip(found.features.tolist(), found.by_feature.tolist(), strict=True))
     assert by_feature == pytest.approx({f: expected[f] for f in by_feature}, abs=6e-4)
     parts = [float(row["value"]) for row in pushing[:-1]]
-    assert sum(parts) == pytest.approx(float(pushing[-1]["value"]), abs=0.01)  # what the page shows sums up
+    assert sum(parts) == pytest.approx(float(pushing[-1]["value"]), abs=0.01)  # what the page shows adds up
     assert rows_of(page, "Fires on 3")
     assert len(rows_of(page, "Predicted after it")) == 8
 
@@ -181,7 +181,7 @@ def test_steering_with_several_features_and_the_command_that_repeats_it(
     assert namespace["rows"][0].steered_ids == row.steered_ids
 
 
-def test_a_sweep_has_a_row_for_each_strength(visit: Any) -> None:
+def test_a_sweep_has_a_text_for_each_strength(visit: Any) -> None:
     page = generate(visit(view="Steering", edits="3:set:1", sweep="true", new="5"))
     assert [text["title"] for text in texts_of(page)] == ["Base", "× 0", "× 1", "× 2", "× 5", "× 10"]
 
@@ -248,8 +248,8 @@ def test_steering_keeps_its_limits_whatever_the_page_sends() -> None:
         steering.parse(" ".join(f"{i}:ablate" for i in range(17)))
 
 
-def test_users_at_the_same_time_get_what_each_would_get_alone(root: Path, tiny_model: NativeModel) -> None:
-    """Microscope, attention and steering of several sessions share one model: one lock round its hooks."""
+def test_simultaneous_users_get_the_same_results_as_alone(root: Path, tiny_model: NativeModel) -> None:
+    """Microscope, attention and steering of several sessions share one model: one lock protects its hooks."""
     (entry, _) = data.scan(root)
     loaded = live.Live(tiny_model, load(entry.path))
     stats = FeatureIndex.open(entry.index_path).stats
@@ -300,7 +300,7 @@ def test_the_map_holds_every_feature(visit: Any, root: Path) -> None:
 
 
 def test_a_token_by_precision_and_recall(visit: Any, root: Path) -> None:
-    """Against counts made here from the firings and the text."""
+    """Compared with counts made here from the firings and the text."""
     index = FeatureIndex.open(root / NAMES[0] / "features.zarr")
     token = int(np.argmax(index.token_counts))
     tokens = np.concatenate([index.tokens_at(c) for c in range(index.n_contexts)])
@@ -328,7 +328,7 @@ def test_a_token_by_precision_and_recall(visit: Any, root: Path) -> None:
         assert all(token in index.panel("logits/top_id", int(f)) for f in found["feature"])
 
 
-def test_a_word_that_is_no_token_is_answered_with_those_that_hold_it(visit: Any, root: Path) -> None:
+def test_a_word_that_is_not_a_token_suggests_tokens_that_contain_it(visit: Any, root: Path) -> None:
     index = FeatureIndex.open(root / NAMES[0] / "features.zarr")
     names = [index.token_bytes(i) for i in range(index.d_vocab)]
     words = [name.strip() for name in names if name.strip().isalpha()]

@@ -37,7 +37,7 @@ def wait_chosen(page: Any, position: int) -> None:
 
 
 def wait_steered(page: Any) -> None:
-    """Until both texts are written and what can be copied stands below them."""
+    """Until both texts are complete and the panel below them is drawn."""
     page.get_by_text("Copy as a command or as Python").wait_for()
     wait_idle(page)
 
@@ -119,7 +119,7 @@ def test_a_range_dragged_over_the_logit_weights_shows_what_they_follow(page: Any
     assert "weights=" in page.url
 
 
-def test_a_text_of_ones_own_is_coloured_by_the_feature(page: Any, site: str) -> None:
+def test_your_own_text_is_coloured_by_the_feature(page: Any, site: str) -> None:
     visit(page, site, "Feature", feature="7")
     page.wait_for_selector(".groups[data-underlined]", state="attached")
     wait_idle(page)

@@ -1,4 +1,4 @@
-"""Features shown in a notebook: hostile tokens stay text, wrong numbers are refused."""
+"""Features shown in a notebook: hostile tokens stay text, unknown features are errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Tags(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-def test_a_page_is_shut_in_its_frame(tmp_path: Path) -> None:
+def test_a_page_is_sandboxed_in_its_frame(tmp_path: Path) -> None:
     build_index(tmp_path / "features.zarr", d_sae=12, n_contexts=48)
     shown = show(tmp_path, HOSTILE, DENSE)
     outer, inner = Tags(), Tags()

@@ -1,4 +1,4 @@
-"""Notes kept beside a dictionary, and features taken away as HTML and JSON."""
+"""Notes in a dictionary's directory, and features exported as HTML and JSON."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> FeatureIndex:
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: the tags, their attributes, the text of each example."""
+    """The tags of a page, their attributes, and the text of each example."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

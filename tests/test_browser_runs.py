@@ -1,4 +1,4 @@
-"""What the run page says, against run directories written by hand."""
+"""The run page and the start page, against run directories written by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def begin(folder: Path, **train: Any) -> None:
     (folder / "train.json").write_text(json.dumps(content))
 
 
-def test_a_log_is_thinned_with_its_ends_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
+def test_a_log_is_thinned_keeping_both_ends_without_incomplete_lines(tmp_path: Path) -> None:
     write_log(tmp_path, 1000, tail='{"step": 9')
     log = runs.read_log(tmp_path / "metrics.jsonl", points=50)
     assert 48 <= len(log) <= 50
@@ -40,7 +40,7 @@ def test_a_log_is_thinned_with_its_ends_and_a_torn_line_is_left_out(tmp_path: Pa
     assert len(runs.read_log(tmp_path / "metrics.jsonl")) == 1
 
 
-def test_a_run_in_training_is_found_and_its_progress_told(tmp_path: Path) -> None:
+def test_a_run_in_training_is_found_and_its_progress_reported(tmp_path: Path) -> None:
     begin(tmp_path / "a" / "sae")
     (entry,) = data.scan(tmp_path)
     assert (entry.id, entry.unfinished, entry.d_sae) == ("a/sae", True, 8)
@@ -62,7 +62,7 @@ def test_a_run_in_training_is_found_and_its_progress_told(tmp_path: Path) -> Non
     assert [found.id for found in data.scan(tmp_path)] == ["b/sae"]
 
 
-def test_fidelity_and_groups_take_what_is_there() -> None:
+def test_fidelity_and_group_tables_use_the_metrics_that_exist() -> None:
     report = {
         "metrics": {"zeta": {"value": 1.0}, "fvu": {"value": 0.1, "ci95": [0.05, 0.2], "formula": "f"}, "l0": 3.0},
         "controls": {"random": {"l0": {"value": 2.0}, "note": "x", "tokens": 5}, "shuffled": {"l0": 1.0, "tokens": 9}},
@@ -106,7 +106,7 @@ def test_a_sweep_is_the_evaluated_dictionaries_of_one_directory(tmp_path: Path) 
     assert table["this"].tolist() == [True, False]
 
 
-def test_cost_is_the_time_of_the_logged_pace_and_the_files(tmp_path: Path) -> None:
+def test_cost_is_the_logged_time_and_the_file_sizes(tmp_path: Path) -> None:
     write_sae_directory(tmp_path / "sae", d_sae=8)
     write_log(tmp_path / "sae", 60)
     (tmp_path / "sae" / "sae.safetensors").write_bytes(b"0" * 1_500_000)

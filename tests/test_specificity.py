@@ -1,4 +1,4 @@
-"""Rules against hand-made text: which tokens they hold on, and what is said of a feature that fires there."""
+"""Rules on hand-made text: the tokens they hold on, and the scores of a feature that fires there."""
 
 from __future__ import annotations
 

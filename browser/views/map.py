@@ -110,8 +110,6 @@ def _colours(values: np.ndarray, name: str, dead: np.ndarray) -> tuple[np.ndarra
 
 def _names(page: Page, xy: np.ndarray, table: pd.DataFrame, dead: np.ndarray) -> list[Name]:
     """A name for each cluster, at the median position of its features; clusters in order of their number."""
-    if not page.index.has("map/cluster"):
-        return []
     cluster = state.panel_of(page, "map/cluster")
     tokens = table["top_token"].to_numpy()
     everywhere = Counter(tokens[~dead].tolist())
