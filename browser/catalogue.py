@@ -94,5 +94,6 @@ def to_csv(table: pd.DataFrame) -> bytes:
     safe = table.copy()
     for name in TEXT_COLUMNS:
         if name in safe:
-            safe[name] = [json.dumps(text, ensure_ascii=False) for text in safe[name]]
-    return safe.to_csv(index=False).encode()
+            safe[name] = [json.dumps(cell, ensure_ascii=False) for cell in safe[name]]
+    text: str = safe.to_csv(index=False)
+    return text.encode()

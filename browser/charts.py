@@ -13,7 +13,7 @@ HEIGHT = 118
 def divergence_chart(kl: list[float]) -> alt.Chart:
     """KL(steered ‖ base) of the next-token distributions at each new token, in nats."""
     frame = pd.DataFrame({"token": range(1, len(kl) + 1), "kl": kl})
-    return (
+    chart: alt.Chart = (
         alt.Chart(frame)
         .mark_bar(color=BLUE)
         .encode(
@@ -23,11 +23,12 @@ def divergence_chart(kl: list[float]) -> alt.Chart:
         )
         .properties(height=HEIGHT)
     )
+    return chart
 
 
 def level_chart(levels: pd.DataFrame) -> alt.Chart:
     """Share of the firings on which a rule holds, by activation; a bar is as wide as its interval."""
-    return (
+    chart: alt.Chart = (
         alt.Chart(levels)
         .mark_bar(color=ORANGE, binSpacing=1)
         .encode(
@@ -43,13 +44,14 @@ def level_chart(levels: pd.DataFrame) -> alt.Chart:
         )
         .properties(height=150)
     )
+    return chart
 
 
 def curve_chart(curve: pd.DataFrame) -> alt.Chart:
     """Precision, recall and F1 of "activation > threshold" as a detector of a rule, by threshold."""
     names = {"precision": BLUE, "recall": ORANGE, "f1": VIOLET}
     long = curve.melt("threshold", list(names), var_name="score", value_name="value")
-    return (
+    chart: alt.Chart = (
         alt.Chart(long)
         .mark_line()
         .encode(
@@ -65,6 +67,7 @@ def curve_chart(curve: pd.DataFrame) -> alt.Chart:
         )
         .properties(height=150)
     )
+    return chart
 
 
 def training_chart(log: pd.DataFrame, name: str, resampled: list[int]) -> alt.LayerChart:
@@ -81,7 +84,8 @@ def training_chart(log: pd.DataFrame, name: str, resampled: list[int]) -> alt.La
     rules = alt.Chart(pd.DataFrame({"step": resampled}, dtype=float)).mark_rule(
         color=ORANGE, strokeDash=[3, 3], opacity=0.7
     )
-    return (line + rules.encode(x="step:Q")).properties(height=HEIGHT)
+    chart: alt.LayerChart = (line + rules.encode(x="step:Q")).properties(height=HEIGHT)
+    return chart
 
 
 def density_chart(histogram: pd.DataFrame) -> alt.Chart:
@@ -93,7 +97,7 @@ def density_chart(histogram: pd.DataFrame) -> alt.Chart:
         .then(alt.value(BLUE))
         .otherwise(alt.value(ORANGE))
     )
-    return (
+    chart: alt.Chart = (
         alt.Chart(histogram)
         .mark_bar(binSpacing=0.5)
         .encode(
@@ -109,6 +113,7 @@ def density_chart(histogram: pd.DataFrame) -> alt.Chart:
         )
         .properties(height=HEIGHT)
     )
+    return chart
 
 
 def frontier_chart(table: pd.DataFrame) -> alt.LayerChart:
@@ -127,4 +132,5 @@ def frontier_chart(table: pd.DataFrame) -> alt.LayerChart:
     )
     lines, points = base.mark_line(opacity=0.5), base.mark_point(filled=True, size=45)
     ring = base.transform_filter("datum.this").mark_point(size=180, strokeWidth=2)
-    return (lines + points + ring).properties(height=220)
+    chart: alt.LayerChart = (lines + points + ring).properties(height=220)
+    return chart

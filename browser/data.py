@@ -156,7 +156,8 @@ def _silent(candidates: np.ndarray, rows: np.ndarray) -> np.ndarray:
     if not len(rows):
         return candidates
     place = np.minimum(np.searchsorted(rows, candidates), len(rows) - 1)
-    return candidates[rows[place] != candidates]
+    absent: np.ndarray = candidates[rows[place] != candidates]
+    return absent
 
 
 def same_token_rows(index: FeatureIndex, rows: np.ndarray, n: int, seed: int, n_tokens: int = 5) -> np.ndarray:

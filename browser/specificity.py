@@ -132,15 +132,18 @@ def _holds(index: FeatureIndex, text: Text, rule: Rule) -> np.ndarray:
     if rule.kind == "domain":
         if rule.text not in index.domains:
             raise RuleError(f"There is no domain {rule.text!r}; this index has {', '.join(index.domains)}.")
-        return index.domain_numbers == index.domains.index(rule.text)
+        inside: np.ndarray = index.domain_numbers == index.domains.index(rule.text)
+        return inside
     if rule.kind == "tokens":
         wanted = set(rule.text.replace("␣", " ").replace("↵", "\n").replace("⇥", "\t").split(","))
-        member = np.array([index.token_bytes(i).decode(errors="replace") in wanted for i in range(index.d_vocab)])
+        member: np.ndarray = np.array(
+            [index.token_bytes(i).decode(errors="replace") in wanted for i in range(index.d_vocab)]
+        )
         if not member.any():
             raise RuleError(
                 "No token of this vocabulary is in that set. Write ␣ for spaces, and commas between tokens."
             )
-        return member[index.all_tokens.reshape(-1)]
+        return np.take(member, index.all_tokens.reshape(-1))
     if rule.kind == "script" and rule.text not in SCRIPTS:
         raise RuleError(f"Unknown script {rule.text!r}.")
     return _matched(text, rf"\p{{Script={rule.text}}}+" if rule.kind == "script" else rule.text)

@@ -17,7 +17,7 @@ def surprisal_chart(base: list[float], steered: list[float]) -> alt.Chart:
         pd.DataFrame({"token": range(1, len(values) + 1), "nats": values, "text": text})
         for text, values in (("base", base), ("steered", steered))
     )
-    return (
+    chart: alt.Chart = (
         alt.Chart(frame)
         .mark_line(point=alt.OverlayMarkDef(size=12), strokeWidth=1.3)
         .encode(
@@ -34,6 +34,7 @@ def surprisal_chart(base: list[float], steered: list[float]) -> alt.Chart:
         )
         .properties(height=HEIGHT)
     )
+    return chart
 
 
 def next_token_chart(names: list[str], base: list[float], steered: list[float]) -> alt.Chart:
@@ -44,7 +45,7 @@ def next_token_chart(names: list[str], base: list[float], steered: list[float]) 
         for text, values in (("base", base), ("steered", steered))
     )
     labels = ", ".join(f"'{place}': {json.dumps(name)}" for place, name in zip(order, names, strict=True))
-    return (
+    chart: alt.Chart = (
         alt.Chart(frame)
         .mark_bar()
         .encode(
@@ -60,3 +61,4 @@ def next_token_chart(names: list[str], base: list[float], steered: list[float]) 
         )
         .properties(height=26 * len(names) + 20)
     )
+    return chart

@@ -25,7 +25,7 @@ def check_prompt(prompt: str) -> None:
 def encode(live: Live, prompt: str) -> list[int]:
     """Token ids of a prompt, starting with BOS if the model has one. Raises LiveError if it is empty or too long."""
     check_prompt(prompt)
-    ids = live.model.encode_prompt(prompt)
+    ids: list[int] = live.model.encode_prompt(prompt)
     most = min(MAX_PROMPT_TOKENS, live.model.context_tokens)
     if len(ids) > most:
         raise LiveError(

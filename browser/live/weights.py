@@ -23,4 +23,5 @@ def _weights(_live: Live, sae: str, feature: int, model: str, hook: str) -> np.n
     import torch
 
     with torch.inference_mode():
-        return _live.model.logit_weights(_live.sae.W_dec[feature][None], hook)[0].cpu().numpy()
+        weights: np.ndarray = _live.model.logit_weights(_live.sae.W_dec[feature][None], hook)[0].cpu().numpy()
+    return weights

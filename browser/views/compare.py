@@ -175,7 +175,7 @@ def _draw(table: pd.DataFrame, entry: SaeEntry, key: str, help_: str) -> None:
     st.caption(f"{len(table):,} features. Select a row to open its feature.", help=help_)
 
 
-def _histogram(found: Comparison) -> alt.Chart:
+def _histogram(found: Comparison) -> alt.LayerChart:
     domain = ["features", "shuffled tokens", "neurons of A"]
     bars = (
         alt.Chart(comparison.histograms(found))
@@ -208,7 +208,8 @@ def _histogram(found: Comparison) -> alt.Chart:
         .mark_text(angle=270, align="right", dy=-6, dx=-4, fontSize=10)
         .encode(x="at:Q", y=alt.value(4), text="text", color=alt.Color("colour:N", scale=None))
     )
-    return (bars + rule + text).properties(height=240)
+    layers: alt.LayerChart = (bars + rule + text).properties(height=240)
+    return layers
 
 
 def _children(page: Page, other: SaeEntry, found: Comparison) -> None:

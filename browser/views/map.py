@@ -91,7 +91,9 @@ def show(page: Page) -> None:
 def _found(table: pd.DataFrame, text: str) -> np.ndarray:
     if not text:
         return np.ones(len(table), bool)
-    return table["top_token"].str.casefold().str.contains(text.replace(" ", "␣").casefold(), regex=False).to_numpy()
+    tokens = table["top_token"].str.casefold()
+    found: np.ndarray = tokens.str.contains(text.replace(" ", "␣").casefold(), regex=False).to_numpy()
+    return found
 
 
 def _colours(values: np.ndarray, name: str, dead: np.ndarray) -> tuple[np.ndarray, Scale]:

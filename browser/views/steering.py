@@ -56,7 +56,7 @@ def show(page: Page) -> None:
         _results(page, loaded, found)
 
 
-# --- the edits ----------------------------------------------------------------------------------------------------
+# --- the edits -------------------------------------------------------------------------------------------------------
 
 
 def _steering_set(page: Page) -> list[Any] | None:
@@ -154,7 +154,7 @@ def _as_text(page: Page, frame: pd.DataFrame, changes: dict[str, Any]) -> str:
     return " ".join(str(e) for e in found)
 
 
-# --- the settings -------------------------------------------------------------------------------------------------
+# --- the settings ----------------------------------------------------------------------------------------------------
 
 
 def _settings() -> dict[str, Any] | None:
@@ -173,7 +173,7 @@ def _settings() -> dict[str, Any] | None:
     try:
         generation = run.generation(int(seed_now), int(count_now), float(warmth))
     except LiveError as error:
-        state.explain("Nothing was generated", str(error))
+        explain("Nothing was generated", str(error))
         return None
     return {"prompt": prompt, "factors": list(run.SWEEP) if sweep else [1.0], "generation": generation}
 
@@ -216,7 +216,7 @@ def _generate(page: Page, loaded: Live, edits: list[Any], asked: dict[str, Any])
     }
 
 
-# --- the results -------------------------------------------------------------------------------------------------
+# --- the results -----------------------------------------------------------------------------------------------------
 
 
 def _results(page: Page, loaded: Live, found: dict[str, Any]) -> None:
