@@ -1,4 +1,4 @@
-"""A sweep: every run as alone, bit for bit; gone on with; its frontier as its evaluations say."""
+"""A sweep: every run bit for bit as if trained alone, resumable, with a frontier as the evaluations say."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sae.training.rows import Batch
 from sae.training.state import TrainState
 
 sweeping = import_module("sae.pipeline.sweep")  # `pipeline.sweep` is the function
-GRID = {"names": ["topk", "towards-monosemanticity"], "d_sae": [24], "l0": [2.0, 4.0], "seeds": [1]}
+GRID = {"recipes": ["topk", "towards-monosemanticity"], "d_sae": [24], "l0": [2.0, 4.0], "seeds": [1]}
 RUN = {"tokens": 30 * 64, "config": {"batch_tokens": 64}}
 FILES = ("sae.safetensors", "state.safetensors", "config.json", "train.json")
 
@@ -35,19 +35,19 @@ def no_model_to_load(tiny_model: NativeModel, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sweeping, "evaluate", lambda path, **how: pipeline.evaluate(path, model=tiny_model, **how))
 
 
-@pytest.mark.parametrize("memory_gb", [1.0, 1e-9], ids=["all at once", "one by one"])
+@pytest.mark.parametrize("max_ram_bytes", [10**9, 1], ids=["all at once", "one by one"])
 def test_each_run_is_the_run_alone_and_the_frontier_says_what_was_measured(
-    store: Path, tmp_path: Path, memory_gb: float
+    store: Path, tmp_path: Path, max_ram_bytes: int
 ) -> None:
-    out = store.parent / f"sweep-{memory_gb:g}"
-    path = pipeline.sweep(store, out, **GRID, **RUN, memory_gb=memory_gb)
+    out = store.parent / f"sweep-{max_ram_bytes}"
+    path = pipeline.sweep(store, out, **GRID, **RUN, max_ram_bytes=max_ram_bytes)
     frontier = json.loads(path.read_text())
-    names = [f"{r}-24-l0_{n}-s1" for r in GRID["names"] for n in (2, 4)]
+    names = [f"{r}-24-l0_{n}-s1" for r in GRID["recipes"] for n in (2, 4)]
     assert [run["id"] for run in frontier["runs"]] == names
     for name, run in zip(names, frontier["runs"], strict=True):
         recipe, _, l0, _ = name.rsplit("-", 3)
         settings = {"target_l0": float(l0.removeprefix("l0_")), **RUN["config"]}
-        alone = store.parent / f"alone-{memory_gb:g}" / name
+        alone = store.parent / f"alone-{max_ram_bytes}" / name
         pipeline.train(store, alone, recipe=recipe, d_sae=24, tokens=RUN["tokens"], seed=1, config=settings)
         for file in FILES:
             assert (out / name / file).read_bytes() == (alone / file).read_bytes(), file
@@ -70,7 +70,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(store: Path, monke
 
     monkeypatch.setattr(loop, "train_step", poisoned)
     out = store.parent / "sweep-diverging"
-    runs = json.loads(pipeline.sweep(store, out, **GRID, **RUN, memory_gb=1.0).read_text())["runs"]
+    runs = json.loads(pipeline.sweep(store, out, **GRID, **RUN, max_ram_bytes=10**9).read_text())["runs"]
     lost = "towards-monosemanticity-24-l0_2-s1"
     assert [run["id"] for run in runs if "diverged" in run] == [lost]
     for run in runs:
@@ -87,16 +87,16 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(store: Path, monke
 
 def test_runs_share_a_pass_only_where_rows_and_memory_allow() -> None:
     points = sweeping.grid(["topk", "batch-topk"], [64], [2.0], [0, 1], tokens=8192)
-    assert [[p.config.seed for p in group] for group in sweeping._groups(points, 16, 1e9)] == [[0, 0], [1, 1]]
-    assert all(len(group) == 1 for group in sweeping._groups(points, 16, 1.0))
+    assert [[p.config.seed for p in group] for group in sweeping._groups(points, 16, 10**9)] == [[0, 0], [1, 1]]
+    assert all(len(group) == 1 for group in sweeping._groups(points, 16, 1))
 
 
 def test_a_wrong_grid_is_refused_before_any_work(store: Path, tmp_path: Path) -> None:
     for wrong, message in (
-        ({"names": ["topk", "tpk"]}, "Did you mean 'topk'"),
+        ({"recipes": ["topk", "tpk"]}, "Did you mean 'topk'"),
         ({"l0": [2.5]}, "whole number"),
         ({"seeds": [1, 1]}, "twice"),
-        ({"names": ["transcoder"]}, "another target"),
+        ({"recipes": ["transcoder"]}, "another target"),
     ):
         with pytest.raises((ValueError, PipelineError), match=message):
             pipeline.sweep(store, tmp_path / "x", **(GRID | wrong), **RUN)

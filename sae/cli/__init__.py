@@ -1,4 +1,7 @@
-"""The `sae` command: parses, calls one function of the pipeline per verb, prints. Heavy imports happen inside verbs."""
+"""The `sae` command: one file per verb parses its flags, calls one function of `sae.pipeline` and prints the result.
+
+Heavy imports happen inside the verbs, so that `sae --help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -48,12 +51,12 @@ VERBS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Exit status: 0 done, 1 a check failed, 2 wrong use or input, 130 interrupted with all saved."""
+    """Runs one verb. Exit status: 0 done, 1 a check failed, 2 wrong use or input, 130 interrupted."""
     _refuse_shadowed_packages()
     parser = build_parser()
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(with_config_file(parser, arguments))
-    args.arguments = arguments  # for a verb that starts itself again, as harvest's workers
+    args.arguments = arguments  # harvest starts itself again, once for each worker
     if not hasattr(args, "handler"):
         parser.print_help()
         return 2
@@ -71,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sae", description="Dictionaries of a language model's features: train, look, steer, export."
+        prog="sae",
+        description="Train, browse, steer and export sparse-autoencoder dictionaries of a language model.",
+        epilog="`sae VERB --help` explains a verb and its flags.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
@@ -81,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _refuse_shadowed_packages() -> None:
-    """`store` and `browser` are common names: another package of that name would be imported instead of ours."""
+    """`store` and `browser` are common names: another package of that name could be imported instead of ours."""
     ours = Path(__file__).resolve().parent.parent.parent
     for name in ("store", "browser"):
         spec = find_spec(name)
@@ -89,5 +94,5 @@ def _refuse_shadowed_packages() -> None:
         if found != ours:
             sys.exit(
                 f"sae: the package {name!r} found at {found} is not monosem's (expected in {ours}). "
-                "monosem wants an environment of its own: python -m venv … and install it there."
+                "Install monosem into an environment of its own (python -m venv DIR), without the other package."
             )

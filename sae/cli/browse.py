@@ -11,13 +11,15 @@ from sae.cli.flags import add_verb
 
 
 def browse(verbs: Any) -> None:
-    verb = add_verb(verbs, "browse", _run_browse, "open the feature browser on a directory of runs")
-    verb.add_argument("root", nargs="?", default="runs", help="directory of runs")
-    verb.add_argument("--port", type=int, default=8501, help="on 127.0.0.1")
+    verb = add_verb(
+        verbs, "browse", _run_browse, "open the feature browser on a directory of runs", example="sae browse runs/"
+    )
+    verb.add_argument("root", nargs="?", default="runs", metavar="DIR", help="directory of runs")
+    verb.add_argument("--port", type=int, default=8501, metavar="N", help="port on 127.0.0.1 (default: 8501)")
     verb.add_argument("--no-open", action="store_true", help="do not open a browser window")
 
 
 def _run_browse(args: argparse.Namespace) -> int:
-    # A process of its own: `sae` is below `browser` and does not import it.
+    # In a process of its own: `sae` is below `browser` and does not import it.
     command = [sys.executable, "-m", "browser.launch", args.root, "--port", str(args.port)]
     return subprocess.call(command + (["--no-open"] if args.no_open else []))

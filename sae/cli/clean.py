@@ -1,4 +1,4 @@
-"""`sae clean`."""
+"""`sae clean`: a function of `pipeline.stores`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,27 @@ from sae.cli.flags import add_verb
 
 
 def clean(verbs: Any) -> None:
-    verb = add_verb(verbs, "clean", _run_clean, "remove what killed writers left in a store or a run")
-    verb.add_argument("path")
-    verb.add_argument("--acts", action="store_true", help="also the stores, once every dictionary is indexed")
-    verb.add_argument("--dry-run", action="store_true", help="say what would go")
+    verb = add_verb(
+        verbs,
+        "clean",
+        _run_clean,
+        "delete the unfinished files that killed processes left in activation stores",
+        example="sae clean runs/a --dry-run",
+    )
+    verb.add_argument("path", metavar="PATH", help="an activation store, or a directory that holds some")
+    verb.add_argument(
+        "--acts",
+        action="store_true",
+        help="delete the stores themselves; refused as long as a dictionary beside one has no feature index",
+    )
+    verb.add_argument("--dry-run", action="store_true", help="list what would be deleted, and delete nothing")
 
 
 def _run_clean(args: argparse.Namespace) -> int:
     from sae import pipeline
 
-    removed = pipeline.clean(args.path, acts=args.acts, dry_run=args.dry_run)
-    for name, taken in removed.items():
-        print(f"{taken:>14,} bytes  {name}")
-    print(f"{sum(removed.values()):,} bytes {'would be' if args.dry_run else 'are'} free")
+    deleted = pipeline.clean(args.path, acts=args.acts, dry_run=args.dry_run)
+    for name, n_bytes in deleted.items():
+        print(f"{n_bytes:>14,} bytes  {name}")
+    print(f"{sum(deleted.values()):,} bytes {'would be freed' if args.dry_run else 'freed'}")
     return 0

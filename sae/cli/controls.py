@@ -7,20 +7,44 @@ import json
 import sys
 from typing import Any
 
-from sae.cli.flags import add_dictionary, add_dictionary_device, add_verb
+from sae.cli.flags import add_device, add_dictionary, add_verb
 
 
 def controls(verbs: Any) -> None:
     verb = add_verb(
-        verbs, "controls", _run_controls, "measure a dictionary beside random, PCA, ICA, neurons and a shuffled model"
+        verbs,
+        "controls",
+        _run_controls,
+        "measure a dictionary and its controls: random directions, PCA, ICA, neurons, a shuffled model",
+        example="sae controls runs/a/first --only random --only pca",
     )
     add_dictionary(verb)
-    verb.add_argument("--tokens", type=int, default=65_536, help="held-out tokens measured on, as many to choose on")
-    verb.add_argument("--train-tokens", type=int, default=1_000_000, help="rows the shuffled model's dictionary sees")
-    verb.add_argument("--only", action="append", metavar="CONTROL", help="random, pca, …; may repeat (default: all)")
-    verb.add_argument("--seed", type=int, default=0, help="of directions, ICA and the shuffle")
-    add_dictionary_device(verb)
-    verb.add_argument("--json", action="store_true", help="print controls.json")
+    verb.add_argument(
+        "--tokens",
+        type=int,
+        default=65_536,
+        metavar="N",
+        help="held-out tokens to measure on; features are chosen on as many training tokens",
+    )
+    verb.add_argument(
+        "--train-tokens",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="rows to train the shuffled model's dictionary on",
+    )
+    verb.add_argument(
+        "--only",
+        action="append",
+        metavar="CONTROL",
+        help="measure this control: random, pca, ica, neurons, neurons_topk or shuffled_model; may be repeated "
+        "(default: all)",
+    )
+    verb.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the random directions, of ICA and of the shuffle"
+    )
+    add_device(verb)
+    verb.add_argument("--json", action="store_true", help="print controls.json instead of a table")
 
 
 def _run_controls(args: argparse.Namespace) -> int:

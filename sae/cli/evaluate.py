@@ -10,10 +10,12 @@ from sae.cli.flags import add_dictionary, add_kernels, add_verb
 
 
 def evaluate(verbs: Any) -> None:
-    verb = add_verb(verbs, "eval", _run_eval, "measure a dictionary on the frozen held-out split")
+    verb = add_verb(
+        verbs, "eval", _run_eval, "measure a dictionary on the held-out text", example="sae eval runs/a/first"
+    )
     add_dictionary(verb)
     add_kernels(verb)
-    verb.add_argument("--json", action="store_true", help="print eval.json")
+    verb.add_argument("--json", action="store_true", help="print eval.json instead of a table")
 
 
 def _run_eval(args: argparse.Namespace) -> int:

@@ -11,54 +11,100 @@ from pathlib import Path
 from typing import Any
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+MODEL = "a model's directory, the name of a shipped model (such as tiny-relu-1l), or a hub id (owner/name)"
 Handler = Callable[[argparse.Namespace], int]
 
 
-def add_verb(verbs: Any, name: str, handler: Handler, summary: str) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(
+class Help(argparse.HelpFormatter):
+    """Adds the default to a flag's help, where there is one and the text does not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        default = action.default
+        if default is None or default is False or default in ("", argparse.SUPPRESS) or "default" in text:
+            return text
+        return f"{text} (default: {default:,})" if isinstance(default, int) else f"{text} (default: {default})"
+
+
+class Renamed(argparse.Action):
+    """A flag of an earlier version: refused with the name it has now, which is its `const`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.error(f"{self.option_strings[0]} is called {self.const} now.")
+
+
+def add_verb(verbs: Any, name: str, handler: Handler, summary: str, *, example: str = "") -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(
         name,
         help=summary,
-        description=summary,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"Example: {example}" if example else None,
+        formatter_class=Help,
         allow_abbrev=False,  # a misspelt key of --config must not pass for a flag it begins
     )
-    verb.add_argument("--config", metavar="FILE.toml", help="settings by flag name, e.g. tokens = 1000000; flags win")
+    verb.add_argument(
+        "--config",
+        metavar="FILE.toml",
+        help="read flags from this file, such as tokens = 1000000; flags given here win",
+    )
     verb.set_defaults(handler=handler)
     return verb
 
 
-def add_device(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where the model runs")
-
-
-def add_dictionary_device(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where the dictionary runs")
+def add_device(verb: argparse.ArgumentParser, *, mps: bool = False) -> None:
+    """`mps` for what runs a language model only: dictionaries have no kernels for Apple's GPUs."""
+    verb.add_argument(
+        "--device",
+        default="auto",
+        choices=["auto", "cpu", "cuda", *(["mps"] if mps else [])],
+        help="where to compute; auto takes a CUDA device if there is one, else the CPU",
+    )
 
 
 def add_kernels(verb: argparse.ArgumentParser) -> None:
-    add_dictionary_device(verb)
+    add_device(verb)
     verb.add_argument(
         "--kernels",
         default="auto",
         choices=["auto", "cpu", "reference", "triton"],
-        help="what computes (default: the fastest, or SAE_KERNELS)",
+        help="implementation of the dictionary's operations; auto takes the environment variable SAE_KERNELS if it is "
+        "set, else the fastest that runs on the device",
     )
 
 
-def add_text(verb: argparse.ArgumentParser, *, required: bool = True) -> None:
+def add_text(verb: argparse.ArgumentParser, *, help: str = "", required: bool = True) -> None:
     verb.add_argument(
         "--text",
         action="append",
         required=required,
         metavar="SOURCE",
-        help="file, directory, dataset or 'default'; may repeat",
+        help=help or "a file, a directory, a dataset, or 'default' for the text on this machine; may be repeated",
     )
 
 
 def add_dictionary(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("sae", help="directory of the dictionary")
-    verb.add_argument("--acts", help="the activation store (default: the one it was trained on)")
-    verb.add_argument("--model", help="directory, shipped name or hub id (default: the one it was trained on)")
+    verb.add_argument("sae", metavar="DICTIONARY", help="directory of the dictionary")
+    verb.add_argument("--acts", metavar="STORE", help="activation store (default: the one it was trained on)")
+    verb.add_argument("--model", help=f"{MODEL} (default: the model it was trained on)")
+
+
+def add_settings(verb: argparse.ArgumentParser) -> None:
+    """What `train` and `sweep` pass on to the recipe; `settings` reads it."""
+    verb.add_argument("--batch-tokens", type=int, metavar="N", help="rows per training step (default: the recipe's)")
+    verb.add_argument(
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        help="any other training setting, such as lr=5e-4, l1=3 or exact=true; may be repeated",
+    )
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of --batch-tokens and --set. Raises: ValueError for an unknown setting or a wrong value."""
+    from sae.training.config import parsed
+
+    given = {} if args.batch_tokens is None else {"batch_tokens": args.batch_tokens}
+    return given | parsed(args.set or [])
 
 
 def size(text: str) -> int:
@@ -69,21 +115,8 @@ def size(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def resolved_device(device: str) -> str:
-    import torch
-
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return "cuda" if available["cuda"] else "cpu"
-    if not available[device]:
-        raise ValueError(
-            f"--device {device}: there is none here; choose {', '.join(d for d in available if available[d])}."
-        )
-    return device
-
-
 def with_config_file(parser: argparse.ArgumentParser, arguments: list[str]) -> list[str]:
-    """Puts the settings of `--config FILE.toml` before the flags and leaves out those that flags give too."""
+    """Puts the settings of `--config FILE.toml` before the flags, without those that are given as flags too."""
     peek = argparse.ArgumentParser(add_help=False)
     peek.add_argument("--config")
     path = peek.parse_known_args(arguments)[0].config
@@ -101,17 +134,20 @@ def with_config_file(parser: argparse.ArgumentParser, arguments: list[str]) -> l
             continue
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, dict):
-                parser.error(f"--config {path}: [{name}] is a table; give settings by flag name, e.g. tokens = 1000000")
+                parser.error(
+                    f"--config {path}: [{name}] is a table, but settings are given by flag name, such as "
+                    "tokens = 1000000"
+                )
             flags += ([flag] if item else []) if isinstance(item, bool) else [flag, str(item)]
     return [arguments[0], *flags, *arguments[1:]]
 
 
-def _refuse_many_processes(verb: str) -> None:
-    """What torchrun starts many times would do the same work many times, into one directory."""
+def refuse_many_processes(verb: str) -> None:
+    """Raises: ValueError when torchrun started several: all would do the same work in one directory."""
     world = int(os.environ.get("WORLD_SIZE") or 1)
     if world > 1:
         raise ValueError(
-            f"sae {verb} runs as one process, and was started as {world} (WORLD_SIZE), which would all train the same "
-            "dictionary. Start it once, without torchrun; `sae sweep` trains several on one pass over the rows. A "
-            "data-parallel loop of your own gets each rank its rows from `sae.pipeline.open_rows`."
+            f"sae {verb} runs as one process, but was started as {world} (WORLD_SIZE): each of them would train the "
+            "same dictionary. Start it once, without torchrun. `sae sweep` trains several dictionaries in one pass "
+            "over the rows. In a data-parallel loop of your own, `sae.pipeline.open_rows` gives each rank its rows."
         )

@@ -6,23 +6,34 @@ import argparse
 import sys
 from typing import Any
 
-from sae.cli.flags import add_verb
+from sae.cli.flags import MODEL, add_verb
 
 IMPORT_FORMATS = ("sae-lens", "dictionary-learning", "sparsify", "llamascopium", "nanda", "openai")
 DUMP_FORMATS = ("sae-dashboard", "paper")  # feature pages without weights
 
 
 def import_dictionary(verbs: Any) -> None:
-    verb = add_verb(verbs, "import", _run_import, "take another tool's dictionary, or its feature pages to browse")
-    verb.add_argument("source", help="directory, file, or hub:owner/repo[/path][@revision] (downloads)")
-    verb.add_argument("--out", required=True, help="directory of the dictionary, by custom runs/<run>/<name>")
+    verb = add_verb(
+        verbs,
+        "import",
+        _run_import,
+        "read another tool's dictionary, or its feature pages to browse",
+        example="sae import downloads/their-sae --model gelu-1l --out runs/theirs/first",
+    )
+    verb.add_argument(
+        "source", metavar="SOURCE", help="directory or file, or hub:owner/repo[/path][@revision], which is downloaded"
+    )
+    verb.add_argument("--out", required=True, metavar="DIR", help="directory of the dictionary, e.g. runs/a/theirs")
     verb.add_argument(
         "--format",
         choices=(*IMPORT_FORMATS, *DUMP_FORMATS),
-        help="whose layout it is (default: as the files say); sae-dashboard (Neuronpedia too) and paper: feature pages",
+        help="the tool that wrote it (default: recognised from the files); sae-dashboard (also for Neuronpedia) and "
+        "paper are feature pages",
     )
-    verb.add_argument("--model", help="directory, shipped name or hub id to check it against and record")
-    verb.add_argument("--hook-point", help="where it reads its activations (default: as the files say)")
+    verb.add_argument("--model", help=f"the model to check the dictionary against and to record: {MODEL}")
+    verb.add_argument(
+        "--hook-point", metavar="NAME", help="where in the model it reads (default: as recorded in the files)"
+    )
 
 
 def _run_import(args: argparse.Namespace) -> int:
@@ -30,7 +41,7 @@ def _run_import(args: argparse.Namespace) -> int:
 
     if args.format in DUMP_FORMATS:
         if args.model or args.hook_point:
-            raise ValueError("--model and --hook-point are for dictionaries; feature pages are shown as they stand.")
+            raise ValueError("--model and --hook-point are for dictionaries; feature pages are imported as they are.")
         pipeline.import_dump(args.source, args.out, format=args.format)
         print(args.out)
         return 0
@@ -38,7 +49,7 @@ def _run_import(args: argparse.Namespace) -> int:
     sae = pipeline.import_dictionary(
         args.source, args.out, format=args.format, model=args.model, hook_point=args.hook_point
     )
-    place = f"{sae.config['model'].get('id', 'a model it does not name')} at {sae.config['hook_point']}"
+    place = f"{sae.config['model'].get('id', 'an unnamed model')} at {sae.config['hook_point']}"
     print(f"{sae.config['imported']['format']}: {sae.show_shape()}, of {place}", file=sys.stderr)
     for note in sae.config["imported"]["notes"]:
         print(f"  {note}", file=sys.stderr)

@@ -9,10 +9,12 @@ from sae.cli.flags import add_dictionary, add_kernels, add_verb
 
 
 def index(verbs: Any) -> None:
-    verb = add_verb(verbs, "index", _run_index, "build the feature index that the browser reads")
+    verb = add_verb(
+        verbs, "index", _run_index, "build the feature index that the browser reads", example="sae index runs/a/first"
+    )
     add_dictionary(verb)
     add_kernels(verb)
-    verb.add_argument("--tokens", type=int, default=1_000_000, help="tokens to index, held-out ones first")
+    verb.add_argument("--tokens", type=int, default=1_000_000, metavar="N", help="tokens to index, held-out ones first")
 
 
 def _run_index(args: argparse.Namespace) -> int:

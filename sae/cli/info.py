@@ -10,9 +10,20 @@ from sae.cli.flags import add_verb
 
 
 def info(verbs: Any) -> None:
-    verb = add_verb(verbs, "info", _run_info, "describe a dictionary, store, index, model or run, or this machine")
-    verb.add_argument("path", nargs="?", help="without one: the kernels and products chosen here, and why")
-    verb.add_argument("--feature", type=int, metavar="N", help="show one feature of a dictionary's index")
+    verb = add_verb(
+        verbs,
+        "info",
+        _run_info,
+        "describe a dictionary, a store, an index, a model, a run, or this machine",
+        example="sae info runs/a/first --feature 12",
+    )
+    verb.add_argument(
+        "path",
+        nargs="?",
+        metavar="PATH",
+        help="what to describe; without it: this machine and the kernels chosen on it",
+    )
+    verb.add_argument("--feature", type=int, metavar="N", help="show this feature of a dictionary with a feature index")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from sae.cli.flags import add_text, add_verb
 
 
 def pretrain(verbs: Any) -> None:
-    verb = add_verb(verbs, "pretrain", _run_pretrain, "train a one-layer transformer (tokenizer first) on text")
+    verb = add_verb(
+        verbs,
+        "pretrain",
+        _run_pretrain,
+        "train a one-layer transformer and its tokenizer on text",
+        example="sae pretrain --text default --out lm/tiny",
+    )
     add_text(verb)
-    verb.add_argument("--out", required=True, help="directory of the model")
-    verb.add_argument("--tokens", type=int, default=60_000_000, help="tokens seen in training")
-    verb.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
-    verb.add_argument("--batch-contexts", type=int, default=32, help="contexts per step")
-    verb.add_argument("--seed", type=int, default=0, help="of initialisation and data order")
-    verb.add_argument("--d-model", type=int, default=128, help="residual width")
-    verb.add_argument("--d-mlp", type=int, default=512, help="MLP width")
-    verb.add_argument("--n-heads", type=int, default=12, help="attention heads of 16 dimensions")
-    verb.add_argument("--n-ctx", type=int, default=256, help="context length in tokens")
-    verb.add_argument("--d-vocab", type=int, default=8192, help="tokens of the byte-level BPE")
+    verb.add_argument("--out", required=True, metavar="DIR", help="directory of the model, e.g. lm/tiny")
+    verb.add_argument("--tokens", type=int, default=60_000_000, metavar="N", help="tokens to train on")
+    verb.add_argument("--lr", type=float, default=4e-3, metavar="X", help="highest learning rate of the schedule")
+    verb.add_argument("--batch-contexts", type=int, default=32, metavar="N", help="contexts per training step")
+    verb.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the initial weights and the text order")
+    verb.add_argument("--d-model", type=int, default=128, metavar="N", help="width of the residual stream")
+    verb.add_argument("--d-mlp", type=int, default=512, metavar="N", help="number of MLP neurons")
+    verb.add_argument("--n-heads", type=int, default=12, metavar="N", help="number of attention heads, 16 wide each")
+    verb.add_argument("--n-ctx", type=int, default=256, metavar="N", help="tokens of a context")
+    verb.add_argument(
+        "--d-vocab", type=int, default=8192, metavar="N", help="vocabulary of the byte-level BPE tokenizer"
+    )
 
 
 def _run_pretrain(args: argparse.Namespace) -> int:
-    from sae.lm.pretrain import PretrainConfig, pretrain
+    from sae import pipeline
+    from sae.lm.pretrain import PretrainConfig
     from sae.lm.transformer import TransformerConfig
-    from sae.text.sources import combine, open_text
 
     shape = TransformerConfig(
         d_model=args.d_model, d_mlp=args.d_mlp, n_heads=args.n_heads, n_ctx=args.n_ctx, d_vocab=args.d_vocab
     )
     config = PretrainConfig(train_tokens=args.tokens, lr=args.lr, batch_contexts=args.batch_contexts, seed=args.seed)
-    print(pretrain(combine([open_text(spec) for spec in args.text]), Path(args.out), shape=shape, config=config))
+    print(pipeline.pretrain(args.text, args.out, shape=shape, config=config))
     return 0

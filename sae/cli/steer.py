@@ -1,4 +1,4 @@
-"""`sae steer`: text with features changed, beside the same text unchanged."""
+"""`sae steer`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sae.cli.flags import add_verb
+from sae.cli.flags import MODEL, add_verb
 
 if TYPE_CHECKING:
     from sae.interventions.edits import Edit
@@ -15,28 +15,44 @@ if TYPE_CHECKING:
 
 
 def steer(verbs: Any) -> None:
-    verb = add_verb(verbs, "steer", _run_steer, "write with features changed, beside the same text unchanged")
-    verb.add_argument("sae", help="directory of the dictionary")
-    verb.add_argument("--feature", type=int, action="append", help="feature number; may repeat")
-    verb.add_argument("--set", action="append", help="to this multiple of the feature's maximum, e.g. 5x")
-    verb.add_argument("--add", action="append", help="plus this multiple of the feature's maximum, e.g. 2x")
-    verb.add_argument("--scale", action="append", help="times this factor, e.g. 0.5x")
-    verb.add_argument("--ablate", action="store_true", help="to zero")
+    verb = add_verb(
+        verbs,
+        "steer",
+        _run_steer,
+        "generate text with features changed, next to the same text unchanged",
+        example='sae steer runs/a/first --feature 12 --set 5x --prompt "The"',
+    )
+    verb.add_argument("sae", metavar="DICTIONARY", help="directory of the dictionary")
+    verb.add_argument(
+        "--feature", type=int, action="append", metavar="N", help="number of the feature to change; may be repeated"
+    )
+    verb.add_argument("--set", action="append", metavar="5x", help="set its activation to this multiple of its maximum")
+    verb.add_argument("--add", action="append", metavar="2x", help="add this multiple of its maximum to its activation")
+    verb.add_argument("--scale", action="append", metavar="0.5x", help="multiply its activation by this factor")
+    verb.add_argument("--ablate", action="store_true", help="set its activation to zero")
     verb.add_argument(
         "--edit",
         action="append",
         metavar="FEATURE:MODE[:VALUE][:p99][:active]",
-        help="one feature's change, e.g. 12:set:5, 7:ablate, 9:add:2:p99 (multiples of the 99th percentile), "
-        "3:scale:0:active (only where active); may repeat",
+        help="all about one change in one word: 12:set:5, 7:ablate, 9:add:2:p99 (in multiples of the 99th percentile "
+        "instead of the maximum), 3:scale:0:active (only where the feature is active); may be repeated",
     )
-    verb.add_argument("--prompt", default="", help="text to go on from")
-    verb.add_argument("--pinned", action="store_true", help="the paper's sampling: prompt 1,2,…,10, features set to 1x")
-    verb.add_argument("--max-new-tokens", type=int, default=40, help="tokens to write")
-    verb.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
-    verb.add_argument("--seed", type=int, default=0, help="of the random stream all texts share")
-    verb.add_argument("--sweep", metavar="0,1,2,5,10", help="one text for each factor on the edits' values")
-    verb.add_argument("--model", help="directory, shipped name or hub id (default: the dictionary's)")
-    verb.add_argument("--json", action="store_true", help="print everything measured as JSON")
+    verb.add_argument("--prompt", default="", help="text to continue")
+    verb.add_argument(
+        "--pinned",
+        action="store_true",
+        help="as in Towards Monosemanticity: the prompt is 1,2,…,10 and features are set to 1x",
+    )
+    verb.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="number of tokens to generate")
+    verb.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="of sampling; 0 always takes the likeliest token"
+    )
+    verb.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling, the same for all texts")
+    verb.add_argument(
+        "--sweep", metavar="0,1,2,5,10", help="generate one text for each of these factors on the changes' values"
+    )
+    verb.add_argument("--model", help=f"{MODEL} (default: the model it was trained on)")
+    verb.add_argument("--json", action="store_true", help="print texts and measurements as JSON")
 
 
 def _run_steer(args: argparse.Namespace) -> int:
@@ -62,10 +78,11 @@ def _run_steer(args: argparse.Namespace) -> int:
 
 
 def _measured(row: Steered) -> str:
-    where = "never" if row.first_divergence is None else f"at new token {row.first_divergence}"
+    first = row.first_divergence
+    differ = "the texts never differ" if first is None else f"the texts differ from new token {first} on"
     return (
-        f"they part {where}; KL(steered ‖ base) {sum(row.kl) / len(row.kl):.3f} nats per token; perplexity under the "
-        f"base model {row.steered_perplexity:.1f} (its own text: {row.base_perplexity:.1f})"
+        f"{differ}; KL(steered ‖ base) {sum(row.kl) / len(row.kl):.3f} nats per token; perplexity under the base model "
+        f"{row.steered_perplexity:.1f} (base text: {row.base_perplexity:.1f})"
     )
 
 
@@ -97,7 +114,7 @@ def _report(
 
 
 def _edits(args: argparse.Namespace) -> list[Edit]:
-    """One edit per --feature (every mode flag is given once for all features, or once for each), then each --edit."""
+    """An edit for each --feature (a flag such as --set is given once for all of them or once for each), then --edit."""
     from sae.interventions.edits import Edit
 
     written = [Edit.parse(text) for text in args.edit or []]
@@ -108,8 +125,8 @@ def _edits(args: argparse.Namespace) -> list[Edit]:
         return written
     if not args.feature or len(given) + args.ablate != 1:
         raise ValueError(
-            "say what to do with the features: --feature N with one of --set 5x, --add 2x, --scale 0.5x, --ablate; "
-            "or --edit N:set:5."
+            "name the features and what to do with them: --feature N with one of --set 5x, --add 2x, --scale 0.5x or "
+            "--ablate; or --edit N:set:5."
         )
     if args.ablate:
         return [Edit(feature, "ablate") for feature in args.feature] + written
@@ -117,7 +134,9 @@ def _edits(args: argparse.Namespace) -> list[Edit]:
     if len(values) == 1:
         values = values * len(args.feature)
     if len(values) != len(args.feature):
-        raise ValueError(f"--{mode} is given {len(values)} times for {len(args.feature)} features.")
+        raise ValueError(
+            f"--{mode} is given {len(values)} times for {len(args.feature)} features: give it once, or once for each."
+        )
     return [Edit(f, mode, _multiple(v)) for f, v in zip(args.feature, values, strict=True)] + written
 
 

@@ -5,75 +5,88 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sae.cli.flags import _refuse_many_processes, add_kernels, add_text, add_verb, size
+from sae.cli.flags import add_kernels, add_settings, add_text, add_verb, refuse_many_processes, settings, size
 
 
 def train(verbs: Any) -> None:
     verb = add_verb(
-        verbs, "train", _run_train, "learn a dictionary from an activation store, or from a model while it runs"
+        verbs,
+        "train",
+        _run_train,
+        "train a dictionary on an activation store, or on a model while it runs",
+        example="sae train --acts runs/a/acts.zarr --l0 20 --out runs/a/first",
     )
-    verb.add_argument("--acts", help="the activation store")
-    verb.add_argument("--live", metavar="MODEL", help="instead: run this model on --text meanwhile, nothing on disk")
-    add_text(verb, required=False)
-    verb.add_argument("--out", required=True, help="directory of the dictionary, by custom runs/<run>/<name>")
+    verb.add_argument("--acts", metavar="STORE", help="activation store to train on")
     verb.add_argument(
-        "--recipe", default="balanced", help="such as balanced, topk, jumprelu, towards-monosemanticity; see the README"
+        "--live", metavar="MODEL", help="instead of --acts: run this model on --text while training, nothing on disk"
     )
-    verb.add_argument("--d-sae", type=int, default=4096, help="number of features")
-    verb.add_argument("--l0", type=float, help="active features per token wanted: sets k, or finds λ while training")
-    verb.add_argument("--tokens", type=int, help="rows seen (default: four epochs of the store; 4M live)")
-    verb.add_argument("--batch-tokens", type=int, help="rows per step")
-    verb.add_argument("--seed", type=int, default=0, help="of initialisation and row order")
+    add_text(verb, required=False, help="text for --live: a file, a directory, a dataset or 'default'; may be repeated")
+    verb.add_argument("--out", required=True, metavar="DIR", help="directory of the dictionary, e.g. runs/a/first")
     verb.add_argument(
-        "--set",
-        action="append",
-        metavar="NAME=VALUE",
-        help="any other setting, e.g. lr=5e-4, l1=3 or exact=true; repeats",
+        "--recipe",
+        default="balanced",
+        metavar="NAME",
+        help="training recipe: balanced, topk, jumprelu, towards-monosemanticity …; an unknown name lists all",
     )
+    verb.add_argument("--d-sae", type=int, default=4096, metavar="N", help="number of features")
+    verb.add_argument(
+        "--l0",
+        type=float,
+        metavar="N",
+        help="mean number of active features per token to aim for (default: the recipe's sparsity)",
+    )
+    verb.add_argument(
+        "--tokens", type=int, metavar="N", help="rows to train on (default: four epochs of a store; 4,000,000 live)"
+    )
+    add_settings(verb)
+    verb.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the initial weights and the row order")
     verb.add_argument(
         "--hook-point",
         action="append",
-        help="x's, then y's for a transcoder (default: the store's only one, or an MLP's)",
+        metavar="NAME",
+        help="where in the model to read; given twice for a transcoder: its input, then its output (default: the "
+        "store's only one; live: blocks.0.mlp.hook_post)",
     )
-    verb.add_argument("--keep", type=int, default=1, help="saved states to keep, the last one included")
+    verb.add_argument("--keep", type=int, default=1, metavar="N", help="number of saved states to keep on disk")
     verb.add_argument(
-        "--log-to", action="append", choices=["tensorboard", "wandb"], help="beside metrics.jsonl; may repeat"
+        "--log-to",
+        action="append",
+        choices=["tensorboard", "wandb"],
+        help="log there too, besides metrics.jsonl; may be repeated",
     )
     verb.add_argument(
         "--max-ram",
         type=size,
-        default="1GB",
         metavar="SIZE",
-        help="of rows held: a larger store is shuffled in two levels",
+        help="memory for rows, e.g. 4GB: a larger store is shuffled in two levels (default: 1GB)",
     )
     add_kernels(verb)
 
 
 def _run_train(args: argparse.Namespace) -> int:
-    _refuse_many_processes("train")
+    refuse_many_processes("train")
     from sae import pipeline
-    from sae.training.config import parsed
 
-    settings = {"batch_tokens": args.batch_tokens, "target_l0": args.l0}
-    given = {name: value for name, value in settings.items() if value is not None}
-    hook_point, target_hook_point = (*(args.hook_point or []), None, None)[:2]
     if bool(args.acts) == bool(args.live) or bool(args.live) != bool(args.text):
-        raise ValueError("say where the rows come from: --acts STORE, or --live MODEL with --text SOURCE.")
+        raise ValueError("name what to train on: either --acts STORE, or --live MODEL with --text SOURCE.")
+    hook_point, target_hook_point = (*(args.hook_point or []), None, None)[:2]
+    memory = {} if args.max_ram is None else {"max_ram_bytes": args.max_ram}
     pipeline.train(
-        pipeline.Live(args.live, args.text) if args.live else args.acts,
+        pipeline.Live(args.live, args.text, **memory) if args.live else args.acts,
         args.out,
         recipe=args.recipe,
         d_sae=args.d_sae,
+        l0=args.l0,
         tokens=args.tokens,
         seed=args.seed,
-        config=given | parsed(args.set or []),
+        config=settings(args),
         hook_point=hook_point,
         target_hook_point=target_hook_point,
         kernels=args.kernels,
         device=args.device,
         keep=args.keep,
         log_to=args.log_to or [],
-        max_ram_bytes=args.max_ram,
+        **memory,
     )
     print(args.out)
     return 0

@@ -1,20 +1,30 @@
-"""`sae verify`."""
+"""`sae verify`: a function of `pipeline.stores`; with --repair also `pipeline.repair`."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from sae.cli.flags import add_device, add_text, add_verb, resolved_device
+from sae.cli.flags import MODEL, add_device, add_text, add_verb
 
 
 def verify(verbs: Any) -> None:
-    verb = add_verb(verbs, "verify", _run_verify, "check every checksum of an activation store")
-    verb.add_argument("path")
-    verb.add_argument("--repair", action="store_true", help="harvest again what is wrong, and nothing else")
-    verb.add_argument("--model", help="where the store's model is now (its hash must be the store's)")
-    add_text(verb, required=False)
-    add_device(verb)
+    verb = add_verb(
+        verbs,
+        "verify",
+        _run_verify,
+        "check every checksum of an activation store",
+        example="sae verify runs/a/acts.zarr",
+    )
+    verb.add_argument("path", metavar="STORE", help="the activation store")
+    verb.add_argument("--repair", action="store_true", help="harvest the damaged shards again, and nothing else")
+    verb.add_argument(
+        "--model", help=f"for --repair: the store's model, if it was moved ({MODEL}); its weights must be the same"
+    )
+    add_text(
+        verb, required=False, help="for --repair: where the store's text is now, if not where it was; may be repeated"
+    )
+    add_device(verb, mps=True)
 
 
 def _run_verify(args: argparse.Namespace) -> int:
@@ -23,10 +33,13 @@ def _run_verify(args: argparse.Namespace) -> int:
     if not args.repair:
         left = pipeline.verify(args.path)
     else:
-        found, left = pipeline.repair(args.path, model=args.model, text=args.text, device=resolved_device(args.device))
+        found, left = pipeline.repair(args.path, model=args.model, text=args.text, device=args.device)
         for problem in found:
             print(f"found: {problem}")
     for problem in left:
         print(problem)
-    print(f"{args.path}: {len(left)} found wrong" if left else f"{args.path}: every checksum holds")
-    return 1 if left else 0
+    if left:
+        print(f"{args.path}: {len(left)} problem{'s' if len(left) > 1 else ''}")
+        return 1
+    print(f"{args.path}: every checksum holds")
+    return 0

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, for type checkers and editors
     from sae.pipeline.info import describe_feature as describe_feature
     from sae.pipeline.info import machine_facts as machine_facts
     from sae.pipeline.live import Live as Live
+    from sae.pipeline.pretrain import pretrain as pretrain
     from sae.pipeline.repair import repair as repair
     from sae.pipeline.resolve import open_pair as open_pair
     from sae.pipeline.rows import open_rows as open_rows
@@ -55,6 +56,7 @@ _PUBLIC = {  # by module
     "index": ("index",),
     "info": ("describe", "describe_feature", "machine_facts"),
     "live": ("Live",),
+    "pretrain": ("pretrain",),
     "repair": ("repair",),
     "resolve": ("open_pair",),
     "rows": ("open_rows",),

@@ -1,4 +1,4 @@
-"""Two dictionaries on one text: `compare`."""
+"""Compare two dictionaries on the same text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def compare(
     """Compares the features of two dictionaries on A's text (held-out first); writes `A/compare/<B>/` or `out`.
 
     B may belong to another model with the same tokenizer: that model then runs on the same tokens.
-    Raises: PipelineError when the two cannot see the same tokens; ValueError when there are none.
+    Raises: PipelineError if the two cannot read the same tokens; ValueError if there are no tokens.
     """
     a, b = Path(a), Path(b)
     first, second = autoencoder(a), autoencoder(b)
@@ -80,17 +80,17 @@ def _described(sae: SAE, directory: Path, model: LanguageModel) -> dict[str, Any
 def _paired_blocks(
     store: ActivationStore, shards: list[tuple[str, int]], a: SAE, b: SAE, models: tuple[LanguageModel, LanguageModel]
 ) -> Iterator[comparison.PairedBlock]:
-    """Each shard's rows as both models see them: from the store where it holds them, else by running the model."""
+    """Each shard's rows of both models: read from the store if it holds them, else computed by running the model."""
     for model in models:
         if _tokenizer_of(model) != store.provenance["tokenizer_sha256"]:
             raise PipelineError(
-                f"{model.id} has another tokenizer than the text in {store.path}: its activations do not stand at the "
-                "same tokens. Two models can be compared when they share a tokenizer."
+                f"{model.id} has another tokenizer than the text in {store.path}, so its activations belong to other "
+                "tokens. Two models can be compared if they share a tokenizer."
             )
         if model.context_tokens < store.seq_len:
             raise PipelineError(
-                f"{model.id} reads {model.context_tokens} tokens, the contexts of {store.path} have {store.seq_len}. "
-                "Harvest a store with a shorter --seq-len."
+                f"{model.id} reads at most {model.context_tokens} tokens, and the contexts of {store.path} have "
+                f"{store.seq_len}. Harvest a store with --seq-len {model.context_tokens}."
             )
     for split, shard in shards:
         contexts = store.read_contexts(split, shard)

@@ -1,4 +1,4 @@
-"""Evaluate a dictionary on held-out text."""
+"""Evaluate a dictionary on held-out text, and the blocks of a store that evaluation reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from store.common import HELD_OUT, TRAIN, write_json
 
 DONORS, DONOR_SHARDS = 4096, 8
 CHOOSING_TOKENS = 65_536
-SPREAD_SHARDS = 64  # of which a few contexts each are taken: one shard holds few documents
+SPREAD_SHARDS = 64  # a few contexts are taken from each, because one shard holds few documents
 
 
 def evaluate(
@@ -33,10 +33,10 @@ def evaluate(
 ) -> dict:
     """Evaluates a dictionary on the store's held-out split; writes eval.json and feature_stats.safetensors beside it.
 
-    A path finds its own store and model. A transcoder's ŷ takes the place of y, at its target hook point.
-    Dictionaries of one store and output hook point can share what they have in common: give each the same `ablated`,
-    {} at first.
-    Raises: PipelineError when the store or model is not the dictionary's.
+    A dictionary given by its path names its store and model. A transcoder's ŷ takes the place of y, at its target hook
+    point. To measure several dictionaries of one store and output hook point, pass each the same `ablated`, {} at
+    first: what does not depend on the dictionary is then computed once.
+    Raises: PipelineError if the store or the model is not the dictionary's.
     """
     dictionary, directory = opened(sae)
     acts = store_of(dictionary, directory, store)
@@ -67,13 +67,13 @@ def evaluate(
 
 
 def choosing_blocks(store: ActivationStore, hook_point: str, domains: list[str]) -> Iterator[evaluation.Block]:
-    """Training contexts on which each domain's feature is chosen, spread over the whole store."""
+    """Training contexts to choose each domain's feature on, spread over the whole store."""
     shards, every = thinned(store, TRAIN, CHOOSING_TOKENS)
     return eval_blocks(store, hook_point, domains, TRAIN, shards, every=every)
 
 
 def thinned(store: ActivationStore, split: str, tokens: int) -> tuple[list[int], int]:
-    """Shards spread evenly over a split, and n: one in n of their contexts make about `tokens` tokens, or more."""
+    """Shards spread evenly over a split, and n: one in n of their contexts makes at least about `tokens` tokens."""
     shards = sorted(store.markers(split))
     n = min(len(shards), SPREAD_SHARDS)
     chosen = [shards[i * len(shards) // n] for i in range(n)]
@@ -90,7 +90,7 @@ def eval_blocks(
     *,
     every: int = 1,
 ) -> Iterator[evaluation.Block]:
-    """Whole contexts of some shards, or one in `every`; with y where there is a target hook point."""
+    """Contexts of some shards, one in `every`; with y if there is a target hook point."""
     markers = store.markers(split)
     documents = {int(n): entry for shard in shards for n, entry in markers[shard].documents.items()}
     lookup = np.full(max(documents, default=0) + 2, -1)
@@ -98,7 +98,7 @@ def eval_blocks(
         lookup[number] = domains.index(entry[2]) if entry[2] in domains else -1
     for shard in shards:
         contexts = store.read_contexts(split, shard)
-        if not len(contexts.tokens):  # the text was over before this shard
+        if not len(contexts.tokens):  # the text ended before this shard
             continue
         acts, wanted = (
             torch.from_numpy(store.read_acts(split, shard, hook)).view(*contexts.tokens.shape, -1)[::every]
@@ -117,7 +117,7 @@ def eval_blocks(
 
 
 def donors(store: ActivationStore, hook_point: str) -> torch.Tensor:
-    """Training rows for resample ablation, drawn from the first shards: those hold documents in a random order."""
+    """Training rows for resample ablation, from the first shards: documents are stored in a random order."""
     rows: list[np.ndarray] = []
     for shard in sorted(store.markers(TRAIN))[:DONOR_SHARDS]:
         kept = store.read_contexts(TRAIN, shard).keep.reshape(-1)

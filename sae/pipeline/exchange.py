@@ -1,4 +1,4 @@
-"""Dictionaries handed to other tools, and taken from them."""
+"""Export dictionaries to other tools, and import theirs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ IMPORT_FORMATS = tuple(registry.PEERS)
 
 
 def export(sae: SAE | str | Path, format: str, out: str | Path) -> Path:
-    """Writes the dictionary into `out` as `native` (sae.safetensors + config.json) or in a peer's layout.
+    """Writes the dictionary into `out` as `native` (sae.safetensors and config.json) or in another tool's format.
 
-    Raises: PipelineError for an unknown format or an `out` that already holds files; InteropError where the peer has
-    nothing that does the same.
+    Raises: PipelineError for an unknown format or an `out` that already holds files; InteropError if the other tool has
+    no equivalent.
     """
     dictionary, _ = opened(sae)
     out = Path(out)
@@ -41,10 +41,10 @@ def import_dictionary(
 ) -> SAE:
     """Reads another tool's dictionary and writes it into `out` as ours, ready for eval, index, browse and steer.
 
-    `source` is a directory, a file, or `hub:owner/repo[/path][@revision]`. `model` and `hook_point` say (or correct)
-    what the files leave open; a model that is named is opened, checked and recorded with the hash of its weights.
-    Raises: InteropError for files that are damaged or mean something ours cannot say; PipelineError for an `out` that
-    holds files, an unknown hook point, or a model whose activations there have another width.
+    `source` is a directory, a file, or `hub:owner/repo[/path][@revision]`. `model` and `hook_point` add or correct what
+    the files do not say; a model that is named is opened, checked, and recorded with the hash of its weights.
+    Raises: InteropError for files that are damaged or have no equivalent here; PipelineError for an `out` that holds
+    files, an unknown hook point, or a model whose activations there have another width.
     """
     out = Path(out)
     refuse_filled(out, "import")
@@ -54,8 +54,8 @@ def import_dictionary(
     place = hook_point or sae.config["hook_point"]
     if place is None:
         raise PipelineError(
-            f"import: {named} does not say, in a name that is known here, which activations it reads. Name them: "
-            "--hook-point blocks.<layer>.hook_resid_post, or as TransformerLens calls the place."
+            f"import: {named} does not say, by a name that is known here, which activations it reads. Name the hook "
+            "point as TransformerLens does: --hook-point blocks.<layer>.hook_resid_post, for example."
         )
     sae.config["hook_point"] = place
     sae.config["imported"]["source"] = named if path != Path(source) else path.resolve().name

@@ -1,9 +1,9 @@
-"""Harvest a store: forecast, budgets, provenance."""
+"""Harvest a store: its forecast, its budgets, and the record of where its rows come from."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,20 +14,24 @@ from sae.harvesting.lanes import Plan, default_heldout_tokens, lanes_of, plan
 from sae.jobs.memory import resident_bytes
 from sae.lm import LanguageModel, load_model
 from sae.pipeline.errors import PipelineError
+from sae.pipeline.resolve import model_device
 from sae.text.sources import TextSource, combine, open_text
 from store.activations import ActivationStore, is_url
 from store.common import HELD_OUT, LANES, TRAIN, StoreError, same_model
 
 DEFAULT_HOOK_POINT = "blocks.0.mlp.hook_post"
 BYTES_PER_VALUE = {"float16": 2, "bfloat16": 2, "float32": 4}
-TEXT_BYTES = 9  # of a row: token, keep and document number
+TEXT_BYTES = 9  # per row: token, keep and document number
 Text = str | Path | TextSource | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a harvest will take: disk, against what is free (`shard_bytes` with marker and rounding to blocks), and
-    memory: what this process holds now and the rows in hand, without the text's window of up to half a gigabyte."""
+    """The disk and memory that a harvest needs.
+
+    `shard_bytes` includes a shard's marker and the rounding to disk blocks. `ram_bytes` is what this process holds now
+    and the rows of the shards being filled, without the text's window, which takes up to half a gigabyte more.
+    """
 
     rows: int
     disk_bytes: int
@@ -44,7 +48,7 @@ class Forecast:
 def forecast_harvest(
     plan: Plan, widths: Mapping[str, int], dtype: str | Mapping[str, str], out: str | Path
 ) -> Forecast:
-    """Rows and bytes of the finished store, and the room there is."""
+    """Rows and bytes of the finished store, and the disk space that is free."""
     shard_rows = plan.contexts_per_shard * plan.seq_len
     kinds = _dtypes(dtype, widths)
     row_bytes = sum(width * BYTES_PER_VALUE[kinds[hook]] for hook, width in widths.items()) + TEXT_BYTES
@@ -70,42 +74,47 @@ def harvest(
     dtype: str | Mapping[str, str] = "float16",
     heldout_tokens: int | None = None,
     seq_len: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     rank: int = 0,
     world: int = 1,
     max_disk_bytes: int | None = None,
     max_ram_bytes: int | None = None,
     keep_rows: int | None = None,
     take_over: bool = False,
+    report: Callable[[str], None] = lambda line: None,
 ) -> str | Path:
     """Streams the activations of `tokens` tokens (and a frozen held-out split) into a Zarr store at `out`.
 
-    Worker `rank` of `world` fills its lanes of 64; together they write the bytes that one would. `max_disk_bytes`
-    and `max_ram_bytes` (of this process) stop short of the plan, with everything written ready for use; `keep_rows`
-    keeps only the newest training rows.
-    Repeat the call to go on after an interruption: committed shards stay, the result is the same byte for byte.
-    Raises: PipelineError when disk or memory is too small at the start, OutOfMemoryBudget and DiskFull on the way;
+    Worker `rank` of `world` fills its share of the 64 lanes; together they write the same bytes as one worker alone.
+    `max_disk_bytes`, and `max_ram_bytes` of this process, end the harvest early, with everything written ready for use;
+    `keep_rows` keeps only the newest training rows. A model given by name runs on `device`. `report` is called with the
+    forecast, a line of text.
+    Repeat the call to go on after an interruption: committed shards stay, and the result is the same byte for byte.
+    Raises: PipelineError when disk or memory is too small at the start; OutOfMemoryBudget and DiskFull later on;
     StoreError when `out` is another store, or another process writes one of these lanes; TextError for bad text.
     """
-    lm = load_model(model, device=device) if isinstance(model, str) else model
+    lm = load_model(model, device=model_device(device)) if isinstance(model, str) else model
     source = source_of(text)
     out = out if is_url(out) else Path(out)
     seq_len = seq_len or min(256, lm.context_tokens)
     if seq_len > lm.context_tokens:
-        raise PipelineError(f"seq_len = {seq_len} is more than {lm.id}'s context of {lm.context_tokens} tokens.")
+        raise PipelineError(
+            f"seq_len = {seq_len} is longer than the context of {lm.id}, which is {lm.context_tokens} tokens."
+        )
     lanes = lanes_of(rank, world)
     widths = {hook_point: lm.hook_width(hook_point) for hook_point in hook_points}
     dtypes = _dtypes(dtype, widths)
     planned = plan(tokens, heldout_tokens or default_heldout_tokens(tokens), seq_len, keep_rows)
     forecast = forecast_harvest(planned, widths, dtypes, out)
+    report(f"forecast: {forecast}")
     only = _within(planned, forecast, max_disk_bytes)
     wanted_bytes = forecast.disk_bytes if only is None else max_disk_bytes or 0
     if forecast.free_bytes is not None and not Path(out).exists() and wanted_bytes > forecast.free_bytes:
         raise PipelineError(f"harvest needs {forecast}. Lower --tokens, or choose another disk with --out.")
     if max_ram_bytes is not None and forecast.ram_bytes > max_ram_bytes:
         raise PipelineError(
-            f"harvest needs {forecast.ram_bytes / 1e6:,.0f} MB of memory for the model and the rows in hand, more than "
-            f"the {max_ram_bytes / 1e6:,.0f} MB allowed. Raise --max-ram, or name fewer hook points at once."
+            f"harvest needs {forecast.ram_bytes / 1e6:,.0f} MB of memory for the model and the rows not yet written, "
+            f"more than the {max_ram_bytes / 1e6:,.0f} MB allowed. Raise --max-ram, or name fewer hook points at once."
         )
     store = ActivationStore.create(
         out,
@@ -124,21 +133,23 @@ def harvest(
 
 
 def _dtypes(dtype: str | Mapping[str, str], hooks: Mapping[str, int]) -> dict[str, str]:
-    """The dtype of each hook point. Raises: PipelineError for an unknown one, or a hook point without one."""
+    """The dtype of each hook point. Raises: PipelineError for an unknown dtype, or a hook point without one."""
     kinds = dict.fromkeys(hooks, dtype) if isinstance(dtype, str) else dict(dtype)
     for kind in kinds.values():
         if kind not in BYTES_PER_VALUE:
             raise PipelineError(f"dtype must be one of {', '.join(BYTES_PER_VALUE)}; got {kind!r}.")
     if kinds.keys() != hooks.keys():
-        raise PipelineError(f"dtype names {', '.join(kinds) or 'nothing'}; the hook points are {', '.join(hooks)}.")
+        raise PipelineError(
+            f"dtype is given for {', '.join(kinds) or 'no hook point'}; the hook points are {', '.join(hooks)}."
+        )
     return kinds
 
 
 def _within(planned: Plan, forecast: Forecast, max_disk_bytes: int | None) -> dict[str, Container[int]] | None:
-    """The shards that fit the budget, held-out ones first; None when all do.
+    """The shards that fit into the budget, held-out ones first; None when all of them do.
 
-    A function of the numbers alone, so that any number of workers stops at the same shards.
-    Raises: PipelineError when not one training shard of each lane fits, or when a ring does not fit whole.
+    It depends on nothing but these numbers, so that any number of workers stops at the same shards.
+    Raises: PipelineError when there is no room for one training shard per lane, or for all shards of a ring.
     """
     if max_disk_bytes is None or planned.kept_shards * forecast.shard_bytes <= max_disk_bytes:
         return None
@@ -156,7 +167,7 @@ def _within(planned: Plan, forecast: Forecast, max_disk_bytes: int | None) -> di
 
 
 def source_of(text: Text) -> TextSource:
-    """One source of what a caller names as text."""
+    """The text that a caller names, as one source."""
     if isinstance(text, TextSource):
         return text
     if isinstance(text, str | Path):
@@ -165,7 +176,7 @@ def source_of(text: Text) -> TextSource:
 
 
 def provenance_of(lm: LanguageModel, source: TextSource) -> dict[str, Any]:
-    """What decides a store's rows: model, tokenizer and text, each with its hash."""
+    """What determines a store's rows: model, tokenizer and text, each with its hash."""
     return {
         "model": lm.identity(),
         "tokenizer_sha256": sha256(lm.tokenizer.to_str().encode()).hexdigest(),
@@ -179,9 +190,9 @@ def provenance_of(lm: LanguageModel, source: TextSource) -> dict[str, Any]:
 
 
 def _as_recorded(out: str | Path, provenance: dict[str, Any]) -> dict[str, Any]:
-    """With the model as a store at `out` records it, if it is the same one: where it lies decides no row."""
+    """The provenance, with the model named as in the store at `out`, if that is the same model by another name."""
     try:
         there = ActivationStore.open(out).provenance.get("model", {})
-    except StoreError:  # none yet, or damaged, which is said later
+    except StoreError:  # not made yet, or damaged, which is reported later
         return provenance
     return provenance | {"model": there} if same_model(there, provenance["model"]) else provenance

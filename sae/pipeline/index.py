@@ -33,8 +33,8 @@ def index(
 ) -> Path:
     """Builds the feature index (`features.zarr` beside the dictionary) over `tokens` tokens, held-out ones first.
 
-    What a feature does to the output is of its decoder row at the hook point where x̂ belongs: a transcoder's target.
-    Raises: PipelineError when the store or model is not the dictionary's.
+    A feature's effect on the output is that of its decoder row at the hook point of x̂ (a transcoder's target).
+    Raises: PipelineError if the store or the model is not the dictionary's.
     """
     dictionary, directory = opened(sae)
     acts = store_of(dictionary, directory, store)
@@ -82,7 +82,7 @@ def index(
 
 
 def _resampled_at(directory: Path) -> dict[int, int]:
-    """The step at which each feature was last given a new start."""
+    """The step at which each feature was last resampled."""
     log = directory / "resampled.jsonl"
     lines = log.read_text().splitlines() if log.is_file() else []
     return {line["feature"]: line["step"] for line in map(json.loads, lines)}
@@ -102,12 +102,12 @@ def first_shards(store: ActivationStore, tokens: int) -> list[tuple[str, int]]:
 def _documents_of(
     markers: dict[str, dict[int, Marker]], shards: list[tuple[str, int]]
 ) -> tuple[list[tuple[str, str, str, str]], np.ndarray]:
-    """The documents of these shards, and a table from the store's numbers to their place in that list."""
+    """The documents of these shards, and the table from the store's document numbers to places in that list."""
     found: dict[int, tuple[str, str, str, str]] = {}
     for split, shard in shards:
         found |= {int(n): tuple(entry) for n, entry in markers[split][shard].documents.items()}  # type: ignore[misc]
     numbers = sorted(found)
-    renumbered = np.full(max(numbers, default=0) + 2, -1, np.int32)  # the last entry answers padding's -1
+    renumbered = np.full(max(numbers, default=0) + 2, -1, np.int32)  # the last entry is for padding, which is -1
     renumbered[numbers] = np.arange(len(numbers), dtype=np.int32)
     return [found[n] for n in numbers], renumbered
 

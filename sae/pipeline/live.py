@@ -1,4 +1,4 @@
-"""Dictionaries trained while the model runs: the rows of a model and a text in place of a store's."""
+"""Train on a model while it runs: rows from a model and a text, with nothing on disk."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ from sae.training.recipes import recipe_named
 
 @dataclass(frozen=True)
 class Live:
-    """A model and a text to `train` on with nothing on disk: the model runs as the dictionary asks for rows.
+    """A model and a text to `train` on with nothing on disk: the model runs whenever the dictionary needs rows.
 
-    Rows wait in a mixing buffer of at most `memory_bytes`, in `dtype` (float16, bfloat16 or float32), on the device the
-    dictionary is trained on. Held-out documents are never trained on, as in a store.
+    Rows are shuffled in a buffer of at most `max_ram_bytes`, held in `dtype` (float16, bfloat16 or float32) on the
+    device that the dictionary is trained on. Held-out documents are never trained on, as with a store.
     """
 
     model: LanguageModel | str
     text: Text
-    seq_len: int | None = None  # tokens of a context; the default is a harvest's
-    memory_bytes: int = 1 << 30
+    seq_len: int | None = None  # tokens of a context; by default as in a harvest
+    max_ram_bytes: int = 1 << 30
     dtype: str = "float16"
 
 
 def live_rows(
     live: Live, config: TrainConfig, hook_point: str | None, target_hook_point: str | None, device: str
 ) -> tuple[LiveRows, dict[str, Any]]:
-    """The rows that a recipe trains on, and where they come from, for config.json."""
+    """The rows that a recipe trains on, and the record of where they come from, for config.json."""
     lm = load_model(live.model, device=device) if isinstance(live.model, str) else live.model
     source, hook = source_of(live.text), hook_point or DEFAULT_HOOK_POINT
     seq_len = live.seq_len or min(256, lm.context_tokens)
     if seq_len > lm.context_tokens:
-        raise PipelineError(f"seq_len = {seq_len} is more than {lm.id}'s context of {lm.context_tokens} tokens.")
+        raise PipelineError(
+            f"seq_len = {seq_len} is longer than the context of {lm.id}, which is {lm.context_tokens} tokens."
+        )
     needs = recipe_named(config.recipe).needs
     check_target(config.recipe, target_hook_point)
     hooks = {"x": hook} | ({"y": target_hook_point} if target_hook_point else {})
@@ -47,7 +49,7 @@ def live_rows(
         batch_tokens=config.batch_tokens,
         seed=config.seed,
         steps=config.steps,
-        memory_bytes=live.memory_bytes,
+        memory_bytes=live.max_ram_bytes,
         dtype=live.dtype,
         downstream=lm.downstream(hook) if needs == "resid" else None,
     )
@@ -61,13 +63,13 @@ def live_rows(
 
 
 def check_target(recipe: str, target_hook_point: str | None) -> None:
-    """Raises: PipelineError for a recipe that learns y without y's hook point, or one given to any other."""
+    """Raises: PipelineError when a transcoder recipe has no target hook point, or another recipe has one."""
     needs_target = recipe_named(recipe).needs == "y"
     if needs_target != bool(target_hook_point):
-        wants = "learns y from x: name a second hook point, y's" if needs_target else "takes one hook point, x's"
+        wants = "predicts y from x: name a second hook point, that of y" if needs_target else "takes one hook point"
         raise PipelineError(f"recipe {recipe} {wants}.")
 
 
 def resid_mid_of(hook_point: str) -> str:
-    """Where the residual stream is that an MLP's hook point is added to."""
+    """The hook point of the residual stream that the MLP of `hook_point` adds to."""
     return f"{hook_point.split('.mlp.')[0]}.hook_resid_mid"

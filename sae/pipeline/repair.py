@@ -1,6 +1,6 @@
 """Repair an activation store: harvest again what `verify` finds wrong, and nothing else.
 
-Apart from `stores`, because it runs a model: verifying does not need torch.
+It runs a model; verifying (`stores`) does not, and so loads without torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from sae.harvesting import harvest as harvesting
 from sae.lm import LanguageModel, load_model
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.harvest import Text, provenance_of, source_of
+from sae.pipeline.resolve import model_device
 from sae.text.sources import TextSource
 from store.activation_input import differences
 from store.activations import ActivationStore
@@ -18,12 +19,12 @@ from store.common import HELD_OUT, TRAIN, same_model
 
 
 def repair(
-    path: str | Path, *, model: LanguageModel | str | None = None, text: Text | None = None, device: str = "cpu"
+    path: str | Path, *, model: LanguageModel | str | None = None, text: Text | None = None, device: str = "auto"
 ) -> tuple[list[str], list[str]]:
-    """Harvests again just what `verify` finds wrong; what was wrong, and what still is.
+    """Harvests again only what `verify` finds wrong; returns the problems found, and those that are left.
 
-    The model and the text are those the store names, unless given; either way their hashes must be the store's.
-    Raises: PipelineError showing what differs, before anything is changed; StoreError when nothing can be rebuilt.
+    The model and the text are those that the store names, unless given; their hashes must be those of the store.
+    Raises: PipelineError listing what differs, before anything is changed; StoreError when nothing can be rebuilt.
     """
     restored = ActivationStore.restore_metadata(path)
     store = ActivationStore.open(path)
@@ -40,8 +41,8 @@ def repair(
                 store.clear(problem)
             harvesting.harvest(lm, source, store, only=bad)
         left = [problem.text for problem in store.verify()] + [
-            f"{store.path}: {split} shard {shard} came out with other bytes than it had (another machine, or another "
-            "number of threads?): sound, but its activations differ in the last digits"
+            f"{store.path}: {split} shard {shard} is whole again, but with other bytes than before: its activations "
+            "differ in the last digits (harvested on another machine, or with another number of threads?)"
             for (split, shard), before in sums.items()
             if before and before != store.recorded_files(split, shard)
         ]
@@ -58,10 +59,10 @@ def _as_harvested(
     if derived or "model" not in store.provenance or not (text or store.provenance.get("text_specs")):
         raise PipelineError(
             f"{store.path} does not say from which model and text it was harvested (a merged or cut store does not): "
-            "repair the stores it was made of, and make it again."
+            "repair the stores it was made from, and make it again."
         )
     chosen = model or store.provenance["model"]["id"]
-    lm = chosen if isinstance(chosen, LanguageModel) else load_model(chosen, device=device)
+    lm = chosen if isinstance(chosen, LanguageModel) else load_model(chosen, device=model_device(device))
     source = source_of(text or store.provenance["text_specs"])
     ours = provenance_of(lm, source)
     decisive = ("tokenizer_sha256", "text_sha256", "bos", "weight_processing", "held_out")
@@ -71,8 +72,8 @@ def _as_harvested(
     differing = differences(there, {"model_sha256": found, **{k: ours[k] for k in decisive}})
     if differing:
         raise PipelineError(
-            f"{store.path} was harvested from something else, and nothing in it was changed:\n  "
+            f"{store.path} was harvested from another model or text; nothing in it was changed:\n  "
             + "\n  ".join(differing)
-            + "\nName what it was harvested from (--model, --text)."
+            + "\nName the model and the text it was harvested from with --model and --text."
         )
     return lm, source

@@ -1,10 +1,12 @@
-"""Which store and which model a dictionary belongs to, and a refusal of any other."""
+"""Find the store and the model that a dictionary belongs to, and refuse any other."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sae.dictionary.autoencoder import SAE, refuse_transcoder
 from sae.dictionary.files import load
@@ -14,52 +16,69 @@ from sae.pipeline.errors import PipelineError
 from store.activations import ActivationStore
 from store.common import same_model
 
-X_HAT_FOR_X = "controls, comparison and steering"  # what takes x̂ to stand where x was read
+X_HAT_FOR_X = "controls, comparison and steering"  # they put x̂ in the place of x
+
+
+def model_device(name: str = "auto") -> str:
+    """The device for a language model: `auto` is a CUDA device if there is one, else the CPU.
+
+    Raises: PipelineError for a device that this machine does not have.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return "cuda" if available["cuda"] else "cpu"
+    if not available.get(name):
+        here = ", ".join(device for device in available if available[device])
+        raise PipelineError(f"--device {name}: not available on this machine; choose auto, {here}.")
+    return name
 
 
 def opened(sae: SAE | str | Path) -> tuple[SAE, Path | None]:
+    """A dictionary, and its directory if it was given by that."""
     return (sae, None) if isinstance(sae, SAE) else (load(sae), Path(sae))
 
 
 def autoencoder(directory: str | Path) -> SAE:
-    """A dictionary whose x̂ stands where x was read. Raises: PipelineError for a transcoder."""
+    """A dictionary whose x̂ takes the place of its x. Raises: PipelineError for a transcoder."""
     sae = load(directory)
     refuse_transcoder(sae, X_HAT_FOR_X, PipelineError)
     return sae
 
 
 def output_hook_point(sae: SAE) -> str:
-    """Where x̂ belongs: where x was read, or where a transcoder's y is. Raises: PipelineError when it does not say."""
+    """The hook point of x̂: that of x, or a transcoder's target. Raises: PipelineError when it is not recorded."""
     key = "target_hook_point" if sae.is_transcoder else "hook_point"
     if key not in sae.config:
-        raise PipelineError(f"this dictionary does not say where its output belongs: its config.json has no {key}.")
+        raise PipelineError(
+            f"the hook point of this dictionary's output is not recorded: its config.json has no {key}."
+        )
     return sae.config[key]
 
 
 def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> ActivationStore:
-    """The store it was trained on, or the one asked for, of the same model.
+    """The store a dictionary was trained on, or the one asked for, which must hold activations of the same model.
 
-    Raises: PipelineError for another model's, or one that lacks a place that the dictionary reads or predicts.
+    Raises: PipelineError for another model's store, or one without a hook point that the dictionary reads or predicts.
     """
     if asked is None:
         held = sae.config.get("store", {}).get("path")
         if "live" in sae.config:
             raise PipelineError(
-                "this dictionary was trained live, without a store, and this needs one. Make it:\n"
-                f"  {_harvest_for(sae.config, directory)}\nand name it (--acts). Its held-out documents are new to the "
-                "dictionary, which was trained on no held-out document."
+                "this command needs an activation store, and this dictionary was trained live, without one. Make one:\n"
+                f"  {_harvest_for(sae.config, directory)}\nand name it with --acts. The dictionary was trained on none "
+                "of its held-out documents."
             )
         if held is None or directory is None:
-            raise PipelineError("this dictionary does not say which store it was trained on; name one (--acts).")
+            raise PipelineError("this dictionary does not say which store it was trained on; name one with --acts.")
         asked = Path(os.path.normpath(directory / held))
     store = ActivationStore.open(asked)
     ours, theirs = sae.config.get("model", {}), _model_in(store)
-    if "sha256" in ours and not same_model(ours, theirs):  # an imported dictionary may not know it
+    if "sha256" in ours and not same_model(ours, theirs):  # an imported dictionary may have no hash
         raise PipelineError(
             f"{store.path} holds activations of {theirs['id']} (weights {theirs['sha256'][:12]}…), the dictionary was "
             f"trained on {ours['id']} ({ours['sha256'][:12]}…). Harvest that model's activations first."
         )
-    places = [("reads", sae.config.get("hook_point") or "an unnamed place", sae.d_in)]
+    places = [("reads", sae.config.get("hook_point") or "an unnamed hook point", sae.d_in)]
     if sae.is_transcoder:
         places.append(("predicts", output_hook_point(sae), sae.d_out))
     for does, hook_point, width in places:
@@ -77,27 +96,28 @@ def _harvest_for(config: dict[str, Any], directory: Path | None) -> str:
 
 
 def _model_in(store: ActivationStore) -> dict[str, str]:
-    """What the store says of the model whose activations it holds."""
+    """The model whose activations a store holds, as it is recorded there."""
     found = store.provenance.get("model")
     if not found:
-        raise PipelineError(f"{store.path} does not say whose activations it holds. Harvest it with `sae harvest`.")
+        raise PipelineError(f"{store.path} does not say whose activations it holds. Make a store with `sae harvest`.")
     return found
 
 
 def model_of(
     sae: SAE, asked: LanguageModel | str | None, store: ActivationStore | None = None, *, device: str = "cpu"
 ) -> LanguageModel:
-    """The dictionary's model, by its recorded name or where `asked` says it is now; without a known hash, the store's.
+    """The dictionary's model, by its recorded name, or by the name or as the model asked for.
 
-    Raises: PipelineError for a model with other weights: their effects are not the dictionary's.
+    Its weights must have the recorded hash; without a recorded one it must be the store's model.
+    Raises: PipelineError for a model with other weights.
     """
     lm = asked if isinstance(asked, LanguageModel) else _named_model(sae, asked, str(device_named(device)))
     ours = sae.config.get("model", {})
     if "sha256" in ours and not same_model(ours, lm.identity()):
         raise PipelineError(
             f"the dictionary was trained on {ours.get('id')} (weights {ours['sha256'][:12]}…), the model here is "
-            f"{lm.id} (weights {lm.weights_sha256[:12]}…): it has changed, or is another. Name where the right one is "
-            "(--model)."
+            f"{lm.id} (weights {lm.weights_sha256[:12]}…): it has changed, or is another. Name the right one with "
+            "--model."
         )
     if store and "sha256" not in ours:
         require_model_of(store, lm)
@@ -110,7 +130,7 @@ def require_model_of(store: ActivationStore, lm: LanguageModel) -> None:
     if not same_model(theirs, lm.identity()):
         raise PipelineError(
             f"{store.path} holds activations of {theirs['id']} (weights {theirs['sha256'][:12]}…), the model named is "
-            f"{lm.id} ({lm.weights_sha256[:12]}…). Name the store's (--model)."
+            f"{lm.id} ({lm.weights_sha256[:12]}…). Name the store's model with --model."
         )
 
 
@@ -129,7 +149,7 @@ def model_in(store: ActivationStore) -> LanguageModel:
 def _named_model(sae: SAE, asked: str | None, device: str) -> LanguageModel:
     ours = sae.config.get("model", {})
     if asked is None and "id" not in ours:
-        raise PipelineError("this dictionary does not say which model it belongs to; name one (--model).")
+        raise PipelineError("this dictionary does not say which model it belongs to; name one with --model.")
     return load_model(asked or ours["id"], device=device)
 
 

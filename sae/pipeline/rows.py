@@ -1,4 +1,4 @@
-"""Rows of a store for the trainer, and where they come from."""
+"""Rows of a store for the trainer, and the record of where they come from."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from store.activations import ActivationStore
 from store.batches import ShuffledRows
 from store.common import TRAIN
 
-SHUFFLE_BYTES = 10**9  # of rows held in memory, unless another budget is given
+SHUFFLE_BYTES = 10**9  # default memory for rows
 
 
 class StoreRows:
-    """Training rows from an activation store: x, and what a recipe needs beside it from the same tokens.
+    """Training rows from an activation store: x, and what else a recipe needs of the same tokens.
 
-    Of `world` data-parallel ranks each gets its own rows: over all of them every kept row comes once an epoch.
+    Each of `world` data-parallel ranks gets rows of its own; all ranks together see every kept row once per epoch.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class StoreRows:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        beside = [hook for hook in (target_hook_point, resid_hook_point) if hook]
-        wide = sum(store.hook_points[hook] for hook in (hook_point, *beside))
+        others = [hook for hook in (target_hook_point, resid_hook_point) if hook]
+        total_width = sum(store.hook_points[hook] for hook in (hook_point, *others))
 
         def rows(hook: str, **pools: Any) -> ShuffledRows:
             return ShuffledRows(store, hook, batch_rows=batch_tokens, seed=seed, rank=rank, world=world, **pools)
 
-        self._rows = rows(hook_point, memory_bytes=max_ram_bytes * store.hook_points[hook_point] // wide)
-        # Read in the pools of x, so that row n of each is of the same token.
+        self._rows = rows(hook_point, memory_bytes=max_ram_bytes * store.hook_points[hook_point] // total_width)
+        # The same pools as for x, so that row n of each belongs to the same token.
         pools = {"pool_shards": self._rows.pool_shards, "parts": self._rows.parts}
         self._targets = rows(target_hook_point, **pools) if target_hook_point else None
         self._resid = rows(resid_hook_point, **pools) if resid_hook_point else None
@@ -70,7 +70,7 @@ class StoreRows:
     def sample_targets(self, n: int, seed: int) -> Float[Tensor, "n d_out"]:
         """y of the rows that `sample` draws."""
         if self._targets is None:
-            raise PipelineError("this recipe learns y from x: name x's hook point and then y's.")
+            raise PipelineError("this recipe predicts y from x: name the hook point of x, then that of y.")
         return torch.from_numpy(self._targets.sample(min(n, self.n_rows), seed))
 
 
@@ -84,10 +84,11 @@ def open_rows(
     world: int | None = None,
     max_ram_bytes: int = SHUFFLE_BYTES,
 ) -> StoreRows:
-    """Rows of a store for a training loop of one's own, alone or as one of many ranks, each with rows of its own.
+    """Rows of a store for a training loop of your own, in one process or in one of many ranks.
 
-    `batch_tokens` is of one rank; `rank` and `world` default to what torchrun says (RANK, WORLD_SIZE), else 0 and 1.
-    Every kept row comes once an epoch over all ranks. Raises: StoreError, PipelineError for a wrong hook point or rank.
+    `batch_tokens` is the number of rows that one rank gets per step; `rank` and `world` default to RANK and WORLD_SIZE,
+    which torchrun sets, else to 0 and 1. All ranks together see every kept row once per epoch.
+    Raises: StoreError for a damaged store or a wrong rank; PipelineError for a wrong hook point.
     """
     store = ActivationStore.open(path)
     return StoreRows(
@@ -108,7 +109,7 @@ def rows_for(
     target_hook_point: str | None,
     max_ram_bytes: int = SHUFFLE_BYTES,
 ) -> StoreRows:
-    """The rows that a recipe trains on. Raises: PipelineError for a hook point that it needs and is not there."""
+    """The rows that a recipe trains on. Raises: PipelineError when the store lacks a hook point that it needs."""
     check_target(config.recipe, target_hook_point)
     resid, downstream = None, None
     if recipes.recipe_named(config.recipe).needs == "resid":
@@ -144,17 +145,18 @@ def provenance_of(
             "text": store.provenance["text"],
             "text_sha256": store.provenance["text_sha256"],
             "kept_rows": store.totals(TRAIN, hook).kept_rows,
-            "rows_sha256": store.fingerprint(TRAIN),  # a ring moves on with as many rows, but not the same
+            "rows_sha256": store.fingerprint(TRAIN),  # a ring replaces its rows, in the same number
             "max_ram_bytes": max_ram_bytes,  # decides their order
         },
     }
 
 
 def hook_point_of(store: ActivationStore, asked: str | None) -> str:
-    """The hook point asked for, or the store's only one. Raises: PipelineError when it is not there or not clear."""
+    """The hook point asked for, or the store's only one. Raises: PipelineError for an unknown or missing name."""
     names = list(store.hook_points)
     if asked is None and len(names) == 1:
         return names[0]
     if asked not in names:
-        raise PipelineError(f"{store.path} holds the hook points {', '.join(names)}; got {asked!r}. Name one of them.")
+        wrong = "none was named" if asked is None else f"got {asked!r}"
+        raise PipelineError(f"{store.path} holds the hook points {', '.join(names)}; {wrong}. Choose one of them.")
     return asked

@@ -1,4 +1,4 @@
-"""What steering needs of a trained dictionary: its features' units."""
+"""The units in which steering measures activations: each feature's maximum and 99th percentile."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from store.features import FeatureIndex
 
 
 def feature_max(directory: str | Path) -> np.ndarray:
-    """Largest held-out activation of each feature, from feature_stats.safetensors (written by evaluate)."""
+    """Largest held-out activation of each feature [d_sae], from feature_stats.safetensors (written by `evaluate`)."""
     return _held_out_stats(Path(directory))["max"].numpy()
 
 
 def feature_units(directory: str | Path) -> dict[str, np.ndarray]:
-    """What steering measures values in, `feature_max` and `feature_p99` [d_sae]: over the tokens of the feature index,
-    as the browser shows them; without an index over the held-out tokens of `evaluate`.
+    """The units of steering, `feature_max` and `feature_p99` [d_sae], as arguments of `sae.steer`.
 
-    Raises: PipelineError where there is neither.
+    They are taken over the tokens of the feature index, as in the browser; without an index over the held-out tokens
+    of `evaluate`. Raises: PipelineError if there is neither.
     """
     directory = Path(directory)
     if (directory / "features.zarr").is_dir():
@@ -34,5 +34,5 @@ def feature_units(directory: str | Path) -> dict[str, np.ndarray]:
 def _held_out_stats(directory: Path) -> dict[str, Tensor]:
     path = directory / "feature_stats.safetensors"
     if not path.is_file():
-        raise PipelineError(f"{path} is missing; `sae eval {directory}` writes it.")
+        raise PipelineError(f"{path} is missing. Run `sae eval {directory}`, which writes it.")
     return read_tensors(path)[0]

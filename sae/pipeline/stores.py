@@ -1,4 +1,7 @@
-"""Care of activation stores, without a model: verify, clean, merge, cut smaller, write as numpy arrays."""
+"""Care for activation stores without a model: verify, clean, merge, subset, export as numpy arrays.
+
+The functions of `sae verify`, `sae clean` and `sae store`. They load without torch; `repair` has a module of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +19,34 @@ merge_stores, subset_store = merge, subset
 
 
 def clean(path: str | Path, *, acts: bool = False, dry_run: bool = False) -> dict[str, int]:
-    """Removes what killed writers left in the activation stores at or under `path`; bytes by what went.
+    """Deletes what killed writers left in the activation stores at or under `path`; returns bytes by deleted path.
 
-    With `acts` the stores themselves go too, where every dictionary beside them has its feature index (which needs no
-    store). Raises: StoreError when another process writes the store; PipelineError when there is no store, or a
-    dictionary without an index.
+    With `acts` the stores themselves are deleted, provided that every dictionary beside them has a feature index, which
+    needs no store. With `dry_run` nothing is deleted.
+    Raises: StoreError when another process writes a store; PipelineError if there is no store, or a dictionary has no
+    index.
     """
     path = Path(path)
     stores = [path] if _is_store(path) else sorted(p for p in path.glob("**/*.zarr") if _is_store(p))
     if not stores:
-        raise PipelineError(f"{path}: no activation store here to clean.")
-    removed: dict[str, int] = {}
+        raise PipelineError(f"{path}: no activation store (*.zarr) here or below, so nothing to clean.")
+    deleted: dict[str, int] = {}
     for place in stores:
         store = ActivationStore.open(place)
         with store.hold(sweep=False):
             if acts:
                 _require_indexes(place)
-                removed[str(place)] = _bytes_under(place)
+                deleted[str(place)] = _bytes_under(place)
                 if not dry_run:
                     shutil.rmtree(place)
             else:
-                removed |= {store.place.where(key): size for key, size in store.sweep(dry_run=dry_run).items()}
+                deleted |= {store.place.where(key): size for key, size in store.sweep(dry_run=dry_run).items()}
         for beside in (place.with_name(place.name + ".creating"), place.with_name(place.name + ".lock")):
             if beside.exists():
-                removed[str(beside)] = _bytes_under(beside)
+                deleted[str(beside)] = _bytes_under(beside)
                 if not dry_run:
                     shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
-    return removed
+    return deleted
 
 
 def _is_store(path: Path) -> bool:
@@ -57,8 +61,8 @@ def _require_indexes(store: Path) -> None:
     for config in sorted(store.parent.glob("**/config.json")):
         if (config.parent / "sae.safetensors").exists() and not (config.parent / "features.zarr").is_dir():
             raise PipelineError(
-                f"{config.parent} has no feature index yet, and needs {store} for it; "
-                f"`sae index {config.parent}` first."
+                f"{config.parent} has no feature index yet, and building one needs {store}. "
+                f"Run `sae index {config.parent}` first."
             )
 
 

@@ -1,4 +1,4 @@
-"""Train a dictionary on a store or on a running model."""
+"""Train a dictionary on an activation store, on a running model, or on any rows."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def train(
     *,
     recipe: str = "balanced",
     d_sae: int = 4096,
+    l0: float | None = None,
     tokens: int | None = None,
     seed: int = 0,
     config: dict[str, Any] | None = None,
@@ -35,16 +36,18 @@ def train(
     log_to: Sequence[str] = (),
     max_ram_bytes: int = SHUFFLE_BYTES,
 ) -> SAE:
-    """Trains a dictionary on a store (its path), a model and a text (`Live`: nothing on disk) or any `Rows`; `config`
-    overrides the recipe's settings.
+    """Trains a dictionary on a store (its path), a model and a text (`Live`: nothing on disk) or any `Rows`.
 
-    `tokens` is the number of rows seen (default: four epochs of a store, 4M of other rows); `keep` the number of saved
-    states that stay. A transcoder wants a `target_hook_point` too. `log_to` names trackers
-    (`sae.jobs.trackers`). A store that fits into `max_ram_bytes` is shuffled exactly, else in two levels.
+    `l0` is the mean number of active features per token to aim for (default: the recipe's; saved as `target_l0`);
+    `config` overrides further settings of the recipe. `tokens` is the number of rows to train on (default: four epochs
+    of a store, 4M of other rows). A transcoder needs a `target_hook_point` too. `keep` is the number of saved states
+    kept on disk; `log_to` names trackers (`sae.jobs.trackers`). A store that fits into `max_ram_bytes` is shuffled
+    exactly, a larger one in two levels.
     Repeat the call to go on after an interruption: the result is the same bit for bit.
     Raises: ValueError for wrong settings, before any work; Interrupted on Ctrl-C or SIGTERM.
     """
-    overrides = {"d_sae": d_sae, "seed": seed, **(config or {})}
+    aim = {} if l0 is None else {"target_l0": l0}
+    overrides = {"d_sae": d_sae, "seed": seed, **aim, **(config or {})}
     tokens = overrides.pop("tokens", tokens)
     how: dict[str, Any] = {"kernels": kernels, "device": device, "keep": keep, "trackers": trackers_named(log_to)}
     if not isinstance(rows, str | Path):
