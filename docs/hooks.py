@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
-EMPTY = (None, False, argparse.SUPPRESS, [])
+EMPTY = (None, False, argparse.SUPPRESS, [], "")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -33,8 +33,8 @@ def verbs() -> dict[str, argparse.ArgumentParser]:
 
 
 def arguments(verb: argparse.ArgumentParser) -> list[argparse.Action]:
-    """A verb's arguments, without --help."""
-    return [action for action in verb._actions if not isinstance(action, argparse._HelpAction)]
+    """A verb's arguments, without --help and the old names of renamed flags."""
+    return [a for a in verb._actions if not isinstance(a, argparse._HelpAction) and a.help != argparse.SUPPRESS]
 
 
 def command_line() -> str:

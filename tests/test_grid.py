@@ -73,7 +73,7 @@ def test_the_runs_of_a_sweep_become_entries(
 ) -> None:
     settings = {"batch_tokens": 256, "lr": 2e-3}
     recipes = ("batch-topk", "topk")
-    pipeline.sweep(tiny_store, tmp_path / "sweep", names=recipes, d_sae=[48], l0=[4], tokens=4096, config=settings)
+    pipeline.sweep(tiny_store, tmp_path / "sweep", recipes=recipes, d_sae=[48], l0=[4], tokens=4096, config=settings)
     path = tmp_path / "grid.json"
     monkeypatch.setattr(sys, "argv", ["grid.py", str(tmp_path), "--json", str(path)])
     assert main() == 0

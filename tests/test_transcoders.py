@@ -156,5 +156,5 @@ def test_from_the_command_line(
     assert main(["train", "--acts", acts, "--recipe", "transcoder", *places, *small, "--out", out]) == 0
     assert main(["eval", out]) == 0
     said = capsys.readouterr().out
-    assert f"a transcoder from {READ}: x in the formulas is y, what stands at {WRITTEN}" in said
+    assert f"a transcoder from {READ}: x in the formulas is its target y, the activations at {WRITTEN}" in said
     assert main(["index", out, "--tokens", "600"]) == 0

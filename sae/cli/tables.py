@@ -1,4 +1,4 @@
-"""Figures as text for a terminal."""
+"""Results as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ SHOWN = (
 
 
 def eval_table(result: dict[str, Any]) -> str:
-    """The metrics of an eval.json with their intervals and formulas, the domains, and the paper's A/1 beside."""
+    """An eval.json: the metrics with intervals and formulas, the domains, and a comparison with the paper's A/1."""
     lines = [f"held-out tokens: {result['tokens']:,}"]
     if "transcodes" in result:
         read, predicted = result["transcodes"]["x"], result["transcodes"]["y"]
-        lines.append(f"a transcoder from {read}: x in the formulas is y, what stands at {predicted}")
-    lines.append("")
+        lines.append(f"a transcoder from {read}: x in the formulas is its target y, the activations at {predicted}")
+    lines += ["", f"{'metric':22} {'value':>9}  {'95% interval':20} formula"]
     for name in SHOWN:
         entry = result["metrics"][name]
         interval = "" if not entry["ci95"] else f"[{_number(entry['ci95'][0])}, {_number(entry['ci95'][1])}]"
         lines.append(f"{name:22} {_number(entry['value']):>9}  {interval:20} {entry['formula']}")
     if result["checks"]["scores_are_noise"]:
         gap = _number(result["checks"]["ablation_gap_nats"])
-        lines.append(f"note: zero-ablation costs only {gap} nats here, so the loss scores are noise")
+        lines.append(f"note: zero ablation costs only {gap} nats here, so the loss scores are noise")
     quantiles = "  ".join(f"{name} {value}" for name, value in result["l0"]["quantiles"].items())
     lines += ["", f"active features per token: {quantiles}"]
     return "\n".join([*lines, "", *_domain_lines(result), "", *_a1_lines(result["beside_a1"])])
 
 
 def _domain_lines(result: dict[str, Any]) -> list[str]:
-    """One line per domain, most tokens first."""
+    """One line per domain, the one with the most tokens first."""
     quality = result["domains"]
     lines = [
-        f"{'domain':20} {'tokens':>9} {'l0':>7} {'fvu':>8} {'delta_ce':>9} {'score':>7} {'best F1':>8} {'pure':>5}"
+        f"{'domain':20} {'tokens':>9} {'l0':>7} {'fvu':>8} {'delta_ce':>9} {'CE score':>8} {'best F1':>8} {'pure':>5}"
     ]
     for domain, entry in sorted(result["by_domain"].items(), key=lambda item: -item[1]["tokens"]):
         best = quality["best_feature"][domain]
         lines.append(
             f"{domain:20} {entry['tokens']:>9,} {_number(entry['l0']):>7} {_number(entry['fvu']):>8} "
-            f"{_number(entry['delta_ce']):>9} {_number(entry['ce_loss_score_zero']):>7} "
+            f"{_number(entry['delta_ce']):>9} {_number(entry['ce_loss_score_zero']):>8} "
             f"{_number(best and best['f1']):>8} {quality['pure_by_domain'][domain]:>5}"
         )
     return [
         *lines,
-        f"features of one domain: {quality['pure_features']:,}; mean best F1 {_number(quality['mean_f1'])}",
+        f"pure features (of one domain): {quality['pure_features']:,}; mean best F1: {_number(quality['mean_f1'])}",
         quality["formula"],
     ]
 
@@ -72,17 +72,19 @@ def _a1_lines(beside: dict[str, Any]) -> list[str]:
 
 
 def compare_table(result: dict[str, Any]) -> str:
-    """The summaries of a compare.json, the published ones beside them, and where the tables lie."""
+    """A compare.json: counts, summaries next to the published ones, and where the tables were written."""
     a, b, counts = result["a"], result["b"], result["counts"]
     lines = [
-        f"A  {a['name']}: {counts['a']['features']:,} features of {a['model']['id']}, "
-        f"{counts['a']['analysed']:,} fired on {result['min_firings']} tokens or more",
-        f"B  {b['name']}: {counts['b']['features']:,} features of {b['model']['id']}, {counts['b']['analysed']:,} did",
-        f"{result['tokens']:,} tokens; {counts['a']['matched']:,} matched one to one (pairs above "
-        f"{result['match_floor']}), alone {counts['a']['unmatched']:,} of A and {counts['b']['unmatched']:,} of B; "
-        f"{counts['edges']:,} splitting edges (masked cosine ≥ {result['edge_masked']})",
+        *(
+            f"{side}  {named['name']}: {count['features']:,} features of {named['model']['id']}, of which "
+            f"{count['analysed']:,} fired on at least {result['min_firings']} tokens"
+            for side, named, count in (("A", a, counts["a"]), ("B", b, counts["b"]))
+        ),
+        f"{result['tokens']:,} tokens; {counts['a']['matched']:,} features matched one to one (Pearson above "
+        f"{result['match_floor']}), {counts['a']['unmatched']:,} of A and {counts['b']['unmatched']:,} of B unmatched; "
+        f"{counts['edges']:,} splitting edges (masked cosine of at least {result['edge_masked']})",
         "",
-        f"{'':20} {'n':>7} {'median':>8} {'mean':>8} {'p5':>8} {'p95':>8} {'paper':>7}",
+        f"{'measure':20} {'n':>7} {'median':>8} {'mean':>8} {'p5':>8} {'p95':>8} {'paper':>7}",
     ]
     for name, entry in result["summary"].items():
         published = result["published"].get(name)
@@ -91,16 +93,18 @@ def compare_table(result: dict[str, Any]) -> str:
             f"{_number(entry['p5']):>8} {_number(entry['p95']):>8} {'' if published is None else published:>7}  "
             f"{entry['formula']}"
         )
-    return "\n".join([*lines, "", f"paper: median, {result['published']['source']}", f"written: {result['path']}"])
+    return "\n".join(
+        [*lines, "", f"paper: the median in {result['published']['source']}", f"written to {result['path']}"]
+    )
 
 
 def controls_table(result: dict[str, Any]) -> str:
-    """One line per dictionary of a controls.json, the measured one first, then what each control is."""
+    """A controls.json: one line per dictionary, the measured one first, then what each control is."""
     names = ("l0", "fvu", "ce_loss_score_zero", "delta_ce", "dead_share", "mean_f1", "top_neuron", "nearest_cosine")
     lines = [
-        f"{result['tokens']:,} held-out tokens; controls keep {result['k']} active features",
+        f"{result['tokens']:,} held-out tokens; controls have {result['k']} active features per token",
         "",
-        f"{'':15} {'features':>8} "
+        f"{'dictionary':15} {'features':>8} "
         + " ".join(f"{name[:10]:>10}" for name in names)
         + f" {'pure':>5} {'absorbed':>8} probe k=1, 2, 5",
     ]
@@ -129,7 +133,7 @@ def feature_table(found: dict[str, Any]) -> str:
 
 
 def description(found: dict[str, Any], indent: int = 0) -> str:
-    """A nested description as indented lines."""
+    """A nested description, indented by level."""
     lines = []
     for name, value in found.items():
         pad = "  " * indent

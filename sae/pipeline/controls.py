@@ -1,4 +1,4 @@
-"""A dictionary beside its controls, every one measured by the same code on the same tokens: `controls`."""
+"""Measure a dictionary and its controls by the same code on the same tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sae.analysis import baselines as lab
+from sae.analysis import baselines
 from sae.analysis.absorption import Tokens, absorption, kinds_of_token
 from sae.analysis.probing import Labelled, probe
 from sae.analysis.recorder import Recorder
@@ -42,36 +42,32 @@ def controls(
     device: str = "auto",
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measures a dictionary and its controls (`lab.controls.MEANING`) on held-out tokens; writes controls.json.
+    """Measures a dictionary and its controls (`sae.analysis.baselines`) on held-out tokens; writes controls.json.
 
-    Features are chosen (for domains and probes) on as many training tokens. `shuffled_model` trains a dictionary by the
-    same recipe, on `train_tokens` rows, and keeps it in `controls/`: repeat the command to go on with it.
-    Raises: PipelineError when the store or model is not the dictionary's; ValueError for an unknown control.
+    Features for domains and probes are chosen on as many training tokens. The control `shuffled_model` is a dictionary
+    trained by the same recipe on `train_tokens` rows of a model with shuffled weights, and kept in `controls/`: repeat
+    the call to go on after an interruption. `report` is called with a forecast, a line of text.
+    Raises: PipelineError if the store or the model is not the dictionary's; ValueError for an unknown control.
     """
     dictionary, directory = autoencoder(sae), Path(sae)
-    wanted = list(only) if only is not None else list(lab.MEANING)
-    if unknown := [name for name in wanted if name not in lab.MEANING]:
-        raise ValueError(f"controls: no control {unknown[0]!r}; there are {', '.join(lab.MEANING)}.")
+    wanted = list(only) if only is not None else list(baselines.MEANING)
+    if unknown := [name for name in wanted if name not in baselines.MEANING]:
+        raise ValueError(f"controls: no control {unknown[0]!r}; there are {', '.join(baselines.MEANING)}.")
     acts = store_of(dictionary, directory, store)
     lm = model_of(dictionary, model, device=device)
     setup = Setup(acts, lm, dictionary.config["hook_point"], tokens, device)
     report(forecast(setup, dictionary, wanted, train_tokens))
     measured = {"dictionary": setup.measure(dictionary, learned=True)}
     k = max(1, round(measured["dictionary"]["l0"] or 1))
-    basis = lab.made_without_training(setup.training_rows(BASIS_ROWS), dictionary.d_sae, k, seed)
-    for name, control in basis.items():
-        if name in wanted:
-            measured[name] = setup.measure(control)
+    untrained = baselines.made_without_training(setup.training_rows(BASIS_ROWS), dictionary.d_sae, k, seed)
+    measured |= {name: setup.measure(control) for name, control in untrained.items() if name in wanted}
     skipped = {}
     if "shuffled_model" in wanted:
-        with lab.shuffled_weights(lm, seed) as shuffled:
-            there = Setup(acts, shuffled, setup.hook_point, tokens, device, live=True)
-            try:
-                control = _trained_on(there, dictionary, directory / "controls" / "shuffled_model", train_tokens)
-            except NoRecipe as error:
-                skipped["shuffled_model"] = str(error)
-            else:
-                measured["shuffled_model"] = there.measure(control, learned=True)
+        out = directory / "controls" / "shuffled_model"
+        try:
+            measured["shuffled_model"] = _measure_shuffled_model(setup, dictionary, out, tokens, train_tokens, seed)
+        except NoRecipe as error:
+            skipped["shuffled_model"] = str(error)
     result = {
         "format": CONTROLS_FORMAT,
         "tokens": setup.kept_tokens,
@@ -79,7 +75,7 @@ def controls(
         "k": k,
         "seed": seed,
         "measured": measured,
-        "meaning": {name: meaning for name, meaning in lab.MEANING.items() if name in measured},
+        "meaning": {name: meaning for name, meaning in baselines.MEANING.items() if name in measured},
         "skipped": skipped,
     }
     write_json(directory / "controls.json", result)
@@ -87,11 +83,20 @@ def controls(
 
 
 class NoRecipe(ValueError):
-    """The dictionary's recipe cannot be followed on the shuffled model; the message says why."""
+    """The dictionary's recipe cannot be repeated on the shuffled model; the message says why."""
+
+
+def _measure_shuffled_model(
+    setup: Setup, sae: SAE, out: Path, tokens: int, train_tokens: int, seed: int
+) -> dict[str, Any]:
+    """Trains a dictionary like `sae` on the model with shuffled weights, and measures it there."""
+    with baselines.shuffled_weights(setup.model, seed) as shuffled:
+        there = Setup(setup.store, shuffled, setup.hook_point, tokens, setup.device, live=True)
+        return there.measure(_trained_on(there, sae, out, train_tokens), learned=True)
 
 
 def forecast(setup: Setup, sae: SAE, wanted: Sequence[str], train_tokens: int) -> str:
-    """What the work comes to, before it starts."""
+    """How much work it will be, as a line of text."""
     rows = min(train_tokens, setup.trainable_rows) if "shuffled_model" in wanted else 0
     gigabytes = (rows * sae.d_in * 4 + BASIS_ROWS * sae.d_in * 12) / 1e9
     return (
@@ -101,7 +106,7 @@ def forecast(setup: Setup, sae: SAE, wanted: Sequence[str], train_tokens: int) -
 
 
 class Setup:
-    """One text and one model: what every control is measured on. `live` runs the model instead of reading the store."""
+    """The text and the model on which everything is measured; `live` runs the model instead of reading activations."""
 
     def __init__(
         self,
@@ -122,20 +127,20 @@ class Setup:
             numbers.update(np.unique(contexts.document[::every][keep]).tolist())
             self.kept_tokens += int(keep.sum())
         self.domains = sorted({documents[number][2] for number in numbers})
-        self.ablated: evaluation.Ablated = {}  # what no dictionary has a part in, measured once
+        self.ablated: evaluation.Ablated = {}  # what depends on no dictionary, measured once
         self.trainable_rows = sum(marker.kept_rows for marker in store.markers(TRAIN).values())
 
     def blocks(self, split: str, shards: list[int] | None = None) -> Iterator[evaluation.Block]:
-        """Those chosen of a split, or whole shards."""
+        """The chosen contexts of a split, or all those of some shards."""
         shards, every = self.chosen[split] if shards is None else (shards, 1)
         for block in eval_blocks(self.store, self.hook_point, self.domains, split, shards, every=every):
             if self.live:
-                seen = self.model.capture(block.tokens, self.hook_point).float().cpu()
-                block = block._replace(acts=seen)
+                acts = self.model.capture(block.tokens, self.hook_point).float().cpu()
+                block = block._replace(acts=acts)
             yield block
 
     def training_rows(self, n: int) -> torch.Tensor:
-        """The first n kept training rows (documents are in a random order)."""
+        """The first n kept training rows (documents are stored in a random order)."""
         rows, filled = torch.empty(min(n, self.trainable_rows), self.store.hook_points[self.hook_point]), 0
         for block in self.blocks(TRAIN, sorted(self.store.markers(TRAIN))):
             kept = block.acts[block.keep][: len(rows) - filled]
@@ -146,9 +151,9 @@ class Setup:
         return rows[:filled]
 
     def measure(self, sae: SAE, *, learned: bool = False) -> dict[str, Any]:
-        """One line of the table; absorption is asked of `learned` dictionaries alone."""
+        """One row of the table; absorption is measured for `learned` dictionaries only."""
         mean = torch.stack([block.acts[block.keep].double().sum(0) for block in self.blocks(HELD_OUT)]).sum(0)
-        given = self.training_rows(4096) if self.live else donors(self.store, self.hook_point)
+        resampled = self.training_rows(4096) if self.live else donors(self.store, self.hook_point)
         found, _ = evaluation.evaluate(
             sae,
             self.model,
@@ -156,8 +161,8 @@ class Setup:
             training=self.blocks(TRAIN),
             hook_point=self.hook_point,
             heldout_mean=(mean / self.kept_tokens).numpy(),
-            train_mean=given.double().mean(0).numpy(),
-            donors=given,
+            train_mean=resampled.double().mean(0).numpy(),
+            donors=resampled,
             domains=self.domains,
             kept_tokens=self.kept_tokens,
             device=self.device,
@@ -175,7 +180,7 @@ class Setup:
         }
 
     def probed(self, sae: SAE, *, learned: bool = False) -> dict[str, Any]:
-        """k-sparse probes of each token's domain and, of `learned` dictionaries, absorption."""
+        """k-sparse probes of each token's domain and, for `learned` dictionaries, absorption."""
         (train, train_labels), (test, test_labels) = self._seen(sae, TRAIN), self._seen(sae, HELD_OUT)
         found = probe(Labelled(train.acts, train_labels), Labelled(test.acts, test_labels), self.domains)
         kinds = kinds_of_token(token_bytes(self.model.tokenizer)) if learned else {}
@@ -186,7 +191,7 @@ class Setup:
         }
 
     def _seen(self, sae: SAE, split: str) -> tuple[Tokens, np.ndarray]:
-        """The kept tokens of a split, and the number of each one's domain."""
+        """The kept tokens of a split, and the number of each token's domain."""
         recorder, placed = Recorder(sae.d_sae), Placed(sae, self.device)
         ids, x, labels = [], [], []
         for block in self.blocks(split):
@@ -199,18 +204,18 @@ class Setup:
 
 
 def _trained_on(setup: Setup, sae: SAE, out: Path, train_tokens: int) -> SAE:
-    """A dictionary by the recipe and settings of `sae`, on rows of the setup's model held in memory."""
+    """A dictionary trained with the recipe and settings of `sae`, on rows of the setup's model held in memory."""
     settings = sae.config.get("train")
     if settings is None:
-        raise NoRecipe("the dictionary does not say how it was trained")
+        raise NoRecipe("left out: the dictionary's config.json does not say how it was trained")
     try:
         config = with_overrides(TrainConfig(), {**_plain(settings), "tokens": train_tokens})
-        rows = lab.HeldRows(setup.training_rows(train_tokens), batch_tokens=config.batch_tokens, seed=config.seed)
+        rows = baselines.HeldRows(setup.training_rows(train_tokens), batch_tokens=config.batch_tokens, seed=config.seed)
         return loop.train(rows, out, config, provenance={"control": "shuffled_model"})
-    except ValueError as error:  # too few tokens for its schedule, or a recipe that asks more of a batch than rows
+    except ValueError as error:  # too few tokens for its schedule, or a recipe that needs more than x
         raise NoRecipe(str(error)) from error
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as config.json holds them: lists for tuples."""
+    """Settings of a config.json, with tuples where JSON has lists."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
