@@ -188,7 +188,7 @@ def test_a_sweep_has_a_text_for_each_strength(visit: Any) -> None:
 
 def test_the_papers_pinned_sampling(visit: Any) -> None:
     page = visit(view="Steering", feature="3", new="4")
-    next(b for b in page.button if "Pinned sampling" in b.label).click().run()
+    next(b for b in page.button if "pinned" in b.label).click().run()
     assert not page.exception
     assert page.session_state["edits"] == "3:set:1"
     assert page.session_state["prompt"] == "1,2,3,4,5,6,7,8,9,10"

@@ -187,8 +187,9 @@ def _intervals(page: Page, rows: np.ndarray, values: np.ndarray, how: Sampling) 
         losses = data.loss_shares(page.index, page.feature, [each.count for each in reversed(found)])[::-1]
     named = []
     for i, (each, loss) in enumerate(zip(found, losses, strict=True)):
+        firings = "firing" if each.count == 1 else "firings"
         of_loss = "" if loss is None else f" · {loss:.1%} of |Δloss|"
-        note = f"({each.low:.2f}, {each.high:.2f}] · {each.count:,} firings, {each.share:.2%} of all{of_loss}"
+        note = f"({each.low:.2f}, {each.high:.2f}] · {each.count:,} {firings}, {each.share:.2%} of all{of_loss}"
         named.append((f"{'Rank interval' if how.by_rank else 'Interval'} {len(found) - i}", note, each.rows))
     return named
 

@@ -85,7 +85,7 @@ def _settings(n_tokens: int, d_vocab: int) -> tuple[str, int, bool, int, int | N
         None,
         key="next",
         bind="query-params",
-        placeholder="the one that follows",
+        placeholder="automatic",
         help="The next token to explain. Empty: the token that follows the chosen one; after the last, the most "
         "likely. Click a prediction to set it.",
     )
@@ -236,7 +236,7 @@ def _pushing(page: Page, pushes: Any, wanted: str, at: int) -> None:
     ]
     others = float(values.sum() - values[best].sum())
     if len(values) > len(best):
-        parts = {f"{len(values) - len(best):,} other features": others, **parts}
+        parts = {f"other features ({len(values) - len(best):,})": others, **parts}
     rows += [Row(name, f"{v:+.3f}", abs(v) / most, negative=v < 0) for name, v in parts.items()]
     rows.append(Row("logit − mean logit", f"{pushes.logit:+.3f}", 0.0))
     how = "exact" if pushes.exact else "gradient × activation"

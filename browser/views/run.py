@@ -12,13 +12,13 @@ from browser import charts, data, runs
 from browser.markup import explain, facts, heading
 from browser.state import Page
 
-CURVES = {
-    "fvu": "fraction of variance unexplained, Σ‖x − x̂‖² / Σ‖x − mean‖², on the batch",
-    "l0": "mean number of features with f > 0 per token",
-    "dead_share": "share of features that have not fired recently",
-    "loss": "training loss",
-    "rows_per_s": "tokens per second",
-    "lr": "learning rate",
+CURVES = {  # logged name → title, definition
+    "fvu": ("FVU", "Fraction of variance unexplained on the batch, Σ‖x − x̂‖² / Σ‖x − mean‖²."),
+    "l0": ("L0", "Mean number of features with f > 0 per token."),
+    "dead_share": ("Dead share", "Share of the features that have not fired recently."),
+    "loss": ("Loss", "The training loss of the recipe, on the batch."),
+    "rows_per_s": ("Tokens per second", "Training speed."),
+    "lr": ("Learning rate", "After warm-up and decay."),
 }
 
 
@@ -112,7 +112,7 @@ def _training(page: Page) -> None:
     columns = st.columns(2)
     for i, name in enumerate(names):
         with columns[i % 2]:
-            st.caption(name.replace("_", " "), help=CURVES[name])
+            st.caption(CURVES[name][0], help=CURVES[name][1])
             st.altair_chart(charts.training_chart(log, name, events), key=f"curve-{name}")
 
 

@@ -167,7 +167,7 @@ def _settings() -> dict[str, Any] | None:
     sweep = mode.toggle("Sweep ×0 … ×10", key="sweep", bind="query-params", help=HELP["sweep"])
     go, pinned = st.columns(2)
     pressed = go.button("Generate", type="primary", width="stretch", shortcut="Ctrl+Enter")
-    pinned.button("Pinned sampling of the paper", width="stretch", help=HELP["pinned"], on_click=_pin)
+    pinned.button("The paper's pinned sampling", width="stretch", help=HELP["pinned"], on_click=_pin)
     if not (pressed or st.session_state.pop("pinned", False)):
         return None
     try:
