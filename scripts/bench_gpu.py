@@ -73,6 +73,7 @@ def ours(kernels: str, variant: str, d_in: int, d_sae: int, k: int, batches: lis
 
     from sae.kernels import choose
     from sae.training import state, step
+    from sae.training.initialise import kaiming_
     from sae.training.recipes import resolve
     from sae.training.rows import Batch
 
@@ -81,7 +82,7 @@ def ours(kernels: str, variant: str, d_in: int, d_sae: int, k: int, batches: lis
     name = {"topk": "topk", "batchtopk": "batch-topk"}[variant]
     recipe, config = resolve(name, **settings, resample_shares=())
     # The start from data takes a while and changes no step.
-    recipe = replace(recipe, encoder_init="kaiming")
+    recipe = replace(recipe, initialise=kaiming_)
     started = state.start(HeldRows(batches), config, recipe, choose(kernels, "cuda"), "cuda")
     place = iter(range(10**9))
 

@@ -15,7 +15,7 @@ import resource
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ import torch
 
 from sae.dictionary.autoencoder import SAE
 from sae.kernels.sparsity import BatchTopK
-from sae.training import initialise, loop
+from sae.training import loop
+from sae.training.initialise import kaiming_
 from sae.training.recipes import RECIPES, resolve
 from sae.training.rows import Batch
 
@@ -95,24 +96,25 @@ class Pace:
 
 def work(wanted: Work, out: Any) -> None:
     """Trains until it is told to stop. The start is made quick (and for `relu-sparse` sparse); no step is changed."""
-    pace, step, begin = Pace(out), loop.train_step, initialise.initialise_
+    pace, step = Pace(out), loop.train_step
 
     def paced_step(*args: Any) -> Any:
         pace.turn()
         return step(*args)
 
-    def initialised(sae: SAE, sample: torch.Tensor, _: str, *args: Any, **named: Any) -> None:
-        begin(sae, sample, "kaiming", *args, **named)
+    def quick_start(sae: SAE, sample: torch.Tensor, *others: Any) -> None:
+        kaiming_(sae, sample, *others)
         if wanted.variant == "relu-sparse":  # as after training: biases that leave l0 features active
             with torch.no_grad():
                 pre = sae.pre_acts(sample[:256]).flatten()
                 sae.b_enc -= pre.kthvalue(round((1 - wanted.l0 / wanted.d_sae) * len(pre))).values
 
-    loop.train_step, initialise.initialise_ = paced_step, initialised
+    loop.train_step = paced_step
     recipe = VARIANTS[wanted.variant]
     if recipe not in RECIPES:  # BatchTopK before its recipe
         recipe = "topk"
         SAE.rule = property(lambda sae: BatchTopK(wanted.l0))  # type: ignore[method-assign, assignment]
+    RECIPES[recipe] = replace(RECIPES[recipe], initialise=quick_start)
     settings: dict[str, Any] = {"resample_shares": (), "tokens": 10**11, "d_sae": wanted.d_sae, "lr": 1e-6}
     settings |= {"batch_tokens": wanted.batch_tokens, "matmul": wanted.matmul}
     settings |= {"l1": 1e-3} if wanted.variant.startswith("relu") else {"k": wanted.l0}

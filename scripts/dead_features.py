@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,8 +25,8 @@ from torch import Tensor
 
 import sae
 from sae.jobs.checkpoint import read_tensors
-from sae.training import resample
 from sae.training.adam import Adam
+from sae.training.recipes import RECIPES
 
 RECIPE = "towards-monosemanticity"
 COLUMNS = ("alive", "not_ultra_low", "l0", "fvu", "delta_ce")
@@ -49,7 +50,7 @@ def cures() -> dict[str, tuple[dict[str, Any], AbstractContextManager[Any]]]:
     """Settings and what is put in the place of the paper's procedure."""
     return {
         "none": ({"resample_shares": ()}, nullcontext()),
-        "naive": ({}, patch.object(resample, "resample_", reinitialise_)),
+        "naive": ({}, patch.dict(RECIPES, {RECIPE: replace(RECIPES[RECIPE], resample=reinitialise_)})),
         "paper": ({}, nullcontext()),
     }
 

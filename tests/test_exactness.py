@@ -9,6 +9,7 @@ feature's gradient, Adam's quotient moves this feature by whole steps.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae.kernels import autograd, dense
-from sae.training import initialise, loop
+from sae.kernels import activations, dense
+from sae.training import loop
 from sae.training.config import TrainConfig
-from sae.training.recipes import resolve
+from sae.training.recipes import RECIPES, resolve
 from sae.training.rows import Batch
 
 D_IN, D_SAE, BATCH_TOKENS, STEPS = 16, 96, 64, 200
@@ -98,10 +99,10 @@ def run(
     )
     start: dict[str, Tensor] = {}
     ways = {"dense": 0, "sparse": 0}
-    begin, relu, encode = initialise.initialise_, dense.relu, autograd.encode
+    begin, relu, encode = RECIPES[recipe].initialise, dense.relu, activations.encode
 
-    def initialised(sae: Any, *args: Any, **named: Any) -> None:
-        begin(sae, *args, **named)
+    def initialised(sae: Any, *args: Any) -> None:
+        begin(sae, *args)
         start.update({name: tensor.detach().clone() for name, tensor in sae.named_parameters()})
 
     def counted(way: str, function: Any) -> Any:
@@ -111,9 +112,9 @@ def run(
 
         return call
 
-    monkeypatch.setattr(initialise, "initialise_", initialised)
+    monkeypatch.setitem(RECIPES, recipe, replace(RECIPES[recipe], initialise=initialised))
     monkeypatch.setattr(dense, "relu", counted("dense", relu))
-    monkeypatch.setattr(autograd, "encode", counted("sparse", encode))
+    monkeypatch.setattr(activations, "encode", counted("sparse", encode))
     rows = MadeUp()
     sae = loop.train(rows, out, config, kernels="cpu")
     scale = (D_IN / rows.sample(4096, config.seed).double().pow(2).sum(-1).mean()).sqrt().item()

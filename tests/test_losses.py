@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from sae.kernels.activations import DenseActs
 from sae.training import losses
 from sae.training.adam import Adam
 from sae.training.config import TrainConfig
-from sae.training.initialise import initialise_
+from sae.training.initialise import kaiming_
 from sae.training.recipes import resolve
 from sae.training.rows import Batch
-from sae.training.sparsity_penalty import Penalty
+from sae.training.sparsity_penalty import LambdaController
 from sae.training.state import TrainState
 from sae.training.step import train_step
 
@@ -156,12 +157,13 @@ def test_aux_k_is_zero_when_the_error_has_no_variance(error: Tensor) -> None:
 
 def state_of(config: TrainConfig, kernels: str, density: float, seed: int = 0) -> TrainState:
     sae = SAE(D_IN, D_SAE, activation="topk" if config.k else "relu", k=config.k or None)
-    initialise_(sae, torch.linspace(-0.2, 0.4, D_IN)[None], "kaiming", seed)
+    x = torch.linspace(-0.2, 0.4, D_IN)[None]
+    kaiming_(sae, x, x, replace(config, seed=seed))
     with torch.no_grad():
         sae.b_enc.copy_(torch.linspace(-0.3, 0.3, D_SAE))
     adam = Adam(sae, choose(kernels), beta1=config.beta1)
     tokens = torch.zeros(D_SAE, dtype=torch.int64)
-    return TrainState(sae, adam, 0.8, tokens, density=density, penalty=Penalty(config.l1))
+    return TrainState(sae, adam, 0.8, tokens, LambdaController(config, config.l1), density=density)
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)

@@ -16,7 +16,7 @@ from sae.kernels.activations import DenseActs, SparseActs
 from sae.kernels.sparsity import Support
 from sae.training import losses
 from sae.training.config import TrainConfig
-from sae.training.objectives import Now, Outcome, Scaled
+from sae.training.objectives import Outcome, ScaledBatch, StepContext
 from sae.training.recipes import RECIPES, resolve
 
 D_IN, D_SAE, BATCH, D_OUT, D_VOCAB = 6, 20, 50, 5, 9
@@ -42,9 +42,9 @@ def rows(width: int = D_IN, seed: int = 1) -> Tensor:
     return torch.randn(BATCH, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.3
 
 
-def now(config: TrainConfig, *, sparse: bool, dead: Tensor | None = None, **more: Any) -> Now:
+def context(config: TrainConfig, *, sparse: bool, dead: Tensor | None = None, **more: Any) -> StepContext:
     nobody = torch.zeros(D_SAE, dtype=torch.bool)
-    return Now(config, choose("reference"), LAMBDA, sparse, nobody if dead is None else dead, **more)
+    return StepContext(config, choose("reference"), LAMBDA, sparse, nobody if dead is None else dead, **more)
 
 
 def settings(name: str, **overrides: Any) -> TrainConfig:
@@ -62,7 +62,7 @@ def check(sae: SAE, outcome: Outcome, exact: Tensor) -> None:
     assert any(gradient.abs().max() > 0 for gradient in wanted)
 
 
-def run(name: str, sae: SAE, batch: Scaled, step: Now) -> Outcome:
+def run(name: str, sae: SAE, batch: ScaledBatch, step: StepContext) -> Outcome:
     outcome = RECIPES[name].objective(sae, batch, step)
     assert isinstance(outcome.acts, SparseActs if step.sparse else DenseActs)
     return outcome
@@ -81,7 +81,7 @@ def test_towards_monosemanticity(sparse: bool) -> None:
     f = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).clamp_min(0)
     exact = square(x - f @ sae.W_dec - sae.b_dec) + LAMBDA * sum(row.sum() for row in f) / BATCH
     config = settings("towards-monosemanticity")
-    check(sae, run("towards-monosemanticity", sae, Scaled(x, x), now(config, sparse=sparse)), exact)
+    check(sae, run("towards-monosemanticity", sae, ScaledBatch(x, x), context(config, sparse=sparse)), exact)
 
 
 @sparse_and_dense
@@ -92,7 +92,7 @@ def test_anthropic_2024_04(sparse: bool) -> None:
     weighted = sum(f[:, i].sum() * sae.W_dec[i].pow(2).sum().sqrt() for i in range(D_SAE)) / BATCH
     exact = square(x - f @ sae.W_dec - sae.b_dec) + LAMBDA * weighted
     config = settings("anthropic-2024-04")
-    check(sae, run("anthropic-2024-04", sae, Scaled(x, x), now(config, sparse=sparse)), exact)
+    check(sae, run("anthropic-2024-04", sae, ScaledBatch(x, x), context(config, sparse=sparse)), exact)
 
 
 @sparse_and_dense
@@ -103,7 +103,7 @@ def test_p_anneal(sparse: bool, p: float) -> None:
     epsilon = losses.LP_EPSILON
     penalty = ((f + epsilon) ** p - epsilon**p).sum() / BATCH
     exact = square(x - f @ sae.W_dec - sae.b_dec) + LAMBDA * penalty
-    check(sae, run("p-anneal", sae, Scaled(x, x), now(settings("p-anneal"), sparse=sparse, p=p)), exact)
+    check(sae, run("p-anneal", sae, ScaledBatch(x, x), context(settings("p-anneal"), sparse=sparse, p=p)), exact)
 
 
 def test_the_lp_norm_is_the_papers_but_for_its_epsilon() -> None:
@@ -123,7 +123,7 @@ def test_gated(sparse: bool) -> None:
     gate = pi.clamp_min(0)
     frozen = gate @ sae.W_dec.detach() + sae.b_dec.detach()
     exact = square(x - f @ sae.W_dec - sae.b_dec) + LAMBDA * gate.sum() / BATCH + square(x - frozen)
-    outcome = run("gated", sae, Scaled(x, x), now(settings("gated"), sparse=sparse))
+    outcome = run("gated", sae, ScaledBatch(x, x), context(settings("gated"), sparse=sparse))
     check(sae, outcome, exact)
     torch.testing.assert_close(outcome.acts.sparse().dense(), f, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(sae.encode(x), f, rtol=1e-9, atol=1e-9)
@@ -172,7 +172,7 @@ def test_jumprelu(sparse: bool, bandwidth: float) -> None:
     assert ((pre - sae.threshold).abs() < bandwidth / 2).any(0).sum() > 3  # so that thresholds have gradients
     exact = square(x - f @ sae.W_dec - sae.b_dec) + LAMBDA * l0
     config = settings("jumprelu", bandwidth=bandwidth)
-    outcome = run("jumprelu", sae, Scaled(x, x), now(config, sparse=sparse))
+    outcome = run("jumprelu", sae, ScaledBatch(x, x), context(config, sparse=sparse))
     check(sae, outcome, exact)
     torch.testing.assert_close(outcome.acts.sparse().dense(), f, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(sae.encode(x), f, rtol=1e-9, atol=1e-9)
@@ -206,7 +206,7 @@ def test_multi_topk(k: int, multi_k: int) -> None:
     if multi_k:
         exact = exact + square(x - keep_largest(pre, multi_k * k) @ sae.W_dec - sae.b_dec) / 8
     config = settings("topk", k=k, multi_k=multi_k)
-    check(sae, run("topk", sae, Scaled(x, x), now(config, sparse=True, dead=dead)), exact)
+    check(sae, run("topk", sae, ScaledBatch(x, x), context(config, sparse=True, dead=dead)), exact)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -218,7 +218,11 @@ def test_batch_topk(k: int) -> None:
     assert len({int(n) for n in (f > 0).sum(1)}) > 2  # rows differ in how many they get
     x_hat = f @ sae.W_dec + sae.b_dec
     exact = square(x - x_hat) + aux(sae, pre, x, x_hat, dead)
-    check(sae, run("batch-topk", sae, Scaled(x, x), now(settings("batch-topk", k=k), sparse=True, dead=dead)), exact)
+    check(
+        sae,
+        run("batch-topk", sae, ScaledBatch(x, x), context(settings("batch-topk", k=k), sparse=True, dead=dead)),
+        exact,
+    )
 
 
 def test_balanced() -> None:
@@ -231,8 +235,8 @@ def test_balanced() -> None:
     bar = above.flatten().sort(descending=True).values[3 * len(x) - 1]
     f = torch.where(above >= bar, pre, 0.0)
     assert not torch.equal(f, keep_largest_of_batch(pre, 3))
-    step = now(settings("balanced", k=3), sparse=True, dead=torch.ones(D_SAE, dtype=torch.bool))
-    check(sae, run("balanced", sae, Scaled(x, x), step), square(x - f @ sae.W_dec - sae.b_dec))
+    step = context(settings("balanced", k=3), sparse=True, dead=torch.ones(D_SAE, dtype=torch.bool))
+    check(sae, run("balanced", sae, ScaledBatch(x, x), step), square(x - f @ sae.W_dec - sae.b_dec))
 
 
 def test_matryoshka() -> None:
@@ -245,7 +249,7 @@ def test_matryoshka() -> None:
     exact = sum(square(x - x_hat) for x_hat in x_hats) + aux(sae, pre, x, x_hats[-1], dead)
     config = settings("matryoshka", k=3, prefix_shares=tuple(m / D_SAE for m in sizes))
     assert config.prefix_sizes == sizes
-    outcome = run("matryoshka", sae, Scaled(x, x), now(config, sparse=True, dead=dead))
+    outcome = run("matryoshka", sae, ScaledBatch(x, x), context(config, sparse=True, dead=dead))
     check(sae, outcome, exact)
     assert outcome.error.item() == pytest.approx(square(x - x_hats[-1]).item())
 
@@ -268,7 +272,9 @@ def test_transcoder(sparse: bool, skip: bool) -> None:
     f = (x @ sae.W_enc + sae.b_enc).clamp_min(0)
     y_hat = f @ sae.W_dec + sae.b_dec + (x @ sae.W_skip if skip else 0)
     exact = square(y - y_hat) + LAMBDA * f.sum() / BATCH
-    check(sae, run("transcoder", sae, Scaled(x, y), now(settings("transcoder", skip=skip), sparse=sparse)), exact)
+    check(
+        sae, run("transcoder", sae, ScaledBatch(x, y), context(settings("transcoder", skip=skip), sparse=sparse)), exact
+    )
 
 
 @sparse_and_dense
@@ -287,8 +293,8 @@ def test_end_to_end(sparse: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -
     p = downstream(x / scale, resid).softmax(-1)
     q = downstream((f @ sae.W_dec + sae.b_dec) / scale, resid).softmax(-1)
     exact = (p * (p.log() - q.log())).sum() / BATCH + LAMBDA * f.sum() / BATCH
-    step = now(settings("end-to-end"), sparse=sparse, scale=scale, downstream=downstream)
-    outcome = run("end-to-end", sae, Scaled(x, x, resid), step)
+    step = context(settings("end-to-end"), sparse=sparse, scale=scale, downstream=downstream)
+    outcome = run("end-to-end", sae, ScaledBatch(x, x, resid), step)
     check(sae, outcome, exact)
     assert outcome.error.item() == pytest.approx(square(x - f @ sae.W_dec - sae.b_dec).item())
 
@@ -303,7 +309,7 @@ def test_no_gradient_reaches_a_feature_that_is_off() -> None:
     sae, x = dictionary("gated"), rows()
     with torch.no_grad():
         sae.b_enc[3] = -100.0
-    outcome = RECIPES["gated"].objective(sae, Scaled(x, x), now(settings("gated"), sparse=True))
+    outcome = RECIPES["gated"].objective(sae, ScaledBatch(x, x), context(settings("gated"), sparse=True))
     gradient = torch.autograd.grad(outcome.loss, sae.W_enc)[0]
     assert not gradient[:, 3].any()
     assert gradient[:, 4].any()
@@ -311,5 +317,5 @@ def test_no_gradient_reaches_a_feature_that_is_off() -> None:
 
 def test_lambda_zero_and_infinity_are_numbers_all_the_same() -> None:
     sae, x = dictionary("jumprelu"), rows()
-    step = replace(now(settings("jumprelu"), sparse=True), coefficient=0.0)
-    assert math.isfinite(RECIPES["jumprelu"].objective(sae, Scaled(x, x), step).loss.item())
+    step = replace(context(settings("jumprelu"), sparse=True), coefficient=0.0)
+    assert math.isfinite(RECIPES["jumprelu"].objective(sae, ScaledBatch(x, x), step).loss.item())

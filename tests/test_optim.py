@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -20,10 +21,18 @@ from sae.training.config import TrainConfig
 D_IN, D_SAE = 5, 12
 
 
+def kaiming(sae: SAE, rows: Tensor, seed: int) -> None:
+    initialise.kaiming_(sae, rows, rows, TrainConfig(seed=seed))
+
+
+def from_data(sae: SAE, rows: Tensor, seed: int) -> None:
+    initialise.from_data_(sae, rows, rows, TrainConfig(seed=seed))
+
+
 def trained_sae(seed: int = 0, kernels: str = "auto") -> tuple[SAE, adam.Adam]:
     """Some Adam steps in, so that every moment is nonzero."""
     sae = SAE(D_IN, D_SAE)
-    initialise.initialise_(sae, torch.zeros(1, D_IN), "kaiming", seed)
+    kaiming(sae, torch.zeros(1, D_IN), seed)
     optimizer = adam.Adam(sae, choose(kernels), beta1=0.9)
     g = torch.Generator().manual_seed(seed)
     for _ in range(3):
@@ -42,22 +51,22 @@ def test_adam_on_a_dictionary_is_torchs_with_unit_decoder_rows(kernels: str) -> 
     sae, optimizer = trained_sae(kernels=kernels)
     twin = SAE(D_IN, D_SAE).double()
     twin_sae = SAE(D_IN, D_SAE)
-    initialise.initialise_(twin_sae, torch.zeros(1, D_IN), "kaiming", 0)
+    kaiming(twin_sae, torch.zeros(1, D_IN), 0)
     twin.load_state_dict(twin_sae.state_dict())
-    adam = torch.optim.Adam(twin.parameters(), lr=1e-2)
+    torchs = torch.optim.Adam(twin.parameters(), lr=1e-2)
     g = torch.Generator().manual_seed(0)
     for _ in range(3):
         for parameter in twin.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=g).double()
         row = twin.W_dec.detach()
         twin.W_dec.grad -= (twin.W_dec.grad * row).sum(1, keepdim=True) * row
-        adam.step()
+        torchs.step()
         with torch.no_grad():
             twin.W_dec /= twin.W_dec.norm(dim=1, keepdim=True)
     for name, parameter in sae.named_parameters():
         torch.testing.assert_close(parameter.double(), twin.get_parameter(name), rtol=1e-5, atol=1e-6, msg=name)
         assert not parameter.grad.any(), "a step leaves zero gradients for the next"
-        moment = adam.state[twin.get_parameter(name)]["exp_avg_sq"]
+        moment = torchs.state[twin.get_parameter(name)]["exp_avg_sq"]
         torch.testing.assert_close(optimizer.moments[name]["exp_avg_sq"].double(), moment, rtol=1e-5, atol=1e-8)
 
 
@@ -69,7 +78,7 @@ def test_thresholds_move_by_their_own_rate_and_not_below_zero(kernels: str) -> N
         sae.threshold.copy_(torch.linspace(0.01, 3.0, D_SAE))
     twin = {name: p.detach().double().clone().requires_grad_() for name, p in sae.named_parameters()}
     others = [p for name, p in twin.items() if name != "threshold"]
-    adam = torch.optim.Adam([{"params": others}, {"params": [twin["threshold"]], "lr": 16e-3}], lr=1e-3)
+    torchs = torch.optim.Adam([{"params": others}, {"params": [twin["threshold"]], "lr": 16e-3}], lr=1e-3)
     optimizer = adam.Adam(sae, choose(kernels), beta1=0.9, unit_norm=False, threshold_lr_ratio=16.0)
     g = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -77,7 +86,7 @@ def test_thresholds_move_by_their_own_rate_and_not_below_zero(kernels: str) -> N
             parameter.grad += torch.rand(parameter.shape, generator=g) + 0.1
             twin[name].grad = parameter.grad.double()
         optimizer.step(1e-3)
-        adam.step()
+        torchs.step()
     assert (twin["threshold"] < 0).any()
     for name, parameter in sae.named_parameters():
         expected = twin[name].clamp_min(0) if name == "threshold" else twin[name]
@@ -183,13 +192,13 @@ def data_rows(seed: int = 0, n: int = 300) -> torch.Tensor:
     return torch.randn(n, D_IN, generator=torch.Generator().manual_seed(seed)).relu() * 3 + 1
 
 
-@pytest.mark.parametrize("kind", ["kaiming", "data"])
-def test_initialisation(kind: str) -> None:
+@pytest.mark.parametrize("start", [kaiming, from_data])
+def test_initialisation(start: Callable[..., None]) -> None:
     rows = data_rows()
     sae, again, other = (SAE(D_IN, 40, activation="topk", k=2) for _ in range(3))
-    initialise.initialise_(sae, rows, kind, seed=3)
-    initialise.initialise_(again, rows, kind, seed=3)
-    initialise.initialise_(other, rows, kind, seed=4)
+    start(sae, rows, seed=3)
+    start(again, rows, seed=3)
+    start(other, rows, seed=4)
     assert torch.equal(sae.b_dec, initialise.geometric_median(rows))
     assert not sae.b_enc.any()
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
@@ -199,7 +208,7 @@ def test_initialisation(kind: str) -> None:
 
 def test_kaiming_weights_are_pytorchs_and_untied() -> None:
     sae = SAE(64, 4000)
-    initialise.initialise_(sae, torch.randn(100, 64), "kaiming", seed=3)
+    kaiming(sae, torch.randn(100, 64), seed=3)
     assert sae.W_enc.abs().max() <= 64**-0.5
     assert sae.W_enc.std().item() == pytest.approx(64**-0.5 / math.sqrt(3), rel=0.01)
     assert torch.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=1).mean().abs() < 0.02
@@ -208,7 +217,7 @@ def test_kaiming_weights_are_pytorchs_and_untied() -> None:
 def test_data_weights_are_rows_of_the_data_at_the_scale_that_reconstructs_best() -> None:
     rows = data_rows()
     sae = SAE(D_IN, 40, activation="topk", k=2)
-    initialise.initialise_(sae, rows, "data", seed=0)
+    from_data(sae, rows, seed=0)
     directions = torch.nn.functional.normalize(rows - sae.b_dec, dim=-1)
     cosines = sae.W_dec @ directions.T
     torch.testing.assert_close(cosines.amax(1), torch.ones(40))
@@ -325,7 +334,7 @@ def reseeded(seed: int = 0) -> tuple[SAE, SAE, Tensor, Tensor, Tensor]:
     """A TopK dictionary before and after, the rows, their squared errors, the rows chosen for the dead features."""
     before, after = (SAE(D_IN, D_SAE, activation="topk", k=3) for _ in range(2))
     rows = data_rows(seed)
-    initialise.initialise_(before, rows, "data", seed)
+    from_data(before, rows, seed)
     with torch.no_grad():
         before.W_enc[:, DEAD] *= 1e-3
     after.load_state_dict(before.state_dict())
@@ -365,7 +374,7 @@ def test_reseeded_features_rank_in_the_middle_of_their_input_and_write_what_it_l
 
 def test_reseeding_takes_bad_rows_that_are_far_from_each_other() -> None:
     sae = SAE(4, 6, activation="topk", k=1)
-    initialise.initialise_(sae, torch.zeros(1, 4), "kaiming", 0)
+    kaiming(sae, torch.zeros(1, 4), 0)
     optimizer = adam.Adam(sae, choose(), beta1=0.9)
     corners = torch.eye(4).repeat_interleave(25, 0) * 2
     losses = torch.ones(100)

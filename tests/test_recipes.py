@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae.training.config import TrainConfig, with_overrides
+from sae.training.config import RECIPE_SPECIFIC, TrainConfig, with_overrides
 from sae.training.recipes import RECIPES, recipe_named, resolve
 
 
@@ -33,7 +34,7 @@ def test_an_unknown_recipe_names_the_nearest(name: str, message: str) -> None:
     [
         ({"batch_token": 8}, "no setting 'batch_token'. Did you mean 'batch_tokens'"),
         ({"learning": 8}, "no setting 'learning'"),
-        ({"qqqq": 8}, "Known are recipe, d_sae, tokens"),
+        ({"qqqq": 8}, "Known settings: recipe, d_sae, tokens"),
         ({"d_sae": 0}, "d_sae must be at least 1, got 0"),
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"tokens": 10, "batch_tokens": 11}, "less than one batch of 11"),
@@ -119,3 +120,33 @@ def test_exact_refuses_a_run_too_short_to_resample() -> None:
 def test_momentum_must_be_below_one() -> None:
     with pytest.raises(ValueError, match="beta1"):
         resolve("topk", beta1=1.0)
+
+
+def test_every_setting_is_told_where_it_is_wrong() -> None:
+    """Each setting with a range refuses a value outside it, by its name and with the value."""
+    wrong: dict[str, Any] = {"matmul": "quick", "beta1": -0.1, "p_end": 0.0, "resample_shares": (0.5, 1.0)}
+    wrong |= {"prefix_shares": (0.5, 0.25, 1.0), "lr": 0.0} | dict.fromkeys(("d_sae", "tokens", "batch_tokens"), 0)
+    for each in fields(TrainConfig):
+        if each.metadata.get("check"):
+            value = wrong.get(each.name, -1.0)
+            with pytest.raises(ValueError, match=f"training: {each.name} .*, got {re.escape(repr(value))}"):
+                TrainConfig(**{each.name: value})
+    unchecked = {each.name for each in fields(TrainConfig) if not each.metadata.get("check")}
+    assert unchecked == {"recipe", "skip", "exact"}
+
+
+def test_recipes_refuse_what_they_have_no_use_for() -> None:
+    other: dict[str, Any] = {"exact": True, "skip": True, "resample_shares": (0.5,), "prefix_shares": (0.5, 1.0)}
+    other |= {"p_end": 0.5, "threshold_lr_ratio": 3.0, "k": 3, "multi_k": 4}
+    for name, recipe in RECIPES.items():
+        for setting in RECIPE_SPECIFIC - recipe.settings:
+            with pytest.raises(ValueError, match=f"recipe {name} has .*; got {setting} = "):
+                resolve(name, **{setting: other.get(setting, 0.25)})
+
+
+def test_the_file_format_is_flat() -> None:
+    """train.json and config.json of earlier versions: one flat list of these names."""
+    names = "recipe d_sae tokens batch_tokens lr beta1 warmup_share decay_share l1 k aux_coefficient dead_tokens "
+    names += "resample_shares seed exact matmul target_l0 l0_penalty penalty_warmup_share rewarm_share clip bandwidth "
+    names += "threshold_init threshold_lr_ratio min_density multi_k prefix_shares p_end p_from_share skip"
+    assert set(TrainConfig().to_dict()) == set(names.split())

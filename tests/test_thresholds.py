@@ -1,4 +1,4 @@
-"""Batch-topk's thresholds: the level is the mean least activation kept, and what fires too rarely lies below it."""
+"""Batch-topk's thresholds: the level is the mean smallest active value; rarely firing features lie below it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sae.kernels.activations import DenseActs
 from sae.training import loop
-from sae.training.batch_topk_threshold import LEVEL_RATE, PATIENCE, settle_
+from sae.training.batch_topk_threshold import LEVEL_RATE, PATIENCE, join, split, update_thresholds_
 from sae.training.config import TrainConfig
 from sae.training.recipes import resolve
 from sae.training.rows import Batch
@@ -52,7 +52,7 @@ def test_the_recurrence(min_density: float, sparse: bool) -> None:
     config = TrainConfig(min_density=min_density)
     threshold, b_enc = torch.zeros(D_SAE), torch.full((D_SAE,), -1.0)
     for step, acts in enumerate(found := batches(0, 40)):
-        settle_(threshold, b_enc, DenseActs(acts).sparse() if sparse else DenseActs(acts), step, config)
+        update_thresholds_(threshold, b_enc, DenseActs(acts).sparse() if sparse else DenseActs(acts), step, config)
     wanted, added = by_hand(found, min_density)
     np.testing.assert_allclose(threshold, wanted, rtol=1e-4)
     np.testing.assert_allclose(b_enc, added - 1, rtol=1e-4)
@@ -65,7 +65,7 @@ def test_the_recurrence(min_density: float, sparse: bool) -> None:
 def test_thresholds_lie_between_zero_and_the_level(seed: int, min_density: float) -> None:
     threshold = torch.zeros(D_SAE)
     for step, acts in enumerate(batches(seed, 12)):
-        settle_(threshold, torch.zeros(D_SAE), DenseActs(acts), step, TrainConfig(min_density=min_density))
+        update_thresholds_(threshold, torch.zeros(D_SAE), DenseActs(acts), step, TrainConfig(min_density=min_density))
         assert (threshold >= 0).all()
         assert threshold.amax() > 0
 
@@ -73,8 +73,19 @@ def test_thresholds_lie_between_zero_and_the_level(seed: int, min_density: float
 def test_a_batch_without_activations_moves_nothing() -> None:
     threshold = torch.rand(D_SAE)
     before = threshold.clone()
-    settle_(threshold, torch.zeros(D_SAE), DenseActs(torch.zeros(ROWS, D_SAE)), 3, TrainConfig(min_density=0.1))
+    update_thresholds_(
+        threshold, torch.zeros(D_SAE), DenseActs(torch.zeros(ROWS, D_SAE)), 3, TrainConfig(min_density=0.1)
+    )
     assert torch.equal(threshold, before)
+
+
+def test_level_and_lift_are_the_threshold_of_inference_and_of_checkpoints() -> None:
+    threshold = torch.tensor([0.5, 0.2, 0.5, 0.0])
+    level, lift = split(threshold)
+    assert level == 0.5
+    torch.testing.assert_close(lift, torch.tensor([0.0, 0.3, 0.0, 0.5]))
+    torch.testing.assert_close(join(level, lift), threshold)
+    assert join(level, torch.tensor([-1.0, 0.0, 0.1, 9.0])).tolist() == pytest.approx([0.5, 0.5, 0.4, 0.0])
 
 
 class Weak:

@@ -15,8 +15,7 @@ from sae.pipeline.live import check_target, resid_mid_of
 from sae.pipeline.resolve import model_in
 from sae.training import recipes
 from sae.training.config import TrainConfig
-from sae.training.objectives import Downstream
-from sae.training.rows import Batch
+from sae.training.rows import Batch, Downstream
 from store.activations import ActivationStore
 from store.batches import ShuffledRows
 from store.common import TRAIN

@@ -103,7 +103,7 @@ def _evaluate_all(store: ActivationStore, hook: str, out: Path, points: Sequence
     ablated: Ablated = {}
     for point in points:
         directory = out / point.name
-        loop.claim_run(directory, point.config, provenance_of(store, hook, directory))
+        loop.bind_directory(directory, point.config, provenance_of(store, hook, directory))
         if not (directory / DIVERGED).is_file() and not (directory / "eval.json").is_file():
             evaluate(directory, ablated=ablated, **how)
 

@@ -1,4 +1,4 @@
-"""The decoder's constraint, the schedule, and the surgery that gives dead features a new start."""
+"""Adam on a dictionary's parameters, its learning rate schedule, and the unit norm of decoder rows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sae.training.config import TrainConfig
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Linear warm-up over `warmup_share`, constant, linear to zero over the last `decay_share` of the run.
 
-    With `rewarm_share`, after each resampling also from a tenth back to the whole along a cosine.
-    Source: for the latter Rajamanoharan et al. 2024 (arXiv 2404.16014), appendix.
+    With `rewarm_share`, the rate also drops to a tenth at each resampling and returns along a cosine.
+    Source of the re-warming: Rajamanoharan et al. 2024 (arXiv 2404.16014), appendix.
     """
     warmup_steps = config.warmup_share * config.steps
     decay_steps = config.decay_share * config.steps
@@ -35,10 +35,11 @@ def _rewarmed(step: int, config: TrainConfig) -> float:
 
 
 class Adam:
-    """Adam on a dictionary's parameters, in one pass of the kernels per matrix; with `unit_norm` decoder rows keep it.
+    """Adam in one kernel pass per matrix; with `unit_norm` decoder rows stay at unit norm.
 
     It owns the gradients: `.grad` exists from the start and is zero before each step, so that backward adds in place.
-    Source: Kingma and Ba 2015; for the decoder Bricken et al. 2023, appendix (gradient parallel to a row removed).
+    Source: Kingma and Ba 2015; for the decoder Bricken et al. 2023, appendix (the gradient's part along a row is
+    removed).
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Moves every parameter by its gradient (of norm `clip` at most), and zeroes the gradients."""
+        """Updates every parameter from its gradient (clipped to norm `clip`), and zeroes the gradients."""
         self.step_count += 1
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.clip)
@@ -86,8 +87,8 @@ class Adam:
             if name == "threshold":
                 parameter.clamp_(min=0.0)
 
-    def forget(self, features: Int[Tensor, " n"]) -> None:
-        """Zeroes the moments of some features: their encoder columns, decoder rows, biases, gates and thresholds."""
+    def reset_rows(self, features: Int[Tensor, " n"]) -> None:
+        """Zeroes the moments of some features: encoder columns, decoder rows, biases, gates and thresholds."""
         for name, moments in self.moments.items():
             for moment in moments.values():
                 if name == "W_enc":
@@ -100,18 +101,18 @@ class Adam:
         return {f"adam.{name}.{m}": t for name, moments in self.moments.items() for m, t in moments.items()}
 
     def restore(self, tensors: dict[str, Tensor], step_count: int) -> None:
-        """Puts back what `tensors` gave."""
+        """Restores the state that `tensors` returned."""
         self.step_count = step_count
         for name, moment in self.tensors().items():
             moment.copy_(tensors[name])
 
 
 def _rows(name: str, tensor: Tensor) -> Tensor:
-    """A parameter as the matrix it is in memory: the encoder feature by feature, a vector as one row."""
+    """A parameter as it lies in memory: a matrix with one row per feature for the encoder, one row for a vector."""
     return tensor.t() if name == "W_enc" else tensor if tensor.dim() == 2 else tensor[None]
 
 
 @torch.no_grad()
 def normalise_decoder_(sae: SAE) -> None:
-    """Sets every decoder row to unit L2 norm; call it after the optimiser's step."""
+    """Scales every decoder row to unit L2 norm."""
     sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12))

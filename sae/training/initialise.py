@@ -1,6 +1,8 @@
-"""How a dictionary's tensors start."""
+"""The three ways to initialise a dictionary's weights: at random, tied, or from the data."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -9,11 +11,13 @@ from torch import Tensor
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.directions import spread_rows
 from sae.training.adam import normalise_decoder_
+from sae.training.config import TrainConfig
 
 MEDIAN_ROWS = 16_384
 ROWS_AT_ONCE = 1024
 SEED_ROWS = 32_768
 THRESHOLD_ROWS = 2048
+TIED_NORM = 0.1  # of decoder rows that are free to change their norm
 
 
 @torch.no_grad()
@@ -33,61 +37,77 @@ def geometric_median(
     return median.to(rows.dtype)
 
 
-@torch.no_grad()
-def initialise_(
-    sae: SAE,
-    sample: Float[Tensor, "n d_in"],
-    encoder_init: str,
-    seed: int,
-    *,
-    target: Float[Tensor, "n d_out"] | None = None,
-    decoder_norm: float = 1.0,
-    threshold: float = 0.0,
-    l0: float = 0.0,
-) -> None:
-    """b_dec at the geometric median of the targets (x itself by default), b_enc at zero, and one of three weights.
+Initialise = Callable[[SAE, Tensor, Tensor, TrainConfig], None]  # (sae, x, target, config): scaled rows of a sample
 
-    `kaiming`: PyTorch's uniform weights, encoder and decoder independent (Bricken et al. 2023).
-    `data`: decoder rows spread over the data's directions, encoder = α · decoderᵀ, with the α that reconstructs best.
-    Every feature then has inputs of its own from the first step; under TopK, random rows lose to the first that learn.
-    `tied`: random decoder rows of norm `decoder_norm` (else 1), encoder = decoderᵀ, b_dec = 0 (Anthropic, April 2024).
-    A JumpReLU's thresholds start at `threshold`, or all where the sample has `l0` features active on average.
+
+@torch.no_grad()
+def kaiming_(sae: SAE, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], config: TrainConfig) -> None:
+    """PyTorch's uniform weights, encoder and decoder independent; b_dec the geometric median of the targets.
+
+    Source: Bricken et al. 2023, appendix.
     """
-    generator = torch.Generator().manual_seed(seed)
-    sae.b_dec.copy_(geometric_median((sample if target is None else target)[:MEDIAN_ROWS]))
-    sae.b_enc.zero_()
-    sae.W_dec.uniform_(-1.0, 1.0, generator=generator)
-    normalise_decoder_(sae)
-    if encoder_init == "tied":
-        sae.b_dec.zero_()
-        sae.W_dec.mul_(decoder_norm)
-        sae.W_enc.copy_(sae.W_dec.T)
-        return
-    if encoder_init == "data":
-        directions = torch.nn.functional.normalize(sample[:SEED_ROWS] - sae.b_dec, dim=-1)
-        chosen = spread_rows(directions, sae.d_sae, generator)
-        sae.W_dec[: len(chosen)] = directions[chosen]
-        sae.W_enc.copy_(sae.W_dec.T)
-        if sae.activation == "jumprelu":
-            pre = (sample[:THRESHOLD_ROWS] - sae.b_dec) @ sae.W_enc
-            sae.threshold.fill_(_least_of_largest(pre, l0) if l0 else threshold)
-        if not sae.pre_bias:  # as with one, to start
-            sae.b_enc.copy_(-sae.b_dec @ sae.W_enc)
-        along, length = sample.new_zeros(()), sample.new_zeros(())
-        for part in sample[:MEDIAN_ROWS].split(ROWS_AT_ONCE):  # dense activations of all would outweigh all of training
-            x_hat = sae.reconstruct(part) - sae.b_dec
-            along += ((part - sae.b_dec) * x_hat).sum()
-            length += x_hat.pow(2).sum()
-        best = along / length.clamp_min(1e-12)
-        sae.W_enc.mul_(best)
-        if sae.activation == "jumprelu":
-            sae.threshold.mul_(best)
-            sae.b_enc.mul_(best)
-        return
+    generator = _random_decoder_(sae, config.seed)
+    sae.b_dec.copy_(geometric_median(target[:MEDIAN_ROWS]))
     bound = sae.d_in**-0.5
     sae.W_enc.uniform_(-bound, bound, generator=generator)
 
 
-def _least_of_largest(pre: Float[Tensor, "n d_sae"], per_row: float) -> float:
-    """The least of the `per_row` · n largest values, at least 0."""
-    return max(0.0, pre.flatten().topk(min(pre.numel(), max(1, round(per_row * len(pre))))).values[-1].item())
+@torch.no_grad()
+def tied_(sae: SAE, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], config: TrainConfig) -> None:
+    """Random decoder rows of norm `TIED_NORM`, encoder = decoderᵀ, b_dec = 0. Source: Anthropic, April 2024 update."""
+    _random_decoder_(sae, config.seed)
+    sae.b_dec.zero_()
+    sae.W_dec.mul_(TIED_NORM)
+    sae.W_enc.copy_(sae.W_dec.T)
+
+
+@torch.no_grad()
+def from_data_(sae: SAE, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], config: TrainConfig) -> None:
+    """Decoder rows spread over the data's directions, encoder = α · decoderᵀ, with the α that reconstructs best.
+
+    Every feature then has inputs of its own from the first step; under TopK, random rows lose to the first that learn.
+    b_dec is the geometric median of the targets. A JumpReLU's thresholds start at `threshold_init`, or, with
+    `target_l0`, at the one value for which the sample has this L0.
+    """
+    generator = _random_decoder_(sae, config.seed)
+    sae.b_dec.copy_(geometric_median(target[:MEDIAN_ROWS]))
+    directions = torch.nn.functional.normalize(x[:SEED_ROWS] - sae.b_dec, dim=-1)
+    chosen = spread_rows(directions, sae.d_sae, generator)
+    sae.W_dec[: len(chosen)] = directions[chosen]
+    sae.W_enc.copy_(sae.W_dec.T)
+    if sae.activation == "jumprelu":
+        sae.threshold.fill_(_threshold_of(sae, x, config.target_l0) if config.target_l0 else config.threshold_init)
+    if not sae.pre_bias:  # start as a dictionary with a pre-bias does
+        sae.b_enc.copy_(-sae.b_dec @ sae.W_enc)
+    _scale_encoder_(sae, x)
+
+
+def _random_decoder_(sae: SAE, seed: int) -> torch.Generator:
+    """Random unit decoder rows and b_enc = 0; returns the generator for what follows."""
+    generator = torch.Generator().manual_seed(seed)
+    sae.b_enc.zero_()
+    sae.W_dec.uniform_(-1.0, 1.0, generator=generator)
+    normalise_decoder_(sae)
+    return generator
+
+
+def _scale_encoder_(sae: SAE, x: Float[Tensor, "n d_in"]) -> None:
+    """Multiplies activations by the one number that minimises the squared error on x."""
+    along, length = x.new_zeros(()), x.new_zeros(())
+    # In parts: dense activations of all rows would need more memory than training does.
+    for part in x[:MEDIAN_ROWS].split(ROWS_AT_ONCE):
+        x_hat = sae.reconstruct(part) - sae.b_dec
+        along += ((part - sae.b_dec) * x_hat).sum()
+        length += x_hat.pow(2).sum()
+    best = along / length.clamp_min(1e-12)
+    sae.W_enc.mul_(best)
+    if sae.activation == "jumprelu":
+        sae.threshold.mul_(best)
+        sae.b_enc.mul_(best)
+
+
+def _threshold_of(sae: SAE, x: Float[Tensor, "n d_in"], l0: float) -> float:
+    """The threshold, at least 0, above which the sample has `l0` pre-activations per row."""
+    pre = (x[:THRESHOLD_ROWS] - sae.b_dec) @ sae.W_enc
+    count = min(pre.numel(), max(1, round(l0 * len(pre))))
+    return max(0.0, pre.flatten().topk(count).values[-1].item())

@@ -1,4 +1,4 @@
-"""λ as every convention in use writes it."""
+"""λ in every convention in use."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 
 def in_every_convention(found: float, penalised: str, scale: float, d_in: int) -> dict[str, Any]:
-    """λ of a finished run in our units and in the peers' (their settings on the same rows, in their normalisation).
+    """λ of a finished run in our units and as other tools' settings (on the same rows, in their normalisation).
 
-    Scaled and raw losses differ by the factor scale²; a squared error averaged over d_in by another factor d_in.
+    `found` is λ in scaled units, `penalised` what it multiplies. Scaled and raw losses differ by the factor scale²; a
+    squared error averaged over d_in by another factor d_in.
     """
     if penalised == "λ · L0":
         return {

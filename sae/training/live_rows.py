@@ -15,8 +15,7 @@ from sae.kernels import matmul
 from sae.lm import LanguageModel
 from sae.text.packing import FORWARD_TOKENS, packed, tokenised
 from sae.text.sources import TextSource
-from sae.training.objectives import Downstream
-from sae.training.rows import Batch
+from sae.training.rows import Batch, Downstream
 from sae.training.shuffle_buffer import MixingBuffer, Spread
 from store.common import LANES, TRAIN
 

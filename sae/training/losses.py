@@ -1,4 +1,4 @@
-"""Loss terms as plain functions: squared errors are summed over d_in and averaged over the batch."""
+"""Loss terms: squared errors are summed over d_in and averaged over the batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sae.kernels.autograd import Kernels, take_features
 from sae.kernels.sparsity import TopK
 
 LP_EPSILON = 1e-2  # in scaled units, where active features are about 1 to 10
-AUX_SPARSE_BELOW = 1 / 8  # of the dead features: with more a row, sparse products cost what dense ones do
+AUX_SPARSE_BELOW = 1 / 8  # of the dead features: with more per row, sparse products cost as much as dense ones
 
 
 def squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
@@ -21,9 +21,9 @@ def squared_error(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_
 
 
 def l1_norm(acts: FeatureActs, weights: Float[Tensor, " d_sae"] | None = None) -> Float[Tensor, ""]:
-    """`mean over rows of Σ w f`; f is non-negative, w is 1 or one number per feature (decoder norms, for one).
+    """`mean over rows of Σ w f`; f is non-negative, w is 1 or one weight per feature, e.g. its decoder norm.
 
-    Source: Bricken et al. 2023; with w = ‖d‖ Anthropic's April 2024 update.
+    Source: Bricken et al. 2023; with w = ‖d‖: Anthropic, April 2024 update.
     """
     total = acts.total() if weights is None else (acts.values * acts.of_feature(weights)).sum()
     return total / acts.n_rows
@@ -41,13 +41,13 @@ def jump(pre: FeatureActs, threshold: Float[Tensor, " d_sae"], bandwidth: float)
     """JumpReLU activations `pre · H(pre − θ)` and the mean L0 `Σ H(pre − θ)`, with pseudo-gradients for θ.
 
     With K(u) = 1 for |u| < ½: `∂f/∂θ = −(θ/ε) K((pre − θ)/ε)`, `∂H/∂θ = −(1/ε) K((pre − θ)/ε)`, ε the bandwidth in the
-    units of pre; pre has the ordinary gradient of f and none of H. The entries must hold all with pre > θ − ε/2.
+    units of pre. pre has the ordinary gradient of f and none of H. `pre` must contain all entries above θ − ε/2.
     Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), eq. 11 and 12.
     """
-    mine = pre.of_feature(threshold)
-    fixed, at = mine.detach(), pre.values.detach()
+    own = pre.of_feature(threshold)
+    fixed, at = own.detach(), pre.values.detach()
     near = ((at - fixed).abs() < bandwidth / 2).to(at.dtype) / bandwidth
-    ste = near * (fixed - mine)  # zero, with the gradient −K/ε
+    ste = near * (fixed - own)  # zero, with the gradient −K/ε
     active = (at > fixed).to(at.dtype)
     return pre.with_values(pre.values * active + fixed * ste), (active + ste).sum() / pre.n_rows
 
@@ -67,10 +67,10 @@ def aux_k_loss(
     dead: Bool[Tensor, " d_sae"],
     kernels: Kernels,
 ) -> Float[Tensor, ""]:
-    """What the error keeps of its variance after the strongest dead features have tried to explain it.
+    """The share of the error's variance that the strongest dead features leave unexplained.
 
     `‖e − ê‖² / ‖e − mean e‖²`, ê from the k_aux = min(d_in/2, dead) largest dead pre-activations, e detached.
-    Units: none; about 1 means the dead features explain nothing. Zero when nothing is dead or e has no variance.
+    Without unit; about 1 means that the dead features explain nothing. 0 if no feature is dead or e has no variance.
     Source: Gao et al. 2024 (arXiv 2406.04093), A.2.
     """
     features = dead.nonzero().squeeze(-1)
@@ -85,7 +85,7 @@ def aux_k_loss(
 
 
 def _largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, kernels: Kernels) -> FeatureActs:
-    """The k largest of each row, where they are positive: dense, unless they are few of many on a CPU."""
+    """The k largest of each row, where positive: sparse on a CPU if they are few of many, else dense."""
 
     def dense() -> DenseActs:
         acts = DenseActs((x @ W_enc + (b_enc - b_dec @ W_enc)).relu())

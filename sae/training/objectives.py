@@ -1,7 +1,7 @@
-"""What each recipe minimises: activations and a loss, composed of terms from `losses`; one short function each.
+"""What each recipe minimises: one short function each, composed of terms from `losses`.
 
-All in scaled units, where E‖x‖² = d_in. A function is given the dictionary, a scaled batch and what holds at this step,
-and answers with the loss, the squared error in it and the activations.
+All in scaled units, where E‖x‖² = d_in. A function takes the dictionary, a scaled batch and the step's context, and
+returns the loss, its squared error and the activations.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from sae.kernels.autograd import Kernels
 from sae.kernels.sparsity import Above, Rule, TopK
 from sae.training import losses
 from sae.training.config import TrainConfig
+from sae.training.rows import Downstream
 
 MULTI_K_WEIGHT = 1 / 8
 KL_ROWS = 512  # rows whose logits are held at once
 
-Downstream = Callable[[Tensor, Tensor], Tensor]  # (x, resid) → logits, in the model's own units
 
-
-class Scaled(NamedTuple):
-    """A batch in scaled units; `target` is x, or y of a transcoder; `resid` is as the model has it."""
+class ScaledBatch(NamedTuple):
+    """A batch in scaled units; `target` is x, or a transcoder's y; `resid` stays in the model's own units."""
 
     x: Float[Tensor, "rows d_in"]
     target: Float[Tensor, "rows d_out"]
@@ -38,13 +37,13 @@ class Scaled(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Now:
-    """What holds at one step beside the parameters."""
+class StepContext:
+    """What a loss depends on at one step besides the parameters and the batch."""
 
     config: TrainConfig
     kernels: Kernels
-    coefficient: float  # λ of this step: warmed up, annealed or found by the controller
-    sparse: bool  # whether few enough features were active at the last step for sparse products to pay
+    coefficient: float  # λ of this step
+    sparse: bool  # whether so few features were active at the last step that sparse products are faster
     dead: Bool[Tensor, " d_sae"]
     p: float = 1.0
     scale: float = 1.0
@@ -52,7 +51,7 @@ class Now:
 
 
 class Outcome(NamedTuple):
-    """`error` is the mean squared error of x̂ (or ŷ), whatever the loss is."""
+    """`error` is the mean squared error of x̂ (or ŷ), whatever the loss; `penalty` is what λ multiplies."""
 
     loss: Float[Tensor, ""]
     error: Float[Tensor, ""]
@@ -60,148 +59,148 @@ class Outcome(NamedTuple):
     penalty: Float[Tensor, ""] | None = None
 
 
-Objective = Callable[[SAE, Scaled, Now], Outcome]
+Objective = Callable[[SAE, ScaledBatch, StepContext], Outcome]
 
 
-def pre_activations(sae: SAE, x: Tensor, rule: Rule, now: Now) -> FeatureActs:
-    """`(x − b_dec) W_enc + b_enc` of the features the rule makes active; of all where sparse products do not pay."""
+def pre_activations(sae: SAE, x: Tensor, rule: Rule, context: StepContext) -> FeatureActs:
+    """`(x − b_dec) W_enc + b_enc` of the features that the rule makes active, or of all where dense is faster."""
 
     def dense() -> DenseActs:
         return DenseActs(sae.pre_acts(x))
 
-    if isinstance(rule, Above) and not now.sparse:
+    if isinstance(rule, Above) and not context.sparse:
         return dense()
     encoder = (sae.W_enc, sae.b_enc, sae.input_bias)
-    return sparse_or_dense(lambda: SparseActs.pre_activations(now.kernels, x, *encoder, rule), dense)
+    return sparse_or_dense(lambda: SparseActs.pre_activations(context.kernels, x, *encoder, rule), dense)
 
 
-def activations(sae: SAE, x: Tensor, now: Now) -> FeatureActs:
-    """`sae.encode(x)`, sparse or dense."""
-    if isinstance(sae.rule, Above) and not now.sparse:
+def activations(sae: SAE, x: Tensor, context: StepContext) -> FeatureActs:
+    """`sae.encode(x)`, sparse or, where that is faster, dense."""
+    if isinstance(sae.rule, Above) and not context.sparse:
         return sae.encode_dense(x)
-    return sae.feature_acts(x, now.kernels)
+    return sae.feature_acts(x, context.kernels)
 
 
-def l1(sae: SAE, batch: Scaled, now: Now) -> Outcome:
+def l1(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     """`‖y − ŷ‖² + λ Σ f`. Source: Bricken et al. 2023; for transcoders Dunefsky et al. 2024 (arXiv 2406.11944)."""
-    acts = activations(sae, batch.x, now)
+    acts = activations(sae, batch.x, context)
     error = losses.squared_error(batch.target, sae.output(acts, batch.x))
     penalty = losses.l1_norm(acts)
-    return Outcome(error + now.coefficient * penalty if now.coefficient else error, error, acts, penalty)
+    return Outcome(error + context.coefficient * penalty if context.coefficient else error, error, acts, penalty)
 
 
-def l1_of_norms(sae: SAE, batch: Scaled, now: Now) -> Outcome:
-    """`‖x − x̂‖² + λ Σ f ‖d‖`. Source: Anthropic, April 2024 update, as Templeton et al. 2024 print it."""
-    acts = activations(sae, batch.x, now)
+def l1_of_norms(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
+    """`‖x − x̂‖² + λ Σ f ‖d‖`. Source: Anthropic, April 2024 update, in the form of Templeton et al. 2024."""
+    acts = activations(sae, batch.x, context)
     error = losses.squared_error(batch.target, sae.output(acts, batch.x))
     penalty = losses.l1_norm(acts, sae.W_dec.norm(dim=-1))
-    return Outcome(error + now.coefficient * penalty, error, acts, penalty)
+    return Outcome(error + context.coefficient * penalty, error, acts, penalty)
 
 
-def annealed_lp(sae: SAE, batch: Scaled, now: Now) -> Outcome:
+def annealed_lp(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     """`‖x − x̂‖² + λ Σ f^p`, p falling from 1. Source: Karvonen et al. 2024 (arXiv 2408.00113)."""
-    acts = activations(sae, batch.x, now)
+    acts = activations(sae, batch.x, context)
     error = losses.squared_error(batch.target, sae.output(acts, batch.x))
-    penalty = losses.lp_norm(acts, now.p)
-    return Outcome(error + now.coefficient * penalty, error, acts, penalty)
+    penalty = losses.lp_norm(acts, context.p)
+    return Outcome(error + context.coefficient * penalty, error, acts, penalty)
 
 
-def gated(sae: SAE, batch: Scaled, now: Now) -> Outcome:
+def gated(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     """`‖x − x̂(f)‖² + λ Σ ReLU(π) + ‖x − x̂_frozen(ReLU(π))‖²`, π the gate's pre-activations, f = 1[π > 0] · magnitude.
 
     The decoder is a constant in the last term, which teaches the gate to find the right features.
     Source: Rajamanoharan et al. 2024 (arXiv 2404.16014), eq. 8.
     """
-    pre = pre_activations(sae, batch.x, sae.rule, now)
+    pre = pre_activations(sae, batch.x, sae.rule, context)
     gate = pre.with_values(pre.values.relu())
     features = pre.support.features.long() if isinstance(pre, SparseActs) else None
     acts = pre.with_values(torch.where(pre.values > 0, sae.magnitudes(pre.values, features), 0.0))
     error = losses.squared_error(batch.target, sae.output(acts, batch.x))
     by_gate = gate.decode(sae.W_dec.detach()) + sae.b_dec.detach()
     penalty = losses.l1_norm(gate)
-    loss = error + now.coefficient * penalty + losses.squared_error(batch.target, by_gate)
+    loss = error + context.coefficient * penalty + losses.squared_error(batch.target, by_gate)
     return Outcome(loss, error, acts, penalty)
 
 
-def jumprelu(sae: SAE, batch: Scaled, now: Now) -> Outcome:
+def jumprelu(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     """`‖x − x̂‖² + λ L0` with learned thresholds. Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), eq. 9."""
-    bandwidth = now.config.bandwidth
-    # Below the threshold by half a bandwidth an entry is no activation, but moves its threshold.
+    bandwidth = context.config.bandwidth
+    # Entries up to half a bandwidth below the threshold are not active, but they move the threshold.
     rule = Above(sae.threshold.detach() - bandwidth / 2)
-    acts, l0 = losses.jump(pre_activations(sae, batch.x, rule, now), sae.threshold, bandwidth)
+    acts, l0 = losses.jump(pre_activations(sae, batch.x, rule, context), sae.threshold, bandwidth)
     error = losses.squared_error(batch.target, sae.output(acts, batch.x))
-    return Outcome(error + now.coefficient * l0, error, acts, l0)
+    return Outcome(error + context.coefficient * l0, error, acts, l0)
 
 
-def topk(sae: SAE, batch: Scaled, now: Now) -> Outcome:
+def topk(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     """`‖x − x̂‖² (+ ‖x − x̂_{m·k}‖² / 8 where multi_k = m) + AuxK`; also for k · rows of a batch (Bussmann et al. 2024).
 
     Source: Gao et al. 2024 (arXiv 2406.04093), §2.4 and A.2; Multi-TopK with m = 4 and weight 1/8 in §A.
     """
     wide = None
-    if now.config.multi_k:
+    if context.config.multi_k:
         assert sae.k is not None
-        wide = _largest(sae, batch.x, min(sae.d_sae, now.config.multi_k * sae.k), now)
+        wide = _largest(sae, batch.x, min(sae.d_sae, context.config.multi_k * sae.k), context)
         acts = wide.largest_of_rows(sae.k)
     else:
-        acts = activations(sae, batch.x, now)
+        acts = activations(sae, batch.x, context)
     x_hat = sae.output(acts, batch.x)
     error = loss = losses.squared_error(batch.target, x_hat)
     if wide is not None:
         loss = loss + MULTI_K_WEIGHT * losses.squared_error(batch.target, sae.output(wide, batch.x))
-    return Outcome(_with_aux(loss, sae, batch, x_hat, now), error, acts)
+    return Outcome(_with_aux(loss, sae, batch, x_hat, context), error, acts)
 
 
-def matryoshka(sae: SAE, batch: Scaled, now: Now) -> Outcome:
+def matryoshka(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     """`Σ over prefixes m of ‖x − x̂_{1…m}‖² + AuxK`, x̂_{1…m} from the first m features and b_dec alone.
 
     Source: Bussmann et al. 2025 (arXiv 2503.17547), eq. 3.
     """
-    acts = activations(sae, batch.x, now)
+    acts = activations(sae, batch.x, context)
     x_hat: Tensor = sae.b_dec
     loss: Tensor = batch.x.new_zeros(())
-    for start, stop in pairwise([0, *now.config.prefix_sizes]):
+    for start, stop in pairwise([0, *context.config.prefix_sizes]):
         x_hat = x_hat + acts.prefix(start, stop).decode(sae.W_dec)
         error = losses.squared_error(batch.target, x_hat)
         loss = loss + error
-    return Outcome(_with_aux(loss, sae, batch, x_hat, now), error, acts)
+    return Outcome(_with_aux(loss, sae, batch, x_hat, context), error, acts)
 
 
-def end_to_end(sae: SAE, batch: Scaled, now: Now) -> Outcome:
+def end_to_end(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     """`mean KL(p(x) ‖ p(x̂)) + λ Σ f`, p the model's next-token distribution from the hook point on.
 
     Source: Braun et al. 2024 (arXiv 2405.12241).
     """
-    assert now.downstream is not None
+    assert context.downstream is not None
     assert batch.resid is not None
-    acts = activations(sae, batch.x, now)
+    acts = activations(sae, batch.x, context)
     x_hat = sae.output(acts, batch.x)
     kl = batch.x.new_zeros(())
-    for rows in torch.arange(len(batch.x)).split(KL_ROWS):  # no more logits in memory than one chunk's
-        arguments = (batch.x[rows], x_hat[rows], batch.resid[rows], now)
+    for rows in torch.arange(len(batch.x)).split(KL_ROWS):  # only one chunk's logits are in memory at a time
+        arguments = (batch.x[rows], x_hat[rows], batch.resid[rows], context)
         kl = kl + checkpoint(_divergence, *arguments, use_reentrant=False)
     penalty = losses.l1_norm(acts)
-    loss = kl / len(batch.x) + now.coefficient * penalty
+    loss = kl / len(batch.x) + context.coefficient * penalty
     return Outcome(loss, losses.squared_error(batch.target, x_hat), acts, penalty)
 
 
-def _divergence(x: Tensor, x_hat: Tensor, resid: Tensor, now: Now) -> Tensor:
-    assert now.downstream is not None
+def _divergence(x: Tensor, x_hat: Tensor, resid: Tensor, context: StepContext) -> Tensor:
+    assert context.downstream is not None
     with torch.no_grad():
-        clean = now.downstream(x / now.scale, resid)
-    return losses.kl_divergence(clean, now.downstream(x_hat / now.scale, resid))
+        clean = context.downstream(x / context.scale, resid)
+    return losses.kl_divergence(clean, context.downstream(x_hat / context.scale, resid))
 
 
-def _largest(sae: SAE, x: Tensor, k: int, now: Now) -> FeatureActs:
-    """What a TopK dictionary with this k would find."""
-    pre = pre_activations(sae, x, TopK(k), now)
+def _largest(sae: SAE, x: Tensor, k: int, context: StepContext) -> FeatureActs:
+    """The activations of a TopK dictionary with this k."""
+    pre = pre_activations(sae, x, TopK(k), context)
     return pre if isinstance(pre, SparseActs) else pre.with_values(pre.values.relu()).largest_of_rows(k)
 
 
-def _with_aux(loss: Tensor, sae: SAE, batch: Scaled, x_hat: Tensor, now: Now) -> Tensor:
-    if not now.config.aux_coefficient:
+def _with_aux(loss: Tensor, sae: SAE, batch: ScaledBatch, x_hat: Tensor, context: StepContext) -> Tensor:
+    if not context.config.aux_coefficient:
         return loss
-    # Gao et al. weigh AuxK against a squared error normalised by the variance; ours is not: multiply it back.
+    # Gao et al. add AuxK to a squared error divided by the variance. Ours is not divided, so AuxK is multiplied by it.
     variance = (batch.target - batch.target.mean(0)).pow(2).sum(-1).mean().detach()
-    aux = losses.aux_k_loss(sae, batch.x, batch.target - x_hat, now.dead, now.kernels)
-    return loss + now.config.aux_coefficient * (aux * variance)
+    aux = losses.aux_k_loss(sae, batch.x, batch.target - x_hat, context.dead, context.kernels)
+    return loss + context.config.aux_coefficient * (aux * variance)

@@ -1,6 +1,8 @@
-"""Dead features get a new start."""
+"""Two ways to give dead features a new start: the paper's resampling, and reseeding for TopK."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +15,9 @@ from sae.training.adam import Adam
 ENCODER_SHARE_OF_ALIVE_NORM = 0.2
 POOL_PER_DEAD = 4
 
+# (sae, optimizer, dead features, rows, their losses, generator) → the rows chosen for the first of the dead features
+Resample = Callable[[SAE, Adam, Tensor, Tensor, Tensor, torch.Generator], Tensor]
+
 
 @torch.no_grad()
 def resample_(
@@ -23,10 +28,10 @@ def resample_(
     losses: Float[Tensor, " n"],
     generator: torch.Generator,
 ) -> Int[Tensor, " n_dead"]:
-    """Points dead features at badly reconstructed inputs and forgets their Adam moments; returns the rows chosen.
+    """Points dead features at badly reconstructed inputs and resets their Adam moments; returns the rows chosen.
 
     P(row) ∝ loss². The decoder row is the input at unit norm, the encoder column the same at 0.2 × the mean encoder
-    norm of the living, the encoder bias 0.
+    norm of the features alive, the encoder bias 0.
     Source: Bricken et al. 2023, "Neuron resampling".
     """
     chosen = torch.multinomial(losses.double().pow(2), len(dead), replacement=True, generator=generator)
@@ -48,12 +53,12 @@ def reseed_(
     losses: Float[Tensor, " n"],
     generator: torch.Generator,
 ) -> Int[Tensor, " n_placed"]:
-    """Gives dead TopK features a place among the k of a badly reconstructed input; returns the rows chosen.
+    """Makes dead TopK features rank among the k largest on badly reconstructed inputs; returns the rows chosen.
 
     P(row) ∝ loss, thinned to rows far from each other. The encoder column is the centred input x − b_dec, scaled so
-    that on it the feature ranks in the middle of the k active ones; the decoder row is what is missing there, x − x̂, at
-    unit norm; the encoder bias is 0. A weaker start never wins a place and stays dead, a stronger one drives out what
-    works. Fewer rows than dead features: the rest waits for the next time.
+    that on this input the feature ranks in the middle of the k active ones; the decoder row is the error x − x̂ at unit
+    norm; the encoder bias is 0. A weaker start would stay dead, a stronger one would displace working features.
+    Where there are fewer rows than dead features, the other features wait for the next event.
     """
     assert sae.k is not None
     pool = min(POOL_PER_DEAD * len(dead), int((losses > 0).sum()))
@@ -71,10 +76,11 @@ def reseed_(
 
 
 def _restart(sae: SAE, optimizer: Adam, features: Tensor, encoder: Tensor, decoder: Tensor) -> None:
+    """Sets the encoder columns and decoder rows of some features as if they had just been initialised."""
     sae.W_enc[:, features] = encoder.T
     sae.W_dec[features] = decoder
     sae.b_enc[features] = 0.0
-    if sae.activation == "gated":  # the magnitude is the gate's value again, as at the start
+    if sae.activation == "gated":  # at the start the magnitude equals the gate's value
         sae.r_mag[features] = 0.0
         sae.b_mag[features] = 0.0
-    optimizer.forget(features)
+    optimizer.reset_rows(features)

@@ -3,48 +3,69 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from store.common import read_ahead
 
-BATCHES_AHEAD = 3  # a running model makes two batches or none: three waiting even that out
+BATCHES_AHEAD = 3  # a running model makes two batches or none at a time: three waiting batches even that out
+
+Downstream = Callable[[Tensor, Tensor], Tensor]  # (x, resid) → logits, in the model's own units
 
 
 class Batch(NamedTuple):
-    """One step's rows; `y` is the target where it is not x (transcoders), `resid` and `tokens` for recipes that ask.
+    """The rows of one step, in the model's own units.
 
-    `mixing`: distinct contexts among the rows, as a share of a perfect shuffle's; None where they come of none.
+    `y` is the target where it is not x (transcoders); `resid` is the residual stream that `ModelRows.downstream` takes.
+    `mixing` is the number of distinct contexts among the rows, as a share of a perfect shuffle's; None where rows have
+    no contexts.
     """
 
     x: Float[Tensor, "batch d_in"]
     y: Float[Tensor, "batch d_out"] | None = None
     resid: Float[Tensor, "batch d_model"] | None = None
-    tokens: Int[Tensor, " batch"] | None = None
     mixing: float | None = None
 
 
 class Rows(Protocol):
-    """A source of training rows: the store, a live model, or a test."""
+    """A source of training rows: a store, a running model, or any object with these three members."""
 
     d_in: int
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step: a pure function of (source, seed, step), so a run resumes anywhere."""
+        """The batch of a step: a pure function of (source, seed, step), so that a run can resume anywhere."""
         ...
 
     def sample(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
-        """n rows drawn uniformly: a pure function of the seed."""
+        """n rows drawn uniformly (or all, if there are fewer): a pure function of the seed."""
         ...
 
 
-def prefetched(rows: Rows, start: int, stop: int, *, pinned: bool = False) -> Iterator[tuple[Batch, float]]:
-    """The batches of steps start … stop − 1, read while the ones before are worked on, and the seconds waited.
+@runtime_checkable
+class TargetRows(Rows, Protocol):
+    """Rows that also have a target y for each x, as transcoders need; their batches have `y`."""
 
-    `pinned` puts x into page-locked memory, from which a GPU copies without holding up the program.
+    d_out: int
+
+    def sample_targets(self, n: int, seed: int) -> Float[Tensor, "n d_out"]:
+        """y of the rows that `sample` draws."""
+        ...
+
+
+@runtime_checkable
+class ModelRows(Rows, Protocol):
+    """Rows that may bring the rest of their model, as end-to-end training needs; their batches then have `resid`."""
+
+    downstream: Downstream | None
+
+
+def prefetched(rows: Rows, start: int, stop: int, *, pinned: bool = False) -> Iterator[tuple[Batch, float]]:
+    """The batches of steps start … stop − 1, read while earlier ones are worked on, and the seconds waited for each.
+
+    `pinned` puts x into page-locked memory, from which a GPU copies without blocking the program.
     """
 
     def read(step: int) -> Batch:

@@ -1,94 +1,88 @@
-"""What changes while a dictionary trains: made from a sample, saved in one file, put back bit for bit."""
+"""The state of a running training: initialised from a sample, saved in one file, restored bit for bit."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
 from sae.jobs.checkpoint import read_header, read_tensors, write_tensors
 from sae.kernels import choose, device_named, matmul
+from sae.kernels.activations import FeatureActs
 from sae.kernels.autograd import Kernels
-from sae.training import adam, initialise
+from sae.training.adam import Adam
 from sae.training.config import TrainConfig
 from sae.training.recipes import Recipe
-from sae.training.rows import Rows
-from sae.training.sparsity_penalty import Penalty, at_start
+from sae.training.rows import Downstream, ModelRows, Rows, TargetRows
+from sae.training.sparsity_penalty import LambdaController
 
 STATE = "state.safetensors"
 SCALE_ROWS, SCALE_ROWS_AT_ONCE = 65_536, 4096
-TIED_FREE_NORM = 0.1  # of decoder rows that are free, at the start; unit rows start at 1
 
 
 @dataclass
 class TrainState:
-    """Everything that changes while training; functions hold no state."""
+    """Everything that changes while training; the functions that train hold no state of their own."""
 
     sae: SAE  # on scaled inputs
-    optimizer: adam.Adam
+    optimizer: Adam
     scale: float
     tokens_since_fired: Int[Tensor, " d_sae"]
+    penalty: LambdaController
     step: int = 0
     density: float = 1.0  # share of features active at the last step: decides between dense and sparse products
-    # {"step", "features": how many} of each event; which ones is in resampled.jsonl, which may be long
+    # {"step", "features": how many} of each event; resampled.jsonl, which may be long, says which
     resampled: list[dict[str, int]] = field(default_factory=list)
-    penalty: Penalty = field(default_factory=lambda: Penalty(0.0))
     target_scale: float = 0.0  # of y, where it is not x
-    downstream: Callable[[Tensor, Tensor], Tensor] | None = None  # not saved: the rows bring it
-    matmul: str = "highest"  # the dense products, chosen at the start and kept, so that a resumed run does as this one
+    downstream: Downstream | None = None  # not saved: the rows bring it
+    matmul: str = "highest"  # how dense products are computed: chosen at the start, kept when the run resumes
 
     @property
     def device(self) -> torch.device:
         return self.tokens_since_fired.device
+
+    def dead(self, after_tokens: int) -> Bool[Tensor, " d_sae"]:
+        """Features that have not fired for so many tokens."""
+        return self.tokens_since_fired >= after_tokens
+
+    def count_firings(self, acts: FeatureActs) -> None:
+        """Takes in the firings of a batch."""
+        self.tokens_since_fired += acts.n_rows
+        self.tokens_since_fired[acts.fired()] = 0
 
 
 def start(
     rows: Rows, config: TrainConfig, recipe: Recipe, kernels: Kernels, device: str | torch.device = "cpu"
 ) -> TrainState:
     """A new run. Raises: ValueError when the rows are all zero or lack what the recipe needs."""
-    _refuse_unfit_rows(rows, recipe)
-    sample = rows.sample(SCALE_ROWS, config.seed)
-    scale = _scale(sample, rows.d_in)
-    target, target_scale = None, scale
+    sae, downstream = _dictionary(rows, config, recipe), _downstream(rows, recipe)
+    x, scale = _to_scale(rows.sample(SCALE_ROWS, config.seed))
+    y, target_scale = x, scale
     if recipe.needs == "y":
-        target = rows.sample_targets(SCALE_ROWS, config.seed)  # type: ignore[attr-defined]
-        target_scale = _scale(target, target.shape[1])
-        target = target * target_scale
-    sae = _dictionary(rows, config, recipe)
-    norm = 1.0 if recipe.unit_norm else TIED_FREE_NORM
-    initialise.initialise_(
-        sae,
-        sample * scale,
-        recipe.encoder_init,
-        config.seed,
-        target=target,
-        decoder_norm=norm,
-        threshold=config.threshold_init,
-        l0=config.target_l0,
-    )
+        y, target_scale = _to_scale(_with_targets(rows, recipe).sample_targets(SCALE_ROWS, config.seed))
+    recipe.initialise(sae, x, y, config)
     return TrainState(
         sae,
         _adam(sae.to(device), kernels, config, recipe),
         scale,
         torch.zeros(config.d_sae, dtype=torch.int64, device=device),
-        penalty=at_start(getattr(config, recipe.coefficient) if recipe.coefficient else 0.0, config),
+        LambdaController.start(config, getattr(config, recipe.coefficient) if recipe.coefficient else 0.0),
         target_scale=target_scale,
-        downstream=getattr(rows, "downstream", None),
+        downstream=downstream,
         matmul=matmul.choose(config.matmul, sae.W_enc.device),
     )
 
 
 def save_state(out: Path, state: TrainState, *, keep: int = 1) -> None:
-    """Everything needed to go on, in one file, by one atomic rename; `keep` − 1 earlier states stay beside it."""
+    """Writes everything that is needed to resume into one file, atomically; keeps `keep` − 1 earlier states."""
     if keep > 1:
-        _put_aside(out, keep - 1)
+        _keep_earlier_states(out, keep - 1)
     tensors = {f"sae.{name}": tensor for name, tensor in state.sae.tensors().items()}
     tensors |= state.optimizer.tensors()
     tensors["tokens_since_fired"] = state.tokens_since_fired
@@ -98,7 +92,7 @@ def save_state(out: Path, state: TrainState, *, keep: int = 1) -> None:
         "target_scale": state.target_scale,
         "resampled": state.resampled,
         "density": state.density,
-        "penalty": asdict(state.penalty),
+        "penalty": state.penalty.saved(),
         "kernels": state.optimizer.kernels.NAME,
         "matmul": state.matmul,
         "device": state.device.type,
@@ -106,18 +100,18 @@ def save_state(out: Path, state: TrainState, *, keep: int = 1) -> None:
     write_tensors(out / STATE, tensors, header)
 
 
-def _put_aside(out: Path, keep: int) -> None:
-    """Gives the present state a name of its own, state-<step>.safetensors, and drops the oldest of those."""
+def _keep_earlier_states(out: Path, keep: int) -> None:
+    """Links the present state to state-<step>.safetensors, and deletes all but the newest `keep` of those."""
     if (out / STATE).exists():
-        aside = out / f"state-{read_header(out / STATE)['step']:09d}.safetensors"
-        if not aside.exists():
-            os.link(out / STATE, aside)
+        earlier = out / f"state-{read_header(out / STATE)['step']:09d}.safetensors"
+        if not earlier.exists():
+            os.link(out / STATE, earlier)
     for old in sorted(out.glob("state-*.safetensors"))[:-keep]:
         old.unlink()
 
 
 def restore(out: Path, rows: Rows, config: TrainConfig, recipe: Recipe, device: str = "auto") -> TrainState | None:
-    """The saved state, on the kernels and the kind of device it began with; None when there is none.
+    """The saved state, with the kernels and on the kind of device the run began with; None without a saved state.
 
     Raises: ValueError for another device.
     """
@@ -129,23 +123,23 @@ def restore(out: Path, rows: Rows, config: TrainConfig, recipe: Recipe, device: 
     began_on = header.get("device", "cpu")
     if device not in ("auto", began_on):
         raise ValueError(
-            f"{out} was begun on {began_on}; on {device} it would not go on bit for bit. Say --device {began_on}, or "
+            f"{out} was begun on {began_on}; on {device} the result would differ. Use --device {began_on}, or "
             "choose another --out."
         )
     place = device_named(began_on)
-    adam = _adam(sae.to(place), choose(header["kernels"], place), config, recipe)
-    adam.restore(tensors, header["step"])
+    optimizer = _adam(sae.to(place), choose(header["kernels"], place), config, recipe)
+    optimizer.restore(tensors, header["step"])
     return TrainState(
         sae,
-        adam,
+        optimizer,
         header["scale"],
         tensors["tokens_since_fired"].to(place),
+        LambdaController(config, step=header["step"], **header["penalty"]),
         header["step"],
         header["density"],
         header["resampled"],
-        Penalty(**header["penalty"]),
         header["target_scale"],
-        getattr(rows, "downstream", None),
+        _downstream(rows, recipe),
         matmul.resumed(header["matmul"], config.matmul),
     )
 
@@ -156,14 +150,14 @@ def _dictionary(rows: Rows, config: TrainConfig, recipe: Recipe) -> SAE:
         config.d_sae,
         activation=recipe.activation,
         k=config.k or None,
-        d_out=getattr(rows, "d_out", None) if recipe.needs == "y" else None,
+        d_out=_with_targets(rows, recipe).d_out if recipe.needs == "y" else None,
         pre_bias=recipe.pre_bias,
         skip=config.skip,
     )
 
 
-def _adam(sae: SAE, kernels: Kernels, config: TrainConfig, recipe: Recipe) -> adam.Adam:
-    return adam.Adam(
+def _adam(sae: SAE, kernels: Kernels, config: TrainConfig, recipe: Recipe) -> Adam:
+    return Adam(
         sae,
         kernels,
         beta1=config.beta1,
@@ -173,16 +167,28 @@ def _adam(sae: SAE, kernels: Kernels, config: TrainConfig, recipe: Recipe) -> ad
     )
 
 
-def _scale(sample: Tensor, width: int) -> float:
-    # By parts: in float64 the whole sample and its squares would be the most memory that a run ever takes.
+def _to_scale(sample: Float[Tensor, "n width"]) -> tuple[Float[Tensor, "n width"], float]:
+    """The rows in units where E‖x‖² = width, and the factor. Raises: ValueError for rows that are all zero."""
+    # In parts: the whole sample and its squares in float64 would be the peak memory of a run.
     mean_square = sum(part.double().pow(2).sum().item() for part in sample.split(SCALE_ROWS_AT_ONCE)) / len(sample)
     if not mean_square > 0:
         raise ValueError("training: every sampled activation is zero; is the hook point right?")
-    return math.sqrt(width / mean_square)
+    scale = math.sqrt(sample.shape[1] / mean_square)
+    return sample * scale, scale
 
 
-def _refuse_unfit_rows(rows: Rows, recipe: Recipe) -> None:
-    if recipe.needs == "y" and not hasattr(rows, "sample_targets"):
+def _with_targets(rows: Rows, recipe: Recipe) -> TargetRows:
+    """The rows, which must have targets. Raises: ValueError if they have none."""
+    if not isinstance(rows, TargetRows):
         raise ValueError(f"recipe {recipe.name} learns y from x; these rows have no y. Name a target hook point.")
-    if recipe.needs == "resid" and getattr(rows, "downstream", None) is None:
-        raise ValueError(f"recipe {recipe.name} runs the model on from x̂; these rows bring no model to run.")
+    return rows
+
+
+def _downstream(rows: Rows, recipe: Recipe) -> Downstream | None:
+    """The rest of the model for a recipe that runs it. Raises: ValueError if the rows bring no model."""
+    if recipe.needs != "resid":
+        return None
+    downstream = rows.downstream if isinstance(rows, ModelRows) else None
+    if downstream is None:
+        raise ValueError(f"recipe {recipe.name} continues the model from x̂; these rows bring no model to run.")
+    return downstream
