@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sae.jobs.progress import Interrupted
 from sae.lm import NativeModel
 from sae.text.documents import Document, sha256_of
 from store.activations import ActivationStore
-from store.common import HELD_OUT, LANES, TRAIN
+from store.common import HELD_OUT, LANES, TRAIN, DocumentRecord
 from store.schema import encode
 
 SEQ_LEN = 32
@@ -38,6 +39,37 @@ def by_id() -> dict[str, Document]:
 
 def filled_shards(store: ActivationStore, split: str) -> list[int]:
     return [shard for shard, marker in store.markers(split).items() if marker.contexts]
+
+
+# --- lanes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 7, 40])
+def test_a_lane_goes_on_from_the_cursor_of_any_shard(shard_tokens: int) -> None:
+    """Without a model or a store: documents of 0 to 20 tokens, packed into the shards of lane 3."""
+    rng = np.random.default_rng(1)
+    documents = [rng.integers(0, 99, rng.integers(0, 21)).astype(np.uint32) for _ in range(30)]
+    record = DocumentRecord("id", "source", "domain", "sha256")
+    n_shards = {HELD_OUT: 0, TRAIN: LANES * 400}
+
+    def texts(markers: dict[int, Any]) -> list[lanes.ShardText]:
+        opened = lanes.open_lanes(n_shards, shard_tokens, {HELD_OUT: {}, TRAIN: markers}, [3])[TRAIN, 3]
+        for number in range(opened.cursor.document, len(documents)):
+            opened.feed(number, documents[number], record)
+        return [*opened.shards(), *opened.shards(text_ended=True)]
+
+    whole = texts({})
+    assert [text.shard for text in whole] == list(range(3, LANES * 400, LANES))
+    assert np.array_equal(np.concatenate([text.tokens for text in whole]), np.concatenate(documents))
+    markers: dict[int, Any] = {}
+    for done, text in enumerate(whole[:60], start=1):
+        markers[text.shard] = namedtuple("Marker", "cursor")(asdict(text.cursor))
+        resumed = texts(markers)
+        assert [t.shard for t in resumed] == [t.shard for t in whole[done:]]
+        for mine, theirs in zip(resumed[:70], whole[done:], strict=False):
+            assert np.array_equal(mine.tokens, theirs.tokens)
+            assert np.array_equal(mine.numbers, theirs.numbers)
+            assert (mine.documents, mine.cursor) == (theirs.documents, theirs.cursor)
 
 
 # --- row arithmetic --------------------------------------------------------------------------------------------------

@@ -6,20 +6,21 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from sae.harvesting.lanes import Lane, open_lanes
+from sae.harvesting.lanes import Lane, ShardText, open_lanes
 from sae.jobs.memory import resident_bytes
-from sae.jobs.progress import Interrupt, Interrupted, interruptible, progress
+from sae.jobs.progress import Interrupted, interruptible, progress
 from sae.lm import LanguageModel
-from sae.text.documents import Document
+from sae.text.documents import Document, record_of
 from sae.text.packing import FORWARD_TOKENS, packed, tokenised
 from sae.text.sources import TextSource
-from store.common import HELD_OUT, LANES, TRAIN
+from store.common import LANES, SPLITS, DocumentRecord
 
 SHARDS_IN_HAND = 4  # in memory at once: one computed, one waiting, one written, and that one as encoded
 
@@ -47,7 +48,7 @@ class ShardSink(Protocol):
         tokens: np.ndarray,
         keep: np.ndarray,
         document: np.ndarray,
-        documents: dict[int, tuple[str, str, str, str]],
+        documents: dict[int, DocumentRecord],
         cursor: dict[str, Any],
     ) -> Any: ...
 
@@ -70,114 +71,110 @@ def harvest(
     only: Mapping[str, Container[int]] | None = None,
     max_ram_bytes: int | None = None,
 ) -> bool:
-    """Fills every shard that the sink still lacks in these lanes (and in `only`), in the same bytes whatever was there.
+    """Writes every shard of these lanes (and of `only`) that the sink lacks; its bytes depend on the text alone.
 
     True once no shard of any lane is missing; then the store is finished.
     Raises, after the shards in hand are committed: Interrupted on Ctrl-C or SIGTERM; OutOfMemoryBudget when the process
     holds more than `max_ram_bytes`.
     """
-    numbers = list(lanes)
-    markers = {split: sink.markers(split) for split in (HELD_OUT, TRAIN)}
-    ours = open_lanes(sink.n_shards, markers, numbers, only)
+    numbers = set(lanes)
+    markers = {split: sink.markers(split) for split in SPLITS}
     shard_tokens = sink.contexts_per_shard * sink.seq_len
-    owed = sum(len(lane.owed) for lane in ours.values())
-    done = sum(1 for lane in ours.values() for shard in lane.shards if shard in markers[lane.split])
+    ours = open_lanes(sink.n_shards, shard_tokens, markers, sorted(numbers), only)
+    missing = sum(len(lane.missing) for lane in ours.values())
+    done = sum(shard % LANES in numbers for split in SPLITS for shard in markers[split])
     with (
         interruptible() as interrupt,
-        progress("harvest", (owed + done) * shard_tokens, "tok", initial=done * shard_tokens) as bar,
+        progress("harvest", (missing + done) * shard_tokens, "tok", initial=done * shard_tokens) as bar,
         _writing(sink, bar.update) as write,
     ):
-        for lane in _fed_lanes(model, source, ours) if owed else ():
-            while lane.waiting >= shard_tokens and not lane.full:
-                _emit(model, sink, lane, shard_tokens, write)
-                _stop_if(interrupt, sink, max_ram_bytes)
-        for lane in ours.values():  # the text is over: what waits is a last, shorter shard, then empty ones
-            while not lane.full:
-                _emit(model, sink, lane, lane.waiting, write)
-                _stop_if(interrupt, sink, max_ram_bytes)
-    if any(len(sink.markers(split)) < sink.n_shards[split] for split in (HELD_OUT, TRAIN)):
+        for split, text in _shards_of_text(model, source, ours):
+            _run_model(model, sink, split, text, write)
+            if interrupt.requested:
+                raise Interrupted(
+                    f"stopped with every finished shard saved in {sink.path}. Repeat the command to go on."
+                )
+            _check_memory(max_ram_bytes, sink)
+    if any(len(sink.markers(split)) < sink.n_shards[split] for split in SPLITS):
         return False
     sink.finish()
     return True
 
 
+def _shards_of_text(
+    model: LanguageModel, source: TextSource, lanes: dict[tuple[str, int], Lane]
+) -> Iterator[tuple[str, ShardText]]:
+    """Reads the documents in order, tokenises those that a lane still needs, and gives each missing shard's text."""
+
+    def wanted() -> Iterator[tuple[int, Document]]:
+        for number, document in enumerate(source.documents()):
+            lane = lanes.get((document.split, number % LANES))
+            if lane is not None and not lane.full and number >= lane.cursor.document:
+                yield number, document
+            if all(lane.full for lane in lanes.values()):
+                return
+
+    if all(lane.full for lane in lanes.values()):
+        return
+    for number, document, ids in tokenised(model, wanted()):
+        lane = lanes[document.split, number % LANES]
+        if not lane.full:
+            lane.feed(number, ids, record_of(document))
+            for text in lane.shards():
+                yield lane.split, text
+    for lane in lanes.values():
+        for text in lane.shards(text_ended=True):
+            yield lane.split, text
+
+
 @contextmanager
 def _writing(sink: ShardSink, report: Callable[[int], Any]) -> Iterator[Write]:
-    """Writes shards in a thread, one behind the model: it computes the next one while this one goes to disk."""
+    """Writes shards in a thread, while the model computes the next one. `report` gets the tokens of each written."""
     pending: deque[tuple[Future[Any], int]] = deque()
 
-    def settle(still_pending: int) -> None:
+    def wait(still_pending: int) -> None:
         while len(pending) > still_pending:
-            future, count = pending.popleft()
+            future, tokens = pending.popleft()
             future.result()
-            report(count)
+            report(tokens)
 
     with ThreadPoolExecutor(1, thread_name_prefix="shards") as writer:
 
         def write(count: int, split: str, shard: int, **arrays: Any) -> None:
-            settle(1)  # one being written, one waiting: memory stays that of a few shards
+            wait(1)  # one being written, one waiting: memory stays that of a few shards
             pending.append((writer.submit(sink.write_shard, split, shard, **arrays), count))
 
         try:
             yield write
         finally:
-            settle(0)
+            wait(0)
 
 
-def _stop_if(interrupt: Interrupt, sink: ShardSink, max_ram_bytes: int | None) -> None:
-    if interrupt.requested:
-        raise Interrupted(f"stopped with every finished shard saved in {sink.path}. Repeat the command to go on.")
+def _check_memory(max_ram_bytes: int | None, sink: ShardSink) -> None:
     if max_ram_bytes is not None and (held := resident_bytes()) > max_ram_bytes:
         raise OutOfMemoryBudget(
-            f"stopped at {held / 1e6:,.0f} MB of memory, more than the {max_ram_bytes / 1e6:,.0f} MB allowed, with "
-            f"every finished shard saved in {sink.path} and ready for use. Raise --max-ram (or start fewer workers) "
+            f"stopped at {held / 1e6:,.0f} MB of memory, more than the {max_ram_bytes / 1e6:,.0f} MB allowed; every "
+            f"finished shard is saved in {sink.path} and ready for use. Raise --max-ram (or start fewer workers) "
             "and repeat the command to go on."
         )
 
 
-def _fed_lanes(model: LanguageModel, source: TextSource, lanes: dict[tuple[str, int], Lane]) -> Iterator[Lane]:
-    """Reads documents in order, tokenises them for the lanes that want them, and yields each lane fed."""
-
-    def wanted() -> Iterator[tuple[int, Document]]:
-        for number, document in enumerate(source.documents()):
-            lane = lanes.get((document.split, number % LANES))
-            if lane is not None and not lane.full and number >= lane.document:
-                yield number, document
-            if all(lane.full for lane in lanes.values()):
-                return
-
-    for number, document, ids in tokenised(model, wanted()):
-        lane = lanes[document.split, number % LANES]
-        if not lane.full:
-            lane.feed(number, ids, document)
-            yield lane
-
-
-def _emit(model: LanguageModel, sink: ShardSink, lane: Lane, count: int, write: Write) -> None:
-    """Runs the model on the lane's next `count` tokens and has them written as one shard, unless it is not owed."""
-    tokens, numbers = lane.take(count)
-    shard = lane.shards[lane.place]
-    lane.place += 1
-    if shard not in lane.owed:
-        return
-    document = np.pad(numbers, (0, -count % sink.seq_len), constant_values=-1).reshape(-1, sink.seq_len)
-    tokens, keep = packed(tokens, sink.seq_len, model.bos_id)
-    present = np.unique(numbers).tolist()
-    cursor = lane.cursor_after(present[-1]) if present else {"document": lane.document, "token": 0}
+def _run_model(model: LanguageModel, sink: ShardSink, split: str, text: ShardText, write: Write) -> None:
+    """Computes a shard's activations and has them written."""
+    tokens, keep = packed(text.tokens, sink.seq_len, model.bos_id)
+    padding = (0, -len(text.numbers) % sink.seq_len)
     rows = _activations(model, sink.hook_points, tokens)
     write(
-        count,
-        lane.split,
-        shard,
+        len(text.tokens),
+        split,
+        text.shard,
         acts={hook: _rounded(rows[hook], dtype) for hook, dtype in sink.dtype.items()},
         tokens=tokens,
         keep=keep,
-        document=document,
-        documents={number: lane.table[number] for number in present},
-        cursor=cursor,
+        document=np.pad(text.numbers, padding, constant_values=-1).reshape(-1, sink.seq_len),
+        documents=text.documents,
+        cursor=asdict(text.cursor),
     )
-    lane.owed.remove(shard)
-    lane.forget_before(cursor["document"])
 
 
 def _activations(model: LanguageModel, hook_points: dict[str, int], tokens: np.ndarray) -> dict[str, np.ndarray]:
@@ -194,9 +191,9 @@ def _activations(model: LanguageModel, hook_points: dict[str, int], tokens: np.n
 
 
 def _rounded(rows: np.ndarray, dtype: str) -> np.ndarray:
-    """In the dtype of the store, bfloat16 as its bits: torch rounds many times faster than numpy, to the same bits.
+    """The rows in the store's dtype, bfloat16 as its bits. Torch rounds many times faster than numpy, to the same bits.
 
-    Rows with a value that does not fit stay as they are, for the store to name.
+    Rows with a value that does not fit stay as they are, so that the store can name it.
     """
     if dtype == "float32":
         return rows

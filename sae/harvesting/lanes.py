@@ -1,25 +1,26 @@
-"""How text is dealt out: document i goes to lane i mod 64, a lane packs its own documents into its own shards.
+"""How text is dealt out: document i goes to lane i mod 64, and a lane packs its own documents into its own shards.
 
 So a shard's bytes depend on the text alone: not on the number of workers, nor on where an earlier run was killed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections import deque
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
-from sae.text.documents import Document, sha256_of
-from store.common import HELD_OUT, LANES, TRAIN
+from store.common import HELD_OUT, LANES, SPLITS, TRAIN, DocumentRecord
 
 SHARD_TOKENS = 8192  # larger shards mix worse where memory is short, smaller ones cost files; bench_store.py compares
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many shards of how many contexts a token budget makes, and how many of them a ring keeps of each lane."""
+    """How many shards of how many contexts a token budget makes, and how many of each lane's a ring store keeps."""
 
     seq_len: int
     contexts_per_shard: int
@@ -28,6 +29,7 @@ class Plan:
 
     @property
     def tokens(self) -> dict[str, int]:
+        """Tokens of each split, whole shards."""
         return {s: n * self.contexts_per_shard * self.seq_len for s, n in self.n_shards.items()}
 
     @property
@@ -42,9 +44,9 @@ class Plan:
 def plan(tokens: int, heldout_tokens: int, seq_len: int, keep_rows: int | None = None) -> Plan:
     """Shards for about `tokens` training and `heldout_tokens` held-out tokens, each rounded up to whole shards.
 
-    A shard is small enough that the smaller split still gives every lane one. With `keep_rows` the store is a ring:
-    the newest training rows, at most so many, spread evenly over the lanes.
-    Raises: ValueError when one of them is not positive, or `keep_rows` too small for a context of each lane.
+    A shard is small enough that the smaller split still gives each lane one. With `keep_rows` the store is a ring: it
+    keeps at most that many training rows, the newest ones, spread evenly over the lanes.
+    Raises: ValueError when a number is not positive, or `keep_rows` is less than one context for each lane.
     """
     for name, given in (("tokens", tokens), ("heldout_tokens", heldout_tokens), ("seq_len", seq_len)):
         if given < 1:
@@ -75,78 +77,121 @@ def lanes_of(rank: int, world: int) -> range:
     return range(rank, LANES, world)
 
 
+# --- one lane --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where reading goes on after a shard: at which document, and at which of its tokens (BOS included)."""
+
+    document: int = 0
+    token: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The tokens of document `number` from token `first` on."""
+
+    number: int
+    first: int
+    ids: np.ndarray  # uint32
+    record: DocumentRecord
+
+    def split(self, count: int) -> tuple[Piece, Piece]:
+        """The first `count` tokens, and the rest."""
+        rest = Piece(self.number, self.first + count, self.ids[count:], self.record)
+        return Piece(self.number, self.first, self.ids[:count], self.record), rest
+
+
+@dataclass(frozen=True)
+class ShardText:
+    """The text of one shard: token ids [n] and the document number of each [n]; fewer than a full shard at the end."""
+
+    shard: int
+    tokens: np.ndarray  # uint32
+    numbers: np.ndarray  # int32
+    documents: dict[int, DocumentRecord]
+    cursor: Cursor
+
+
 @dataclass
 class Lane:
-    """One lane of one split: the shards it still owes and the tokens waiting for the next one."""
+    """One lane of one split. `feed` it documents in order; `shards` packs them end to end into its missing shards."""
 
     split: str
-    owed: list[int]
-    shards: list[int]
-    document: int = 0  # the next document to read, and where in it
-    token: int = 0
-    place: int = 0  # index into `shards` of the shard being filled
-    tokens: list[np.ndarray] = field(default_factory=list)
-    numbers: list[np.ndarray] = field(default_factory=list)
-    table: dict[int, tuple[str, str, str, str]] = field(default_factory=dict)
-    lengths: dict[int, int] = field(default_factory=dict)  # tokens of each document in `table`, BOS included
-    waiting: int = 0
+    shard_tokens: int
+    numbers: deque[int]  # of its shards from the cursor on
+    missing: set[int]  # those of `numbers` that are to be written; the text of the others is passed over
+    cursor: Cursor = field(default_factory=Cursor)  # up to where documents were fed
+    waiting: deque[Piece] = field(default_factory=deque)
+    waiting_tokens: int = 0
 
     @property
     def full(self) -> bool:
-        return not self.owed
+        """Whether no shard is missing."""
+        return not self.missing
 
-    def feed(self, number: int, ids: np.ndarray, document: Document) -> None:
-        self.lengths[number] = len(ids)
-        if number == self.document and self.token:
-            ids = ids[self.token :]
-        self.document, self.token = number + 1, 0
-        if not len(ids):
-            return
-        self.tokens.append(ids)
-        self.numbers.append(np.full(len(ids), number, np.int32))
-        self.table[number] = (document.id, document.source, document.domain, sha256_of(document.text))
-        self.waiting += len(ids)
+    def feed(self, number: int, ids: np.ndarray, record: DocumentRecord) -> None:
+        """Appends a document; of the one at the cursor only what no earlier shard has taken."""
+        first = self.cursor.token if number == self.cursor.document else 0
+        self.cursor = Cursor(number + 1)
+        if len(ids) > first:
+            self.waiting.append(Piece(number, first, ids[first:], record))
+            self.waiting_tokens += len(ids) - first
 
-    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next `count` tokens and their document numbers; the rest waits on."""
-        tokens = np.concatenate([np.empty(0, np.uint32), *self.tokens])
-        numbers = np.concatenate([np.empty(0, np.int32), *self.numbers])
-        self.tokens, self.numbers = [tokens[count:]], [numbers[count:]]
-        self.waiting -= count
-        return tokens[:count], numbers[:count]
+    def shards(self, *, text_ended: bool = False) -> Iterator[ShardText]:
+        """The missing shards that the waiting tokens fill; once the text has ended all of them, the last ones empty."""
+        while not self.full and (text_ended or self.waiting_tokens >= self.shard_tokens):
+            text = self._take(self.numbers.popleft())
+            if text.shard in self.missing:
+                self.missing.remove(text.shard)
+                yield text
 
-    def cursor_after(self, number: int) -> dict[str, int]:
-        """Where reading goes on once tokens up to some of document `number` are taken: what of it does not wait."""
-        left = int((self.numbers[0] == number).sum())
-        return (
-            {"document": number, "token": self.lengths[number] - left} if left else {"document": number + 1, "token": 0}
+    def _take(self, shard: int) -> ShardText:
+        """The next shard's worth of the waiting tokens."""
+        taken: list[Piece] = []
+        room, cursor = self.shard_tokens, Cursor(self.cursor.document)
+        while room and self.waiting:
+            piece, rest = self.waiting.popleft().split(room)
+            taken.append(piece)
+            room -= len(piece.ids)
+            cursor = Cursor(piece.number + 1)
+            if len(rest.ids):
+                self.waiting.appendleft(rest)
+                cursor = Cursor(rest.number, rest.first)
+        self.waiting_tokens -= self.shard_tokens - room
+        return ShardText(
+            shard,
+            np.concatenate([np.empty(0, np.uint32), *(piece.ids for piece in taken)]),
+            np.concatenate([np.empty(0, np.int32), *(np.full(len(p.ids), p.number, np.int32) for p in taken)]),
+            {piece.number: piece.record for piece in taken},
+            cursor,
         )
-
-    def forget_before(self, number: int) -> None:
-        self.table = {n: entry for n, entry in self.table.items() if n >= number}
-        self.lengths = {n: length for n, length in self.lengths.items() if n >= number}
 
 
 def open_lanes(
     n_shards: Mapping[str, int],
+    shard_tokens: int,
     markers: Mapping[str, Mapping[int, Any]],
     numbers: Iterable[int],
     only: Mapping[str, Container[int]] | None = None,
 ) -> dict[tuple[str, int], Lane]:
-    """These lanes of both splits, each placed after its unbroken run of committed shards.
+    """These lanes of both splits, each starting after its unbroken run of committed shards.
 
-    With `only`, a lane owes no other shards than those.
+    With `only`, no other shards count as missing.
     """
     lanes = {}
-    for split in (HELD_OUT, TRAIN):
+    for split in SPLITS:
         there = markers[split]
         for number in numbers:
-            shards = list(range(number, n_shards[split], LANES))
-            owed = [s for s in shards if s not in there and (only is None or s in only[split])]
-            lane = Lane(split, owed, shards)
-            while lane.place < len(shards) and shards[lane.place] in there and not lane.full:
-                cursor = there[shards[lane.place]].cursor
-                lane.document, lane.token = cursor["document"], cursor["token"]
-                lane.place += 1
-            lanes[split, number] = lane
+            shards = range(number, n_shards[split], LANES)
+            committed = list(takewhile(there.__contains__, shards))
+            found = there[committed[-1]].cursor if committed else {"document": 0, "token": 0}
+            lanes[split, number] = Lane(
+                split,
+                shard_tokens,
+                deque(shards[len(committed) :]),
+                {s for s in shards if s not in there and (only is None or s in only[split])},
+                Cursor(found["document"], found["token"]),
+            )
     return lanes

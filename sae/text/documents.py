@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from store.common import HELD_OUT, TRAIN
+from store.common import HELD_OUT, TRAIN, DocumentRecord
 
 HELD_OUT_MODULUS = 20
 DOCUMENT_BYTES = 500  # what a document takes beside its text; a million short ones are not free
@@ -52,6 +52,11 @@ def sha256_of(text: str) -> str:
     from hashlib import sha256
 
     return sha256(_utf8(text)).hexdigest()
+
+
+def record_of(document: Document) -> DocumentRecord:
+    """What a store keeps of a document."""
+    return DocumentRecord(document.id, document.source, document.domain, sha256_of(document.text))
 
 
 def _utf8(text: str) -> bytes:
