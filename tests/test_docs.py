@@ -30,20 +30,21 @@ import hooks  # noqa: E402
 
 # What is replaced in a command or a Python block before it runs: a pattern and what stands in its place.
 TINY = {
+    r"d_sae=4096\)": "d_sae=64, tokens=4096)",
     r"\b(4096|16384)\b": "64",  # features
     r'"default"': '"made-up.jsonl"',
     r"--text (default|notes/|letters\.jsonl\.xz)": "--text made-up.jsonl",
     r"\btiny-relu-1l\b": "tiny-model",
-    r"\.harvest\((.*), tokens=[\d_]+": r".harvest(\1, tokens=8192, heldout_tokens=1024",
-    r"tokens=1_600_000": "tokens=8192",
+    r"\.harvest\((.*), tokens=[\d_]+": r".harvest(\1, tokens=4096, heldout_tokens=1024",
+    r"tokens=1_600_000": "tokens=4096",
     r"batch_tokens=1024": "batch_tokens=64",
 }
 # Flags put at the end of a verb's command, where they override those before.
 FLAGS = {
-    "harvest": "--tokens 8192 --heldout-tokens 1024",
-    "train": "--d-sae 64 --tokens 8192 --batch-tokens 256",
-    "sweep": "--tokens 4096 --batch-tokens 256",
-    "index": "--tokens 9216",
+    "harvest": "--tokens 4096 --heldout-tokens 1024",
+    "train": "--d-sae 64 --tokens 4096 --batch-tokens 256",
+    "sweep": "--tokens 2048 --batch-tokens 256",
+    "index": "--tokens 4096",
     "controls": "--tokens 1024 --train-tokens 2048",
     "compare": "--tokens 1024",
     "steer": "--max-new-tokens 4",
@@ -116,7 +117,7 @@ def run_page(page: Path) -> None:
 def workspace(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with a tiny model and text, as the current one."""
     (tmp_path / "tiny-model").symlink_to(tiny_model_dir)
-    write_jsonl(tmp_path / "made-up.jsonl", made_up_documents(1500))
+    write_jsonl(tmp_path / "made-up.jsonl", made_up_documents(800))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
