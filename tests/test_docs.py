@@ -30,7 +30,7 @@ import hooks  # noqa: E402
 
 # What is replaced in a command or a Python block before it runs: a pattern and what stands in its place.
 TINY = {
-    r"d_sae=4096\)": "d_sae=64, tokens=4096)",
+    r"d_sae=4096, l0=20\)": "d_sae=64, l0=20, tokens=4096)",
     r"\b(4096|16384)\b": "64",  # features
     r'"default"': '"made-up.jsonl"',
     r"--text (default|notes/|letters\.jsonl\.xz)": "--text made-up.jsonl",
