@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sae.evaluation.domains import f1, scores
+from sae.evaluation.domains import DomainCounts, f1
 from store.features import FeatureIndex
 
 SCRIPT_BLOCKS = {"arabic": ((0x0600, 0x06FF), (0x0750, 0x077F)), "hebrew": ((0x0590, 0x05FF),)}
@@ -97,16 +97,16 @@ class DomainTable:
         self.heldout = np.zeros(self.keep.shape, bool)
         self.heldout[: index.attributes["heldout_contexts"]] = True
 
-    def counts(self, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Firings [d_sae, n_domains] and kept tokens [n_domains] of a part of the positions."""
+    def counts(self, part: np.ndarray) -> DomainCounts:
+        """Firings and kept tokens by domain in a part of the positions."""
         flat_domain, flat_part = self.domain.reshape(-1), part.reshape(-1)
-        table = np.zeros((self.index.d_sae, len(self.index.domains)))
+        table = np.zeros((self.index.d_sae, len(self.index.domains)), np.int64)
         for feature in range(self.index.d_sae):
             rows, _ = self.index.firings(feature)
             rows = rows[flat_part[rows]]
             table[feature] = np.bincount(flat_domain[rows], minlength=table.shape[1])
         counted = flat_domain[(part & self.keep).reshape(-1)]
-        return table, np.bincount(counted, minlength=table.shape[1])
+        return DomainCounts(table, np.bincount(counted, minlength=table.shape[1]))
 
     def pearson(self, feature: int, values: np.ndarray, part: np.ndarray) -> float:
         acts = np.zeros(self.keep.size)
@@ -121,19 +121,18 @@ def main() -> int:
     parser.add_argument("sae", type=Path, help="directory of an indexed dictionary")
     args = parser.parse_args()
     table = DomainTable(FeatureIndex.open(args.sae / "features.zarr"))
-    fired, present = table.counts(~table.heldout)
-    best = f1(*scores(fired, present)).argmax(0)
-    held, totals = table.counts(table.heldout)
-    precision, recall = scores(held, totals)
+    best = f1(*table.counts(~table.heldout).precision_recall()).argmax(0)
+    heldout = table.counts(table.heldout)
+    precision, recall = heldout.precision_recall()
     print(f"{'domain':16} {'tokens':>8} {'feature':>8} {'precision':>9} {'recall':>7} {'F1':>6} {'proxy r':>8}")
     for number, domain in enumerate(table.index.domains):
-        if totals[number] < 200:
+        if heldout.tokens[number] < 200:
             continue
         feature = int(best[number])
-        here = precision[feature, number], recall[feature, number]
+        p, r, tokens = precision[feature, number], recall[feature, number], heldout.tokens[number]
         values = proxy(domain, table.tokens, table.keep, table.vocabulary)
         pearson = "" if values is None else f"{table.pearson(feature, values, table.heldout):8.2f}"
-        print(f"{domain:16} {totals[number]:8,} {feature:8} {here[0]:9.2f} {here[1]:7.2f} {f1(*here):6.2f} {pearson}")
+        print(f"{domain:16} {tokens:8,} {feature:8} {p:9.2f} {r:7.2f} {f1(p, r):6.2f} {pearson}")
     return 0
 
 

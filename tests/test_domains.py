@@ -7,23 +7,23 @@ import pytest
 import torch
 
 from sae.evaluation import domains
-from sae.evaluation.domains import best_features, domain_quality
-from sae.evaluation.geometry import A1_DENSITY, beside_a1, geometry, nearest_cosines
+from sae.evaluation.domains import DomainCounts, best_features, domain_quality
+from sae.evaluation.geometry import A1_DENSITY, a1_match, geometry, nearest_cosines
 
 
-def made_up(seed: int) -> tuple[np.ndarray, np.ndarray]:
+def made_up(seed: int) -> DomainCounts:
     """Firings [features, domains] and tokens: feature 0 is domain 0, feature 1 half of domain 1, the rest noise."""
     rng = np.random.default_rng(seed)
     tokens = np.array([1000, 2000, 5000, 150])
     fired = rng.binomial(tokens, 0.02, size=(30, 4))
     fired[0] = [900, 10, 20, 0]
     fired[1] = [0, 1000, 0, 0]
-    return fired, tokens
+    return DomainCounts(fired, tokens)
 
 
 def test_the_best_features_are_found_and_judged_on_the_other_text() -> None:
     chosen, judged = made_up(0), made_up(1)
-    judged[0][0] = [800, 30, 20, 0]
+    judged.fired[0] = [800, 30, 20, 0]
     table = best_features(chosen, judged, 4)
     assert table[0]["feature"] == 0
     precision, recall = 800 / 850, 800 / 1000
@@ -35,15 +35,16 @@ def test_the_best_features_are_found_and_judged_on_the_other_text() -> None:
     assert len(best_features(chosen, judged, 3)) == 3  # the fourth column is other text
 
 
-def test_luck_in_the_choosing_text_is_not_rewarded() -> None:
-    chosen, judged = np.array([[500, 0], [0, 500]]), np.array([[0, 500], [500, 0]])
+def test_a_feature_chosen_by_luck_scores_low_on_the_other_text() -> None:
     tokens = np.array([500, 500])
-    assert [entry["f1"] for entry in best_features((chosen, tokens), (judged, tokens), 2)] == [0, 0]
+    chosen = DomainCounts(np.array([[500, 0], [0, 500]]), tokens)
+    judged = DomainCounts(np.array([[0, 500], [500, 0]]), tokens)
+    assert [entry["f1"] for entry in best_features(chosen, judged, 2)] == [0, 0]
 
 
 def test_pure_features() -> None:
     fired, tokens = made_up(0)
-    quality = domain_quality((fired, tokens), (fired, tokens), ["a", "b", "c", "d"])
+    quality = domain_quality(DomainCounts(fired, tokens), DomainCounts(fired, tokens), ["a", "b", "c", "d"])
     pure = [f for f in range(30) if fired[f].sum() >= domains.MIN_FIRINGS and fired[f].max() > 0.8 * fired[f].sum()]
     assert {0, 1} <= set(pure)
     assert quality["pure_features"] == len(pure)
@@ -54,9 +55,9 @@ def test_pure_features() -> None:
 
 
 def test_no_domain_and_no_firing_are_no_error() -> None:
-    nothing = np.zeros((5, 1), int), np.zeros(1, int)
+    nothing = DomainCounts(np.zeros((5, 1), int), np.zeros(1, int))
     assert domain_quality(nothing, nothing, [])["mean_f1"] is None
-    silent = np.zeros((5, 2), int), np.full(2, 300)
+    silent = DomainCounts(np.zeros((5, 2), int), np.full(2, 300))
     quality = domain_quality(silent, silent, ["a", "b"])
     assert quality["pure_features"] == 0
     assert quality["mean_f1"] == 0
@@ -79,9 +80,9 @@ def test_a_neuron_basis_is_all_on_one_neuron() -> None:
     assert geometry(torch.eye(8), np.zeros(8, bool))["top_neuron"]["median"] is None
 
 
-def test_statistics_beside_the_papers() -> None:
+def test_statistics_next_to_those_of_the_paper() -> None:
     count = np.array([0, 10, 100, 1000, 2000])
-    found = beside_a1(count, 100_000, np.array([0, 1, 2, 3, 5.0]), torch.eye(5), 0.9)
+    found = a1_match(count, 100_000, np.array([0, 1, 2, 3, 5.0]), torch.eye(5), 0.9)
     values = {name: entry["value"] for name, entry in found["statistics"].items()}
     assert values == pytest.approx(
         {
@@ -96,5 +97,5 @@ def test_statistics_beside_the_papers() -> None:
     )
     assert sum(found["density"]["features"]) == 4
     assert sum(found["density"]["a1"]) == sum(A1_DENSITY.values()) == 3927
-    nothing = beside_a1(np.zeros(5, int), 10, np.zeros(5), torch.eye(5), None)
+    nothing = a1_match(np.zeros(5, int), 10, np.zeros(5), torch.eye(5), None)
     assert nothing["statistics"]["median_density"]["value"] is None

@@ -16,9 +16,11 @@ from sae import pipeline
 from sae.cli.tables import eval_table
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.files import save
+from sae.evaluation.domains import DomainFirings
 from sae.evaluation.evaluate import DONOR_SEED, Block, evaluate
-from sae.evaluation.feature_stats import Firings
+from sae.evaluation.feature_stats import FeatureStatistics
 from sae.jobs.checkpoint import read_tensors
+from sae.kernels.activations import DenseActs
 from sae.lm import NativeModel
 from store.activations import ActivationStore
 
@@ -373,30 +375,31 @@ def test_feature_statistics_against_numpy(tiny_model: NativeModel) -> None:
 
 
 def test_p99_of_many_firings_is_below_the_maximum() -> None:
-    firings = Firings(3)
+    statistics = FeatureStatistics(3)
     acts = torch.zeros(1000, 3)
     acts[:, 1] = torch.randperm(1000, generator=torch.Generator().manual_seed(0)) + 1.0
     for part in acts.split(130):
         rows, features = part.nonzero(as_tuple=True)
-        firings.add(features, part[rows, features])
-    stats = firings.statistics()
+        statistics.add(features, part[rows, features])
+    stats = statistics.tensors()
     assert stats["p99"].tolist() == [0, 990, 0]
     assert stats["max"].tolist() == [0, 1000, 0]
     assert stats["mean"].tolist() == [0, 500.5, 0]
 
 
-def test_firings_by_place_against_a_dense_count() -> None:
+def test_firings_by_domain_against_a_dense_count() -> None:
     rng = np.random.default_rng(0)
     acts = torch.from_numpy((rng.random((200, 6)) < 0.2) * rng.random((200, 6)))
-    places = rng.integers(0, 4, 200)
-    firings = Firings(6, 4)
+    domain = rng.integers(-1, 3, 200)
+    keep = rng.random(200) < 0.9
+    firings = DomainFirings(6, 3)
     for part in (slice(0, 70), slice(70, 200)):
-        rows, features = acts[part].nonzero(as_tuple=True)
-        firings.add(features, acts[part][rows, features], places[part][rows.numpy()])
-        firings.add_rows((acts[part] > 0).sum(1), places[part])
-    np.testing.assert_array_equal(firings.tokens, np.bincount(places))
-    wanted = [[((acts[:, f] > 0).numpy() & (places == p)).sum() for p in range(4)] for f in range(6)]
-    np.testing.assert_array_equal(firings.by_place(), wanted)
+        fired = DenseActs(acts[part]).sparse().firings(torch.from_numpy(keep[part]))
+        firings.add(fired, keep[part], domain[part])
+    domain = np.where(domain < 0, 3, domain)  # tokens of no listed domain come last
+    np.testing.assert_array_equal(firings.counts.tokens, np.bincount(domain[keep]))
+    wanted = [[((acts[:, f] > 0).numpy() & keep & (domain == d)).sum() for d in range(4)] for f in range(6)]
+    np.testing.assert_array_equal(firings.counts.fired, wanted)
 
 
 def test_no_held_out_tokens_is_refused(tiny_model: NativeModel) -> None:

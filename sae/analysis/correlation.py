@@ -99,7 +99,7 @@ def _cosine(
     """products / √square_products; 0 where that is 0 / 0."""
     positive = square_products > 0
     cosine = np.divide(products, np.sqrt(square_products), out=np.zeros_like(products), where=positive)
-    return np.clip(cosine, 0, 1)
+    return np.asarray(np.clip(cosine, 0, 1))
 
 
 class NeuronCorrelation(RunningCorrelation):

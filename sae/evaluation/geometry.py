@@ -1,4 +1,4 @@
-"""What the decoder alone says: how near features lie to each other and to single neurons, beside the paper's A/1."""
+"""What the decoder alone shows: how close features are to each other and to single neurons, and to the paper's A/1."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from sae.dictionary.directions import unit
+from sae.dictionary.directions import DIRECTIONS_AT_ONCE, cosines_with_others, unit
 from sae.evaluation.metrics import number
 
 QUERIES = 4096
@@ -53,27 +53,23 @@ FORMULAS = {
 
 
 def nearest_cosines(W_dec: Float[Tensor, "d_sae d_in"], queries: int = QUERIES) -> Float[np.ndarray, " n"]:
-    """For up to `queries` features, evenly spaced, the largest cosine with another feature's decoder row."""
+    """The largest cosine with another feature's decoder row, for at most `queries` evenly spaced features."""
     directions = unit(W_dec.float())
     n = len(directions)
     if n < 2:
         return np.empty(0)
-    chosen = torch.linspace(0, n - 1, min(n, queries)).round().long().unique()
-    found = []
-    for part in chosen.split(512):
-        cosines = directions[part] @ directions.T
-        cosines[torch.arange(len(part)), part] = -2.0  # a feature is no neighbour of itself
-        found.append(cosines.amax(-1))
-    return torch.cat(found).double().numpy()
+    chosen = torch.unique(torch.linspace(0, n - 1, min(n, queries)).round().long())
+    parts = torch.split(chosen, DIRECTIONS_AT_ONCE)
+    return torch.cat([cosines_with_others(directions, part).amax(-1) for part in parts]).double().numpy()
 
 
 def top_neuron(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[np.ndarray, " d_sae"]:
-    """The largest share of a feature's direction on one neuron: max |d_n| / ‖d‖."""
+    """How much of each feature's direction lies on a single neuron: max |d_n| / ‖d‖."""
     return unit(W_dec.float()).abs().amax(-1).double().numpy()
 
 
-def geometry(W_dec: Float[Tensor, "d_sae d_in"], fired: np.ndarray) -> dict[str, Any]:
-    """Nearest neighbours among the features that fired, and how much each is one neuron."""
+def geometry(W_dec: Float[Tensor, "d_sae d_in"], fired: Bool[np.ndarray, " d_sae"]) -> dict[str, Any]:
+    """Nearest neighbours among the features that fired, and how much of each lies on one neuron."""
     alive = W_dec[torch.from_numpy(fired)]
     return {
         "nearest_cosine": _quantiles(nearest_cosines(alive)),
@@ -84,10 +80,17 @@ def geometry(W_dec: Float[Tensor, "d_sae d_in"], fired: np.ndarray) -> dict[str,
     }
 
 
-def beside_a1(
-    count: np.ndarray, tokens: int, largest: np.ndarray, W_dec: Tensor, score: float | None
+def a1_match(
+    count: Integer[np.ndarray, " d_sae"],
+    tokens: int,
+    largest: Float[np.ndarray, " d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    score: float | None,
 ) -> dict[str, Any]:
-    """The statistics of the paper's published A/1 (4,096 features of 512 neurons), and ours of the same name."""
+    """Statistics of this dictionary next to those of the paper's published A/1 (4,096 features of 512 neurons).
+
+    `largest` is the largest activation of each feature, `score` the ce_loss_score_zero.
+    """
     fired = count > 0
     density = count / max(1, tokens)
     neurons = top_neuron(W_dec[torch.from_numpy(fired)])
@@ -113,7 +116,7 @@ def beside_a1(
     }
 
 
-def _quantiles(values: np.ndarray) -> dict[str, float | None]:
+def _quantiles(values: Float[np.ndarray, " n"]) -> dict[str, float | None]:
     names, points = ("p5", "p25", "median", "p75", "p95"), [5, 25, 50, 75, 95]
     if not len(values):
         return dict.fromkeys(names)

@@ -1,31 +1,44 @@
-"""The metrics of eval.json that are ratios of sums over contexts: their formulas, their versions, their intervals.
+"""The metrics of eval.json that are ratios of sums over tokens: formulas, versions, traps, and bootstrap intervals.
 
-All sums are float64; a ratio is taken once, over the whole data set, never averaged over batches.
+To add such a metric: give it an entry in METRICS; if it needs a new sum, name the sum in SUMS and compute it for each
+position in `ratio_metrics.position_sums`. Its value, its interval and its value in each domain follow.
+
+All sums are float64. A ratio is taken once, over the whole data set, and never averaged over batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
+from jaxtyping import Int
 
 MIN_ABLATION_GAP_NATS = 0.2
 RESAMPLES = 1000
-MAX_GROUPS = 16_384  # contexts resampled one by one up to here; beyond, groups of neighbouring ones
+MAX_GROUPS = 16_384  # up to here the bootstrap draws single contexts; beyond, groups of neighbouring contexts
+
+Sums = dict[str, np.ndarray]  # by the names of SUMS
+Numbers = float | np.ndarray  # one number, or one for each draw of the bootstrap
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number computed from named sums; `formula` is printed next to its value."""
+    """A number computed from named sums.
+
+    `formula` is written next to the value in eval.json; `trap` says how the number misleads. Raise `version` whenever
+    the formula changes.
+    """
 
     formula: str
-    of: Callable[[dict[str, np.ndarray]], np.ndarray]
+    of: Callable[[Mapping[str, Any]], np.ndarray]
+    trap: str
     version: int = 1
 
 
-def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+def _ratio(top: Numbers, bottom: Numbers) -> np.ndarray:
+    """top / bottom; NaN where bottom is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(bottom == 0, np.nan, top / np.where(bottom == 0, 1, bottom))
 
@@ -38,12 +51,21 @@ CE = {
     "resample": "x replaced by that of a training token drawn at random",
 }
 ABLATIONS = ("zero", "mean", "resample")
+CE_TRAP = "Depends on the text: compare only values measured on the same held-out tokens."
+SCORE_TRAPS = {
+    "zero": "Zero is far from any real x, so ce_zero is high and the score flatters; read it next to the score against "
+    "the mean.",
+    "mean": "Its denominator is smaller than that of the score against zero: the two scores are not comparable.",
+    "resample": "The replaced rows are drawn with a fixed seed; another draw gives a slightly different score.",
+}
+NOISE = f" Noise where the ablation costs less than {MIN_ABLATION_GAP_NATS} nats (`checks.scores_are_noise`)."
 
 
 def _ce(which: str) -> Metric:
     return Metric(
         f"mean next-token cross-entropy in nats over kept tokens, {CE[which]}",
         lambda s: _ratio(s[f"ce_{which}"], s["predictions"]),
+        CE_TRAP,
     )
 
 
@@ -51,64 +73,87 @@ def _score(ablation: str) -> Metric:
     return Metric(
         f"(ce_{ablation} − ce_sae) / (ce_{ablation} − ce_clean); 1 is perfect",
         lambda s: _ratio(s[f"ce_{ablation}"] - s["ce_sae"], s[f"ce_{ablation}"] - s["ce_clean"]),
+        SCORE_TRAPS[ablation] + NOISE,
     )
 
 
 METRICS: dict[str, Metric] = {
-    "l0": Metric("mean number of features with f > 0 per kept token", lambda s: _ratio(s["l0"], s["rows"])),
-    "fvu": Metric("Σ‖x−x̂‖² / Σ‖x−μ‖², μ the mean held-out row", lambda s: _ratio(s["error"], s["variance"])),
-    "cosine": Metric("mean of x·x̂ / (‖x‖‖x̂‖) over rows", lambda s: _ratio(s["cosine"], s["rows"])),
-    "relative_norm": Metric("Σ‖x̂‖ / Σ‖x‖; below 1: shrinkage", lambda s: _ratio(s["norm_hat"], s["norm"])),
+    "l0": Metric(
+        "mean number of features with f > 0 per kept token",
+        lambda s: _ratio(s["l0"], s["rows"]),
+        "A mean: a few tokens with very many active features raise it. Read the quantiles as well.",
+    ),
+    "fvu": Metric(
+        "Σ‖x−x̂‖² / Σ‖x−μ‖², μ the mean held-out row",
+        lambda s: _ratio(s["error"], s["variance"]),
+        "Rows with a large norm dominate both sums; a small FVU does not mean that the model still predicts well.",
+    ),
+    "cosine": Metric(
+        "mean of x·x̂ / (‖x‖‖x̂‖) over rows",
+        lambda s: _ratio(s["cosine"], s["rows"]),
+        "Blind to scale: x̂ and x̂ / 2 have the same cosine.",
+    ),
+    "relative_norm": Metric(
+        "Σ‖x̂‖ / Σ‖x‖; below 1: shrinkage",
+        lambda s: _ratio(s["norm_hat"], s["norm"]),
+        "An imperfect x̂ is shorter than x even without shrinkage; see shrinkage.",
+    ),
     "shrinkage": Metric(
         "γ = Σ‖x̂‖² / Σ x·x̂; 1 means no shrinkage (Rajamanoharan et al. 2024)",
         lambda s: _ratio(s["hat_hat"], s["x_hat"]),
+        "Says how x̂ is scaled, not whether its direction is right.",
     ),
     **{f"ce_{which}": _ce(which) for which in CE},
-    "delta_ce": Metric("ce_sae − ce_clean, nats", lambda s: _ratio(s["ce_sae"] - s["ce_clean"], s["predictions"])),
+    "delta_ce": Metric(
+        "ce_sae − ce_clean, nats",
+        lambda s: _ratio(s["ce_sae"] - s["ce_clean"], s["predictions"]),
+        "Small at any hook point that matters little: compare it with ce_zero − ce_clean at the same hook point.",
+    ),
     "kl": Metric(
         "mean KL(model as it is ‖ x replaced by x̂) of the next-token distributions, nats",
         lambda s: _ratio(s["kl"], s["predictions"]),
+        "Counts every change of the distribution: delta_ce can be near 0 where kl is not.",
     ),
     **{f"ce_loss_score_{ablation}": _score(ablation) for ablation in ABLATIONS},
 }
-SUMS = (
-    "rows",
-    "predictions",
-    "l0",
-    "error",
-    "variance",
-    "cosine",
-    "hat_hat",
-    "x_hat",
-    "norm",
-    "norm_hat",
-    *(f"ce_{which}" for which in CE),
-    "kl",
-)
-Sums = dict[str, np.ndarray]
+SUMS = {
+    "rows": "1 for each kept token",
+    "predictions": "1 for each kept token that is followed by a kept token",
+    "l0": "number of active features",
+    "error": "‖x − x̂‖²",
+    "variance": "‖x − μ‖², μ the mean held-out row",
+    "cosine": "x·x̂ / (‖x‖‖x̂‖)",
+    "hat_hat": "‖x̂‖²",
+    "x_hat": "x·x̂",
+    "norm": "‖x‖",
+    "norm_hat": "‖x̂‖",
+    **{f"ce_{which}": f"next-token cross-entropy in nats, {what}" for which, what in CE.items()},
+    "kl": "KL of the two next-token distributions, nats",
+}
 
 
 class Bootstrap:
-    """Draws of contexts with replacement, shared by every metric and group: seeded, all at once.
+    """Draws of contexts with replacement, shared by all metrics and groups; drawn once, from a seed.
 
-    Above MAX_GROUPS contexts neighbours are drawn together: that bounds memory and, if anything, widens intervals.
+    Above MAX_GROUPS contexts, neighbouring contexts are drawn together. That bounds memory; it can only widen the
+    intervals.
     """
 
     def __init__(self, n_contexts: int, *, resamples: int = RESAMPLES, seed: int = 0) -> None:
-        self.together = -(-n_contexts // MAX_GROUPS)
-        groups = -(-n_contexts // max(1, self.together))
+        self.contexts_per_group = max(1, -(-n_contexts // MAX_GROUPS))
+        groups = -(-n_contexts // self.contexts_per_group)
         rng = np.random.default_rng(seed)
         self._weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=resamples).astype(np.float64)
 
-    def drawn(self, sums: Sums, context: np.ndarray) -> Sums:
+    def drawn(self, sums: Sums, context: Int[np.ndarray, " n"]) -> Sums:
         """The sums of each draw; `sums[name][i]` belongs to context `context[i]`."""
-        group, column = np.unique(context // max(1, self.together), return_inverse=True)
+        group, column = np.unique(context // self.contexts_per_group, return_inverse=True)
         weights = self._weights[:, group]
         return {name: weights @ np.bincount(column, values, minlength=len(group)) for name, values in sums.items()}
 
 
 def summarise(sums: Sums, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Values with 95% bootstrap intervals over contexts. `sums[name]` is [n_contexts]."""
+    """Every metric's value with its 95% bootstrap interval over contexts; `sums[name]` is [n_contexts]."""
     n_contexts = len(sums["rows"])
     intervals = _intervals(sums, np.arange(n_contexts), Bootstrap(n_contexts, resamples=resamples, seed=seed))
     whole = {name: per_context.sum() for name, per_context in sums.items()}
@@ -124,15 +169,15 @@ def summarise(sums: Sums, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[
 
 
 def by_group(
-    sums: Sums, context: np.ndarray, group: np.ndarray, n_groups: int, bootstrap: Bootstrap
+    sums: Sums, context: Int[np.ndarray, " n"], group: Int[np.ndarray, " n"], n_groups: int, bootstrap: Bootstrap
 ) -> list[dict[str, Any]]:
-    """Metric values of each group, with their intervals under "ci95".
+    """Every metric's value in each group, with the intervals under "ci95".
 
     `sums[name][i]` is what context `context[i]` adds to group `group[i]`.
     """
     found: list[dict[str, Any]] = []
-    for number_of_group in range(n_groups):
-        mine = group == number_of_group
+    for index in range(n_groups):
+        mine = group == index
         part = {name: values[mine] for name, values in sums.items()}
         whole = {name: values.sum() for name, values in part.items()}
         values = {name: number(metric.of(whole)) for name, metric in METRICS.items()}
@@ -140,7 +185,7 @@ def by_group(
     return found
 
 
-def _intervals(sums: Sums, context: np.ndarray, bootstrap: Bootstrap) -> dict[str, list[float | None]]:
+def _intervals(sums: Sums, context: Int[np.ndarray, " n"], bootstrap: Bootstrap) -> dict[str, list[float | None]]:
     drawn = bootstrap.drawn(sums, context)
     found: dict[str, list[float | None]] = {}
     for name, metric in METRICS.items():
@@ -151,7 +196,7 @@ def _intervals(sums: Sums, context: np.ndarray, bootstrap: Bootstrap) -> dict[st
     return found
 
 
-def number(value: object) -> float | None:
-    """A JSON number: NaN (nothing to divide by) becomes null."""
-    found = float(np.asarray(value))
+def number(value: SupportsFloat) -> float | None:
+    """A number that JSON can hold: NaN and infinity (nothing to divide by) become null."""
+    found = float(value)
     return found if np.isfinite(found) else None

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
@@ -36,9 +36,9 @@ class IndexBlock(NamedTuple):
 
     first_context: int
     acts: Float[Tensor, "rows d_in"]
-    tokens: Int[np.ndarray, "contexts seq_len"]
+    tokens: Integer[np.ndarray, "contexts seq_len"]
     keep: Bool[np.ndarray, "contexts seq_len"]
-    document: Int[np.ndarray, "contexts seq_len"]
+    document: Integer[np.ndarray, "contexts seq_len"]
 
 
 @runtime_checkable
@@ -88,9 +88,9 @@ def index(
     with progress("index", tokens, "tok") as bar:
         for block, acts in read_ahead(encoded, blocks):  # the next block is encoded while this one is stored
             kept = torch.from_numpy(block.keep.reshape(-1))
-            acts = acts.where(kept[acts.support.rows] & (acts.values > 0))
-            _append(sink, block, acts)
-            correlation.add(acts, block.acts, kept)
+            fired = acts.firings(kept)
+            _append(sink, block, fired)
+            correlation.add(fired, block.acts, kept)
             bar.update(block.tokens.size)
 
     def from_firings(firings: Firings) -> Panels:
@@ -105,15 +105,15 @@ def index(
     return sink.finish(panels, from_firings)
 
 
-def _append(sink: IndexSink, block: IndexBlock, acts: SparseActs) -> None:
+def _append(sink: IndexSink, block: IndexBlock, fired: SparseActs) -> None:
     sink.append(
         block.first_context,
         block.tokens,
         block.keep,
         block.document,
-        acts.support.rows.numpy() + block.first_context * block.tokens.shape[1],
-        acts.support.features.numpy(),
-        acts.values.numpy(),
+        fired.support.rows.numpy() + block.first_context * block.tokens.shape[1],
+        fired.support.features.numpy(),
+        fired.values.numpy(),
     )
 
 

@@ -32,7 +32,7 @@ def panels(firings: Firings, *, seed: int = 0) -> dict[str, np.ndarray]:
     """
     totals = _Totals.of(firings)
     parts: dict[str, list[np.ndarray]] = {}
-    with progress("features together", len(totals.count), "features") as bar:
+    with progress("features together", len(totals.firings), "features") as bar:
         for sample in _samples(firings, seed):
             found = _fires_together(firings, totals, sample) | _fires_next(firings, totals, sample)
             for name, array in found.items():
@@ -45,7 +45,7 @@ class _Totals(NamedTuple):
     """Exact statistics of every feature over the kept rows."""
 
     n_rows: int
-    count: Float[np.ndarray, " d_sae"]  # firings
+    firings: Float[np.ndarray, " d_sae"]  # number of firings
     moments: Moments
 
     @classmethod
@@ -102,10 +102,10 @@ def _fires_together(firings: Firings, totals: _Totals, sample: _Sample) -> dict[
     met, products = _meetings(firings, sample, sample.row)
     met[np.arange(sample.n), np.arange(sample.first, sample.first + sample.n)] = 0  # no feature is listed for itself
     enough = met >= MIN_TOGETHER
-    count = totals.count[sample.features, None]
+    count = totals.firings[sample.features, None]
     scale = count / sample.size
     both = met * scale
-    jaccard = np.where(enough, both / np.maximum(count + totals.count - both, 1), -np.inf)
+    jaccard = np.where(enough, both / np.maximum(count + totals.firings - both, 1), -np.inf)
     mine = Moments(totals.moments.mean[sample.features], totals.moments.std[sample.features])
     varies = np.outer(mine.std > 0, totals.moments.std > 0)
     correlation = np.where(enough & varies, pearson(products * scale, totals.n_rows, mine, totals.moments), -np.inf)
@@ -123,7 +123,7 @@ def _fires_next(firings: Firings, totals: _Totals, sample: _Sample) -> dict[str,
     """The panel `successors` of the sampled features."""
     sample = sample.where(next_token_is_kept(firings, sample.row))
     met, _ = _meetings(firings, sample, sample.row + 1)
-    density = totals.count / totals.n_rows
+    density = totals.firings / totals.n_rows
     ids, gain = _largest(np.where(met >= MIN_TOGETHER, met / sample.size - density, -np.inf))
     share = np.where(ids >= 0, gain + density[ids], 0.0)
     lift = np.where(ids >= 0, share / np.maximum(density[ids], 1e-12), 0.0)
@@ -147,8 +147,8 @@ def _meetings(
     product = np.repeat(sample.value, lengths) * np.asarray(firings.row_values[place], np.float64)
     n_cells = sample.n * d_sae
     met = np.bincount(cell, minlength=n_cells).reshape(sample.n, d_sae)
-    summed = np.bincount(cell, weights=product, minlength=n_cells).astype(np.float64)  # of nothing it gives integers
-    return met, summed.reshape(sample.n, d_sae)
+    products = np.bincount(cell, weights=product, minlength=n_cells).astype(np.float64)  # no firing gives integers
+    return met, products.reshape(sample.n, d_sae)
 
 
 def _largest(scores: Float[np.ndarray, "n d_sae"]) -> tuple[Int[np.ndarray, "n listed"], Float[np.ndarray, "n listed"]]:

@@ -49,7 +49,7 @@ def next_token_is_kept(firings: Firings, rows: Int[np.ndarray, " n"]) -> Bool[np
     seq_len = firings.keep.shape[1]
     found = rows % seq_len < seq_len - 1
     found[found] = firings.keep.reshape(-1)[rows[found] + 1]
-    return found
+    return np.asarray(found)
 
 
 def systematic_sample(n: int, most: int, rng: np.random.Generator) -> Int[np.ndarray, " sampled"]:

@@ -87,6 +87,10 @@ class SparseActs:
         """Only the activations for which `kept` is true."""
         return SparseActs(self.values[kept], self.support.where(kept), self.kernels)
 
+    def firings(self, kept: Bool[Tensor, " rows"]) -> SparseActs:
+        """Only the activations above zero in the rows that are kept."""
+        return self.where(kept[self.support.rows] & (self.values > 0))
+
     def largest_of_rows(self, k: int) -> SparseActs:
         """Only the k largest of each row."""
         support = self.support

@@ -1,0 +1,58 @@
+"""The blocks of text that evaluation goes through, and what adds them up."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae.kernels.activations import SparseActs
+
+Ablated = dict[int, dict[str, Tensor]]  # by block number: the losses under ablation, which no dictionary changes
+
+
+class Block(NamedTuple):
+    """Some whole contexts with their activations.
+
+    `domain` is the number of each position's domain in the evaluation's list (-1: no domain of the list).
+    `target` is y, for a transcoder.
+    """
+
+    acts: Float[Tensor, "contexts pos d_in"]
+    tokens: Int[Tensor, "contexts pos"]
+    keep: Bool[Tensor, "contexts pos"]
+    domain: Int[np.ndarray, "contexts pos"]
+    target: Float[Tensor, "contexts pos d_out"] | None = None
+
+    @property
+    def wanted(self) -> Float[Tensor, "contexts pos d_out"]:
+        """What the dictionary should reconstruct: x, or y for a transcoder."""
+        return self.acts if self.target is None else self.target
+
+
+class EvaluatedBlock(NamedTuple):
+    """A block with everything that was computed on it.
+
+    `fired`: the activations above zero on kept tokens. `losses`: `ce_clean`, `ce_<replacement>` and `kl` in nats, at
+    the position that makes the prediction.
+    """
+
+    block: Block
+    fired: SparseActs
+    x_hat: Float[Tensor, "contexts pos d_out"]
+    losses: dict[str, Float[Tensor, "contexts pos"]]
+
+
+@runtime_checkable
+class Accumulator(Protocol):
+    """Adds up blocks and gives its part of eval.json: sections by name (`metrics`, `by_domain`, …).
+
+    Accumulators may share a section; their entries are then joined. To add a metric that is no ratio of sums over
+    tokens (for those see `metrics.METRICS`), write an accumulator and list it in `evaluate.evaluate`.
+    """
+
+    def add(self, evaluated: EvaluatedBlock) -> None: ...
+
+    def result(self) -> dict[str, Any]: ...
