@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from sae.dictionary.autoencoder import SAE
 from sae.jobs.checkpoint import write_tensors
 from sae.lm.transformer import Transformer, TransformerConfig
 from sae.text.documents import Document
@@ -68,6 +69,19 @@ def random_transformer(seed: int = 0, shape: TransformerConfig = SHAPE) -> Trans
                 p.copy_(torch.randn(p.shape, generator=generator) * 1.5 / p.shape[-1] ** 0.5)
             p.copy_(p.half())
     return model.eval().requires_grad_(False)
+
+
+def random_sae(
+    d_in: int, hook_point: str = HOOK_POINT, *, d_sae: int = 24, activation: str = "relu", k: int | None = None
+) -> SAE:
+    """A dictionary of random weights whose features fire on half of all rows."""
+    made = SAE(d_in, d_sae, activation=activation, k=k)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+    made.config = {"hook_point": hook_point}
+    return made.requires_grad_(False).eval()
 
 
 def write_model(directory: Path, *, seed: int = 0, shape: TransformerConfig = SHAPE) -> Path:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from fakes import HOOK_POINT
+from fakes import HOOK_POINT, random_sae
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,14 +22,9 @@ PROMPT = "the quick brown"
 
 @pytest.fixture(scope="module")
 def sae() -> SAE:
-    made = SAE(D_IN, D_SAE)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
-        made.b_enc[DEAD] = -1e3
-    made.config = {"hook_point": HOOK_POINT}
-    return made.requires_grad_(False)
+    made = random_sae(D_IN, d_sae=D_SAE)
+    made.b_enc[DEAD] = -1e3
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +208,7 @@ def greedy_by_hand(model: NativeModel, sae: SAE, ids: list[int], n: int, edits: 
 def test_greedy_text_is_the_argmax_of_the_model_and_of_the_spliced_model(
     sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray
 ) -> None:
-    found = steer(tiny_model, sae, PROMPT, STRONG, max_new_tokens=10, temperature=0, feature_max=feature_max)
+    found = steer(tiny_model, sae, PROMPT, STRONG, max_new_tokens=10, temperature=0.0, feature_max=feature_max)
     assert found.prompt_ids == [0, *tiny_model.tokenizer.encode(PROMPT).ids]
     assert found.base_ids == greedy_by_hand(tiny_model, sae, found.prompt_ids, 10, [], feature_max)
     assert found.steered_ids == greedy_by_hand(tiny_model, sae, found.prompt_ids, 10, STRONG, feature_max)
@@ -263,7 +258,7 @@ def test_a_prompt_longer_than_the_context_goes_on_from_its_end(
     sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray
 ) -> None:
     prompt = "the quick brown fox jumps over " * 12
-    found = steer(tiny_model, sae, prompt, STRONG, max_new_tokens=5, temperature=0, feature_max=feature_max)
+    found = steer(tiny_model, sae, prompt, STRONG, max_new_tokens=5, temperature=0.0, feature_max=feature_max)
     assert len(found.prompt_ids) > tiny_model.context_tokens
     assert found.base_ids == greedy_by_hand(tiny_model, sae, found.prompt_ids, 5, [], feature_max)
 

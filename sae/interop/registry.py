@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from sae.dictionary.autoencoder import SAE
 from sae.interop import dictionary_learning, llamascopium, nanda, openai, saelens, sparsify
 from sae.interop.files import InteropError
 
 
+@runtime_checkable
 class Peer(Protocol):
     """One tool's layout: a module of this package."""
 
@@ -23,6 +24,7 @@ class Peer(Protocol):
         """The dictionary at `path`. Raises: InteropError."""
 
 
+@runtime_checkable
 class Writer(Peer, Protocol):
     """A peer whose layout is written too."""
 

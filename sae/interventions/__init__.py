@@ -1,1 +1,1 @@
-"""Changing a model's run with features, or asking what they did: steering, ablation, attribution."""
+"""Changing a model's run with features (steering, ablation) and explaining it by them (attribution)."""

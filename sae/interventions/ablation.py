@@ -1,7 +1,7 @@
-"""Removing one feature from a text: what it does to the prediction of each token.
+"""Removing one feature from a text: how the prediction of each token changes.
 
-In a one-layer model nothing reads the MLP's output but the final norm and W_U, so the effect has a closed form and
-needs no second run; elsewhere the model is run again, which is the definition.
+In a one-layer model only the final norm and W_U read the MLP's output, so the effect has a closed form and needs no
+second run. In other models the model is run again, which is the definition.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from torch import Tensor
 
 from sae.lm import LanguageModel, NativeModel, Splice
 
-LOGITS_AT_ONCE = 1 << 24  # floats of one [rows, d_vocab] block
+LOGITS_AT_ONCE = 1 << 24  # numbers in one [rows, d_vocab] block
 LINEAR_HOOKS = ("mlp.hook_post", "hook_mlp_out", "hook_resid_post")
 
 
 class Ablated(NamedTuple):
-    """The predictions that change, one row each: the token at `position` of `context`, losses in nats.
+    """The predictions that change, one row each: of the token at `position` of `context`. Losses are in nats.
 
-    `raised` are the tokens whose logit the feature raises most there (logits − logits without it, median at 0).
+    `raised_ids` are the tokens whose logit the feature raises most there, `raised` by how much (logits − logits without
+    the feature, with the median over the vocabulary at 0); `lowered` likewise.
     """
 
     context: Int[Tensor, " n"]
@@ -34,11 +35,14 @@ class Ablated(NamedTuple):
     lowered: Float[Tensor, "n k"]
 
 
+def only_final_norm_reads(model: LanguageModel, hook_point: str) -> bool:
+    """Whether x at `hook_point` reaches the logits through the final norm and W_U alone: linear at the norm's scale."""
+    return hook_point in {f"blocks.{model.n_layers - 1}.{name}" for name in LINEAR_HOOKS}
+
+
 def has_closed_form(model: LanguageModel, hook_point: str) -> bool:
-    """Whether only the final norm and the unembedding read what is written at `hook_point`."""
-    if not isinstance(model, NativeModel):
-        return False
-    return hook_point in {f"blocks.{model.module.config.n_layers - 1}.{name}" for name in LINEAR_HOOKS}
+    """Whether `ablate` needs no second run: `only_final_norm_reads`, in a native model."""
+    return isinstance(model, NativeModel) and only_final_norm_reads(model, hook_point)
 
 
 @torch.inference_mode()
@@ -53,27 +57,37 @@ def ablate(
     top: int = 3,
     closed_form: bool | None = None,
 ) -> Ablated:
-    """Predictions of the `shown` tokens with `a(t) · direction` subtracted from x at every position t.
+    """Predictions of the `shown` tokens (default: all) with `a(t) · direction` subtracted from x at every position t.
 
-    Closed form (one layer): `logits' = W_U · LN(resid − a · r)`, r the direction in the residual stream; so only the
-    token after a firing changes. Otherwise every prediction after a context's first firing is taken from a second run.
-    Source: Bricken et al. 2023, "ablation"; `loss_ablated − loss` > 0 where the feature helps.
+    Closed form: `logits' = W_U · LN(resid − a · r)`, r the direction in the residual stream; only the prediction made
+    where the feature fires changes. Otherwise every prediction from a context's first firing on comes from a second run
+    of the model. The feature helps where `loss_ablated − loss` > 0. `closed_form` overrides `has_closed_form`.
+    Source: Bricken et al. 2023, "ablation".
     """
-    exact = has_closed_form(model, hook_point)
-    run = _closed if (exact if closed_form is None else closed_form) else _rerun
+    if closed_form is None:
+        closed_form = has_closed_form(model, hook_point)
+    run = _closed_form if closed_form else _second_run
     mask = torch.ones_like(tokens, dtype=torch.bool) if shown is None else shown
     return run(model, direction, tokens.long(), acts.float(), hook_point, mask[:, 1:], top)
 
 
-def _closed(
-    model: LanguageModel, direction: Tensor, tokens: Tensor, acts: Tensor, hook_point: str, wanted: Tensor, top: int
+def _closed_form(
+    model: LanguageModel,
+    direction: Float[Tensor, " d_in"],
+    tokens: Int[Tensor, "contexts pos"],
+    acts: Float[Tensor, "contexts pos"],
+    hook_point: str,
+    wanted: Bool[Tensor, "contexts next"],
+    top: int,
 ) -> Ablated:
     assert isinstance(model, NativeModel)
     context, position = torch.nonzero((acts[:, :-1] > 0) & wanted, as_tuple=True)
     resid, target = final_residual(model, tokens)[context, position], tokens[context, position + 1]
     act, written = acts[context, position], to_residual(model, direction, hook_point)
     parts = []
-    for rows in torch.arange(len(context)).split(max(1, LOGITS_AT_ONCE // model.d_vocab)):
+    at_once = max(1, LOGITS_AT_ONCE // model.d_vocab)
+    for start in range(0, len(context), at_once):
+        rows = slice(start, start + at_once)
         logits = read_out(model, resid[rows])
         ablated = read_out(model, resid[rows] - act[rows, None] * written)
         parts.append(_compare(context[rows], position[rows], target[rows], logits, ablated, top))
@@ -87,35 +101,40 @@ def final_residual(model: NativeModel, tokens: Int[Tensor, "contexts pos"]) -> F
 
 def read_out(model: NativeModel, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
     """`W_U · LN(resid)`: the logits."""
-    return model.module.unembed(model.module.ln_final(resid))
+    logits: Tensor = model.module.unembed(model.module.ln_final(resid))
+    return logits
 
 
 def to_residual(
     model: LanguageModel, directions: Float[Tensor, "*n d_in"], hook_point: str
 ) -> Float[Tensor, "*n d_model"]:
-    """Directions at `hook_point` as what they add to the residual stream."""
+    """What directions at `hook_point` add to the residual stream."""
     out = model.to_residual(hook_point)
     return directions if out is None else directions @ out
 
 
-def _rerun(
-    model: LanguageModel, direction: Tensor, tokens: Tensor, acts: Tensor, hook_point: str, wanted: Tensor, top: int
+def _second_run(
+    model: LanguageModel,
+    direction: Float[Tensor, " d_in"],
+    tokens: Int[Tensor, "contexts pos"],
+    acts: Float[Tensor, "contexts pos"],
+    hook_point: str,
+    wanted: Bool[Tensor, "contexts next"],
+    top: int,
 ) -> Ablated:
     parts = []
     affected = ((acts > 0).cumsum(1) > 0)[:, :-1] & wanted
     at_once = max(1, LOGITS_AT_ONCE // (model.d_vocab * tokens.shape[1]))
-    for rows in torch.arange(len(tokens)).split(at_once):
+    for start in range(0, len(tokens), at_once):
+        rows = slice(start, start + at_once)
         if not affected[rows].any():
             continue
         logits = model.logits(tokens[rows])
         ablated = model.logits(tokens[rows], hook_point, _minus(acts[rows, :, None] * direction))
         context, position = torch.nonzero(affected[rows], as_tuple=True)
         target = tokens[rows][context, position + 1]
-        parts.append(
-            _compare(
-                rows[context], position, target, logits[context, position].cpu(), ablated[context, position].cpu(), top
-            )
-        )
+        before, after = (found[context, position].cpu() for found in (logits, ablated))
+        parts.append(_compare(context + start, position, target, before, after, top))
     return _joined(parts, top)
 
 
@@ -123,7 +142,15 @@ def _minus(removed: Float[Tensor, "contexts pos d_in"]) -> Splice:
     return lambda x: x - removed.to(x.device)
 
 
-def _compare(context: Tensor, position: Tensor, target: Tensor, logits: Tensor, ablated: Tensor, top: int) -> Ablated:
+def _compare(
+    context: Int[Tensor, " n"],
+    position: Int[Tensor, " n"],
+    target: Int[Tensor, " n"],
+    logits: Float[Tensor, "n d_vocab"],
+    ablated: Float[Tensor, "n d_vocab"],
+    top: int,
+) -> Ablated:
+    """The changes of predictions made at `position`, of the tokens after it."""
     cross_entropy = torch.nn.functional.cross_entropy
     change = logits - ablated
     change = change - change.median(-1, keepdim=True).values

@@ -1,8 +1,8 @@
 """What pushes a feature's pre-activation: source tokens through each head, and the direct path.
 
-In the block of the dictionary's hook point the pre-activation is linear in what enters the block once three things are
-held at their values: the attention pattern, the norms' scales, and which neurons of a ReLU are on. Then the parts sum
-to it exactly. Through another activation function its slope takes the place of the gate: gradient × input.
+In the block of the dictionary's hook point, the pre-activation is linear in what enters the block once three things are
+held fixed: the attention pattern, the norms' scales, and which neurons of a ReLU are on. Then the parts sum to it
+exactly. For another activation function its slope replaces the ReLU's gate: gradient × input.
 Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" (paths through OV).
 """
 
@@ -25,9 +25,10 @@ HOOKS = ("hook_attn_out", "hook_resid_mid", "mlp.hook_post", "hook_mlp_out", "ho
 class Paths(NamedTuple):
     """The parts of one feature's pre-activation at one position, in units of the pre-activation.
 
-    `direct[part]` comes from the position's own residual stream, past attention; `heads[part, head, source]` from a
-    source token through one head. The `parts` of the stream entering the block: token and position embedding in the
-    first block, else the whole stream. `rest` is every bias; where not `exact`, also what the slope leaves out.
+    `direct[part]` comes from the position's own residual stream, bypassing attention; `heads[part, head, source]` from
+    a source token through one head. `parts` names the parts of the stream that enters the block: token and position
+    embedding in the first block, the whole stream in later ones. `rest` is the sum of all biases and, unless `exact`,
+    of what the slope misses.
     """
 
     parts: list[str]
@@ -39,21 +40,21 @@ class Paths(NamedTuple):
 
 
 def patterns(model: LanguageModel, ids: Sequence[int], *, layer: int) -> Float[Tensor, "head dst src"]:
-    """Attention pattern of each head of a block; rows sum to 1. Raises: ModelError for a model that is not native."""
+    """Attention pattern of each head of a block; rows sum to 1. Raises: ModelError unless the model is native."""
     with model.lock, torch.inference_mode():
         block, stream = _entering(model, ids, layer)
         return block.attn.pattern(block.ln1(stream.sum(0))).cpu()
 
 
 def paths(model: LanguageModel, sae: SAE, ids: Sequence[int], *, feature: int, position: int, hook_point: str) -> Paths:
-    """The pre-activation of `feature` at `position`, in parts.
+    """Splits the pre-activation of `feature` at `position` into its paths.
 
-    Raises: ModelError for a model that is not native, or a hook point before attention; ValueError for a feature or
+    Raises: ModelError unless the model is native, and for a hook point before attention; ValueError for a feature or
     position that does not exist.
     """
     layer, name = layer_of(hook_point), hook_point.partition(".")[2].partition(".")[2]
     if name not in HOOKS:
-        raise ModelError(f"{hook_point} comes before attention: no head of its block pushes it.")
+        raise ModelError(f"{hook_point} comes before attention, so no head of its block pushes its features.")
     if not 0 <= feature < sae.d_sae:
         raise ValueError(f"paths: feature {feature} does not exist; features are 0 … {sae.d_sae - 1:,}.")
     if not 0 <= position < len(ids):
@@ -80,8 +81,8 @@ def _entering(model: LanguageModel, ids: Sequence[int], layer: int) -> tuple[Blo
     """A block and the residual stream entering it, in parts that sum to it."""
     if not isinstance(model, NativeModel):
         raise ModelError(
-            f"{model.id} runs through TransformerLens; attention paths are taken apart for native models only "
-            "(those of `sae pretrain`, tiny-relu-1l among them)."
+            f"{model.id} runs through TransformerLens; attention paths are available for native models only "
+            "(tiny-relu-1l and the models that `sae pretrain` makes)."
         )
     module, tokens = model.module, torch.tensor(list(ids), device=model.device)
     if not 0 <= layer < model.n_layers:
@@ -102,11 +103,11 @@ def _pushes(
     resid_pre: Float[Tensor, " d_model"],
     attn_out: Float[Tensor, " d_model"],
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
-    """Gradient of the pre-activation by what attention writes and by the stream past it, norm scale held."""
+    """Gradient of the pre-activation by attention's output and by the stream past it, at a fixed norm scale."""
     encoder = sae.W_enc[:, feature].detach().to(resid_pre.device)
     attn_leaf, stream_leaf = (part.detach().clone().requires_grad_(True) for part in (attn_out, resid_pre))
     resid_mid = attn_leaf + stream_leaf
-    # LayerNorm with its scale held: the gate of each neuron is then the only thing that is not linear
+    # LayerNorm at a fixed scale: only the gates of the neurons are then not linear
     normed = norm_part(block.ln2, resid_mid, norm_scale(block.ln2, resid_mid.detach())) + block.ln2.bias
     post = block.mlp.post(normed)
     x = {

@@ -1,4 +1,4 @@
-"""One prompt under a dictionary: what fires on each token, what is lost there, what pushes a next token."""
+"""One prompt under a dictionary: what fires on each token, what its reconstruction loses, what pushes a next token."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE, refuse_transcoder
-from sae.interventions.ablation import LINEAR_HOOKS
-from sae.lm import LanguageModel, layer_of
+from sae.interventions.ablation import only_final_norm_reads
+from sae.lm import LanguageModel
 
 
 class Inspection(NamedTuple):
-    """A prompt token by token; the three parallel lists `positions`, `features`, `acts` are the active features.
+    """A prompt token by token. `positions`, `features` and `acts` belong together: one entry for each active feature.
 
-    `error[t]` is ‖x − x̂‖² / ‖x − b‖², b the input bias: the share the dictionary leaves unexplained.
-    `loss[t]` and `loss_spliced[t]` are the loss of token t given those before it, without and with x̂ in place of x at
-    every position but BOS; the first token has none (nan). Units: nats.
+    `error[t]` is ‖x − x̂‖² / ‖x − b‖², b the input bias: the share that the dictionary leaves unexplained.
+    `loss[t]` and `loss_spliced[t]` are the loss of token t given the tokens before it, in nats: without and with x̂ in
+    place of x at every position but BOS. The first token has none (nan).
     """
 
     ids: list[int]
@@ -33,7 +33,7 @@ class Inspection(NamedTuple):
 
 @torch.inference_mode()
 def inspect(model: LanguageModel, sae: SAE, ids: Sequence[int], *, hook_point: str) -> Inspection:
-    """Encodes one prompt and splices its reconstruction in. Active features come by position, then feature.
+    """Encodes one prompt and splices its reconstruction in. Active features are sorted by position, then number.
 
     Raises: ValueError for a transcoder.
     """
@@ -63,16 +63,17 @@ def inspect(model: LanguageModel, sae: SAE, ids: Sequence[int], *, hook_point: s
 
 
 def _kept(model: LanguageModel, tokens: Int[Tensor, " pos"]) -> Bool[Tensor, " pos"]:
-    """Where evaluation counts a position: everywhere but BOS."""
+    """The positions that evaluation counts: all but BOS."""
     return torch.ones_like(tokens, dtype=torch.bool) if model.bos_id is None else tokens != model.bos_id
 
 
 class Attribution(NamedTuple):
-    """What each active feature adds to `logit`: a next token's logit less the mean over the vocabulary.
+    """What each active feature adds to `logit`: a next token's logit minus the mean over the vocabulary.
 
-    `by_feature[i]` belongs to the i-th entry of `positions`, `features`. Where `exact`, by_feature, `bias` (b_dec),
-    `unexplained` (x − x̂) and `rest` (everything else in the residual stream, and biases) sum to `logit` with the final
-    norm's scale at its value. Elsewhere by_feature is gradient × activation: first order only, and `rest` is the gap.
+    `by_feature[i]` belongs to the i-th entry of `positions` and `features`. If `exact`, by_feature, `bias` (b_dec),
+    `unexplained` (x − x̂) and `rest` (everything else in the residual stream, and biases) sum to `logit`, with the final
+    norm's scale held fixed. Otherwise by_feature is gradient × activation, a first-order estimate, and `rest` is the
+    difference to `logit`.
     """
 
     positions: Int[Tensor, " n"]
@@ -85,20 +86,14 @@ class Attribution(NamedTuple):
     exact: bool
 
 
-def is_exact(model: LanguageModel, hook_point: str) -> bool:
-    """Whether what is written at `hook_point` reaches the logits through the final norm only: linear at its scale."""
-    name = hook_point.partition(".")[2].partition(".")[2]
-    return name in LINEAR_HOOKS and layer_of(hook_point) == model.n_layers - 1
-
-
 def attribute(
     model: LanguageModel, sae: SAE, ids: Sequence[int], *, position: int, token: int, hook_point: str
 ) -> Attribution:
-    """How much each active feature pushes the logit of `token` as the next one after `position`.
+    """How much each active feature pushes the logit of `token` as the next token after `position`.
 
-    Exact where `is_exact`: `a · (r − mean r) · w_ln / σ · (W_U[:, token] − mean W_U)` with r the feature's direction in
-    the residual stream and σ the final norm's scale at `position`; else gradient × activation over all positions.
-    The mean over the vocabulary is subtracted because the softmax does not see it.
+    Exact if `only_final_norm_reads`: `a · (r − mean r) · w_ln / σ · (W_U[:, token] − mean W_U)` with r the feature's
+    direction in the residual stream and σ the final norm's scale at `position`; otherwise gradient × activation over
+    all positions. The mean over the vocabulary is subtracted because it cancels in the softmax.
     Raises: ValueError when position or token does not exist, or for a transcoder.
     """
     refuse_transcoder(sae, "attribution")
@@ -106,16 +101,16 @@ def attribute(
         raise ValueError(f"attribution: position {position} is outside the prompt's 0 … {len(ids) - 1}.")
     if not 0 <= token < model.d_vocab:
         raise ValueError(f"attribution: token {token} is outside the vocabulary's 0 … {model.d_vocab - 1:,}.")
-    tokens = torch.tensor([list(ids)])[:, : position + 1]  # later tokens change nothing here
+    tokens = torch.tensor([list(ids)])[:, : position + 1]  # later tokens have no influence
 
     def objective(logits: Tensor) -> Tensor:
         last = logits[0, -1].double()
         return last[token] - last.mean()
 
     with model.lock:
-        exact = is_exact(model, hook_point)
+        exact = only_final_norm_reads(model, hook_point)
         if exact:
-            x, gradient = _frozen_gradient(model, tokens, token, hook_point)
+            x, gradient = _gradient_at_fixed_norm(model, tokens, token, hook_point)
         else:
             x, gradient = model.gradient(tokens, hook_point, objective)
         logit = float(objective(model.logits(tokens)))
@@ -133,10 +128,10 @@ def attribute(
 
 
 @torch.inference_mode()
-def _frozen_gradient(
+def _gradient_at_fixed_norm(
     model: LanguageModel, tokens: Int[Tensor, "1 pos"], token: int, hook_point: str
 ) -> tuple[Float[Tensor, "1 pos d_in"], Float[Tensor, "1 pos d_in"]]:
-    """x, and the gradient of the last position's logit less the vocabulary's mean, the final norm's scale held."""
+    """x, and the gradient of the last position's logit minus the vocabulary's mean, at a fixed scale of the norm."""
     weight, W_U, centred = model.unembedding()
     resid = model.capture(tokens, f"blocks.{model.n_layers - 1}.hook_resid_post")[0, -1].double()
     spread = resid.var(unbiased=False) if centred else resid.pow(2).mean()

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fakes import HOOK_POINT, SHAPE, write_model
+from fakes import HOOK_POINT, SHAPE, random_sae, write_model
 
 from sae.dictionary.autoencoder import SAE
-from sae.interventions.attribution import attribute, inspect, is_exact
+from sae.interventions.ablation import only_final_norm_reads
+from sae.interventions.attribution import attribute, inspect
 from sae.lm import NativeModel
 from sae.lm.transformer import TransformerConfig
 
 D_SAE = 24
-
-
-def random_sae(d_in: int, hook_point: str, *, activation: str = "relu", k: int | None = None) -> SAE:
-    made = SAE(d_in, D_SAE, activation=activation, k=k)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
-    made.config = {"hook_point": hook_point}
-    return made.requires_grad_(False).eval()
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +100,7 @@ def test_elsewhere_it_is_the_slope_times_the_activation(
 ) -> None:
     sae = random_sae(two_layers.hook_width(hook_point), hook_point)
     position, token, step = 5, 9, 1e-2
-    assert not is_exact(two_layers, hook_point)
+    assert not only_final_norm_reads(two_layers, hook_point)
     found = attribute(two_layers, sae, ids, position=position, token=token, hook_point=hook_point)
     assert not found.exact
     tokens = torch.tensor([ids[: position + 1]])

@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from fakes import HOOK_POINT, SHAPE, write_model
-from test_microscope import random_sae
+from fakes import HOOK_POINT, SHAPE, random_sae, write_model
 
 from sae.interventions.attention_attribution import HOOKS, paths, patterns
-from sae.lm import ModelError, NativeModel
+from sae.lm import BridgeModel, ModelError, NativeModel
 from sae.lm.transformer import TransformerConfig
 
 
@@ -154,9 +153,8 @@ def test_what_cannot_be_taken_apart_says_so(tiny_model: NativeModel, ids: list[i
         with pytest.raises(error, match=message):
             paths(tiny_model, sae, ids, **(settings | change))
 
-    class Other:
-        id, lock = "gpt2", tiny_model.lock
-
+    bridge = BridgeModel.__new__(BridgeModel)
+    bridge.id, bridge.lock = "gpt2", tiny_model.lock
     with pytest.raises(ModelError, match="gpt2 runs through TransformerLens"):
-        patterns(Other(), ids, layer=0)  # type: ignore[arg-type]
+        patterns(bridge, ids, layer=0)
     assert not tiny_model.lock.locked()
