@@ -94,8 +94,8 @@ class Contender:
         return answer
 
     def quit(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        with self.process:  # closes its pipes and waits
+            self.process.kill()
 
 
 def ours(who: str, variant: str, *, d_sae: int, l0: int, batch: int) -> Contender:
@@ -123,10 +123,10 @@ def installed(names: list[str], peers: Path) -> list[str]:
 
 def interleaved(contenders: list[Contender], rounds: int) -> list[dict[str, Any]]:
     """Seconds per step of every contender, taken in turn, after warm-up."""
-    for contender in contenders:
-        if not contender.alive:
-            print(f"{contender.who}: left out, its process did not start", file=sys.stderr)
-    contenders = [c for c in contenders if c.alive]
+    for contender in [c for c in contenders if not c.alive]:
+        print(f"{contender.who}: left out, its process did not start", file=sys.stderr)
+        contender.quit()
+        contenders.remove(contender)
     found = {c.who: {"who": c.who, "seconds": [], "cpu_s": [], "rss_gib": 0.0} for c in contenders}
     for contender in contenders:
         contender.run(3 if contender.who in OURS else 2)

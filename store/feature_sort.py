@@ -66,10 +66,13 @@ class Spill:
         self.order.append((chunk_key, self.length, n))
         self.length += n
 
-    def scatter(self, by: str, n_groups: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Counting sort by the column `by`, stable in chunk order: (ptr, the other columns)."""
+    def close(self) -> None:
         for file in self.files.values():
             file.close()
+
+    def scatter(self, by: str, n_groups: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Counting sort by the column `by`, stable in chunk order: (ptr, the other columns)."""
+        self.close()
         ptr = np.zeros(n_groups + 1, np.int64)
         source = {name: self._map(f"{name}.coo", dtype) for name, dtype in self.columns.items()}
         for _, offset, n in self.order:

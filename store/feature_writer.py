@@ -193,6 +193,7 @@ class FeatureWriter:
 
     def abandon(self) -> None:
         """Removes what was built so far."""
+        self._coo.close()
         shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.close()
 

@@ -29,23 +29,23 @@ for line in sys.stdin:
 @pytest.mark.parametrize("shape", [("relu-sparse", "7"), ("batchtopk", "3")], ids=lambda s: s[0])
 def test_the_worker_answers_with_the_time_of_each_step(shape: tuple[str, str]) -> None:
     command = [sys.executable, SCRIPTS / "bench_worker.py", "--variant", shape[0], "--l0", shape[1]]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*map(str, command), "--d-sae", "128", "--batch", "64"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    answers = [json.loads(process.stdout.readline())]
-    for steps in (3, 1):
-        process.stdin.write(f"run {steps}\n")
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        answers = [json.loads(process.stdout.readline())]
+        for steps in (3, 1):
+            process.stdin.write(f"run {steps}\n")
+            process.stdin.flush()
+            answers.append(json.loads(process.stdout.readline()))
+        process.stdin.write("quit\n")
         process.stdin.flush()
-        answers.append(json.loads(process.stdout.readline()))
-    process.stdin.write("quit\n")
-    process.stdin.flush()
-    assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=60) == 0
     assert [len(answer["times"]) for answer in answers] == [0, 3, 1]
     assert [len(answer["cpu"]) for answer in answers] == [0, 3, 1]
     assert all(0 < seconds < 60 for answer in answers for seconds in answer["times"])

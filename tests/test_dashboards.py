@@ -83,7 +83,7 @@ def test_bars_given_by_their_middle_and_the_bins_of_a_dashboard(tmp_path: Path) 
         "count": [5, 90, 5],
     }
     titles = [title for title, _, _ in dumps.groups(index, 3, before=9, after=9)]
-    assert titles == ["Top activations", "Activation 0 … 1, which 12.500% of all tokens have"]
+    assert titles == ["Top activations", "Activation 0 … 1 (12.500% of all tokens)"]
     assert index.attributes["model"]["id"] == "made-up"
 
 

@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sae import pipeline
-from sae.cli import export, import_dictionary
 from sae.dictionary.autoencoder import ACTIVATIONS, SAE
 from sae.dictionary.files import load, save
 from sae.interop import registry
@@ -130,6 +130,7 @@ def test_an_unknown_format_is_refused_with_those_there_are(dictionary: Path, tmp
 
 
 def test_the_commands_formats_are_the_pipelines() -> None:
+    export, import_dictionary = (import_module(f"sae.cli.{name}") for name in ("export", "import_dictionary"))
     assert export.EXPORT_FORMATS == pipeline.EXPORT_FORMATS
     assert import_dictionary.IMPORT_FORMATS == pipeline.IMPORT_FORMATS
 

@@ -145,7 +145,7 @@ def test_an_unknown_architecture(tmp_path: Path, architecture: object) -> None:
 
 def test_an_unknown_class(tmp_path: Path) -> None:
     path = dictionary_learning(tmp_path / "peer", weights(), dict_class="IdentityDict")
-    assert "unknown dict_class 'IdentityDict'; read are AutoEncoder," in refused(path, tmp_path / "out")
+    assert "unknown dict_class 'IdentityDict'; known are AutoEncoder," in refused(path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("k", [0, -1, "3", 2.5, None, True, [3]])
@@ -162,7 +162,7 @@ def test_a_k_larger_than_the_dictionary(tmp_path: Path) -> None:
 
 def test_a_size_that_is_not_the_tensors(tmp_path: Path) -> None:
     said = refused(saelens(tmp_path / "peer", weights(), d_sae=10**12), tmp_path / "out")
-    assert f"d_sae = 1000000000000 in the configuration, {D_SAE} in the tensors" in said
+    assert f"d_sae is 1000000000000 in the configuration but {D_SAE} in the tensors" in said
 
 
 ANYTHING = [None, True, False, 0, 1, -3, 0.5, 1e300, "", "none", "topk", [], [1], {}, {"k": 2}, {"hook_name": [1]}]
@@ -207,7 +207,7 @@ def test_a_directory_without_a_dictionary_says_what_is_known(tmp_path: Path) -> 
 def test_files_of_two_peers_in_one_place_want_a_word(tmp_path: Path) -> None:
     path = saelens(tmp_path / "both", weights())
     (path / "sae.safetensors").write_bytes(b"")
-    assert "sae-lens, sparsify; say which is meant (--format)" in refused(path, tmp_path / "out")
+    assert "several formats (sae-lens, sparsify); choose one (--format)" in refused(path, tmp_path / "out")
     assert registry.read(path, "sae-lens").d_sae == D_SAE
     with pytest.raises(InteropError, match="got 'pickle'"):
         registry.read(path, "pickle")
@@ -216,7 +216,7 @@ def test_files_of_two_peers_in_one_place_want_a_word(tmp_path: Path) -> None:
 def test_a_dictionary_of_ours_is_not_foreign(tmp_path: Path) -> None:
     sae = registry.read(saelens(tmp_path / "peer", weights()))
     pipeline.export(sae, "native", tmp_path / "ours")
-    assert "no dictionary that can be imported" in refused(tmp_path / "ours", tmp_path / "out")
+    assert "not a dictionary that can be imported" in refused(tmp_path / "ours", tmp_path / "out")
     with pytest.raises(CheckpointError):  # and a foreign one is not taken for ours
         pipeline.export(tmp_path / "peer", "native", tmp_path / "out")
 

@@ -177,10 +177,13 @@ def test_one_dictionary_of_a_repository_is_fetched(
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        ("hub:owner/repo/nowhere", r"nothing there. Dictionaries may lie in: ., layers.3, res/blocks.8"),
+        (
+            "hub:owner/repo/nowhere",
+            r"no such path in the repository. Directories with weights: ., layers.3, res/blocks.8",
+        ),
         ("hub:owner/other", "cannot be downloaded: 404"),
         ("hub:owner", "expected hub:owner/repo"),
-        ("hub:owner/repo/../../x/y", "nothing there"),
+        ("hub:owner/repo/../../x/y", "no such path in the repository"),
     ],
 )
 def test_what_the_hub_has_not_is_said(tmp_path: Path, online: dict[str, Any], spec: str, reason: str) -> None:

@@ -122,8 +122,8 @@ def test_sae_lens_before_6_keeps_everything_at_the_top(tmp_path: Path, w: dict) 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"normalize_activations": "layer_norm"}, "normalises every token"),
-        ({"normalize_activations": "constant_norm_rescale"}, "normalises every token"),
+        ({"normalize_activations": "layer_norm"}, "normalises each token"),
+        ({"normalize_activations": "constant_norm_rescale"}, "normalises each token"),
         ({"reshape_activations": "hook_z"}, "heads of hook_z"),
         ({"metadata": {"hook_name": "blocks.0.attn.hook_z"}}, "heads of hook_z"),
         ({"metadata": {"hook_head_index": 3}}, "single attention head"),
@@ -182,7 +182,7 @@ def test_sparsify(tmp_path: Path, w: dict, w64: dict) -> None:
         ({"skip_connection": True}, "W_skip"),
         ({"signed": True}, "negative"),
         ({"activation": "groupmax"}, "groupmax"),
-        ({"num_latents": 21}, "num_latents = 21"),
+        ({"num_latents": 21}, "num_latents is 21"),
     ],
 )
 def test_sparsify_is_refused_where_it_does_something_else(
@@ -221,7 +221,7 @@ def test_llamascopium(tmp_path: Path, w: dict, w64: dict, act_fn: str, norm: flo
         ({"norm_activation": "token-wise"}, "token-wise"),
         ({"norm_activation": "dataset-wise"}, "norm is not in the file"),
         ({"sae_type": "crosscoder"}, "crosscoder"),
-        ({"d_model": 7}, "d_model = 7"),
+        ({"d_model": 7}, "d_model is 7"),
     ],
 )
 def test_llamascopium_is_refused_where_it_does_something_else(
@@ -257,13 +257,13 @@ def test_nanda_by_directory_and_by_file(tmp_path: Path, w: dict) -> None:
     assert registry.read(tmp_path).config["hook_point"] == "blocks.0.hook_mlp_out"
     for name in ("47.pt", "47_cfg.json"):
         (tmp_path / name).write_bytes((tmp_path / name.replace("47", "25")).read_bytes())
-    with pytest.raises(InteropError, match=r"several dictionaries \(25.pt, 47.pt\); name the file"):
+    with pytest.raises(InteropError, match=r"several dictionaries \(25.pt, 47.pt\); give the path of one file"):
         registry.read(tmp_path)
     assert torch.equal(registry.read(one).W_enc, w["W_enc"])
 
 
 def test_openais_topk_is_refused_for_its_normalisation(tmp_path: Path, w: dict) -> None:
-    with pytest.raises(InteropError, match="normalise every token"):
+    with pytest.raises(InteropError, match="normalise each token"):
         registry.read(openai(tmp_path, w, "TopK"))
 
 

@@ -1,1 +1,1 @@
-"""Other tools' dictionaries: one file per peer, read and written by file, never through the peer's package."""
+"""Other tools' dictionaries: one module per peer, reading and writing its files without its package."""

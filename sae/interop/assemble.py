@@ -1,4 +1,4 @@
-"""A dictionary made of what a peer's files hold: settings and tensors checked, taken over, and described."""
+"""What all peers' readers share: checks of settings and tensors, and the dictionary that is made of them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor
 from sae.dictionary.autoencoder import SAE
 from sae.interop.files import InteropError
 
-OURS = "monosem"  # the key under which our own config.json travels in a peer's file
-NOT_CARRIED = ("kind", "format", "store", "imported")
+OWN_CONFIG = "monosem"  # the key under which our own config.json travels in a peer's file
+NOT_EXPORTED = ("kind", "format", "store", "imported")
 
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
 def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An object within a configuration; an empty one where there is none."""
+    """An object within a configuration; an empty one if it is missing."""
     found = config.get(name)
     return found if isinstance(found, dict) else {}
 
 
-def text(config: Mapping[str, Any], *names: str) -> str | None:
+def first_text(config: Mapping[str, Any], *names: str) -> str | None:
     """The first of these settings that is a non-empty string."""
     return next((config[name] for name in names if isinstance(config.get(name), str) and config[name]), None)
 
 
-def whole(config: Mapping[str, Any], name: str, where: Path) -> int:
+def positive_int(config: Mapping[str, Any], name: str, where: Path) -> int:
     """A setting that must be a positive whole number. Raises: InteropError."""
     found = config.get(name)
     if isinstance(found, Tensor) and found.numel() == 1:
@@ -39,30 +39,33 @@ def whole(config: Mapping[str, Any], name: str, where: Path) -> int:
     return found
 
 
-def refuse_unless(holds: bool, where: Path, reason: str) -> None:
-    """Raises: InteropError saying why this dictionary cannot be ours."""
-    if not holds:
+def require(condition: bool, where: Path, reason: str) -> None:
+    """Raises: InteropError saying why a dictionary cannot be imported, unless the condition holds."""
+    if not condition:
         raise InteropError(f"{where} cannot be imported: {reason}")
 
 
-def refuse_export_unless(holds: bool, peer: str, reason: str) -> None:
-    """Raises: InteropError saying why this dictionary cannot be the peer's."""
-    if not holds:
-        raise InteropError(f"it cannot be exported as {peer}: {reason}")
+def require_exportable(condition: bool, peer: str, reason: str) -> None:
+    """Raises: InteropError saying why a dictionary cannot be exported, unless the condition holds."""
+    if not condition:
+        raise InteropError(f"this dictionary cannot be exported as {peer}: {reason}")
 
 
-def carried(sae: SAE) -> dict[str, Any]:
-    """Our own config.json as it travels in a peer's file, so that nothing is lost on the way back."""
-    return {name: value for name, value in sae.config.items() if name not in NOT_CARRIED}
+def own_config(sae: SAE) -> dict[str, Any]:
+    """Our own config.json as it travels in a peer's file, so that a later import restores it."""
+    return {name: value for name, value in sae.config.items() if name not in NOT_EXPORTED}
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def pick(tensors: Mapping[str, Any], names: Mapping[str, str], where: Path, ignored: Collection[str] = ()) -> dict:
-    """These tensors under our names, as float32.
+def take_tensors(
+    tensors: Mapping[str, Any], names: Mapping[str, str], where: Path, ignored: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors of a file under our names (`names`: ours → the peer's), as float32.
 
-    Raises: InteropError for one that is missing, no finite numbers, or in the file and not asked for.
+    Raises: InteropError for a tensor that is missing, holds anything but finite numbers, or is neither in `names` nor
+    `ignored`: what is not understood may change what the dictionary does.
     """
     missing = sorted(set(names.values()) - tensors.keys())
     unknown = sorted(set(map(str, tensors.keys())) - set(names.values()) - set(ignored))
@@ -82,40 +85,40 @@ def pick(tensors: Mapping[str, Any], names: Mapping[str, str], where: Path, igno
 
 
 def transpose(tensors: dict[str, Tensor], names: Collection[str], where: Path) -> None:
-    """Turns these matrices over, in place. Raises: InteropError for one that is no matrix."""
+    """Transposes these tensors, in place. Raises: InteropError for one that is not a matrix."""
     for name in names:
-        _refuse_unless_matrix(tensors[name], name, where)
+        _require_matrix(tensors[name], name, where)
         tensors[name] = tensors[name].t()
 
 
-def _refuse_unless_matrix(tensor: Tensor, name: str, where: Path) -> None:
+def _require_matrix(tensor: Tensor, name: str, where: Path) -> None:
     if tensor.ndim != 2 or 0 in tensor.shape:
-        raise InteropError(f"{where}: {name} must be a matrix; got the shape {tuple(tensor.shape)}.")
+        raise InteropError(f"{where}: {name} must be a matrix; got shape {tuple(tensor.shape)}.")
 
 
 def rescale(tensors: dict[str, Tensor], factors: Mapping[str, Tensor | float]) -> None:
-    """Multiplies those of these tensors that are there by their factors, in float64."""
+    """Multiplies tensors by their factors in float64, in place; a tensor that is not there is skipped."""
     for name, factor in factors.items():
         if name in tensors:
             tensors[name] = (tensors[name].double() * factor).float()
 
 
 def shape_of(tensors: Mapping[str, Tensor], where: Path) -> dict[str, int]:
-    """d_in, d_sae and d_out as W_enc and W_dec have them. Raises: InteropError when they are no matrices."""
+    """d_in, d_sae and d_out, from the shapes of W_enc and W_dec. Raises: InteropError unless both are matrices."""
     for name in ("W_enc", "W_dec"):
-        _refuse_unless_matrix(tensors[name], name, where)
+        _require_matrix(tensors[name], name, where)
     d_in, d_sae = tensors["W_enc"].shape
     return {"d_in": d_in, "d_sae": d_sae, "d_out": tensors["W_dec"].shape[1]}
 
 
-def agree(config: Mapping[str, Any], said: Mapping[str, int], where: Path) -> None:
-    """Raises: InteropError when a size in the configuration is not the tensors' own."""
-    for name, size in said.items():
+def require_sizes(config: Mapping[str, Any], sizes: Mapping[str, int], where: Path) -> None:
+    """Raises: InteropError when a size in the configuration differs from the tensors' (`sizes`)."""
+    for name, size in sizes.items():
         if config.get(name) not in (None, size):
-            raise InteropError(f"{where}: {name} = {config[name]!r} in the configuration, {size} in the tensors.")
+            raise InteropError(f"{where}: {name} is {config[name]!r} in the configuration but {size} in the tensors.")
 
 
-def assemble(
+def dictionary(
     where: Path,
     tensors: Mapping[str, Tensor],
     settings: Mapping[str, Any],
@@ -127,15 +130,15 @@ def assemble(
     config: Mapping[str, Any],
     notes: Collection[str] = (),
 ) -> SAE:
-    """A dictionary of these tensors; `settings` are the constructor's, `config` the peer's own configuration.
+    """A dictionary of these tensors. `settings` are arguments of `SAE`, `config` is the peer's own configuration.
 
     Raises: InteropError when the tensors do not fit each other or the settings.
     """
     shape = shape_of(tensors, where)
-    refuse_unless(
+    require(
         shape["d_out"] == shape["d_in"],
         where,
-        f"it reads {shape['d_in']} values and writes {shape['d_out']}: a transcoder, not a dictionary of one place.",
+        f"it is a transcoder: it reads {shape['d_in']} values and writes {shape['d_out']}.",
     )
     try:
         sae = SAE(**{**shape, **settings})
@@ -156,11 +159,11 @@ def assemble(
     return sae.eval().requires_grad_(False)
 
 
-def restore(sae: SAE, ours: Mapping[str, Any]) -> SAE:
-    """Puts back what `carried` put into the peer's file, where it does not contradict the file itself."""
+def restore_own_config(sae: SAE, ours: Mapping[str, Any]) -> SAE:
+    """Puts back what `own_config` put into the peer's file, except where it contradicts the file itself."""
     if not ours:
         return sae
-    known = {name: value for name, value in ours.items() if name not in NOT_CARRIED}
+    known = {name: value for name, value in ours.items() if name not in NOT_EXPORTED}
     model = section(known, "model")
     if model.get("id") != sae.config["model"].get("id"):
         known.pop("model", None)

@@ -1,6 +1,6 @@
-"""Other people's feature pages as files: SAEDashboard / Neuronpedia JSON, and the files behind the paper's own page.
+"""Reads feature pages of other tools: SAEDashboard or Neuronpedia JSON, and the files behind the paper's own page.
 
-A dump holds samples of a feature's firings, not all of them, and token strings, not ids.
+Such a dump holds samples of a feature's firings, not all of them, and token strings, not ids.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from sae.interop.files import InteropError
 MAX_FEATURES = 1 << 24
 MAX_TEXT = 8192  # tokens
 MAX_FILE_BYTES = 1 << 30
-ESCAPED = re.compile(r"(?:\\x[89a-fA-F][0-9a-fA-F])+")  # bytes of an unfinished character, written out
+ESCAPED = re.compile(r"(?:\\x[89a-fA-F][0-9a-fA-F])+")  # bytes of an incomplete character, written as text
 
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens with the feature's activation on each; `hit` is the one the text was chosen for, `loss` the change of each
-    token's loss (nats) by ablation."""
+    """Tokens with the feature's activation on each. `hit` is the position for which the text was chosen, `loss` the
+    change of each token's loss by ablation (nats)."""
 
     group: str
     tokens: list[bytes]
@@ -44,7 +44,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class DumpedFeature:
-    """What a dump says of one feature; `density` and `max` are nan, lists empty where it does not say."""
+    """What a dump says about one feature. What it does not say is nan (`density`, `max`), None or empty."""
 
     feature: int
     texts: list[Text]
@@ -59,14 +59,14 @@ class DumpedFeature:
 
 
 def files(source: Path) -> list[Path]:
-    """The .json files of a dump (a directory, or one file), in the order of their numbers; links are left out.
+    """The .json files of a dump (a directory, or one file), sorted by their numbers; symbolic links are skipped.
 
-    Raises: InteropError when there is none.
+    Raises: InteropError when there is no such file.
     """
     found = [source] if source.is_file() else sorted(source.rglob("*.json"), key=_by_number)
     found = [path for path in found if not path.is_symlink() and path.name not in ("run_settings.json", "config.json")]
     if not found:
-        raise InteropError(f"{source}: no .json file here; give the directory of the dump, or one of its files.")
+        raise InteropError(f"{source} holds no .json file; give the directory of the dump, or one of its files.")
     return found
 
 
@@ -75,7 +75,7 @@ def _by_number(path: Path) -> tuple[str, list[int], str]:
 
 
 def read(path: Path, format: str) -> Iterator[DumpedFeature]:
-    """The features of one file. Raises: InteropError naming the file and what is wrong in it."""
+    """The features of one file. Raises: InteropError naming the file and the problem."""
     for entry in _entries(path, format):
         try:
             yield READERS[format](entry)
@@ -90,7 +90,7 @@ def _entries(path: Path, format: str) -> list[Mapping[str, Any]]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise InteropError(
-                f"{path} has {path.stat().st_size:,} bytes; at most {MAX_FILE_BYTES:,} are read at once."
+                f"{path} has {path.stat().st_size:,} bytes; files of at most {MAX_FILE_BYTES:,} bytes can be read."
             )
         content = json.loads(path.read_text(encoding="utf-8"))
     except InteropError:
@@ -104,7 +104,7 @@ def _entries(path: Path, format: str) -> list[Mapping[str, Any]]:
         entries = [content]
     for entry in entries:
         if not isinstance(entry, dict) or _number(entry) is None:
-            raise InteropError(f"{path}: {WANTED[format]}")
+            raise InteropError(f"{path}: expected {EXPECTED[format]}.")
     return entries
 
 
@@ -136,21 +136,21 @@ def _dashboard_text(entry: Mapping[str, Any]) -> Text:
     low, high = (entry.get(a, entry.get(b)) for a, b in (("bin_min", "binMin"), ("bin_max", "binMax")))
     group = "Samples"
     if low is not None and high is not None:
-        top = float(high) < 0 or float(low) < 0  # the top activations carry a bin of −1
+        top = float(high) < 0 or float(low) < 0  # the top activations have the bin −1
         group = "Top activations" if top else f"Activation {float(low):.3g} … {float(high):.3g}"
         share = entry.get("bin_contains", entry.get("binContains"))
         if not top and share is not None:
-            group += f", which {float(share):.3%} of all tokens have"
+            group += f" ({float(share):.3%} of all tokens)"
     hit = entry.get("qualifying_token_index", entry.get("qualifyingTokenIndex"))
     return Text(group, tokens, acts, _hit(acts, hit))
 
 
 def _around(entry: Mapping[str, Any], name: str) -> Histogram | None:
-    """A histogram given by the middle of its bars, which are equally wide."""
-    middles, counts = entry.get(f"{name}_values") or [], entry.get(f"{name}_heights") or []
-    if not len(middles):
+    """A histogram given by the centres of its bars, which are equally wide."""
+    centres, counts = entry.get(f"{name}_values") or [], entry.get(f"{name}_heights") or []
+    if not len(centres):
         return None
-    at, heights = _numbers(middles, name, len(middles)), _numbers(counts, name, len(middles))
+    at, heights = _numbers(centres, name, len(centres)), _numbers(counts, name, len(centres))
     width = float(at[1] - at[0]) if len(at) > 1 else max(2 * abs(float(at[0])), 1e-6)
     return Histogram(heights, np.append(at - width / 2, at[-1] + width / 2))
 
@@ -203,11 +203,11 @@ def _between(entry: Mapping[str, Any], counts: str, edges: str) -> Histogram | N
     return Histogram(tall, at)
 
 
-# --- values, which may be anything ------------------------------------------------------------------------------------
+# --- single values, of any type in the file ---------------------------------------------------------------------------
 
 
 def token_bytes(text: str) -> bytes:
-    r"""What a token string stands for: UTF-8, and a written-out byte (`\x9c`, from `\x80` on) as that byte."""
+    r"""The bytes of a token string: UTF-8, with a byte written as text (`\x9c`, from `\x80` on) as that byte."""
     parts, last = [], 0
     for found in ESCAPED.finditer(text):
         parts += [
@@ -220,16 +220,16 @@ def token_bytes(text: str) -> bytes:
 
 def _tokens(found: Any) -> list[bytes]:
     if not isinstance(found, list) or not all(isinstance(token, str) for token in found):
-        raise ValueError("the tokens are not a list of strings")
+        raise ValueError("the tokens must be a list of strings")
     if not 1 <= len(found) <= MAX_TEXT:
-        raise ValueError(f"a text of {len(found):,} tokens; 1 to {MAX_TEXT:,} are taken")
+        raise ValueError(f"a text has {len(found):,} tokens; 1 to {MAX_TEXT:,} are allowed")
     return [token_bytes(token) for token in found]
 
 
 def _numbers(found: Any, name: str, length: int) -> np.ndarray:
     values = np.array(found, np.float64)
     if values.shape != (length,) or not np.isfinite(values).all():
-        raise ValueError(f"{name} are not {length:,} finite numbers")
+        raise ValueError(f"{name} must be {length:,} finite numbers")
     return values
 
 
@@ -237,19 +237,19 @@ def _number_or_nan(found: Any, name: str) -> float:
     if found is None:
         return float("nan")
     if isinstance(found, bool) or not isinstance(found, int | float):
-        raise ValueError(f"{name} is no number")
+        raise ValueError(f"{name} must be a number")
     return float(found)
 
 
 def _feature_number(found: Any) -> int:
     number = int(found) if isinstance(found, str) and found.isascii() and found.isdecimal() else found
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < MAX_FEATURES:
-        raise ValueError(f"its number is not an integer from 0 to {MAX_FEATURES - 1:,}")
+        raise ValueError(f"its number must be an integer from 0 to {MAX_FEATURES - 1:,}")
     return number
 
 
 def _hit(acts: np.ndarray, asked: Any) -> int:
-    """The token a text was chosen for; the strongest where the file does not say one of this text that fires."""
+    """The position that a text was chosen for; the strongest one if the file names none that fires."""
     known = isinstance(asked, int) and not isinstance(asked, bool) and 0 <= asked < len(acts)
     return int(asked) if known and (acts[asked] > 0 or not (acts > 0).any()) else int(acts.argmax())
 
@@ -265,13 +265,13 @@ def _neurons(ids: Any, weights: Any) -> list[tuple[int, float]]:
     if not ids or not weights:
         return []
     if not isinstance(ids, Sequence) or not all(isinstance(i, int) and 0 <= i < 1 << 31 for i in ids):
-        raise ValueError("the numbers of the neurons are not integers")
+        raise ValueError("the numbers of the neurons must be integers")
     return list(zip(ids, _numbers(weights, "neuron weights", len(ids)).tolist(), strict=True))
 
 
 READERS: dict[str, Callable[[Mapping[str, Any]], DumpedFeature]] = {"sae-dashboard": _dashboard, "paper": _paper}
-WANTED = {
-    "sae-dashboard": "no SAEDashboard batch ({features: [{feature_index, activations, …}]}) and no Neuronpedia feature "
-    "({index, activations, …}).",
-    "paper": "no feature of the paper's page ({index, examples_quantiles, statistics, logit_effects, …}).",
+EXPECTED = {
+    "sae-dashboard": "a SAEDashboard batch ({features: [{feature_index, activations, …}]}) or a Neuronpedia feature "
+    "({index, activations, …})",
+    "paper": "a feature of the paper's page ({index, examples_quantiles, statistics, logit_effects, …})",
 }

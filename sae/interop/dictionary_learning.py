@@ -17,7 +17,7 @@ FILES = 'ae.pt and config.json with a "trainer" section'
 
 _LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
 _PLAIN = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec", "threshold": "threshold"}
-_TENSORS = {  # ours → theirs, by their class
+_TENSORS = {  # ours → theirs, by class
     "AutoEncoder": _LINEAR | {"b_dec": "bias"},
     "AutoEncoderNew": _LINEAR | {"b_dec": "decoder.bias"},
     "AutoEncoderTopK": _LINEAR | {"b_dec": "b_dec"},
@@ -62,61 +62,61 @@ def detect(path: Path) -> bool:
 def read(path: Path) -> SAE:
     """The dictionary of a directory written by dictionary_learning, or by `write`. Decoder norms stay as they are.
 
-    Raises: InteropError when it is damaged, of an unknown class, or a BatchTopK whose threshold was never set.
+    Raises: InteropError when it is damaged, of an unknown class, or a BatchTopK without an inference threshold.
     """
     where = path / "config.json"
     config = files.read_json(where)
     trainer = assemble.section(config, "trainer")
-    kind = assemble.text(trainer, "dict_class") or ""
-    assemble.refuse_unless(kind in _TENSORS, where, f"unknown dict_class {kind!r}; read are {', '.join(_TENSORS)}.")
+    kind = assemble.first_text(trainer, "dict_class") or ""
+    assemble.require(kind in _TENSORS, where, f"unknown dict_class {kind!r}; known are {', '.join(_TENSORS)}.")
     held = files.read_pt(path / "ae.pt")
-    tensors = assemble.pick(held, _TENSORS[kind], path / "ae.pt", ignored=("k", "threshold", "group_sizes"))
+    tensors = assemble.take_tensors(held, _TENSORS[kind], path / "ae.pt", ignored=("k", "threshold", "group_sizes"))
     if "encoder.weight" in _TENSORS[kind].values():
         assemble.transpose(tensors, ("W_enc", "W_dec"), where)
     shape = assemble.shape_of(tensors, where)
-    assemble.agree(trainer, {"activation_dim": shape["d_in"], "dict_size": shape["d_sae"]}, where)
+    assemble.require_sizes(trainer, {"activation_dim": shape["d_in"], "dict_size": shape["d_sae"]}, where)
     activation = _ACTIVATIONS[kind]
     if activation == "batchtopk":
-        assemble.refuse_unless(
+        assemble.require(
             tensors["threshold"].ndim == 0 and bool(tensors["threshold"] >= 0),
             where,
-            "its inference threshold was never set (threshold_start_step lies beyond its training); which features "
-            "are active would depend on the rest of the batch.",
+            "its inference threshold was never set (threshold_start_step is after the end of its training), so its "
+            "active features depend on the rest of the batch.",
         )
         tensors["threshold"] = tensors["threshold"].expand(shape["d_sae"])
-    place = assemble.text(trainer, "submodule_name")
+    place = assemble.first_text(trainer, "submodule_name")
     hook = short_hook_point(place, trainer.get("layer"))
-    sae = assemble.assemble(
+    sae = assemble.dictionary(
         where,
         tensors,
         {
             "activation": activation,
-            "k": assemble.whole({**trainer, **held}, "k", where) if "topk" in activation else None,
+            "k": assemble.positive_int({**trainer, **held}, "k", where) if "topk" in activation else None,
             "pre_bias": kind not in _WITHOUT_PRE_BIAS,
         },
         peer=NAME,
         kind=kind,
-        hook_point=hook or hook_point(assemble.text(assemble.section(config, "buffer"), "submodule_name")),
-        model=assemble.text(trainer, "lm_name"),
+        hook_point=hook or hook_point(assemble.first_text(assemble.section(config, "buffer"), "submodule_name")),
+        model=assemble.first_text(trainer, "lm_name"),
         config=config,
     )
-    return assemble.restore(sae, assemble.section(config, assemble.OURS))
+    return assemble.restore_own_config(sae, assemble.section(config, assemble.OWN_CONFIG))
 
 
 # --- write -----------------------------------------------------------------------------------------------------------
 
 
 def write(sae: SAE, out: Path) -> Path:
-    """Writes the layout into `out`: the peer computes the same activations and reconstructions.
+    """Writes the layout into `out`; dictionary_learning then computes the same activations and reconstructions.
 
-    Raises: InteropError for a transcoder, or topk and gated without a pre-bias, which it has no class for.
+    Raises: InteropError for a transcoder, and for topk or gated without a pre-bias, for which it has no class.
     """
-    assemble.refuse_export_unless(sae.d_out == sae.d_in and not sae.skip, NAME, "it is a transcoder.")
+    assemble.require_exportable(sae.d_out == sae.d_in and not sae.skip, NAME, "it is a transcoder.")
     kind = _class_of(sae)
-    assemble.refuse_export_unless(
+    assemble.require_exportable(
         sae.pre_bias or kind in _WITHOUT_PRE_BIAS,
         NAME,
-        f"its {kind} subtracts the decoder bias from the input, this dictionary does not.",
+        f"its class {kind} subtracts the decoder bias from the input, and this dictionary does not.",
     )
     files.write_pt(out / "ae.pt", _state(sae, kind))
     trainer = {
@@ -131,13 +131,16 @@ def write(sae: SAE, out: Path) -> Path:
         "steps": sae.config.get("train", {}).get("steps"),
         "device": "cpu",
     }
-    write_json(out / "config.json", {"trainer": trainer, assemble.OURS: assemble.carried(sae)})
+    write_json(out / "config.json", {"trainer": trainer, assemble.OWN_CONFIG: assemble.own_config(sae)})
     return out
 
 
 def _class_of(sae: SAE) -> str:
-    """The class that does the same. Its AutoEncoder is rescaled on loading where decoder norms are not 1, so such a
-    dictionary goes out as its JumpReLU with a threshold of 0, which is left as it is."""
+    """The peer's class that computes the same.
+
+    Its AutoEncoder is rescaled on loading if decoder norms are not 1, so such a dictionary is written as its JumpReLU
+    with a threshold of 0, which is not rescaled.
+    """
     norms = sae.W_dec.norm(dim=-1)
     match sae.activation:
         case "relu":
@@ -153,7 +156,7 @@ def _state(sae: SAE, kind: str) -> dict[str, Tensor]:
     ours = sae.tensors()
     if kind == "JumpReluAutoEncoder":
         ours.setdefault("threshold", torch.zeros(sae.d_sae))
-        if sae.pre_bias:  # it subtracts nothing from the input, so the encoder's bias does
+        if sae.pre_bias:  # this class subtracts nothing from the input, so b_enc must
             ours["b_enc"] = (ours["b_enc"].double() - ours["b_dec"].double() @ ours["W_enc"].double()).float()
     state = {
         theirs: ours[name].t() if theirs in ("encoder.weight", "decoder.weight") else ours[name]

@@ -1,4 +1,4 @@
-"""Foreign files, which may be broken or hostile: read whole or refused with a reason; nothing in them is run."""
+"""Reads peers' files, which may be damaged or hostile: completely or not at all, and without running code in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from store.common import write_bytes
 
 
 class InteropError(ValueError):
-    """A foreign dictionary is damaged, or means something that ours cannot say."""
+    """A peer's file is damaged, or describes a dictionary that ours cannot represent."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -35,27 +35,27 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Its tensors. Raises: InteropError when the file is not whole."""
+    """The tensors of a file. Raises: InteropError when it is missing or incomplete."""
     try:
         return read_tensors(path)[0]
     except CheckpointError as error:
-        raise InteropError(f"{path} is missing or not a whole safetensors file; download it again.") from error
+        raise InteropError(f"{path} is missing or not a complete safetensors file; download it again.") from error
 
 
 def read_pt(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote: tensors and plain values only; nothing in the file is run.
+    """Reads what `torch.save` wrote: tensors and plain values only; no code in the file is run.
 
-    Raises: InteropError when the file is not whole, holds code or objects, or is not a dictionary.
+    Raises: InteropError when the file is incomplete, holds code or objects, or is not a dictionary.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InteropError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # a foreign file can raise anything while it is taken apart
+    except Exception as error:  # a damaged file can raise anything while it is read
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InteropError(
-            f"{path} is not a whole file of tensors and plain values, which is all that is read from a .pt file: a "
-            f"pickle can carry code, and none is run ({reason})."
+            f"{path} is not a complete file of tensors and plain values. Nothing else is read from a .pt file, because "
+            f"a pickle can carry code and none is run ({reason})."
         ) from error
     if not isinstance(content, dict):
         raise InteropError(f"{path}: expected a dictionary of tensors, got {type(content).__name__}.")
@@ -63,7 +63,7 @@ def read_pt(path: Path) -> dict[str, Any]:
 
 
 def write_pt(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors as `torch.save` does, whole or not at all: for peers that read nothing else."""
+    """Writes tensors as `torch.save` does, for peers that read nothing else; the file appears only when complete."""
     held = BytesIO()
     torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, held)
     write_bytes(path, held.getvalue())

@@ -1,4 +1,4 @@
-"""Where a dictionary reads its activations, in TransformerLens' names, whatever the peer calls the place."""
+"""Translates peers' names of hook points into TransformerLens' names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TRANSFORMER_LENS = re.compile(r"(?:(?:blocks\.\d+|ln_final)\.(?:[\w.]*\.)?)?hoo
 
 
 def hook_point(place: str | None) -> str | None:
-    """TransformerLens' name of a peer's hook, module path or submodule name; None for one that is not known."""
+    """TransformerLens' name of a peer's hook, module path or submodule name; None for an unknown name."""
     if place is None:
         return None
     if _TRANSFORMER_LENS.fullmatch(place):

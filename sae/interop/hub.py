@@ -13,9 +13,9 @@ _SPEC = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<inside>[^@]+?))?/?(?:@(?P<
 
 
 def fetch(spec: str) -> Path:
-    """Downloads one dictionary, `hub:owner/repo[/path][@revision]`, and says where it lies (in the hub's own cache).
+    """Downloads one dictionary, `hub:owner/repo[/path][@revision]`; returns its path in the hub's own cache.
 
-    Raises: InteropError when the repository cannot be had, or holds no such path; it lists what there is.
+    Raises: InteropError when the repository is not available, or holds no such path (the message lists what it holds).
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -27,7 +27,7 @@ def fetch(spec: str) -> Path:
         files = HfApi().list_repo_files(repo, revision=revision)
         wanted = files_of(files, inside)
         if not wanted:
-            raise InteropError(f"{spec}: nothing there. {_listing(files)}")
+            raise InteropError(f"{spec}: no such path in the repository. {_listing(files)}")
         root = snapshot_download(repo, revision=revision, allow_patterns=wanted)
     except (OSError, ValueError) as error:  # network, authorisation, no such repository
         if isinstance(error, InteropError):
@@ -37,7 +37,7 @@ def fetch(spec: str) -> Path:
 
 
 def files_of(files: Sequence[str], inside: str) -> list[str]:
-    """The files of one dictionary: those directly in the directory `inside`, or `inside` and what shares its name."""
+    """The files of one dictionary: those in the directory `inside`, or the file `inside` and its configuration."""
     path = PurePosixPath(inside)
     stem = path.with_suffix("") if path.suffix == ".pt" else path
     alone = {str(path), f"{stem}.pt", f"{stem}_cfg.json"}
@@ -52,4 +52,4 @@ def _place(root: Path, inside: str) -> Path:
 def _listing(files: Sequence[str]) -> str:
     folders = sorted({str(PurePosixPath(file).parent) for file in files if file.endswith((".safetensors", ".pt"))})
     shown = ", ".join(folders[:12]) + (", …" if len(folders) > 12 else "")
-    return f"Dictionaries may lie in: {shown}." if folders else "The repository holds no .safetensors and no .pt file."
+    return f"Directories with weights: {shown}." if folders else "It holds no .safetensors and no .pt file."

@@ -1,4 +1,4 @@
-"""Neel Nanda's one-layer dictionaries (gelu-1l and kin): `25.pt` beside `25_cfg.json`."""
+"""Neel Nanda's one-layer dictionaries (gelu-1l and kin): `25.pt` next to `25_cfg.json`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sae.interop.files import InteropError
 from sae.interop.hooks import short_hook_point
 
 NAME = "nanda"
-FILES = "N.pt beside N_cfg.json"
+FILES = "N.pt and N_cfg.json"
 
 
 def _weights(path: Path) -> list[Path]:
-    """The .pt files at `path` (a file or a directory) that have a configuration beside them."""
+    """The .pt files at `path` (a file or a directory) that have a configuration next to them."""
     found = [path] if path.is_file() else sorted(path.glob("*.pt"))
     return [file for file in found if file.suffix == ".pt" and _config_of(file).is_file()]
 
@@ -28,28 +28,28 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path) -> SAE:
-    """One dictionary: ReLU with a tied pre-bias. Decoder norms stay as they are: in the published runs they are not 1.
+    """One dictionary: ReLU with a tied pre-bias. Decoder norms stay as they are; in the published runs they are not 1.
 
-    Raises: InteropError when it is damaged, or the directory holds several.
+    Raises: InteropError when it is damaged, or when the directory holds several dictionaries.
     """
     found = _weights(path)
     if len(found) != 1:
         names = ", ".join(file.name for file in found)
-        raise InteropError(f"{path} holds several dictionaries ({names}); name the file of one.")
+        raise InteropError(f"{path} holds several dictionaries ({names}); give the path of one file.")
     weights = found[0]
     config = files.read_json(_config_of(weights))
     activation = config.get("activation", "relu")
-    assemble.refuse_unless(activation == "relu", weights, f"its activation is {activation!r}; read is relu.")
-    tensors = assemble.pick(
+    assemble.require(activation == "relu", weights, f"its activation is {activation!r}; only relu can be read.")
+    tensors = assemble.take_tensors(
         files.read_pt(weights), {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}, weights
     )
-    return assemble.assemble(
+    return assemble.dictionary(
         weights,
         tensors,
         {"activation": "relu"},
         peer=NAME,
         kind="relu",
-        hook_point=short_hook_point(assemble.text(config, "act_name", "act") or "post", config.get("layer", 0)),
-        model=assemble.text(config, "model_name") or "gelu-1l",
+        hook_point=short_hook_point(assemble.first_text(config, "act_name", "act") or "post", config.get("layer", 0)),
+        model=assemble.first_text(config, "model_name") or "gelu-1l",
         config=config,
     )

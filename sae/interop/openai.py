@@ -1,4 +1,4 @@
-"""OpenAI's dictionaries (openai/sparse_autoencoder): one `.pt` file with everything in it, and no configuration."""
+"""OpenAI's dictionaries (openai/sparse_autoencoder): one `.pt` file, without a configuration."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_me
 
 
 def detect(path: Path) -> bool:
-    """A .pt file without a configuration beside it: only reading tells more."""
+    """A .pt file without a configuration next to it; only its content tells more."""
     return path.is_file() and path.suffix == ".pt" and not path.with_name(f"{path.stem}_cfg.json").is_file()
 
 
 def read(path: Path) -> SAE:
-    """The dictionary of one file. It does not say which model or hook point it belongs to.
+    """The dictionary of one file. The file names neither the model nor the hook point.
 
-    Raises: InteropError when it is damaged, or its TopK kind, which normalises every token's activations by itself.
+    Raises: InteropError when it is damaged, or of the TopK kind, which normalises each token's activations separately.
     """
     held = files.read_pt(path)
     activation = held.get("activation", "ReLU")
-    assemble.refuse_unless(
+    assemble.require(
         activation != "TopK",
         path,
-        "its TopK dictionaries normalise every token's activations by their own mean and deviation; ours takes them as "
-        "they are.",
+        "OpenAI's TopK dictionaries normalise each token's activations by their own mean and deviation; ours takes "
+        "them unchanged.",
     )
-    assemble.refuse_unless(activation == "ReLU", path, f"its activation is {activation!r}; read is ReLU.")
-    tensors = assemble.pick(held, _TENSORS, path, ignored=(*_STATISTICS, "activation", "activation_state_dict"))
+    assemble.require(activation == "ReLU", path, f"its activation is {activation!r}; only ReLU can be read.")
+    tensors = assemble.take_tensors(held, _TENSORS, path, ignored=(*_STATISTICS, "activation", "activation_state_dict"))
     assemble.transpose(tensors, ("W_enc", "W_dec"), path)
-    return assemble.assemble(
+    return assemble.dictionary(
         path, tensors, {"activation": "relu"}, peer=NAME, kind="relu", hook_point=None, model=None, config={}
     )

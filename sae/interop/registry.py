@@ -1,4 +1,4 @@
-"""Which peers there are, and which of them wrote what lies at a path."""
+"""The list of peers, and which of them wrote the files at a path."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sae.interop.files import InteropError
 
 @runtime_checkable
 class Peer(Protocol):
-    """One tool's layout: a module of this package."""
+    """One tool's file layout; the modules of this package implement it."""
 
     NAME: str
     FILES: str
 
     def detect(self, path: Path) -> bool:
-        """Whether the files at `path` (a directory, or one file) are this peer's, by their names alone."""
+        """Whether the files at `path` (a directory, or one file) have the names of this peer's files."""
 
     def read(self, path: Path) -> SAE:
         """The dictionary at `path`. Raises: InteropError."""
@@ -26,7 +26,7 @@ class Peer(Protocol):
 
 @runtime_checkable
 class Writer(Peer, Protocol):
-    """A peer whose layout is written too."""
+    """A peer whose layout can also be written."""
 
     def write(self, sae: SAE, out: Path) -> Path:
         """Writes the dictionary into the directory `out`. Raises: InteropError."""
@@ -37,7 +37,7 @@ PEERS: dict[str, Peer] = {**WRITERS, **{peer.NAME: peer for peer in (llamascopiu
 
 
 def identify(path: Path) -> Peer:
-    """The peer whose files lie at `path`. Raises: InteropError when there are none, or of several."""
+    """The peer whose files are at `path`. Raises: InteropError for files of no known peer, or of several."""
     if not path.exists():
         raise InteropError(f"{path}: no such file or directory.")
     found = [peer for peer in PEERS.values() if peer.detect(path)]
@@ -45,17 +45,17 @@ def identify(path: Path) -> Peer:
         return found[0]
     if found:
         raise InteropError(
-            f"{path} holds files of {', '.join(peer.NAME for peer in found)}; say which is meant (--format)."
+            f"{path} holds files of several formats ({', '.join(peer.NAME for peer in found)}); choose one (--format)."
         )
     known = "; ".join(f"{peer.NAME}: {peer.FILES}" for peer in PEERS.values())
     inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else path.name
     raise InteropError(
-        f"{path} is no dictionary that can be imported: it holds {inside or 'nothing'}. Known are {known}."
+        f"{path} is not a dictionary that can be imported: it holds {inside or 'no files'}. Known formats: {known}."
     )
 
 
 def read(path: Path, format: str | None = None) -> SAE:
-    """The dictionary at `path`, by its own files or as `format` says. Raises: InteropError."""
+    """The dictionary at `path`, in the format `format` or the one that its files show. Raises: InteropError."""
     if format is None:
         return identify(path).read(path)
     if format not in PEERS:

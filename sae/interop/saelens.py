@@ -1,5 +1,7 @@
-"""SAELens' directory layout: `cfg.json` and `sae_weights.safetensors`. By file, not by import: it cannot share our
-environment (it needs an older transformer-lens)."""
+"""SAELens' layout: `cfg.json` and `sae_weights.safetensors`.
+
+Its package is not used: it needs an older transformer-lens and cannot share our environment.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,12 @@ from store.common import write_json
 NAME = "sae-lens"
 FILES = "cfg.json and sae_weights.safetensors"
 ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu", "gated": "gated"}
-# Without a version its loader takes an old path that loses hook_name; the layout is the one introduced with 6.0.
+# Without a version its loader takes an old path that loses hook_name. This layout is the one of version 6.0.
 LAYOUT_VERSION = "6.0.0"
 UNKNOWN = "unknown"
 
 _PLAIN = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
-_TENSORS = {  # ours → theirs, by their architecture; the last two are checkpoints saved while training
+_TENSORS = {  # ours → theirs, by architecture; the last two are checkpoints saved during training
     "standard": _PLAIN,
     "topk": _PLAIN,
     "jumprelu": _PLAIN | {"threshold": "threshold"},
@@ -38,11 +40,11 @@ _TENSORS = {  # ours → theirs, by their architecture; the last two are checkpo
 
 
 def write(sae: SAE, out: Path) -> Path:
-    """Writes the layout into `out`; encode and decode are the same functions there, without loss.
+    """Writes the layout into `out`; SAELens then computes the same activations and reconstructions.
 
     Raises: InteropError for a transcoder.
     """
-    assemble.refuse_export_unless(sae.d_out == sae.d_in and not sae.skip, NAME, "it is a transcoder.")
+    assemble.require_exportable(sae.d_out == sae.d_in and not sae.skip, NAME, "it is a transcoder.")
     architecture = ARCHITECTURES[sae.activation]
     tensors = sae.tensors()
     write_tensors(
@@ -73,7 +75,7 @@ def config_of(sae: SAE) -> dict[str, Any]:
             "dataset_path": (sae.config.get("store") or sae.config.get("live") or {}).get("text", UNKNOWN),
             "training_tokens": trained.get("tokens"),
             "recipe": trained.get("recipe"),
-            assemble.OURS: {**assemble.carried(sae), "activation": sae.activation, "k": sae.k},
+            assemble.OWN_CONFIG: {**assemble.own_config(sae), "activation": sae.activation, "k": sae.k},
         },
     }
     if sae.activation == "topk":
@@ -91,7 +93,8 @@ def detect(path: Path) -> bool:
 def read(path: Path) -> SAE:
     """The dictionary of a directory written by SAELens (of any version), or by `write`.
 
-    Raises: InteropError when it is damaged, or does what ours cannot: per-token normalisation, one head, a transcoder.
+    Raises: InteropError when it is damaged, or does what ours cannot: normalisation per token, a single attention
+    head, a transcoder.
     """
     where = path / "cfg.json"
     config = files.read_json(where)
@@ -100,19 +103,19 @@ def read(path: Path) -> SAE:
     _refuse_other_semantics(config, metadata, where)
     held = files.read_safetensors(path / "sae_weights.safetensors")
     _refuse_fine_tuned(held, where)
-    tensors = assemble.pick(held, _TENSORS[architecture], where, ignored=("scaling_factor",))
+    tensors = assemble.take_tensors(held, _TENSORS[architecture], where, ignored=("scaling_factor",))
     shape = assemble.shape_of(tensors, where)
-    assemble.agree(config, {"d_in": shape["d_in"], "d_sae": shape["d_sae"]}, where)
+    assemble.require_sizes(config, {"d_in": shape["d_in"], "d_sae": shape["d_sae"]}, where)
     notes = _fold(tensors, config, path)
     if "batchtopk" in architecture:  # one threshold for all features
         tensors["threshold"] = tensors["threshold"].expand(shape["d_sae"])
     activation = {"standard": "relu", "matryoshka_batchtopk": "batchtopk"}.get(architecture, architecture)
-    ours = assemble.section(metadata, assemble.OURS)
+    ours = assemble.section(metadata, assemble.OWN_CONFIG)
     if activation == "jumprelu" and ours.get("activation") == "batchtopk":
-        activation, k = "batchtopk", assemble.whole(ours, "k", where)
-    place = assemble.text(metadata, "hook_name") or assemble.text(config, "hook_name", "hook_point")
-    model = assemble.text(metadata, "model_name") or assemble.text(config, "model_name")
-    sae = assemble.assemble(
+        activation, k = "batchtopk", assemble.positive_int(ours, "k", where)
+    place = assemble.first_text(metadata, "hook_name") or assemble.first_text(config, "hook_name", "hook_point")
+    model = assemble.first_text(metadata, "model_name") or assemble.first_text(config, "model_name")
+    sae = assemble.dictionary(
         where,
         tensors,
         {"activation": activation, "k": k, "pre_bias": bool(config.get("apply_b_dec_to_input", True))},
@@ -123,57 +126,57 @@ def read(path: Path) -> SAE:
         config=config,
         notes=notes,
     )
-    return assemble.restore(sae, ours)
+    return assemble.restore_own_config(sae, ours)
 
 
 def _architecture(config: Mapping[str, Any], where: Path) -> tuple[str, int | None]:
-    """Its architecture and k, also as versions before 6 wrote them."""
+    """Its architecture and k, also in the form that versions before 6 wrote."""
     architecture = config.get("architecture", "standard")
-    activation = assemble.text(config, "activation_fn", "activation_fn_str") or "relu"
+    activation = assemble.first_text(config, "activation_fn", "activation_fn_str") or "relu"
     settings = {**assemble.section(config, "activation_fn_kwargs"), **config}
     if activation == "topk" and architecture in ("standard", "topk"):
         architecture = "topk"
     else:
-        assemble.refuse_unless(activation == "relu", where, f"its activation function is {activation!r}; read is ReLU.")
+        assemble.require(
+            activation == "relu", where, f"its activation function is {activation!r}; only ReLU can be read."
+        )
     if not isinstance(architecture, str) or architecture not in _TENSORS:
-        raise InteropError(f"{where}: unknown architecture {architecture!r}; read are {', '.join(_TENSORS)}.")
-    if architecture in ("batchtopk", "matryoshka_batchtopk"):  # its k is an average and need not be whole
+        raise InteropError(f"{where}: unknown architecture {architecture!r}; known are {', '.join(_TENSORS)}.")
+    if architecture in ("batchtopk", "matryoshka_batchtopk"):  # its k is an average, possibly a fraction
         settings["k"] = max(1, round(settings["k"])) if isinstance(settings.get("k"), float) else settings.get("k")
-    return architecture, assemble.whole(settings, "k", where) if "topk" in architecture else None
+    return architecture, assemble.positive_int(settings, "k", where) if "topk" in architecture else None
 
 
 def _refuse_other_semantics(config: Mapping[str, Any], metadata: Mapping[str, Any], where: Path) -> None:
     known = {**metadata, **config}
-    place = assemble.text(known, "hook_name", "hook_point") or ""
+    place = assemble.first_text(known, "hook_name", "hook_point") or ""
     normalize = known.get("normalize_activations")
-    assemble.refuse_unless(
+    assemble.require(
         normalize in (None, False, "none", True, "expected_average_only_in"),
         where,
-        f"it normalises every token's activations by themselves ({normalize!r}); ours takes them as they are.",
+        f"it normalises each token's activations separately ({normalize!r}); ours takes them unchanged.",
     )
-    assemble.refuse_unless(
+    assemble.require(
         known.get("reshape_activations") in (None, "none") and not place.endswith("hook_z"),
         where,
-        "it joins the heads of hook_z into one vector; our stores hold one vector per token as the model has it.",
+        "it joins the heads of hook_z into one vector, and our stores hold the model's activations unchanged.",
     )
-    assemble.refuse_unless(known.get("hook_head_index") is None, where, "it reads a single attention head.")
-    target = assemble.text(known, "hook_name_out")
-    assemble.refuse_unless(
-        target in (None, place), where, f"it is a transcoder: it reads {place} and predicts {target}."
-    )
+    assemble.require(known.get("hook_head_index") is None, where, "it reads a single attention head.")
+    target = assemble.first_text(known, "hook_name_out")
+    assemble.require(target in (None, place), where, f"it is a transcoder: it reads {place} and predicts {target}.")
 
 
 def _refuse_fine_tuned(held: Mapping[str, Tensor], where: Path) -> None:
     factor = held.get("scaling_factor")
-    assemble.refuse_unless(
+    assemble.require(
         factor is None or bool((factor == 1).all()),
         where,
-        "its activations are rescaled after fine-tuning (scaling_factor); ours have no such factor.",
+        "its activations are rescaled after fine-tuning (scaling_factor), and ours have no such factor.",
     )
 
 
 def _fold(tensors: dict[str, Tensor], config: Mapping[str, Any], path: Path) -> list[str]:
-    """Folds what is done around the weights into them, as the peer's own folding does; says what was folded."""
+    """Folds the scales that SAELens applies at run time into the weights; returns notes on what it did."""
     notes = []
     rescaled = bool(config.get("rescale_acts_by_decoder_norm"))
     if config.get("normalize_activations") in (True, "expected_average_only_in"):

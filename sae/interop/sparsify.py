@@ -23,41 +23,43 @@ def detect(path: Path) -> bool:
 def read(path: Path) -> SAE:
     """The dictionary of one hookpoint's directory. Its hook point is the directory's name, e.g. `layers.3.mlp`.
 
-    Raises: InteropError when it is damaged, a transcoder, or chooses features otherwise than by the k largest.
+    Raises: InteropError when it is damaged, a transcoder, or of another activation than the k largest.
     """
     where = path / "cfg.json"
     config = files.read_json(where)
-    assemble.refuse_unless(
-        not config.get("transcode"), where, "it is a transcoder: it predicts another place's activations."
+    assemble.require(
+        not config.get("transcode"), where, "it is a transcoder: it predicts activations of another hook point."
     )
-    assemble.refuse_unless(
+    assemble.require(
         not config.get("skip_connection"), where, "it adds a linear map of its input to its output (W_skip)."
     )
-    assemble.refuse_unless(not config.get("signed"), where, "its features can be negative (signed); ours cannot.")
+    assemble.require(not config.get("signed"), where, "its features can be negative (signed); ours cannot.")
     activation = config.get("activation", "topk")
-    assemble.refuse_unless(activation == "topk", where, f"its activation is {activation!r}; read is topk.")
-    tensors = assemble.pick(files.read_safetensors(path / "sae.safetensors"), _TENSORS, path / "sae.safetensors")
+    assemble.require(activation == "topk", where, f"its activation is {activation!r}; only topk can be read.")
+    tensors = assemble.take_tensors(
+        files.read_safetensors(path / "sae.safetensors"), _TENSORS, path / "sae.safetensors"
+    )
     assemble.transpose(tensors, ("W_enc",), where)
     shape = assemble.shape_of(tensors, where)
-    assemble.agree(config, {"d_in": shape["d_in"]}, where)
-    if config.get("num_latents"):  # 0 stands for expansion_factor · d_in
-        assemble.agree(config, {"num_latents": shape["d_sae"]}, where)
-    sae = assemble.assemble(
+    assemble.require_sizes(config, {"d_in": shape["d_in"]}, where)
+    if config.get("num_latents"):  # 0 means expansion_factor · d_in
+        assemble.require_sizes(config, {"num_latents": shape["d_sae"]}, where)
+    sae = assemble.dictionary(
         where,
         tensors,
-        {"activation": "topk", "k": assemble.whole(config, "k", where)},
+        {"activation": "topk", "k": assemble.positive_int(config, "k", where)},
         peer=NAME,
         kind="topk",
         hook_point=hook_point(path.resolve().name),
-        model=assemble.text(assemble.section(assemble.section(config, assemble.OURS), "model"), "id"),
+        model=assemble.first_text(assemble.section(assemble.section(config, assemble.OWN_CONFIG), "model"), "id"),
         config=config,
     )
-    return assemble.restore(sae, assemble.section(config, assemble.OURS))
+    return assemble.restore_own_config(sae, assemble.section(config, assemble.OWN_CONFIG))
 
 
 def write(sae: SAE, out: Path) -> Path:
-    """Writes the layout into `out`. Raises: InteropError for all but topk, which is what it does at inference."""
-    assemble.refuse_export_unless(
+    """Writes the layout into `out`. Raises: InteropError unless the activation is topk, the only one that it has."""
+    assemble.require_exportable(
         sae.activation == "topk" and sae.pre_bias and sae.d_out == sae.d_in and not sae.skip,
         NAME,
         f"it takes the k largest features of x − b_dec; this dictionary is {sae.show_shape()}.",
@@ -68,14 +70,14 @@ def write(sae: SAE, out: Path) -> Path:
     config = {
         "activation": "topk",
         "expansion_factor": max(1, sae.d_sae // sae.d_in),
-        "normalize_decoder": False,  # only asked at initialisation there
+        "normalize_decoder": False,  # sparsify uses it at initialisation only
         "num_latents": sae.d_sae,
         "k": sae.k,
         "multi_topk": False,
         "skip_connection": False,
         "transcode": False,
         "d_in": sae.d_in,
-        assemble.OURS: assemble.carried(sae),
+        assemble.OWN_CONFIG: assemble.own_config(sae),
     }
     write_json(out / "cfg.json", config)
     return out
