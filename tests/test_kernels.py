@@ -61,7 +61,7 @@ def rules(d_sae: int) -> list[Rule]:
 
 
 def chosen(kernels: ModuleType, x: Tensor, W_enc: Tensor, bias: Tensor, rule: Rule) -> tuple[Support, Tensor]:
-    support, pre = kernels.select(x, W_enc, bias, rule)
+    support, pre = kernels.select(x, kernels.prepare(W_enc), bias, rule)
     assert support.features.dtype == torch.int32
     assert support.offsets.dtype == torch.int64
     assert support.offsets[0] == 0
@@ -125,7 +125,7 @@ def test_cpu_selects_as_the_reference_does(seed: int, rows: int, d_sae: int, sca
     x = random(seed + 7, rows, 16) * scale
     lift = torch.where(torch.arange(d_sae) % 2 == 0, scale, 0.0)
     for rule in (TopK(4), BatchTopK(2), BatchTopK(2, lift), Above(bias.abs())):
-        mine, theirs = (s.dense(v) for s, v in (k.select(x, W_enc, bias, rule) for k in (choose("cpu"), reference)))
+        mine, theirs = (s.dense(v) for s, v in (chosen(k, x, W_enc, bias, rule) for k in (choose("cpu"), reference)))
         both = (mine != 0) & (theirs != 0)
         torch.testing.assert_close(mine[both], theirs[both], rtol=1e-4, atol=1e-5 * scale)
         # Where only one has the entry, float32's rounding of two sums has decided a tie at the bar.
@@ -135,6 +135,41 @@ def test_cpu_selects_as_the_reference_does(seed: int, rows: int, d_sae: int, sca
         bar = {TopK: smallest.amin(-1, keepdim=True), BatchTopK: smallest.amin(), Above: bias.abs()}[type(rule)]
         differ = (mine != 0) != (theirs != 0)
         assert ((mine + theirs - bar).abs()[differ] <= 1e-5 * (scale + (mine + theirs)[differ])).all()
+
+
+@pytest.mark.parametrize("screen", [torch.bfloat16, torch.float32], ids=str)
+def test_huge_biases_do_not_hide_what_is_active(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, screen: torch.dtype
+) -> None:
+    """x · w + bias is small while both are large, so that float32's rounding of the bias matters."""
+    if kernels.NAME == "cpu":
+        monkeypatch.setattr(kernels, "screen_dtype", lambda: screen)
+        monkeypatch.setattr(kernels, "MIN_ROW_SPACE", 150)
+    elif screen == torch.float32:
+        pytest.skip("only the cpu kernels have a choice of screens")
+    W_enc, _, _ = weights(33, 150)
+    x = random(4, 20, 33)
+    for scale in (1024.0, 1e-6):  # of the product beside a bias of 1024
+        W_scaled = W_enc * scale
+        product = x.double() @ W_scaled.double()
+        bias = -product[0].float() if scale > 1 else torch.full((150,), -1024.0)
+        for threshold in (torch.zeros(150), bias.abs(), -bias.abs()):
+            support, _ = chosen(kernels, x, W_scaled, bias, Above(threshold))
+            pre = product + bias.double()
+            active = support.dense(torch.ones(len(support.features))) > 0
+            sure = (pre - threshold).abs() > 1e-6 * (product.abs() + bias.abs() + threshold.abs())
+            assert torch.equal(active[sure], (pre > threshold)[sure])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in add:RuntimeWarning")  # numpy, in Triton's interpreter
+def test_an_infinite_threshold_silences_its_feature_alone(kernels: ModuleType) -> None:
+    W_enc, bias, _ = weights(16, 40)
+    x = random(5, 30, 16)
+    threshold = torch.full((40,), 3.0)
+    threshold[7] = torch.inf
+    support, values = chosen(kernels, x, W_enc, bias, Above(threshold))
+    pre = (x.double() @ W_enc.double() + bias).float()
+    torch.testing.assert_close(support.dense(values), torch.where(pre > threshold, pre, 0.0), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_without_any_active_feature_and_no_rows_at_all(kernels: ModuleType) -> None:
@@ -284,7 +319,7 @@ def test_threads_do_not_change_a_bit() -> None:
     x = random(5, 300, 48)
 
     def everything() -> list[Tensor]:
-        support, values = cpu.select(x, W_enc, bias, TopK(9))
+        support, values = chosen(cpu, x, W_enc, bias, TopK(9))
         out = torch.zeros(700, 48)
         cpu.add_by_feature_(out, values, support, x)
         return [support.features, values, cpu.combine(values, support, W_dec), cpu.dots(x, W_dec, support), out]
@@ -330,14 +365,26 @@ def test_choosing_kernels_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_weights_written_to_past_pytorch_are_noticed() -> None:
-    """What is kept of a frozen encoder between calls must not outlive it, nor a swap of two features."""
+    """`encode` keeps nothing between calls. The numba kernels write to weights, which PyTorch does not notice."""
     kernels = choose("cpu")
     W_enc, bias, _ = weights(24, 96)
-    x = random(5, 40, 24)
+    x, no_bias = random(5, 40, 24), torch.zeros(24)
     for _ in range(3):
-        support, values = kernels.select(x, W_enc, bias, TopK(4))
-        theirs, exact = choose("reference").select(x, W_enc, bias, TopK(4))
+        values, support = autograd.encode(kernels, x, W_enc, bias, no_bias, TopK(4))
+        exact, theirs = autograd.encode(choose("reference"), x, W_enc, bias, no_bias, TopK(4))
         assert torch.equal(support.features, theirs.features)
         torch.testing.assert_close(values, exact)
         rows = W_enc.t().numpy()
         rows[[3, 7]] = rows[[7, 3]]
+
+
+def test_a_prepared_encoder_selects_as_a_new_one_does(kernels: ModuleType) -> None:
+    W_enc, bias, _ = weights(24, 96)
+    b_dec, prepared = torch.zeros(24), kernels.prepare(W_enc)
+    for seed in (5, 6):
+        x = random(seed, 20, 24)
+        for rule in (TopK(4), BatchTopK(4), Above(torch.full((96,), 3.0))):
+            values, support = autograd.encode(kernels, x, W_enc, bias, b_dec, rule, prepared)
+            again, of_new = autograd.encode(kernels, x, W_enc, bias, b_dec, rule)
+            assert torch.equal(support.features, of_new.features)
+            assert torch.equal(values, again)

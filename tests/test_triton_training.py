@@ -14,7 +14,7 @@ from test_kernels import random
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
-from sae.dictionary.inference import Placed
+from sae.dictionary.inference import FrozenSAE
 from sae.kernels import choose, device_named
 from sae.lm import NativeModel
 from sae.training import loop
@@ -113,14 +113,14 @@ def test_a_placed_dictionary_answers_on_the_cpu_what_it_would_say_there(settings
     for number, parameter in enumerate(sae.parameters()):
         parameter.copy_(random(number, *parameter.shape) * 0.5)
     x = FewRows().sample(20, 0)
-    acts, x_hat = Placed(sae, "cpu", "reference").reconstruct(x)
-    found, theirs = Placed(sae, DEVICE, "triton").reconstruct(x)
+    acts, x_hat = FrozenSAE(sae, "cpu", "reference").reconstruct(x)
+    found, theirs = FrozenSAE(sae, DEVICE, "triton").reconstruct(x)
     assert x_hat.abs().amax() > 1
     torch.testing.assert_close(theirs, x_hat, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.dense(), acts.dense(), rtol=1e-4, atol=1e-5)
-    assert Placed(sae, DEVICE, "triton").encode(x).values.device.type == "cpu"
+    assert FrozenSAE(sae, DEVICE, "triton").encode(x).values.device.type == "cpu"
     with pytest.raises(ValueError, match="no kernels 'fast'"):
-        Placed(sae, "cpu", "fast")
+        FrozenSAE(sae, "cpu", "fast")
 
 
 @pytest.fixture(scope="module")

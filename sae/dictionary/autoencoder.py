@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sae.kernels import choose, dense
 from sae.kernels.activations import DenseActs, FeatureActs, SparseActs, sparse_or_dense
 from sae.kernels.autograd import Kernels
-from sae.kernels.sparsity import Above, BatchTopK, Rule, TopK
+from sae.kernels.sparsity import Above, BatchTopK, PreparedEncoder, Rule, TopK
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 SHAPE = ("d_in", "d_sae", "activation", "k", "d_out", "pre_bias", "skip")
@@ -140,10 +140,16 @@ class SAE(nn.Module):
         chosen = slice(None) if features is None else features
         return (self.r_mag[chosen].exp() * (pre - self.b_enc[chosen]) + self.b_mag[chosen]).relu()
 
-    def encode_sparse(self, x: Float[Tensor, "rows d_in"], kernels: Kernels | None = None) -> SparseActs:
-        """Feature activations at the cost of the active ones (and one product), differentiable as `encode` is."""
+    def encode_sparse(
+        self, x: Float[Tensor, "rows d_in"], kernels: Kernels | None = None, prepared: PreparedEncoder | None = None
+    ) -> SparseActs:
+        """Feature activations at the cost of one screening product and the active features, differentiable as `encode`.
+
+        `prepared` is what `kernels.prepare(W_enc)` returned, if W_enc has not changed since.
+        Raises: NotSparse if too many features are active.
+        """
         kernels = kernels or choose(device=x.device)
-        pre = SparseActs.pre_activations(kernels, x, self.W_enc, self.b_enc, self.input_bias, self.rule)
+        pre = SparseActs.pre_activations(kernels, x, self.W_enc, self.b_enc, self.input_bias, self.rule, prepared)
         return pre.with_values(self.magnitudes(pre.values, pre.support.features.long()))
 
     def feature_acts(self, x: Float[Tensor, "rows d_in"], kernels: Kernels | None = None) -> FeatureActs:

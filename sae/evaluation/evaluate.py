@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
-from sae.dictionary.inference import Placed
+from sae.dictionary.inference import FrozenSAE
 from sae.evaluation import metrics
 from sae.evaluation.blocks import Ablated, Accumulator, Block, EvaluatedBlock
 from sae.evaluation.domains import DomainCounts, DomainFeatures, DomainFirings
@@ -66,7 +66,7 @@ def evaluate(
             "evaluation: the store has no held-out tokens. One document in twenty is held out, by its hash; "
             "harvest more documents."
         )
-    placed = Placed(sae, device, kernels)
+    placed = FrozenSAE(sae, device, kernels)
     runner = BlockRunner(placed, model, hook_point, train_mean, donors, ablated)
     activity = FeatureActivity(sae, kept_tokens)
     accumulators: list[Accumulator] = [
@@ -101,7 +101,7 @@ class BlockRunner:
 
     def __init__(
         self,
-        placed: Placed,
+        placed: FrozenSAE,
         model: LanguageModel,
         hook_point: str,
         train_mean: Float[np.ndarray, " d_out"],
@@ -158,7 +158,7 @@ def _joined(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return sections
 
 
-def _domain_counts(placed: Placed, d_sae: int, blocks: Iterable[Block], n_domains: int) -> DomainCounts:
+def _domain_counts(placed: FrozenSAE, d_sae: int, blocks: Iterable[Block], n_domains: int) -> DomainCounts:
     """Firings and kept tokens of some blocks by domain."""
     firings = DomainFirings(d_sae, n_domains)
     for block in blocks:

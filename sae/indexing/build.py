@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.directions import cosines_with_others, unit
-from sae.dictionary.inference import Placed
+from sae.dictionary.inference import FrozenSAE
 from sae.indexing import ablation_effects, co_activation, rules
 from sae.indexing import map as feature_map
 from sae.indexing.correlation import NEURONS, FeatureNeuronCorrelation
@@ -79,7 +79,7 @@ def index(
     `hook_point` is where the decoder writes: where x was read or, for a transcoder, its target.
     `resampled` gives the step of a feature's last resampling, stored as `stats/resampled_step` (-1: never).
     """
-    correlation, placed = FeatureNeuronCorrelation(sae.d_sae, sae.d_in), Placed(sae, device, kernels)
+    correlation, placed = FeatureNeuronCorrelation(sae.d_sae, sae.d_in), FrozenSAE(sae, device, kernels)
 
     @torch.inference_mode()
     def encoded(block: IndexBlock) -> tuple[IndexBlock, SparseActs]:

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.kernels import choose, dense, fastest
-from sae.kernels.autograd import Kernels, decode, encode
-from sae.kernels.sparsity import NotSparse, Rule, Support
+from sae.kernels import autograd, choose, dense, fastest
+from sae.kernels.autograd import Kernels
+from sae.kernels.sparsity import NotSparse, PreparedEncoder, Rule, Support
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class SparseActs:
         b_enc: Float[Tensor, " d_sae"],
         b_dec: Float[Tensor, " d_in"],
         rule: Rule,
+        prepared: PreparedEncoder | None = None,
     ) -> SparseActs:
         """`(x − b_dec) W_enc + b_enc` of the active features. Raises: NotSparse if there are too many."""
-        pre, support = encode(kernels, x, W_enc, b_enc, b_dec, rule)
+        pre, support = autograd.encode(kernels, x, W_enc, b_enc, b_dec, rule, prepared)
         return cls(pre, support, kernels)
 
     @property
@@ -41,7 +42,7 @@ class SparseActs:
         return self.support.n_rows
 
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "rows d_in"]:
-        return decode(self.kernels, self.values, self.support, W_dec)
+        return autograd.decode(self.kernels, self.values, self.support, W_dec)
 
     def total(self) -> Float[Tensor, ""]:
         """The sum of all activations."""

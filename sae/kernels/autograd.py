@@ -1,9 +1,10 @@
-"""The two differentiable operations on active features, over whichever kernels run.
+"""The two differentiable operations on active features, `encode` and `decode`, for any backend.
 
-A dictionary is `values = act(dots(x − b_dec, W_enc) + b_enc)` on a support, `x̂ = combine(values, W_dec) + b_dec`.
-The support is chosen without a gradient; given it, both are exact, and all between them is elementwise on [nnz].
-A weight whose `.grad` already exists gets its gradient added there in place: a dense [d_sae, d_in] gradient made anew
-at every step would cost more than the arithmetic.
+A dictionary is `values = act(dots(x − b_dec, W_enc) + b_enc)` on a support and `x̂ = combine(values, W_dec) + b_dec`.
+The support is selected without a gradient. Given the support both gradients are exact, and everything between `encode`
+and `decode` is elementwise on [nnz].
+A weight that already has a `.grad` gets its gradient added there in place: allocating a dense [d_sae, d_in] gradient at
+every step would cost more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.kernels.sparsity import Rule, Support
+from sae.kernels.sparsity import PreparedEncoder, Rule, Support
 
 
 class Kernels(Protocol):
-    """What a backend module offers; `sae.kernels.reference` says what each function means."""
+    """The functions of a backend module; `sae.kernels.reference` documents each of them."""
 
     NAME: str
 
     def describe(self) -> str: ...
 
-    def select(self, x: Tensor, W_enc: Tensor, bias: Tensor, rule: Rule) -> tuple[Support, Tensor]: ...
+    def prepare(self, W_enc: Tensor) -> PreparedEncoder: ...
+
+    def select(self, x: Tensor, encoder: PreparedEncoder, bias: Tensor, rule: Rule) -> tuple[Support, Tensor]: ...
 
     def dots(self, a: Tensor, b: Tensor, support: Support) -> Tensor: ...
 
@@ -57,11 +60,15 @@ def encode(
     b_enc: Float[Tensor, " d_sae"],
     b_dec: Float[Tensor, " d_in"],
     rule: Rule,
+    prepared: PreparedEncoder | None = None,
 ) -> tuple[Float[Tensor, " nnz"], Support]:
-    """The pre-activations `(x − b_dec) · W_enc + b_enc` of the features that `rule` makes active."""
+    """The pre-activations `(x − b_dec) · W_enc + b_enc` of the features that `rule` makes active.
+
+    `prepared` is what `kernels.prepare(W_enc)` returned, if W_enc has not changed since.
+    """
     with torch.no_grad():
         centred = x - b_dec
-        support, pre = kernels.select(centred, W_enc, b_enc, rule)
+        support, pre = kernels.select(centred, prepared or kernels.prepare(W_enc), b_enc, rule)
     return _PreActs.apply(kernels, support, pre, centred, x, W_enc, b_enc, b_dec), support
 
 
@@ -120,7 +127,7 @@ class _Combine(torch.autograd.Function):
 def _weight_gradient(
     weight: Tensor, kernels: Kernels, values: Tensor, support: Support, a: Tensor, transposed: bool
 ) -> Tensor | None:
-    """`Σ values · a[row]` by feature: added to `weight.grad` where there is one, else returned."""
+    """`Σ values · a[row]` by feature: added to `weight.grad` if that exists, else returned."""
     if weight.is_leaf and weight.grad is not None:
         kernels.add_by_feature_(weight.grad.t() if transposed else weight.grad, values, support, a)
         return None
@@ -144,5 +151,5 @@ class _TakeFeatures(torch.autograd.Function):
 
 
 def take_features(weight: Tensor, features: Int[Tensor, " n"], dim: int) -> Tensor:
-    """`weight.index_select(dim, features)` for different features, with a gradient at the cost of those alone."""
+    """`weight.index_select(dim, features)` for distinct features; the backward pass touches only those features."""
     return _TakeFeatures.apply(weight, features, dim)

@@ -1,4 +1,5 @@
-"""The k · rows largest of a batch, for kernels that find what lies above a threshold without a dense product."""
+"""The k · rows largest entries of a batch, for backends that find all entries above a threshold without a dense
+product in float32."""
 
 from __future__ import annotations
 
@@ -9,34 +10,34 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.kernels import reference
-from sae.kernels.sparsity import BatchTopK, NotSparse, Support
+from sae.kernels.sparsity import BatchTopK, NotSparse, PreparedEncoder, Support
 
 SAMPLED_ROWS = 64
 
-Above = Callable[[Float[Tensor, " d_sae"]], tuple[Support, Float[Tensor, " nnz"]]]
+FindAbove = Callable[[Tensor], tuple[Support, Tensor]]  # threshold [d_sae] → entries above it, pre-activations [nnz]
 
 
 def batch_topk(
     x: Float[Tensor, "rows d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
+    encoder: PreparedEncoder,
     bias: Float[Tensor, " d_sae"],
     rule: BatchTopK,
-    above: Above,
+    above: FindAbove,
 ) -> tuple[Support, Float[Tensor, " nnz"]]:
-    """The k · rows largest; `above(threshold)` finds the entries above one threshold per feature.
+    """The k · rows largest entries under `rule`; `above` finds the entries above one threshold per feature.
 
     Falls back to one dense product in the rare batch that has a row with too many entries for `above` (NotSparse).
     """
     try:
-        return _above_floor(x, W_enc, bias, rule, above)
+        return _above_floor(x, encoder.W_enc, bias, rule, above)
     except NotSparse:
-        return reference.select(x, W_enc, bias, rule)
+        return reference.select(x, reference.prepare(encoder.W_enc), bias, rule)
 
 
 def _above_floor(
-    x: Tensor, W_enc: Tensor, bias: Tensor, rule: BatchTopK, above: Above
+    x: Tensor, W_enc: Tensor, bias: Tensor, rule: BatchTopK, above: FindAbove
 ) -> tuple[Support, Float[Tensor, " nnz"]]:
-    """Everything above a floor guessed from some rows; the floor is lowered until k · rows entries lie above it."""
+    """Guesses a floor from a sample of rows, lowers it until k · rows entries lie above it, and keeps the largest."""
     wanted, lift = rule.k * len(x), rule.lifts(bias)
     sampled = rule.rank(torch.addmm(bias, x[:: max(1, len(x) // SAMPLED_ROWS)], W_enc)).flatten()
     share = 1.25
@@ -54,7 +55,7 @@ def _above_floor(
 
 
 def largest(values: Float[Tensor, " n"], count: int) -> Bool[Tensor, " n"]:
-    """A boolean vector that is true for the `count` largest values; of equal ones the first."""
+    """True for the `count` largest values; among equal values the first are taken."""
     threshold = values.topk(count, sorted=False).values.amin()
     above = values > threshold
     ties = (values == threshold).nonzero().squeeze(-1)[: count - int(above.sum())]

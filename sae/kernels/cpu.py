@@ -1,9 +1,8 @@
-"""The CPU path: one dense product in bfloat16 to find the candidates, everything after it on active features only.
+"""The CPU backend: one low-precision product finds the few candidates of each row, numba loops do the rest in float32.
 
-The bfloat16 product only *screens*. Rounding errors have bounds, ‖x − x̂‖ ‖w‖ + ‖x̂‖ ‖w − ŵ‖ by Cauchy–Schwarz, so a
-feature whose screened value plus its bound stays below the row's threshold cannot be active; the few others get their
-exact float32 dot product, and the selection is made from those. The result is the float32 result at the speed of the
-narrow product. Loops are compiled by numba and run on as many threads as torch uses.
+The product only *screens*: a bound on its rounding errors says which features can be active, and only those get their
+exact float32 dot product. So the result is the float32 result at the speed of the low-precision product. The bound is
+derived in `screening_bound.md`. The loops run on as many threads as torch uses.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,145 +22,150 @@ from sae.kernels import cpu_loops, matmul
 from sae.kernels.batch_topk import batch_topk
 from sae.kernels.cpu_loops import GROUP
 from sae.kernels.processor import instructions
-from sae.kernels.sparsity import Above, BatchTopK, ByFeature, NotSparse, Rule, Support, TopK
+from sae.kernels.sparsity import Above, BatchTopK, ByFeature, NotSparse, PreparedEncoder, Rule, Support, TopK
 
 NAME = "cpu"
-SCREEN_NUMBERS, SCREEN_ROWS = 1 << 24, (1024, 4096)  # screened values held at once, in so many rows at least, at most
-ROOM_SHARE = 1 / 4  # room for this share of the features in a row; a batch that needs more is a case for dense products
-ROOM_FEATURES = 64
-BFLOAT16_ROUNDING = 2.0**-8
-FLOAT32_SUM_ROUNDING = 2.0**-17  # of ‖x‖ ‖w‖, for sums of up to some thousand terms
+
+# Rows are screened in blocks of about SCREEN_VALUES values, within these limits of rows. Blocks are large because every
+# product wakes torch's threads, which then compete with those of the loops.
+SCREEN_VALUES, SCREEN_ROWS = 1 << 24, (1024, 4096)
+
+# A row has space for this share of the features, and for so many at least. If a row needs more, dense products pay.
+MAX_ACTIVE_SHARE = 1 / 4
+MIN_ROW_SPACE = 64
+
+# See screening_bound.md for these three.
+FLOAT32_ROUNDING = 2.0**-24
+BFLOAT16_STORE_ROUNDING = 2.0**-8
+BIAS_ROUNDINGS = 8
 
 
-def select(
-    x: Float[Tensor, "rows d_in"], W_enc: Float[Tensor, "d_in d_sae"], bias: Float[Tensor, " d_sae"], rule: Rule
-) -> tuple[Support, Float[Tensor, " nnz"]]:
-    """The active features of each row under `rule`, with their pre-activations `x · W_enc + bias` in float32.
+def prepare(W_enc: Float[Tensor, "d_in d_sae"]) -> ScreeningEncoder:
+    """The encoder's rows, rounded for the screening product, and their norms and rounding errors."""
+    rows = W_enc.detach().t().float().contiguous()  # no copy for an `SAE`, which stores W_enc feature by feature
+    d_sae, d_in = rows.shape
+    rounded = torch.zeros((-(-d_sae // GROUP) * GROUP, d_in), dtype=screen_dtype())
+    rounded[:d_sae] = rows
+    return ScreeningEncoder(W_enc, rows, rounded, *_norms_and_errors(rows, rounded))
 
-    Raises: NotSparse when more than a quarter of all features pass a threshold in some row, or a number is none.
+
+@dataclass(frozen=True, eq=False)
+class ScreeningEncoder(PreparedEncoder):
+    """Features w as rows, rounded to ŵ, and for each `norm = max(‖w‖, ‖ŵ‖)` and `error = ‖w − ŵ‖`.
+
+    All but `rows` are padded with zero rows to a multiple of GROUP features.
     """
-    match rule:
-        case TopK(k):
-            return _screened(x, W_enc, bias, min(k, len(bias)), torch.zeros_like(bias))
-        case Above(threshold):
-            return _screened(x, W_enc, bias, 0, threshold)
-        case BatchTopK():
-            return batch_topk(x, W_enc, bias, rule, lambda threshold: _screened(x, W_enc, bias, 0, threshold))
 
-
-def _screened(x: Tensor, W_enc: Tensor, bias: Tensor, k: int, threshold: Tensor) -> tuple[Support, Tensor]:
-    """The k largest above the thresholds of each row, or all of them (k = 0)."""
-    x = x.detach().float().contiguous()
-    rows, d_sae = len(x), W_enc.shape[1]
-    encoder = _encoder(W_enc)
-    screen = Screen.of(x, encoder, bias, threshold)
-    if not screen.finite:
-        raise NotSparse("rows or weights are not finite")
-    width = min(d_sae, k or max(ROOM_FEATURES, int(ROOM_SHARE * d_sae)))
-    features, values = np.empty((rows, width), np.int32), np.empty((rows, width), np.float32)
-    counts = np.zeros(rows, np.int64)
-    exact = [_numpy(t.detach().float().contiguous()) for t in (x, encoder.rows, bias, threshold)]
-    for start in range(0, rows, len(screen.buffer)):
-        block = screen.rows(start, min(rows, start + len(screen.buffer)))
-
-        def choose(a: int, b: int, block: np.ndarray = block, start: int = start) -> None:
-            cpu_loops.choose(block, *screen.arrays, *exact, k, start, a, b, features, values, counts)
-
-        _in_chunks(len(block), choose)
-    if (counts > width).any():
-        raise NotSparse(f"more than {width:,} of {d_sae:,} features are active in a row")
-    offsets = np.zeros(rows + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    flat_features, flat_values = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
-    _in_chunks(rows, lambda a, b: cpu_loops.compact(features, values, offsets, a, b, flat_features, flat_values))
-    return Support(torch.from_numpy(flat_features), torch.from_numpy(offsets), d_sae), torch.from_numpy(flat_values)
-
-
-class Encoder(NamedTuple):
-    """An encoder narrowed, feature by feature, and per feature `norm ≥ ‖w‖, ‖ŵ‖` and `error = ‖w − ŵ‖`."""
-
-    rows: Tensor  # [d_sae, d_in] float32
-    narrow: Tensor  # padded with zero rows to whole groups
+    rows: Float[Tensor, "d_sae d_in"]
+    rounded: Float[Tensor, "padded d_in"]
     norm: np.ndarray
     error: np.ndarray
 
-    @classmethod
-    def of(cls, rows: Tensor) -> Encoder:
-        narrow, (d_sae, d_in) = screen_dtype(), rows.shape
-        padded = -(-d_sae // GROUP) * GROUP
-        W_narrow = torch.zeros((padded, d_in), dtype=narrow)
-        W_narrow[:d_sae] = rows
-        return cls(rows, W_narrow, *_lengths(rows, W_narrow))
+
+def select(
+    x: Float[Tensor, "rows d_in"], encoder: PreparedEncoder, bias: Float[Tensor, " d_sae"], rule: Rule
+) -> tuple[Support, Float[Tensor, " nnz"]]:
+    """The active features of each row under `rule`, and their pre-activations `x · W_enc + bias` in float32.
+
+    Raises: NotSparse if more than a quarter of the features pass in some row, or a number is not finite.
+    """
+    assert isinstance(encoder, ScreeningEncoder)
+    match rule:
+        case TopK(k):
+            return _select(x, encoder, bias, min(k, len(bias)), torch.zeros_like(bias))
+        case Above(threshold):
+            return _select(x, encoder, bias, 0, threshold)
+        case BatchTopK():
+            return batch_topk(x, encoder, bias, rule, lambda threshold: _select(x, encoder, bias, 0, threshold))
 
 
-def _lengths(rows: Tensor, narrow: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """`norm ≥ ‖row‖, ‖narrow row‖` and `error = ‖row − narrow row‖`, for each narrow row; padding has none."""
-    norm, error = np.zeros(len(narrow), np.float32), np.zeros(len(narrow), np.float32)
-    arrays = _numpy(rows), _bits(narrow), _shift(narrow.dtype)
-    _in_chunks(len(rows), lambda a, b: cpu_loops.lengths(*arrays, a, b, norm, error))
-    return norm, error
+def _select(x: Tensor, encoder: ScreeningEncoder, bias: Tensor, k: int, threshold: Tensor) -> tuple[Support, Tensor]:
+    """The k largest entries of each row above the thresholds; all of them if k = 0."""
+    x = x.detach().float().contiguous()
+    n_rows, d_sae = len(x), len(encoder.rows)
+    screen = Screen.of(x, encoder, bias, threshold)
+    if not screen.is_finite:
+        raise NotSparse("rows or weights are not finite")
+    space = min(d_sae, k or max(MIN_ROW_SPACE, int(MAX_ACTIVE_SHARE * d_sae)))
+    features, values = np.empty((n_rows, space), np.int32), np.empty((n_rows, space), np.float32)
+    counts = np.zeros(n_rows, np.int64)
+    exact = [_numpy(t.detach().float().contiguous()) for t in (x, encoder.rows, bias, threshold)]
+    for first in range(0, n_rows, len(screen.buffer)):
+        block = screen.product(first, min(n_rows, first + len(screen.buffer)))
 
+        def choose(start: int, stop: int, block: np.ndarray = block, first: int = first) -> None:
+            cpu_loops.choose(block, *screen.arrays, *exact, k, first, start, stop, features, values, counts)
 
-_kept: list[tuple[Tensor, Encoder]] = []  # at most one
-
-
-def _encoder(W_enc: Tensor) -> Encoder:
-    """The narrowed encoder; that of weights which nobody trains is kept while their products with a vector stay."""
-    rows = _feature_rows(W_enc)
-    if W_enc.requires_grad:
-        return Encoder.of(rows)
-    mark = rows @ torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0))
-    held = _kept[0] if _kept else None  # once, as other threads may put in theirs
-    if held is None or not torch.equal(held[0], mark):
-        held = mark, Encoder.of(rows)
-        _kept[:] = [held]
-    return held[1]._replace(rows=rows)
-
-
-def screen_rows(rows: int, d_sae: int) -> int:
-    """Rows whose screened values are held at once: many, as each product wakes the threads that the loops need too."""
-    return min(max(SCREEN_NUMBERS // d_sae, SCREEN_ROWS[0]), SCREEN_ROWS[1], max(1, rows))
+        _in_chunks(len(block), choose)
+    if (counts > space).any():
+        raise NotSparse(f"more than {space:,} of {d_sae:,} features are active in a row")
+    offsets = np.zeros(n_rows + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    flat_features, flat_values = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
+    _in_chunks(n_rows, lambda a, b: cpu_loops.compact(features, values, offsets, a, b, flat_features, flat_values))
+    return Support(torch.from_numpy(flat_features), torch.from_numpy(offsets), d_sae), torch.from_numpy(flat_values)
 
 
 @dataclass
 class Screen:
-    """The narrow product of a batch, and how far each of its values may lie from the exact one.
+    """The screening product of a batch and how far its values may lie from the exact ones (`screening_bound.md`, §4).
 
-    `|x·w + bias − threshold − (screened + base)| ≤ x_norm · margin[feature] + rounding · |screened|`, with
-    base = bias − threshold.
+    `|exact − threshold − (screened + base)| ≤ x_norm · margin + rounding · |screened| + doubt`, where exact is the
+    float32 pre-activation and base = bias − threshold; margin, base and doubt have one number per feature.
     """
 
-    x: Tensor  # narrow
-    weights: Tensor  # narrow, padded with zero rows to whole groups
-    buffer: Tensor
-    arrays: tuple[Any, ...]  # x_norm, margin, base, rounding, bit shift: what the loop needs
+    x: Tensor  # rounded
+    weights: Tensor  # rounded and padded
+    buffer: Tensor  # takes the product of a block of rows
+    arrays: tuple[Any, ...]  # x_norm, margin, base, doubt, rounding, bit shift: the arguments of `cpu_loops.choose`
 
     @classmethod
-    def of(cls, x: Tensor, encoder: Encoder, bias: Tensor, threshold: Tensor) -> Screen:
-        narrow, padded = encoder.narrow.dtype, len(encoder.narrow)
-        x_narrow = x.to(narrow)
-        x_norm, x_error = _lengths(x, x_narrow)
-        relative = (x_error / np.maximum(x_norm, np.float32(1e-30))).max(initial=0)
-        base = np.full(padded, cpu_loops.LEAST, np.float32)
-        base[: len(bias)] = _numpy(bias - threshold)
-        margin = np.float32(relative + FLOAT32_SUM_ROUNDING) * encoder.norm + encoder.error
-        rounding = np.float32(BFLOAT16_ROUNDING if narrow == torch.bfloat16 else 0.0)
-        buffer = torch.empty((screen_rows(len(x), padded), padded), dtype=narrow)
-        return cls(x_narrow, encoder.narrow, buffer, (x_norm, margin, base, rounding, _shift(narrow)))
+    def of(cls, x: Tensor, encoder: ScreeningEncoder, bias: Tensor, threshold: Tensor) -> Screen:
+        (padded, d_in), dtype = encoder.rounded.shape, encoder.rounded.dtype
+        x_rounded = x.to(dtype)
+        x_norm, x_error = _norms_and_errors(x, x_rounded)
+        x_relative_error = (x_error / np.maximum(x_norm, np.float32(1e-30))).max(initial=0)
+        margin = np.float32(x_relative_error + sum_rounding(d_in)) * encoder.norm + encoder.error
+        base, doubt = np.full(padded, cpu_loops.LEAST, np.float32), np.zeros(padded, np.float32)
+        base[: len(bias)] = np.clip(_numpy(bias - threshold), cpu_loops.LEAST, -cpu_loops.LEAST)
+        magnitude = np.nan_to_num(_numpy(bias.abs() + threshold.abs()), posinf=0.0)  # of infinite ones `base` is enough
+        doubt[: len(bias)] = BIAS_ROUNDINGS * FLOAT32_ROUNDING * magnitude
+        rounding = np.float32(BFLOAT16_STORE_ROUNDING if dtype == torch.bfloat16 else 0.0)
+        buffer = torch.empty((screen_rows(len(x), padded), padded), dtype=dtype)
+        return cls(x_rounded, encoder.rounded, buffer, (x_norm, margin, base, doubt, rounding, _shift(dtype)))
 
     @property
-    def finite(self) -> bool:
+    def is_finite(self) -> bool:
         x_norm, margin, base = self.arrays[:3]
         return bool(np.isfinite(x_norm).all() and np.isfinite(margin).all() and not np.isnan(base).any())
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """The bits of the screened values of rows start … stop."""
+    def product(self, start: int, stop: int) -> np.ndarray:
+        """The screened values of rows start … stop − 1, as bits."""
         with matmul.using(matmul.choose("auto")):
             return _bits(torch.mm(self.x[start:stop], self.weights.t(), out=self.buffer[: stop - start]))
 
 
+def sum_rounding(d_in: int) -> float:
+    """What the sums of two float32 dot products of d_in terms may be off, as a share of ‖x‖ ‖w‖."""
+    return (2.25 * d_in + 64) * FLOAT32_ROUNDING
+
+
+def screen_rows(n_rows: int, d_sae: int) -> int:
+    """How many rows are screened at once."""
+    least, most = SCREEN_ROWS
+    return min(max(SCREEN_VALUES // d_sae, least), most, max(1, n_rows))
+
+
+def _norms_and_errors(rows: Tensor, rounded: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """`max(‖row‖, ‖rounded row‖)` and `‖row − rounded row‖` of each row; zero for rows of padding."""
+    norm, error = np.zeros(len(rounded), np.float32), np.zeros(len(rounded), np.float32)
+    arrays = _numpy(rows), _bits(rounded), _shift(rounded.dtype)
+    _in_chunks(len(rows), lambda a, b: cpu_loops.norms_and_errors(*arrays, a, b, norm, error))
+    return norm, error
+
+
 def dots(a: Float[Tensor, "rows d"], b: Float[Tensor, "d_sae d"], support: Support) -> Float[Tensor, " nnz"]:
-    """`a[row] · b[feature]` for every entry."""
+    """`a[row] · b[feature]` for each entry."""
     out = np.empty(len(support.features), np.float32)
     a_rows, b_rows = _numpy(a.contiguous()), _numpy(b.contiguous())
     features, offsets = _numpy(support.features), _numpy(support.offsets)
@@ -210,8 +214,7 @@ def adam_(
     eps: float,
     unit_rows: bool,
 ) -> None:
-    """One step of Adam in one pass. With `unit_rows` the gradient's part along each row is taken out before, and the
-    row is brought back to unit norm after."""
+    """`reference.adam_` in one pass over memory."""
     arrays = [_numpy(t) for t in (parameter, gradient, exp_avg, exp_avg_sq)]
     rate = lr / (1 - beta1**step)
     scalars = [np.float32(v) for v in (rate, beta1, 1 - beta1, beta2, 1 - beta2, eps, (1 - beta2**step) ** -0.5)]
@@ -219,7 +222,7 @@ def adam_(
 
 
 def _by_feature(support: Support) -> ByFeature:
-    """`support.by_feature`, by counting instead of sorting, and kept there."""
+    """`support.by_feature`, computed by counting, which is faster than sorting, and stored there."""
     if "by_feature" not in support.__dict__:
         nnz = len(support.features)
         entries, rows = np.empty(nnz, np.int32), np.empty(nnz, np.int32)
@@ -229,7 +232,7 @@ def _by_feature(support: Support) -> ByFeature:
     return support.by_feature
 
 
-# --- which product screens ------------------------------------------------------------------------------------------
+# --- the screening product ------------------------------------------------------------------------------------------
 
 
 def screen_dtype() -> torch.dtype:
@@ -273,7 +276,7 @@ def _in_parallel(work: Callable[[int, int], None], spans: list[tuple[int, int]])
 
 
 def _in_chunks(n: int, work: Callable[[int, int], None]) -> None:
-    """`work(start, stop)` over even parts of range(n), on torch's number of threads."""
+    """Calls `work(start, stop)` for even parts of range(n), on torch's number of threads."""
     parts = 1 if _threads() == 1 or n < 64 else 4 * _threads()
     cuts = np.linspace(0, n, parts + 1).astype(int)
     _in_parallel(work, list(zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)))
@@ -284,7 +287,7 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 
 def _bits(tensor: Tensor) -> np.ndarray:
-    """The integers that hold the numbers (numpy has no bfloat16); shifted left by `_shift` they are float32's."""
+    """The numbers as unsigned integers, since numpy has no bfloat16; shifted left by `_shift` they are float32 bits."""
     if tensor.dtype == torch.bfloat16:
         return _numpy(tensor.view(torch.uint16))
     return _numpy(tensor).view(np.uint32)
@@ -292,8 +295,3 @@ def _bits(tensor: Tensor) -> np.ndarray:
 
 def _shift(dtype: torch.dtype) -> np.uint32:
     return np.uint32(16 if dtype == torch.bfloat16 else 0)
-
-
-def _feature_rows(W_enc: Tensor) -> Tensor:
-    """The encoder feature by feature: no copy for a dictionary of ours, which keeps it so in memory."""
-    return W_enc.detach().t().float().contiguous()

@@ -1,4 +1,4 @@
-"""The loops of the CPU path, compiled by numba: arrays in, arrays filled; `cpu` shares their spans between threads."""
+"""The loops of the CPU backend, compiled by numba. They fill the arrays they are given; `cpu` runs them in threads."""
 
 # mypy: disallow-untyped-defs=False
 
@@ -9,70 +9,91 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-GROUP = 32  # features of which the surest stands for all when a row's k-th largest is sought
-LEAST = np.float32(-1e38)  # below any pre-activation, and no infinity: the fast loops are promised numbers
+GROUP = 32  # the largest sure value of this many features represents them in the search for a row's k-th largest
+LEAST = np.float32(-1e38)  # below any pre-activation, but finite, as `compiled_for_numbers` requires
 
-# Sums may be reordered, so that they vectorise; NaN and infinity stay what they are.
+# Sums may be reordered so that they vectorise; NaN and infinity behave as IEEE says.
 compiled: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
-# Where the largest of many is sought, vectorising needs the promise that all are numbers: `select` makes sure.
+# These loops search for maxima, which vectorise only if no number is NaN or infinite: `cpu.select` checks that first.
 compiled_for_numbers: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
 
 
 @compiled
-def lengths(W, bits, shift, start, stop, norm, error):
-    """The larger of ‖w‖ and ‖ŵ‖, and ‖w − ŵ‖, of each row w."""
-    wide = np.empty(W.shape[1], np.uint32)
-    narrowed = wide.view(np.float32)
+def norms_and_errors(rows, bits, shift, start, stop, norm, error):
+    """`max(‖row‖, ‖rounded row‖)` and `‖row − rounded row‖`; `bits` are those of the rounded rows."""
+    wide_bits = np.empty(rows.shape[1], np.uint32)
+    rounded = wide_bits.view(np.float32)
     for j in range(start, stop):
-        square, narrow_square, off = np.float32(0), np.float32(0), np.float32(0)
-        for d in range(W.shape[1]):
-            wide[d] = np.uint32(bits[j, d]) << shift
-        for d in range(W.shape[1]):
-            difference = W[j, d] - narrowed[d]
-            square += W[j, d] * W[j, d]
-            narrow_square += narrowed[d] * narrowed[d]
-            off += difference * difference
-        norm[j], error[j] = np.sqrt(max(square, narrow_square)), np.sqrt(off)
+        square, rounded_square, error_square = np.float32(0), np.float32(0), np.float32(0)
+        for d in range(rows.shape[1]):
+            wide_bits[d] = np.uint32(bits[j, d]) << shift
+        for d in range(rows.shape[1]):
+            difference = rows[j, d] - rounded[d]
+            square += rows[j, d] * rows[j, d]
+            rounded_square += rounded[d] * rounded[d]
+            error_square += difference * difference
+        norm[j], error[j] = np.sqrt(max(square, rounded_square)), np.sqrt(error_square)
 
 
 @compiled_for_numbers
 def choose(
-    bits, x_norm, margin, base, rounding, shift, x, W, bias, threshold, k, first, start, stop, features, values, counts
+    bits,
+    x_norm,
+    margin,
+    base,
+    doubt,
+    rounding,
+    shift,
+    x,
+    W,
+    bias,
+    threshold,
+    k,
+    first,
+    start,
+    stop,
+    features,
+    values,
+    counts,
 ):
-    """Rows start..stop of one screened block, whose row 0 is row `first` of x."""
-    n_groups, width = len(margin) // GROUP, features.shape[1]
-    surest = np.empty(n_groups, np.float32)
-    wide = np.empty(len(margin), np.uint32)
-    screened = wide.view(np.float32)
-    scratch, reach = np.empty(len(margin), np.float32), np.empty(len(margin), np.float32)
+    """Selects in rows start … stop − 1 of one screened block, whose row 0 is row `first` of x.
+
+    Of each feature the exact value minus its threshold lies in [sure, reach] = screened + base ± slack.
+    """
+    n_groups, space = len(margin) // GROUP, features.shape[1]
+    group_sure = np.empty(n_groups, np.float32)
+    wide_bits = np.empty(len(margin), np.uint32)
+    screened = wide_bits.view(np.float32)
+    sure, reach = np.empty(len(margin), np.float32), np.empty(len(margin), np.float32)
     exact = np.empty(len(margin), np.float32)
     candidates = np.empty(len(margin), np.int32)
     for i in range(start, stop):
         row = first + i
         norm = x_norm[row]
         for feature in range(len(margin)):
-            wide[feature] = np.uint32(bits[i, feature]) << shift
-        # Groups of features n_groups apart, so that the largest of many groups are sought side by side.
-        surest[:] = LEAST
+            wide_bits[feature] = np.uint32(bits[i, feature]) << shift
+        # A group's features are n_groups apart, so that the maxima of neighbouring groups vectorise.
+        group_sure[:] = LEAST
         for member in range(GROUP):
             for group in range(n_groups):
                 feature = member * n_groups + group
-                slack = norm * margin[feature] + rounding * abs(screened[feature])
+                slack = norm * margin[feature] + rounding * abs(screened[feature]) + doubt[feature]
                 value = screened[feature] + base[feature]
                 reach[feature] = value + slack
-                surest[group] = max(surest[group], value - slack)
-        # The k-th largest of the groups' sure values is a floor that spares most features.
-        bar = floor(surest, k) if k else np.float32(0)
+                group_sure[group] = max(group_sure[group], value - slack)
+        # At least k features surely reach `bar`. The bar from groups is lower than that from features but cheap, and
+        # leaves few features for the second, closer one.
+        bar = floor_of_kth(group_sure, k) if k else np.float32(0)
         possible = 0
         for feature in range(len(margin)):
             if reach[feature] >= bar:
                 candidates[possible] = feature
                 reach[possible] = reach[feature]
-                scratch[possible] = screened[feature] + base[feature]
-                scratch[possible] -= norm * margin[feature] + rounding * abs(screened[feature])
+                sure[possible] = screened[feature] + base[feature]
+                sure[possible] -= norm * margin[feature] + rounding * abs(screened[feature]) + doubt[feature]
                 possible += 1
         if 0 < k <= possible:
-            bar = max(bar, floor(scratch[:possible], k))
+            bar = max(bar, floor_of_kth(sure[:possible], k))
         kept = 0
         for n in range(possible):
             candidates[kept] = candidates[n]
@@ -88,15 +109,15 @@ def choose(
             candidates[found], exact[found] = candidates[n], exact[n]
             found += exact[n] > threshold[candidates[n]]
         if k and found > k:
-            found = keep_largest(candidates, exact, found, k, scratch)
+            found = keep_largest(candidates, exact, found, k, sure)
         counts[row] = found
-        for n in range(min(found, width)):
+        for n in range(min(found, space)):
             features[row, n], values[row, n] = candidates[n], exact[n]
 
 
 @compiled_for_numbers
-def floor(values, k):
-    """A number, at least 0, that k of the values reach, close below their k-th largest; 0 where it is none."""
+def floor_of_kth(values, k):
+    """A number ≥ 0 that at least k values reach, close below the k-th largest; 0 if fewer than k are positive."""
     low, high = np.float32(0), np.float32(0)
     for n in range(len(values)):
         high = values[n] if values[n] > high else high
@@ -114,7 +135,7 @@ def floor(values, k):
 
 @compiled_for_numbers
 def keep_largest(candidates, exact, found, k, scratch):
-    """Moves the k largest to the front, in their order; of equal ones the lowest features."""
+    """Moves the k largest to the front, in their order; among equal values the lowest features are kept."""
     scratch[:found] = exact[:found]
     kth = kth_largest(scratch, found, k)
     ties = k
@@ -132,7 +153,7 @@ def keep_largest(candidates, exact, found, k, scratch):
 
 @compiled_for_numbers
 def kth_largest(values, n, k):
-    """The k-th largest of values[:n], which it reorders (Hoare's quickselect)."""
+    """The k-th largest of values[:n], by Hoare's quickselect, which reorders them."""
     left, right, place = 0, n - 1, k - 1
     while left < right:
         pivot = values[(left + right) // 2]
@@ -157,6 +178,7 @@ def kth_largest(values, n, k):
 
 @compiled
 def compact(features, values, offsets, start, stop, flat_features, flat_values):
+    """Copies the entries of each row, which have space for more, to one flat array."""
     for row in range(start, stop):
         for n in range(offsets[row + 1] - offsets[row]):
             flat_features[offsets[row] + n] = features[row, n]
@@ -165,6 +187,7 @@ def compact(features, values, offsets, start, stop, flat_features, flat_values):
 
 @compiled
 def dots(a, b, features, offsets, start, stop, out):
+    """`out[entry] = a[row] · b[feature]`."""
     for row in range(start, stop):
         for entry in range(offsets[row], offsets[row + 1]):
             feature = features[entry]
@@ -176,6 +199,7 @@ def dots(a, b, features, offsets, start, stop, out):
 
 @compiled
 def combine(values, features, offsets, b, out, start, stop):
+    """`out[row] = Σ values · b[feature]` over the row's entries."""
     for row in range(start, stop):
         out[row] = np.float32(0)
         for entry in range(offsets[row], offsets[row + 1]):
@@ -186,6 +210,7 @@ def combine(values, features, offsets, b, out, start, stop):
 
 @compiled
 def add_by_feature(values, entries, rows, offsets, a, out, start, stop):
+    """`out[feature] += Σ values · a[row]` over the feature's entries."""
     for feature in range(start, stop):
         for n in range(offsets[feature], offsets[feature + 1]):
             value, row = values[entries[n]], rows[n]
@@ -195,6 +220,7 @@ def add_by_feature(values, entries, rows, offsets, a, out, start, stop):
 
 @compiled
 def transpose(features, offsets, entries, rows, by_feature):
+    """The entries sorted by feature: counts per feature, then their cumulative sum, then one pass over the entries."""
     for entry in range(len(features)):
         by_feature[features[entry] + 1] += 1
     for feature in range(len(by_feature) - 1):
@@ -209,6 +235,7 @@ def transpose(features, offsets, entries, rows, by_feature):
 
 @compiled
 def adam(p, g, m, v, rate, beta1, rest1, beta2, rest2, eps, correction, unit_rows, start, stop):
+    """`reference.adam_` for rows start … stop − 1; `rate` and `correction` include the bias corrections."""
     for row in range(start, stop):
         along = np.float32(0)
         if unit_rows:

@@ -1,4 +1,4 @@
-"""Plain torch, on any device and in any precision: the specification every faster path is tested against."""
+"""Plain torch, on any device and in any precision: the specification that faster backends are tested against."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels.sparsity import Above, BatchTopK, Rule, Support, TopK
+from sae.kernels.sparsity import Above, BatchTopK, PreparedEncoder, Rule, Support, TopK
 
 NAME = "reference"
 
 
 def describe() -> str:
     """What runs, and why."""
-    return "plain torch: asked for, or nothing faster runs here"
+    return "plain torch: chosen by name, or nothing faster is available on this machine"
+
+
+def prepare(W_enc: Float[Tensor, "d_in d_sae"]) -> PreparedEncoder:
+    """The encoder as it is."""
+    return PreparedEncoder(W_enc)
 
 
 def select(
-    x: Float[Tensor, "rows d_in"], W_enc: Float[Tensor, "d_in d_sae"], bias: Float[Tensor, " d_sae"], rule: Rule
+    x: Float[Tensor, "rows d_in"], encoder: PreparedEncoder, bias: Float[Tensor, " d_sae"], rule: Rule
 ) -> tuple[Support, Float[Tensor, " nnz"]]:
-    """The active features of each row under `rule`, with their pre-activations `x · W_enc + bias`."""
-    pre = torch.addmm(bias, x, W_enc)
+    """The active features of each row under `rule`, and their pre-activations `x · W_enc + bias`."""
+    pre = torch.addmm(bias, x, encoder.W_enc)
     match rule:
         case TopK(k):
             values, features = pre.topk(min(k, pre.shape[1]), dim=-1, sorted=False)
@@ -34,7 +39,7 @@ def select(
 
 
 def dots(a: Float[Tensor, "rows d"], b: Float[Tensor, "d_sae d"], support: Support) -> Float[Tensor, " nnz"]:
-    """`a[row] · b[feature]` for every entry."""
+    """`a[row] · b[feature]` for each entry."""
     return (a[support.rows] * b[support.features.long()]).sum(-1)
 
 
@@ -69,10 +74,10 @@ def adam_(
     eps: float,
     unit_rows: bool,
 ) -> None:
-    """One step of Adam. With `unit_rows` the gradient's part along each row is taken out before, and the row is brought
-    back to unit norm after.
+    """One step of Adam. `unit_rows` first removes the gradient's component along each row, and rescales the row to unit
+    norm after the step.
 
-    Source: Kingma and Ba 2015; Bricken et al. 2023, appendix ("small but real" gain of the projection).
+    Source: Kingma and Ba 2015; Bricken et al. 2023, appendix (the projection is a "small but real" gain).
     """
     if unit_rows:
         gradient = gradient - (gradient * parameter).sum(-1, keepdim=True) * parameter

@@ -1,4 +1,4 @@
-"""Adam in one pass on a GPU, the decoder's constraint included."""
+"""Adam on a GPU in one pass over memory, with the unit norm of decoder rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FLAT_NUMBERS = 1024
 
 @triton.jit
 def _moved(p, g, exp_avg, exp_avg_sq, place, mask, rate, rest1, beta2, rest2, correction, eps):  # type: ignore[no-untyped-def]
-    """The parameter after one step; the moments are stored."""
+    """Stores the moments and returns the parameter after one step."""
     m = tl.load(exp_avg + place, mask=mask, other=0.0)
     v = tl.load(exp_avg_sq + place, mask=mask, other=0.0)
     m += rest1 * (g - m)
@@ -26,7 +26,7 @@ def _moved(p, g, exp_avg, exp_avg_sq, place, mask, rate, rest1, beta2, rest2, co
 def _adam_flat(  # type: ignore[no-untyped-def]
     parameter, gradient, exp_avg, exp_avg_sq, rate, rest1, beta2, rest2, correction, eps, n, NUMBERS: tl.constexpr
 ):
-    """Reads four numbers for each and writes three."""
+    """Any shape, as one row of n numbers. Reads four numbers for each parameter and writes three."""
     place = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
     mask = place < n
     p = tl.load(parameter + place, mask=mask, other=0.0)
@@ -39,7 +39,7 @@ def _adam_flat(  # type: ignore[no-untyped-def]
 def _adam_unit_rows(  # type: ignore[no-untyped-def]
     parameter, gradient, exp_avg, exp_avg_sq, rate, rest1, beta2, rest2, correction, eps, d, COLUMNS: tl.constexpr
 ):
-    """A whole row in registers: g ← g − (g·p) p, Adam's step, p ← p / ‖p‖. The same traffic as without."""
+    """One row in registers: g ← g − (g·p) p, Adam's step, p ← p / ‖p‖. No more memory traffic than `_adam_flat`."""
     column = tl.arange(0, COLUMNS)
     mask = column < d
     place = tl.program_id(0).to(tl.int64) * d + column
@@ -64,8 +64,7 @@ def adam_(
     eps: float,
     unit_rows: bool,
 ) -> None:
-    """One step of Adam in one pass. With `unit_rows` the gradient's part along each row is taken out before, and the
-    row is brought back to unit norm after. All four are contiguous."""
+    """`reference.adam_` in one pass over memory. All four tensors must be contiguous."""
     tensors = (parameter, gradient, exp_avg, exp_avg_sq)
     assert all(t.is_contiguous() for t in tensors)
     scalars = (lr / (1 - beta1**step), 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** -0.5, eps)

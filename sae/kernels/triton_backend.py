@@ -1,6 +1,6 @@
-"""The CUDA path, written in Triton: what `sae.kernels.reference` specifies, at the cost of the active features.
+"""The CUDA backend, written in Triton: what `sae.kernels.reference` specifies, at the cost of the active features.
 
-Only the encoder's product is dense, and it is a screen in float16 (`triton_screen`); all that counts is float32.
+Only the encoder's product is dense. It is a float16 product that screens (`triton_screen`); all results are float32.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import torch
 
 from sae.kernels.triton_adam import adam_
 from sae.kernels.triton_products import add_by_feature_, combine, dots, sum_by_feature
-from sae.kernels.triton_select import interpreted, select
+from sae.kernels.triton_select import interpreted, prepare, select
 
-__all__ = ["NAME", "adam_", "add_by_feature_", "combine", "describe", "dots", "select", "sum_by_feature"]
+__all__ = ["NAME", "adam_", "add_by_feature_", "combine", "describe", "dots", "prepare", "select", "sum_by_feature"]
 
 NAME = "triton"
 

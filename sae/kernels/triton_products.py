@@ -1,6 +1,7 @@
-"""Sums over active features on a GPU: no [nnz, d] matrix is ever made, and every sum has one fixed order.
+"""Sums over active features on a GPU, without an [nnz, d] matrix in memory.
 
-No atomics, and blocks that depend on the shapes alone (nothing is tuned): the same bits on every run.
+Every run gives the same bits: sums have one fixed order, there are no atomics, and block sizes follow from the shapes
+alone (nothing is autotuned).
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from torch import Tensor
 
 from sae.kernels.sparsity import Support
 
-DOT_ENTRIES, DOT_COLUMNS = 16, 128  # a block of `dots`
-SUM_NUMBERS = 4096  # in a block of `_sum_rows`, as wide as the rows are
-SUM_COLUMNS = 512
+DOT_ENTRIES, DOT_COLUMNS = 16, 128  # block of `_dots`
+SUM_NUMBERS = 4096  # numbers in a block of `_sum_rows`
+SUM_COLUMNS = 512  # and its columns at most
 
 
 @triton.jit
 def _dots(  # type: ignore[no-untyped-def]
     a, a_row, a_column, b, b_row, b_column, rows, features, out, nnz, d, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """out[e] = a[rows[e]] · b[features[e]] for ENTRIES entries. Reads nnz · d numbers of b, and a from the cache."""
+    """out[e] = a[rows[e]] · b[features[e]] for ENTRIES entries. Reads nnz · d numbers of b; a comes from the cache."""
     entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     inside = entry < nnz
     row = tl.load(rows + entry, mask=inside, other=0).to(tl.int64)
@@ -56,7 +57,7 @@ def _sum_rows(  # type: ignore[no-untyped-def]
 ):
     """out[g] (+)= Σ values[entries[n]] · source[indices[n]] over n = offsets[g] … offsets[g + 1] − 1.
 
-    Reads nnz · d numbers of source; writes each row of out once, with ADD only those that have entries.
+    Reads nnz · d numbers of source and writes each row of out once; with ADD only the rows that have entries.
     """
     group = tl.program_id(0).to(tl.int64)
     first, last = tl.load(offsets + group), tl.load(offsets + group + 1)
@@ -81,7 +82,7 @@ def _sum_rows(  # type: ignore[no-untyped-def]
 
 
 def dots(a: Float[Tensor, "rows d"], b: Float[Tensor, "d_sae d"], support: Support) -> Float[Tensor, " nnz"]:
-    """`a[row] · b[feature]` for every entry, in float32."""
+    """`a[row] · b[feature]` for each entry, in float32."""
     nnz, d = len(support.features), a.shape[1]
     out = torch.empty(nnz, device=a.device, dtype=torch.float32)
     if nnz:
@@ -111,13 +112,13 @@ def combine(values: Float[Tensor, " nnz"], support: Support, b: Float[Tensor, "d
 def add_by_feature_(
     out: Float[Tensor, "d_sae d"], values: Float[Tensor, " nnz"], support: Support, a: Float[Tensor, "rows d"]
 ) -> None:
-    """`out[feature] += Σ values · a[row]` over each feature's entries; rows of features without any are not touched."""
+    """`out[feature] += Σ values · a[row]` over each feature's entries; other rows of out are not touched."""
     entries, rows, offsets = support.by_feature
     _sum_over(values, entries, rows, offsets, a, out, add=True)
 
 
 def sum_by_feature(values: Float[Tensor, " nnz"], support: Support) -> Float[Tensor, " d_sae"]:
-    """`Σ values` over each feature's entries: `add_by_feature_` of rows that are all the number one."""
+    """`Σ values` over each feature's entries: `add_by_feature_` where every row of a is the number one."""
     out = torch.zeros(support.d_sae, device=values.device, dtype=torch.float32)
     add_by_feature_(out[:, None], values, support, out.new_ones(1).expand(support.n_rows, 1))
     return out

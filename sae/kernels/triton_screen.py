@@ -1,11 +1,11 @@
-"""Which features may be active: the encoder's product in float16, with a bound on what that can have got wrong.
+"""Which features can be active: the encoder's product in float16, and a bound on its rounding errors.
 
-Tensor cores multiply float16 some fifteen times as fast as float32, so the dense product only screens. With
-x = x̂ + δx and w = ŵ + δw, `|x·w − x̂·ŵ| ≤ ‖δx‖ ‖w‖ + ‖x̂‖ ‖δw‖` (Cauchy–Schwarz), plus the rounding of the sums:
-a feature that cannot reach its row's bar within that bound cannot be active. What remains is a bit per (row, feature);
-whoever asks computes the few in float32. So the block sizes may be tuned: they cannot change what is found.
+Tensor cores multiply float16 about fifteen times as fast as float32, so the dense product only screens: a feature that
+cannot reach its row's bar within the bound cannot be active (`screening_bound.md`). The result is one bit per
+(row, feature); `triton_select` computes those few products in float32. So the block sizes may be autotuned: they cannot
+change what is selected.
 
-Every row is stored in units of a power of two near its largest number, so float16's range never matters.
+Each row is stored in units of a power of two near its largest number, so the range of float16 never matters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 
 
 class Narrow(NamedTuple):
-    """Rows `numbers · scale` in float16, and per row `norm ≥ ‖row‖, ‖narrow row‖` and `error = ‖row − narrow row‖`."""
+    """Rows `numbers · scale` with float16 numbers, and of each row `norm = max(‖row‖, ‖narrow row‖)` and
+    `error = ‖row − narrow row‖`."""
 
     numbers: Tensor
     scale: Tensor
@@ -32,7 +33,7 @@ class Narrow(NamedTuple):
 def _narrow(  # type: ignore[no-untyped-def]
     source, source_row, source_column, numbers, scale, norm, error, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Whole rows in float16; reads them once."""
+    """Rounds whole rows to float16; reads them once."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     real, wide_row = row < n, row.to(tl.int64)[:, None]
@@ -40,9 +41,9 @@ def _narrow(  # type: ignore[no-untyped-def]
     place = source + wide_row * source_row + column.to(tl.int64)[None, :] * source_column
     wide = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(wide), 1)
-    # Its exponent alone: a power of two, so nothing is lost in dividing by it, and no square under- or overflows after.
+    # Only the exponent: dividing by a power of two is exact, and squares of the result neither under- nor overflow.
     unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    unit = tl.maximum(unit, 2.0**-126)  # of zero and the subnormal
+    unit = tl.maximum(unit, 2.0**-126)  # for rows of zeros and subnormal numbers
     wide = wide / unit[:, None]
     narrow = wide.to(tl.float16)
     back = narrow.to(tl.float32)
@@ -53,7 +54,7 @@ def _narrow(  # type: ignore[no-untyped-def]
 
 
 def narrowed(rows: Float[Tensor, "n d"]) -> Narrow:
-    """The rows in float16, with what that cost them."""
+    """The rows in float16, with their norms and rounding errors."""
     n, d = rows.shape
     made = Narrow(rows.new_empty((n, d), dtype=torch.float16), *torch.empty((3, n), device=rows.device).unbind())
     columns = triton.next_power_of_2(d)
@@ -65,7 +66,7 @@ def narrowed(rows: Float[Tensor, "n d"]) -> Narrow:
 
 @triton.jit
 def _slack(x_norm, x_error, w_norm, w_error, doubt, rounding):  # type: ignore[no-untyped-def]
-    """How far the screened values of a block may lie from the exact ones."""
+    """How far the screened values of a block may lie from the exact ones (`screening_bound.md`, §4)."""
     return (
         x_error[:, None] * w_norm[None, :] + x_norm[:, None] * (w_error + rounding * w_norm)[None, :] + doubt[None, :]
     )
@@ -107,13 +108,13 @@ def _screen(  # type: ignore[no-untyped-def]
     FEATURES: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
-    """The product x̂ ŵᵀ of a block of ROWS × FEATURES, and what is kept of it.
+    """The product x̂ ŵᵀ of a block of ROWS × FEATURES.
 
-    Where the bars are known, a bit per feature that may reach its row's: n · d_sae / 8 bytes are written. With KEEP,
-    the product itself in float16, times `shrink`, and the largest sure value of each group of GROUP features.
-    Reads (n / ROWS · d_sae + d_sae / FEATURES · n) · d_in · 2 bytes, mostly from the cache.
+    Without KEEP the bars are known: stores one bit per feature that may reach its row's bar, n · d_sae / 8 bytes.
+    With KEEP it stores the product itself in float16, times `shrink`, and the largest sure value of each group of GROUP
+    features. Reads (n / ROWS · d_sae + d_sae / FEATURES · n) · d_in · 2 bytes, mostly from the cache.
     """
-    # Eight blocks of rows after each other read the same features while these are in the cache.
+    # Eight consecutive blocks of rows read the same features while these are in the cache.
     row_blocks, feature_blocks = tl.cdiv(n, ROWS), tl.cdiv(d_sae, FEATURES)
     program = tl.program_id(0)
     band = program // (8 * feature_blocks) * 8
@@ -185,7 +186,7 @@ def _mark(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """The bits of `_screen` from the product it kept: reads 2 bytes for each feature and writes a bit."""
+    """The bits of `_screen`, from the product it stored with KEEP: reads 2 bytes per feature and writes one bit."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     feature = tl.program_id(1) * WORDS * 32 + tl.arange(0, WORDS * 32)
@@ -213,7 +214,7 @@ def _mark(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _unpacked(bits, n, words, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A block of words as zeros and ones [ROWS, 32 · WORDS], its row numbers, and which of them there are."""
+    """A block of words as zeros and ones [ROWS, 32 · WORDS], its row numbers, and which of these rows exist."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     mask = (row < n)[:, None] & (word < words)[None, :]
@@ -224,14 +225,14 @@ def _unpacked(bits, n, words, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type:
 
 @triton.jit
 def _count(bits, counts, n, words, chunks, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How many bits are set in each chunk of WORDS words of a row."""
+    """Counts the set bits in each chunk of WORDS words of a row."""
     hits, row, real = _unpacked(bits, n, words, ROWS, WORDS)
     tl.store(counts + row.to(tl.int64) * chunks + tl.program_id(1), tl.sum(hits, 1), mask=real)
 
 
 @triton.jit
 def _list(bits, starts, features, n, words, chunks, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The numbers of the set bits in each chunk of a row, ascending, to features[starts[row, chunk] …]."""
+    """Writes the positions of the set bits of each chunk, ascending, to features[starts[row, chunk] …]."""
     hits, row, real = _unpacked(bits, n, words, ROWS, WORDS)
     start = tl.load(starts + row.to(tl.int64) * chunks + tl.program_id(1), mask=real, other=0)
     feature = tl.program_id(1) * WORDS * 32 + tl.arange(0, WORDS * 32)

@@ -1,8 +1,9 @@
-"""The encoder on a GPU: screen in float16, compute the few candidates in float32, keep what the rule says."""
+"""The encoder on a GPU: screens in float16, computes the few candidates in float32, and selects among them."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,53 +14,69 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels.batch_topk import batch_topk
-from sae.kernels.sparsity import Above, BatchTopK, NotSparse, Rule, Support, TopK
+from sae.kernels.sparsity import Above, BatchTopK, NotSparse, PreparedEncoder, Rule, Support, TopK
 from sae.kernels.triton_products import dots
 from sae.kernels.triton_screen import Narrow, _count, _list, _mark, _screen, narrowed
 
-DENSE_SHARE = 1 / 4  # more candidates in a row than this share of the features: a case for dense products
-DENSE_FEATURES = 1024  # and more than this many
-KEPT_NUMBERS = 2**27  # screened values held at once: 256 MiB
-BLOCK_WORDS = 128  # of 32 features each, that one program works on
-GROUP = 32  # features whose largest value stands for them when a row's k-th largest is sought
+# Dense products pay if some row has more candidates than this share of the features, and more than this number.
+DENSE_SHARE = 1 / 4
+DENSE_FEATURES = 1024
+KEPT_NUMBERS = 2**27  # screened values in memory at once: 256 MiB
+BLOCK_WORDS = 128  # words of 32 features each that one program works on
+GROUP = 32  # the largest sure value of this many features represents them in the search for a row's k-th largest
+
+# See screening_bound.md for these three.
 FLOAT16_ROUNDING, FLOAT16_SMALLEST = 2.0**-11, 2.0**-24
-FLOAT32_ROUNDING = 2.0**-23
+FLOAT32_SPACING = 2.0**-23
+
+
+def prepare(W_enc: Float[Tensor, "d_in d_sae"]) -> NarrowEncoder:
+    """The encoder's rows in float16, with their norms and rounding errors."""
+    return NarrowEncoder(W_enc, narrowed(W_enc.detach().t()))
+
+
+@dataclass(frozen=True, eq=False)
+class NarrowEncoder(PreparedEncoder):
+    """An encoder and its rows, one per feature, in float16."""
+
+    narrow: Narrow
 
 
 def select(
-    x: Float[Tensor, "rows d_in"], W_enc: Float[Tensor, "d_in d_sae"], bias: Float[Tensor, " d_sae"], rule: Rule
+    x: Float[Tensor, "rows d_in"], encoder: PreparedEncoder, bias: Float[Tensor, " d_sae"], rule: Rule
 ) -> tuple[Support, Float[Tensor, " nnz"]]:
-    """The active features of each row under `rule`, with their pre-activations `x · W_enc + bias` in float32.
+    """The active features of each row under `rule`, and their pre-activations `x · W_enc + bias` in float32.
 
-    Raises: NotSparse when more than a quarter of many features are candidates in some row, or a number is none.
+    Raises: NotSparse if some row has too many candidates (see DENSE_SHARE), or a number is not finite.
     """
-    encoder = Encoder(x, W_enc, bias)
+    assert isinstance(encoder, NarrowEncoder)
+    batch = Batch(x, encoder, bias)
     match rule:
         case TopK(k):
-            return encoder.top(min(k, len(bias)))
+            return batch.top(min(k, len(bias)))
         case Above(threshold):
-            return encoder.above(threshold)
+            return batch.above(threshold)
         case BatchTopK():
-            return batch_topk(x, W_enc, bias, rule, encoder.above)
+            return batch_topk(x, encoder, bias, rule, batch.above)
 
 
 class Bounds(NamedTuple):
-    """What the screened values are compared by: see `_slack`."""
+    """What `_slack` needs beside norms and errors."""
 
     base: Float[Tensor, " d_sae"]  # bias − threshold
-    doubt: Float[Tensor, " d_sae"]  # the rounding of that
+    doubt: Float[Tensor, " d_sae"]  # its rounding
     rounding: float  # of the sums, as a share of ‖x‖ ‖w‖
 
 
-class Encoder:
-    """A batch and an encoder, both narrowed once."""
+class Batch:
+    """A batch in float16, ready to be selected from."""
 
-    def __init__(self, x: Tensor, W_enc: Tensor, bias: Tensor) -> None:
-        self.x, self.weights, self.bias = x.detach(), W_enc.detach().t(), bias.detach()
-        self.narrow_x, self.narrow_w = narrowed(self.x), narrowed(self.weights)
+    def __init__(self, x: Tensor, encoder: NarrowEncoder, bias: Tensor) -> None:
+        self.x, self.weights, self.bias = x.detach(), encoder.W_enc.detach().t(), bias.detach()
+        self.narrow_x, self.narrow_w = narrowed(self.x), encoder.narrow
 
     def above(self, threshold: Tensor) -> tuple[Support, Tensor]:
-        """Everything above a threshold per feature. The product's epilogue knows the bar: only bits reach memory."""
+        """Everything above one threshold per feature. The bar is known beforehand, so only bits are stored."""
         bar = torch.zeros(len(self.x), device=self.x.device)
         bits = _words(len(self.x), len(self.bias), self.x.device)
         bounds = self._bounds(threshold)
@@ -70,8 +87,11 @@ class Encoder:
         return candidates.where(kept), pre[kept]
 
     def top(self, k: int) -> tuple[Support, Tensor]:
-        """The k largest positive of each row. The k-th largest of the groups' sure values is a bar for candidates; it
-        is known only after the product, which is therefore kept in float16, some rows at a time."""
+        """The k largest positive entries of each row.
+
+        A feature below the k-th largest of the groups' sure values cannot be among them. That bar is known only after
+        the product, which is therefore stored in float16, some rows at a time.
+        """
         bits, bounds = _words(len(self.x), len(self.bias), self.x.device), self._bounds(torch.zeros_like(self.bias))
         for rows in _spans(len(self.x), max(128, KEPT_NUMBERS // len(self.bias))):
             _mark_top(Narrow(*(t[rows] for t in self.narrow_x)), self.narrow_w, bounds, k, bits[rows])
@@ -88,15 +108,15 @@ class Encoder:
         return candidates.where(found), pre[found]
 
     def _bounds(self, threshold: Tensor) -> Bounds:
-        sums = self.x.shape[1] / 8 + 64  # roundings in a sum, the tensor cores' shorter ones included
-        doubt = 2 * FLOAT32_ROUNDING * (self.bias.abs() + threshold.abs())
-        return Bounds((self.bias - threshold).contiguous(), doubt.contiguous(), sums * FLOAT32_ROUNDING)
+        sums = self.x.shape[1] / 8 + 64
+        doubt = 2 * FLOAT32_SPACING * (self.bias.abs() + threshold.abs())
+        return Bounds((self.bias - threshold).contiguous(), doubt.contiguous(), sums * FLOAT32_SPACING)
 
     def _exact(self, candidates: Support) -> Tensor:
         return dots(self.x, self.weights, candidates) + self.bias[candidates.features.long()]
 
     def _listed(self, bits: Int[Tensor, "rows words"], bounds: Bounds) -> tuple[Support, int]:
-        """The set bits as a support, and the most in one row. The one place that waits for the device."""
+        """The set bits as a support, and the largest number in one row. The only place that waits for the device."""
         (rows, words), d_sae = bits.shape, len(self.bias)
         blocks = _word_blocks(words)
         chunks = triton.cdiv(words, blocks["WORDS"])
@@ -121,8 +141,10 @@ class Encoder:
 
 @triton.jit
 def _keep_largest(values, offsets, kept, n, k, ROWS: tl.constexpr, ROOM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Marks the k largest positive values of each row, of equal ones the first: their k-th largest bit by bit, since
-    the bits of positive float32 numbers are ordered as the numbers are."""
+    """Marks the k largest positive values of each row; among equal values the first are taken.
+
+    Finds the k-th largest bit by bit: positive float32 numbers are ordered as their bits are, read as integers.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.load(offsets + row, mask=row < n, other=0)
     last = tl.load(offsets + row + 1, mask=row < n, other=0)
@@ -142,7 +164,7 @@ def _keep_largest(values, offsets, kept, n, k, ROWS: tl.constexpr, ROOM: tl.cons
 
 
 def _mark_top(x: Narrow, w: Narrow, bounds: Bounds, k: int, bits: Tensor) -> None:
-    """Sets the bits of what may be among the k largest positive of each row."""
+    """Sets the bits of features that may be among the k largest positive of each row."""
     rows, d_sae, d_in = len(x.numbers), len(w.numbers), x.numbers.shape[1]
     group = GROUP
     while group > 1 and d_sae < 2 * k * group:
@@ -150,7 +172,7 @@ def _mark_top(x: Narrow, w: Narrow, bounds: Bounds, k: int, bits: Tensor) -> Non
     groups = triton.cdiv(d_sae, group)
     lows = torch.empty((rows, groups), device=bits.device)
     screened = torch.empty((rows, d_sae), dtype=torch.float16, device=bits.device)
-    grow = float(triton.next_power_of_2(max(1, d_in // 8192)))  # |x̂ · ŵ| < 4 d_in in the rows' own units
+    grow = float(triton.next_power_of_2(max(1, d_in // 8192)))  # |x̂ · ŵ| < 4 d_in in the rows' units must fit float16
     _multiply(x, w, bounds, screened=screened, lows=lows, group=group, shrink=1 / grow)
     bar = lows.topk(k).values[:, -1].clamp_min(0.0) if k <= groups else lows.new_zeros(rows)
     words = bits.shape[1]
@@ -184,7 +206,7 @@ def _multiply(
     group: int = 1,
     shrink: float = 1.0,
 ) -> None:
-    """`_screen` with bars and bits, or with what is kept where there is no bar yet; tuned on the device."""
+    """Runs `_screen`: with `bar` it sets `bits`; without one it stores the product in `screened`, `lows` of groups."""
     n, d_in = x.numbers.shape
     d_sae, keep = len(w.numbers), screened is not None
     words = bits.shape[1] if bits is not None else 0
@@ -215,7 +237,7 @@ def _multiply(
 
 @cache
 def _tuned_screen() -> tuple[Any, dict[str, int]]:
-    """The kernel with its block sizes: the fastest of some on a device, the least in the interpreter."""
+    """The kernel and its block sizes: autotuned on a device, small ones in the interpreter."""
     if interpreted():
         return _screen, {"ROWS": 64, "FEATURES": 128, "INPUTS": 64}
     configs = [
@@ -232,7 +254,7 @@ def _tuned_screen() -> tuple[Any, dict[str, int]]:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU: slow, for tests."""
+    """Whether kernels run in Triton's interpreter on the CPU, which is slow and meant for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -241,7 +263,7 @@ def _words(rows: int, d_sae: int, device: torch.device) -> Int[Tensor, "rows wor
 
 
 def _word_blocks(words: int) -> dict[str, int]:
-    """Rows and words of the blocks in which bits are set and read: 4,096 bits together."""
+    """Rows and words of the blocks in which bits are set and read; about 4,096 bits each."""
     width = min(BLOCK_WORDS, triton.next_power_of_2(words))
     return {"ROWS": BLOCK_WORDS // width, "WORDS": width}
 

@@ -14,7 +14,7 @@ from sae.analysis.absorption import Tokens, absorption, kinds_of_token
 from sae.analysis.probing import Labelled, probe
 from sae.analysis.recorder import Recorder
 from sae.dictionary.autoencoder import SAE
-from sae.dictionary.inference import Placed
+from sae.dictionary.inference import FrozenSAE
 from sae.evaluation import evaluate as evaluation
 from sae.lm import LanguageModel
 from sae.pipeline.evaluate import donors, eval_blocks, thinned
@@ -192,7 +192,7 @@ class Setup:
 
     def _seen(self, sae: SAE, split: str) -> tuple[Tokens, np.ndarray]:
         """The kept tokens of a split, and the number of each token's domain."""
-        recorder, placed = Recorder(sae.d_sae), Placed(sae, self.device)
+        recorder, placed = Recorder(sae.d_sae), FrozenSAE(sae, self.device)
         ids, x, labels = [], [], []
         for block in self.blocks(split):
             keep = block.keep.numpy()
