@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sae.jobs.progress import Interrupted
 
     try:
-        return args.handler(args)
+        status: int = args.handler(args)
+        return status
     except (ValueError, OSError) as error:
         print(f"sae {args.verb}: {error}", file=sys.stderr)
         return 2

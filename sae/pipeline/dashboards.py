@@ -20,7 +20,7 @@ from sae.interop.files import InteropError
 from sae.jobs.progress import progress
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.exchange import refuse_filled
-from store.common import write_bytes
+from store.common import DocumentRecord, write_bytes
 from store.features import FeatureWriter
 
 DUMP_FORMATS = tuple(dashboards.READERS)
@@ -134,7 +134,7 @@ def _write(out: Path, paths: Sequence[Path], format: str, survey: _Survey, name:
         n_contexts=survey.n_contexts,
         attributes={"sampled": True, "hook_point": hook_point, "model": model, "provenance": {"dump": name}},
         vocabulary=list(survey.vocabulary),
-        documents=[(title, file, "", survey.sha256[file]) for title, file in survey.documents],
+        documents=[DocumentRecord(title, file, "", survey.sha256[file]) for title, file in survey.documents],
     )
     try:
         panels = _Panels(survey)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def evaluate(
     device: str = "auto",
     kernels: str = "auto",
     ablated: evaluation.Ablated | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Evaluates a dictionary on the store's held-out split; writes eval.json and feature_stats.safetensors beside it.
 
     A dictionary given by its path names its store and model. A transcoder's ŷ takes the place of y, at its target hook

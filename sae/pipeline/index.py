@@ -16,7 +16,7 @@ from sae.pipeline.resolve import model_of, opened, output_hook_point, store_of
 from sae.text.tokenizer import token_bytes
 from store.activation_reader import Contexts
 from store.activations import ActivationStore
-from store.common import HELD_OUT, TRAIN, read_ahead
+from store.common import HELD_OUT, TRAIN, DocumentRecord, read_ahead
 from store.features import FeatureWriter
 from store.shards import Marker
 
@@ -101,11 +101,11 @@ def first_shards(store: ActivationStore, tokens: int) -> list[tuple[str, int]]:
 
 def _documents_of(
     markers: dict[str, dict[int, Marker]], shards: list[tuple[str, int]]
-) -> tuple[list[tuple[str, str, str, str]], np.ndarray]:
+) -> tuple[list[DocumentRecord], np.ndarray]:
     """The documents of these shards, and the table from the store's document numbers to places in that list."""
-    found: dict[int, tuple[str, str, str, str]] = {}
+    found: dict[int, DocumentRecord] = {}
     for split, shard in shards:
-        found |= {int(n): tuple(entry) for n, entry in markers[split][shard].documents.items()}  # type: ignore[misc]
+        found |= markers[split][shard].documents
     numbers = sorted(found)
     renumbered = np.full(max(numbers, default=0) + 2, -1, np.int32)  # the last entry is for padding, which is -1
     renumbered[numbers] = np.arange(len(numbers), dtype=np.int32)

@@ -52,7 +52,7 @@ def output_hook_point(sae: SAE) -> str:
         raise PipelineError(
             f"the hook point of this dictionary's output is not recorded: its config.json has no {key}."
         )
-    return sae.config[key]
+    return str(sae.config[key])
 
 
 def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> ActivationStore:
@@ -97,7 +97,7 @@ def _harvest_for(config: dict[str, Any], directory: Path | None) -> str:
 
 def _model_in(store: ActivationStore) -> dict[str, str]:
     """The model whose activations a store holds, as it is recorded there."""
-    found = store.provenance.get("model")
+    found: dict[str, str] = store.provenance.get("model", {})
     if not found:
         raise PipelineError(f"{store.path} does not say whose activations it holds. Make a store with `sae harvest`.")
     return found
