@@ -142,15 +142,18 @@ def test_probes_find_the_planted_features_and_nothing_where_nothing_is() -> None
     assert probe(labelled(0, 30), labelled(1, 30), ["one"])["mean"] == {"k1": None, "k2": None, "k5": None}
 
 
+@pytest.fixture(scope="module")
+def float32_store(tmp_path_factory: pytest.TempPathFactory, tiny_model: NativeModel, tiny_text: Path) -> Path:
+    out = tmp_path_factory.mktemp("float32") / "acts.zarr"
+    return pipeline.harvest(tiny_model, tiny_text, out, tokens=4096, heldout_tokens=512, dtype="float32")
+
+
 @pytest.mark.parametrize("n", [100, 3000, 10**6])
 def test_training_rows_are_the_stores_whatever_their_size(
-    tmp_path: Path, tiny_model: NativeModel, tiny_text: Path, n: int, monkeypatch: pytest.MonkeyPatch
+    tiny_model: NativeModel, float32_store: Path, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values beyond 16 bits too: what a control learns from is what the store holds, to the last bit."""
-    path = pipeline.harvest(
-        tiny_model, tiny_text, tmp_path / "acts.zarr", tokens=4096, heldout_tokens=512, dtype="float32"
-    )
-    store = ActivationStore.open(path)
+    store = ActivationStore.open(float32_store)
     read = ActivationStore.read_acts
     monkeypatch.setattr(ActivationStore, "read_acts", lambda *where: 1e5 * read(*where))
     kept = [

@@ -21,6 +21,7 @@ from sae.training.state import TrainState
 sweeping = import_module("sae.pipeline.sweep")  # `pipeline.sweep` is the function
 GRID = {"recipes": ["topk", "towards-monosemanticity"], "d_sae": [24], "l0": [2.0, 4.0], "seeds": [1]}
 RUN = {"tokens": 30 * 64, "config": {"batch_tokens": 64}}
+pytestmark = pytest.mark.filterwarnings("ignore:.* was asked for:UserWarning")  # 30 steps are too few to find λ
 FILES = ("sae.safetensors", "state.safetensors", "config.json", "train.json")
 
 
@@ -36,7 +37,7 @@ def no_model_to_load(tiny_model: NativeModel, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("max_ram_bytes", [10**9, 1], ids=["all at once", "one by one"])
-def test_each_run_is_the_run_alone_and_the_frontier_says_what_was_measured(
+def test_each_run_is_as_if_trained_alone_and_the_frontier_holds_its_evaluation(
     store: Path, tmp_path: Path, max_ram_bytes: int
 ) -> None:
     out = store.parent / f"sweep-{max_ram_bytes}"
@@ -56,11 +57,11 @@ def test_each_run_is_the_run_alone_and_the_frontier_says_what_was_measured(
         assert (run["rows"], run["target_l0"]) == (RUN["tokens"], settings["target_l0"])
     ElementTree.fromstring((out / "frontier.svg").read_text())
     before = {p: p.stat().st_mtime_ns for p in out.rglob("sae.safetensors")}
-    pipeline.sweep(store, out, **GRID, **RUN)  # again: nothing is left to do
+    pipeline.sweep(store, out, **GRID, **RUN)  # again: nothing is missing
     assert {p: p.stat().st_mtime_ns for p in out.rglob("sae.safetensors")} == before
 
 
-def test_a_run_that_diverges_is_recorded_and_the_others_go_on(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_diverges_is_recorded_and_the_others_continue(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step_of = training_step.train_step
 
     def poisoned(state: TrainState, batch: Batch, config: TrainConfig) -> dict:
@@ -81,11 +82,11 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(store: Path, monke
     assert "at step 18" in found["diverged"]
     assert found["target_l0"] == 2
     ElementTree.fromstring((out / "frontier.svg").read_text())
-    monkeypatch.setattr(loop, "train_step", None)  # again: nothing is trained, the lost run least of all
+    monkeypatch.setattr(loop, "train_step", None)  # again: nothing is trained, not even the lost run
     assert json.loads(pipeline.sweep(store, out, **GRID, **RUN).read_text())["runs"] == runs
 
 
-def test_runs_share_a_pass_only_where_rows_and_memory_allow() -> None:
+def test_runs_share_a_pass_only_if_rows_and_memory_allow() -> None:
     points = sweeping.grid(["topk", "batch-topk"], [64], [2.0], [0, 1], tokens=8192)
     assert [[p.config.seed for p in group] for group in sweeping._groups(points, 16, 10**9)] == [[0, 0], [1, 1]]
     assert all(len(group) == 1 for group in sweeping._groups(points, 16, 1))
