@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from store.activations import ActivationStore
 from store.batches import ShuffledRows
 from store.common import StoreError
+from store.shuffle_plan import ShardCounts, ShufflePlan
 
 HOOK = "h"
 ROW_BYTES = 2 * 4 + 16  # float32 [2], its place in the permutation and its context
@@ -361,3 +362,29 @@ def test_no_rows_yet(tmp_path) -> None:
     )
     with pytest.raises(StoreError, match="harvest it first"):
         ShuffledRows(store, HOOK, batch_rows=4, seed=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kept=st.lists(st.integers(1, 9), min_size=1, max_size=7),
+    pool_shards=st.integers(1, 8),
+    parts=st.integers(1, 4),
+    seed=st.integers(0, 2**40),
+)
+def test_a_plan_names_every_row_once_an_epoch(kept, pool_shards, parts, seed) -> None:
+    """Numbers alone, without a store."""
+    plan = ShufflePlan(ShardCounts(np.array(kept), np.ones(len(kept))), seed, pool_shards, parts)
+    n_rows = sum(kept)
+    every = [(place, row) for place, rows in enumerate(kept) for row in range(rows)]
+    for epoch in range(2):
+        named = []
+        for position in range(epoch * n_rows, (epoch + 1) * n_rows):
+            pool, order, index = plan.slot(position)
+            held = [
+                (place, row)
+                for place in pool.places.tolist()
+                for row in np.arange(kept[place])[plan.rows_of_shard(pool, place)].tolist()
+            ]
+            assert len(held) == len(order) == plan.pool_rows(pool).sum() <= plan.largest_pool_rows
+            named.append(held[order[index]])
+        assert sorted(named) == every
