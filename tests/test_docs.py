@@ -215,16 +215,23 @@ def test_every_metric_has_its_entry_with_its_version() -> None:
         assert rows.get(name) == str(metric.version), f"{name}: version {metric.version}"
 
 
-def test_every_view_of_the_browser_has_its_section() -> None:
+def source_of(*rooms: str) -> str:
+    """The source of some rooms as one text, with strings that go on in the next line joined."""
+    files = [path for room in rooms for path in (ROOT / room).rglob("*.[ps][yh]")]
+    return re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in files))
+
+
+def test_the_page_on_the_browser_has_every_view_and_names_panels_that_exist() -> None:
     from browser.registry import VIEWS
 
-    sections = re.findall(r"^## (.+)$", (DOCS / "browser.md").read_text(), re.M)
-    assert not {view.title for view in VIEWS.values()} - set(sections)
+    page, source = (DOCS / "browser.md").read_text(), source_of("browser")
+    assert not {view.title for view in VIEWS.values()} - set(re.findall(r"^## (.+)$", page, re.M))
+    for name in re.findall(r"\*\*([^*]+[^*.:])\*\*", page):
+        assert name.removesuffix(" …") in source, f"no panel or button is called {name!r}"
 
 
 def test_every_message_in_troubleshooting_is_one_of_ours() -> None:
-    files = [path for room in ("sae", "store", "browser", "scripts") for path in (ROOT / room).rglob("*.[ps][yh]")]
-    source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in files))
+    source = source_of("sae", "store", "browser", "scripts")
     for message in re.findall(r"^- \*\*`([^`]+)`\*\*", (DOCS / "troubleshooting.md").read_text(), re.M):
         assert message in source, f"no message says {message!r}"
 
