@@ -49,13 +49,13 @@ def served(root: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     line = launch.command(port=port, open_browser=False)
-    server = subprocess.Popen(line, env=launch.environment(root), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert server.stdout is not None
-    while b"URL:" not in server.stdout.readline():
-        assert server.poll() is None, "the server ended before it served"
-    yield f"http://127.0.0.1:{port}/"
-    server.terminate()
-    server.wait(30)
+    environment = launch.environment(root)
+    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
+        assert server.stdout is not None
+        while b"URL:" not in server.stdout.readline():
+            assert server.poll() is None, "the server ended before it served"
+        yield f"http://127.0.0.1:{port}/"
+        server.terminate()
 
 
 @pytest.fixture(scope="session")

@@ -437,16 +437,16 @@ def test_launch_serves_refuses_strange_hosts_and_ends_with_its_parent(root: Path
         "from pathlib import Path; from browser.launch import launch; "
         f"raise SystemExit(launch(Path({str(root)!r}), port={free_port}, open_browser=False))"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{free_port}/_stcore/health"
-    try:
-        assert process.stdout is not None
-        assert f"http://localhost:{free_port}" in process.stdout.readline()
-        wait_for(url)
-        assert websocket_status(free_port, "evil.example") == 403
-        assert websocket_status(free_port, "localhost") == 101
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert f"http://localhost:{free_port}" in process.stdout.readline()
+            wait_for(url)
+            assert websocket_status(free_port, "evil.example") == 403
+            assert websocket_status(free_port, "localhost") == 101
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(url, timeout=5)
