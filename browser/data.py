@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from browser.tokens import Piece, label, pieces
+from store.common import DocumentRecord
 from store.features import FeatureIndex
 
 DUMP = "feature-dump"  # kind of a dictionary imported from feature pages: an index of samples, no weights
@@ -66,7 +67,7 @@ class Example:
     token_ids: np.ndarray
     shown: list[list[Piece]]
     acts: np.ndarray
-    document: tuple[str, str, str, str]
+    document: DocumentRecord
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def groups(index: FeatureIndex, feature: int, *, before: int, after: int) -> lis
     for context in range(first, first + count):
         hit = int(index.panel("dump/hit", context))
         row = context * index.seq_len + hit
-        found.setdefault(index.document_of(row)[0], []).append(row)
+        found.setdefault(index.document_of(row).id, []).append(row)
     return [
         (title, len(own), [_unpadded(index, example) for example in shown])
         for title, own in found.items()

@@ -96,8 +96,8 @@ def _examples(
 
 def _text(example: Example) -> dict[str, Any]:
     return {
-        "document": example.document[0],
-        "domain": example.document[2],
+        "document": example.document.id,
+        "domain": example.document.domain,
         "context": example.context,
         "start": example.start,
         "token_ids": example.token_ids.tolist(),

@@ -197,7 +197,7 @@ def draw_lists(
 
 
 def _example(example: Example, vocabulary: Vocabulary) -> dict[str, Any]:
-    document, source, domain, _ = example.document
+    document = example.document
     entries = zip(example.token_ids.tolist(), example.shown, strict=True)
     return {
         "v": [vocabulary.add(token, shown) for token, shown in entries],
@@ -205,7 +205,7 @@ def _example(example: Example, vocabulary: Vocabulary) -> dict[str, Any]:
         "start": example.start,
         "hit": example.hit,
         "value": example.value,
-        "where": domain,
-        "doc": f"{document} · {source}" if source else document,
+        "where": document.domain,
+        "doc": f"{document.id} · {document.source}" if document.source else document.id,
         "context": example.context,
     }

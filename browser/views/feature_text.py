@@ -12,6 +12,7 @@ from browser.live import LiveError, prompts
 from browser.markup import explain
 from browser.state import Page
 from browser.tokens import pieces
+from store.common import DocumentRecord
 
 
 def show(page: Page) -> None:
@@ -38,7 +39,7 @@ def show(page: Page) -> None:
         token_ids=np.array(ids),
         shown=pieces([page.index.token_bytes(i) for i in ids]),
         acts=acts.astype(np.float32),
-        document=("your text", "", "", ""),
+        document=DocumentRecord("your text", source="", domain="", sha256=""),
     )
     share = f"{acts.max() / largest:.0%} of its maximum in the index" if largest > 0 else "never fires in the index"
     note = f"fires on {int((acts > 0).sum())} of {len(ids)} tokens, at most {acts.max():.3f} ({share})"
