@@ -72,6 +72,15 @@ def _cell(action: argparse.Action) -> str:
     return html.escape((action.help or "").replace("%%", "%")).replace("|", "\\|")
 
 
+def metrics() -> str:
+    """Every metric that is a ratio of sums over tokens, as the code defines it."""
+    from sae.evaluation.metrics import METRICS
+
+    lines = ["| metric | formula | version | trap |", "|---|---|---:|---|"]
+    lines += [f"| `{name}` | {m.formula} | {m.version} | {m.trap} |" for name, m in METRICS.items()]
+    return "\n".join(lines)
+
+
 def recipe_settings() -> str:
     """What each recipe sets, and which optional settings it takes besides."""
     from sae.training.recipes import RECIPES
@@ -140,6 +149,7 @@ def _documented(package: Any, names: Iterable[str]) -> str:
 
 PARTS = {
     "command line": command_line,
+    "metrics": metrics,
     "recipe settings": recipe_settings,
     "settings": settings,
     "pipeline": pipeline_names,

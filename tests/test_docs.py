@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fakes import made_up_documents, write_jsonl
 
 from sae.cli import build_parser, main
+from sae.evaluation.feature_stats import firing_summary
 from sae.evaluation.metrics import METRICS
 from sae.training.recipes import RECIPES
 
@@ -210,9 +212,14 @@ def test_every_recipe_has_its_entry_with_loss_and_source() -> None:
 
 
 def test_every_metric_has_its_entry_with_its_version() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \|.*?\| (\d+) \|", (DOCS / "metrics.md").read_text(), re.M))
-    for name, metric in METRICS.items():
-        assert rows.get(name) == str(metric.version), f"{name}: version {metric.version}"
+    page = hooks.on_page_markdown((DOCS / "metrics.md").read_text())
+    rows = {row[0]: row[1:] for row in re.findall(r"^\| `(\w+)` \| (.*?) \| (\d+) \| (.+) \|$", page, re.M)}
+    known = {name: {"version": m.version} for name, m in METRICS.items()} | firing_summary(
+        np.zeros(1, np.int64), 1_000_000
+    )
+    for name, metric in known.items():
+        assert rows[name][1] == str(metric["version"]), f"{name}: version {metric['version']}"
+        assert rows[name][2], f"{name}: its trap is missing"
 
 
 def source_of(*rooms: str) -> str:
