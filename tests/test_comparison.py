@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
-from sae.analysis import comparison
+from sae.analysis import feature_pairs
 from sae.analysis.comparison import PairedBlock, compare
 from sae.analysis.correlation import NeuronCorrelation, pair_blocks
 from sae.analysis.matching import one_to_one, recovery
@@ -212,7 +212,7 @@ def test_against_numpy_with_features_of_its_own() -> None:
         on = f[:, i] > 0
         wanted = f[on, i] @ g[on, j] / np.linalg.norm(f[on, i]) / np.linalg.norm(g[on, j])
         assert edge["masked_a"] == pytest.approx(wanted, abs=1e-5)
-        assert edge["masked"] == max(edge["masked_a"], edge["masked_b"]) >= comparison.EDGE_MASKED
+        assert edge["masked"] == max(edge["masked_a"], edge["masked_b"]) >= feature_pairs.EDGE_MASKED
         cosine = torch.cosine_similarity(a.W_dec[i], b.W_dec[j], dim=0).item()
         assert edge["cosine"] == pytest.approx(cosine, abs=1e-6)
     assert (np.diff(found.tables["edges"]["masked"]) <= 0).all()

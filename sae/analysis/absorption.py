@@ -1,26 +1,25 @@
-"""Absorption: a feature for a kind of token that falls silent where a feature for one token speaks in its place.
+"""Absorption: a feature for a kind of token does not fire where a feature for one single token fires in its place.
 
-The kinds are what a one-layer model knows of a token: its first letter and its character class.
+The kinds of token are its first letter and its character class, which even a one-layer model represents.
 """
 
 from __future__ import annotations
 
 import string
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
-MIN_TOKENS = 200  # of a kind, in training and in test
-PROBE_TOKENS = 1000  # of each side
+from sae.analysis.probing import balanced_rows, fit_probe
+
+MIN_TOKENS = 200  # of a kind, in the training and in the test tokens
+PROBE_TOKENS = 1000  # of the kind and of the rest
 MIN_PROBE_ACCURACY = 0.9
-CARRIED = 0.5  # of what the active features put along the probe
-ON_ONE_TOKEN = 0.8  # of a feature's firings
+CARRIED = 0.5  # share of the active features' sum along the probe direction
+ON_ONE_TOKEN = 0.8  # share of a feature's firings
 
 FORMULA = (
     "over held-out tokens of a kind that a linear probe on x recognises: share on which the kind's own feature "
@@ -31,7 +30,7 @@ FORMULA = (
 
 
 class Tokens(NamedTuple):
-    """Kept tokens with their activations at the hook and the dictionary's."""
+    """Kept tokens, their activations x at the hook point, and their feature activations."""
 
     ids: Int[np.ndarray, " n"]
     x: Float[np.ndarray, "n d_in"]
@@ -39,7 +38,7 @@ class Tokens(NamedTuple):
 
 
 def kinds_of_token(vocabulary: list[bytes]) -> dict[str, Bool[np.ndarray, " d_vocab"]]:
-    """Which tokens begin with each letter (leading space and case apart), and which are of each character class."""
+    """Which tokens start with each letter (ignoring a leading space and case), and the tokens of each character class."""
     words = [token.removeprefix(b" ") for token in vocabulary]
     first = np.array([word[:1].decode("latin-1") for word in words])
     lower = np.char.lower(first)
@@ -55,64 +54,67 @@ def kinds_of_token(vocabulary: list[bytes]) -> dict[str, Bool[np.ndarray, " d_vo
 
 
 def absorption(
-    train: Tokens, test: Tokens, kinds: Mapping[str, np.ndarray], W_dec: Float[np.ndarray, "d_sae d_in"], seed: int = 0
+    train: Tokens,
+    test: Tokens,
+    kinds: Mapping[str, Bool[np.ndarray, " d_vocab"]],
+    W_dec: Float[np.ndarray, "d_sae d_in"],
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """The absorption rate of each kind of token that the activations represent, and their mean.
+    """The absorption rate of each kind of token that a linear probe on x recognises, and their mean.
 
-    Source: Chanin et al. 2024 (arXiv 2409.14507), simplified: the direct carrier is found by its share of the probe
-    direction instead of by ablation, and must be a feature of one token, so that splitting does not count.
+    Source: Chanin et al. 2024 (arXiv 2409.14507), simplified: the absorbing feature is found by its share of the probe
+    direction instead of by ablation, and must fire on one token, so that feature splitting does not count.
     """
     rng = np.random.default_rng(seed)
     token_bound = _token_bound(train, len(next(iter(kinds.values()), np.empty(0))))
     found: dict[str, dict[str, float]] = {}
     for name, members in kinds.items():
-        rows = _balanced(members[train.ids], rng)
+        rows = balanced_rows(members[train.ids], PROBE_TOKENS, rng)
         positive = np.flatnonzero(members[test.ids])
         if len(rows) < 2 * MIN_TOKENS or len(positive) < MIN_TOKENS:
             continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            probe = LogisticRegression(C=1.0).fit(train.x[rows], members[train.ids[rows]])
-        judged = _balanced(members[test.ids], rng)
-        accuracy = probe.score(test.x[judged], members[test.ids[judged]])
+        probe = fit_probe(train.x[rows], members[train.ids[rows]])
+        test_rows = balanced_rows(members[test.ids], PROBE_TOKENS, rng)
+        accuracy = float(probe.score(test.x[test_rows], members[test.ids[test_rows]]))
         if accuracy < MIN_PROBE_ACCURACY:
             continue
-        seen = positive[probe.predict(test.x[positive])]
+        recognised = positive[probe.predict(test.x[positive])]
         main = _main_feature(train.acts[rows], members[train.ids[rows]])
-        absorbed = _absorbed(test.acts[seen], main, W_dec @ probe.coef_[0], token_bound)
-        found[name] = {"rate": float(absorbed.mean()) if len(seen) else 0.0, "probe_accuracy": float(accuracy)}
+        absorbed = _absorbed(test.acts[recognised], main, W_dec @ probe.coef_[0], token_bound)
+        found[name] = {"rate": float(absorbed.mean()) if len(recognised) else 0.0, "probe_accuracy": accuracy}
     rates = [entry["rate"] for entry in found.values()]
     return {"mean": float(np.mean(rates)) if rates else None, "kinds": found, "formula": FORMULA, "version": 1}
 
 
-def _balanced(members: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    mine, rest = (rng.permutation(np.flatnonzero(which)) for which in (members, ~members))
-    n = min(PROBE_TOKENS, len(mine), len(rest))
-    return np.concatenate([mine[:n], rest[:n]])
-
-
-def _main_feature(acts: sparse.csr_array, members: np.ndarray) -> int:
+def _main_feature(acts: sparse.csr_array, members: Bool[np.ndarray, " n"]) -> int:
+    """The feature with the largest difference of means between members and the rest."""
     weights = members / max(1, members.sum()) - ~members / max(1, (~members).sum())
     return int(np.argmax(weights @ acts))
 
 
 def _token_bound(tokens: Tokens, d_vocab: int) -> Bool[np.ndarray, " d_sae"]:
-    """Features most of whose firings are on one token."""
+    """Features with at least ON_ONE_TOKEN of their firings on one token."""
     entries = tokens.acts.tocoo()
     counts = sparse.csr_array(
         (np.ones(entries.nnz), (entries.col, tokens.ids[entries.row])), shape=(tokens.acts.shape[1], d_vocab)
     )
-    most = np.asarray(counts.max(axis=1).todense()).reshape(-1)
-    return most >= ON_ONE_TOKEN * np.maximum(np.asarray(counts.sum(axis=1)).reshape(-1), 1)
+    most, total = (_column(of_features) for of_features in (counts.max(axis=1), counts.sum(axis=1)))
+    return np.asarray(most >= ON_ONE_TOKEN * np.maximum(total, 1))
 
 
 def _absorbed(
-    acts: sparse.csr_array, main: int, along: Float[np.ndarray, " d_sae"], token_bound: np.ndarray
+    acts: sparse.csr_array, main: int, along: Float[np.ndarray, " d_sae"], token_bound: Bool[np.ndarray, " d_sae"]
 ) -> Bool[np.ndarray, " n"]:
-    silent = np.asarray(acts[:, [main]].todense()).reshape(-1) == 0
+    """Tokens on which `main` is silent and a token-bound feature carries enough of Σ f · `along` (W_dec · probe)."""
+    silent = _column(acts[:, [main]]) == 0
     parts = acts.copy()
     parts.data = acts.data * along[acts.indices]
-    total = np.asarray(parts.sum(axis=1)).reshape(-1)
+    total = _column(parts.sum(axis=1))
     parts.data = np.where(token_bound[acts.indices], parts.data, 0.0)
-    largest = np.asarray(parts.max(axis=1).todense()).reshape(-1) if parts.shape[0] else np.empty(0)
-    return silent & (total > 0) & (largest >= CARRIED * total)
+    largest = _column(parts.max(axis=1)) if parts.shape[0] else np.empty(0)
+    return np.asarray(silent & (total > 0) & (largest >= CARRIED * total))
+
+
+def _column(values: Any) -> Float[np.ndarray, " n"]:
+    """A vector from what scipy returns for a column or for a reduction of the rows."""
+    return np.asarray(values.todense() if sparse.issparse(values) else values).reshape(-1)
