@@ -1,1 +1,1 @@
-"""Studies across dictionaries, with their controls."""
+"""Studies across dictionaries: comparison, controls, probes, absorption, planted rows, pictures of sweeps."""

@@ -38,7 +38,7 @@ class Tokens(NamedTuple):
 
 
 def kinds_of_token(vocabulary: list[bytes]) -> dict[str, Bool[np.ndarray, " d_vocab"]]:
-    """Which tokens start with each letter (ignoring a leading space and case), and the tokens of each character class."""
+    """Which tokens start with each letter (whatever its case, after a leading space) and which are of each class."""
     words = [token.removeprefix(b" ") for token in vocabulary]
     first = np.array([word[:1].decode("latin-1") for word in words])
     lower = np.char.lower(first)

@@ -1,9 +1,9 @@
-"""Which direction of one dictionary is which of another: best cosines, one-to-one matching, what stays alone."""
+"""Which direction of one dictionary corresponds to which of another: recovery of planted directions, matching."""
 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
@@ -13,12 +13,14 @@ from sae.dictionary.directions import best_cosines, unit
 
 
 def recovery(learned: Float[Tensor, "n_learned d"], truth: Float[Tensor, "n_truth d"]) -> dict[str, float]:
-    """How well learned directions are a planted dictionary.
+    """How well learned directions recover a planted dictionary.
 
-    mmcs_truth = mean over truths of max cosine with any learned direction (the field's MMCS); mmcs_learned the other
-    way round, low when directions are learned that are no truth; mcc = mean cosine over truths of the one-to-one
-    matching with the largest sum (Hungarian; a truth left alone counts 0), so two features for one truth gain nothing;
-    recovered = share of truths whose match has cosine > 0.9.
+    mmcs_truth: mean over truths of the largest cosine with any learned direction (what the field calls MMCS).
+    mmcs_learned: mean over learned directions of the largest cosine with any truth; low when directions are learned
+    that are not planted.
+    mcc: mean over truths of the cosine in the one-to-one matching with the largest sum (Hungarian algorithm; a truth
+    without partner counts 0), so that learning one truth twice gains nothing.
+    recovered: share of truths whose partner has a cosine above 0.9.
     Source: Sharkey et al. 2022 (MMCS); Kuhn 1955 (matching).
     """
     best = best_cosines(truth, learned)
@@ -34,20 +36,23 @@ def recovery(learned: Float[Tensor, "n_learned d"], truth: Float[Tensor, "n_trut
 
 
 def one_to_one(
-    a: np.ndarray, b: np.ndarray, weights: np.ndarray, shape: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The matching of largest total weight over the edges (a[e], b[e], weights[e] > 0): partner of each a, of each b.
+    a: Int[np.ndarray, " edges"],
+    b: Int[np.ndarray, " edges"],
+    weights: Float[np.ndarray, " edges"],
+    shape: tuple[int, int],
+) -> tuple[Int[np.ndarray, " n_a"], Int[np.ndarray, " n_b"]]:
+    """The matching with the largest total weight over the edges (a[e], b[e]) with weights[e] > 0.
 
-    Every node has at most one partner; −1 where none. Exact (Jonker–Volgenant on the sparse graph, each a also offered
-    to stay alone at weight 0).
+    Returns the partner of each a and of each b; −1: none. Every node has at most one partner. The result is exact:
+    Jonker–Volgenant on the sparse graph, in which each a may also stay alone at weight 0.
     """
     partner_a, partner_b = np.full(shape[0], -1, np.int64), np.full(shape[1], -1, np.int64)
     if len(weights) == 0:
         return partner_a, partner_b
-    rows, row_of = np.unique(a, return_inverse=True)  # only nodes with an edge take part
+    rows, row_of = np.unique(a, return_inverse=True)  # only nodes with an edge
     columns, column_of = np.unique(b, return_inverse=True)
     alone = np.arange(len(rows))
-    ceiling = float(weights.max()) + 1.0  # a cost of 0 would be no edge
+    ceiling = float(weights.max()) + 1.0  # keeps all costs above 0: scipy takes a stored 0 for a missing edge
     costs = np.concatenate([ceiling - weights, np.full(len(rows), ceiling)])
     graph = sparse.csr_array(
         (costs, (np.concatenate([row_of, alone]), np.concatenate([column_of, len(columns) + alone]))),

@@ -1,4 +1,4 @@
-"""The picture of a sweep: fidelity against sparsity, one line per recipe and size."""
+"""The plot of a sweep: fidelity against sparsity, one line per recipe and size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PANELS = (("ce_loss_score_zero", "CE recovered (zero ablation)"), ("fvu", "FVU")
 
 
 def picture(frontier: dict[str, Any]) -> str:
-    """An SVG of L0 (logarithmic) against CE recovered and against FVU; a point is a run, a line a recipe and size."""
+    """An SVG of CE recovered and of FVU over L0 (logarithmic): one point per run, one line per recipe and size."""
     runs = [run for run in frontier["runs"] if run["l0"] and run["l0"] > 0]
     series = list(dict.fromkeys((run["recipe"], run["d_sae"]) for run in runs))
     colour = {key: COLOURS[i % len(COLOURS)] for i, key in enumerate(series)}
@@ -66,10 +66,10 @@ def _panel(
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
-    """Ends of an axis, a little beyond the values."""
+    """The ends of an axis, with a margin of 5% beyond the values."""
     low, high = min(values), max(values)
-    room = 0.05 * (high - low) or 0.05
-    return low - room, high + room
+    margin = 0.05 * (high - low) or 0.05
+    return low - margin, high + margin
 
 
 def _text(x: float, y: float, words: str) -> str:

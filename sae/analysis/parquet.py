@@ -1,4 +1,4 @@
-"""Tables on disk: Parquet, the one door to pyarrow."""
+"""Tables on disk as Parquet; the only module that imports pyarrow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows made from a dictionary that is known: what a trainer should find again, and how much of it it did."""
+"""Rows made from a known (planted) dictionary, and how much of it a trained dictionary recovers."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from sae.analysis.correlation import pair_blocks
 from sae.analysis.matching import recovery
 from sae.analysis.recorder import Recorder
 from sae.dictionary.autoencoder import SAE
+from sae.dictionary.directions import unit
 from sae.training.rows import Batch
 
 _TRUTHS, _BATCHES, _SAMPLES = range(3)  # independent streams of one seed
 JUDGED_ROWS = 16_384
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class PlantedRows:
-    """`x = Σ aᵢ dᵢ + noise`: n_truths random unit directions in d_in dimensions, `active` of them at a time on average.
+    """`x = Σ aᵢ dᵢ + noise`: n_truths random unit directions in d_in dimensions, on average `active` of them in a row.
 
-    Truth i is active with probability ∝ decay^i (so some are rare), each by itself, with strength aᵢ uniform on 0 … 1;
-    the noise is Gaussian with E‖noise‖² = noise². A `Rows` source: every batch is a pure function of (seed, step).
+    Truth i is active with a probability ∝ decay^i (so some are rare), independently of the others, with a strength aᵢ
+    uniform on 0 … 1. The noise is Gaussian with E‖noise‖² = noise². A source of rows for training: every batch is a
+    pure function of (seed, step).
     Source: Sharkey et al. 2022; sparse_coding's toy data (512 truths in 256 dimensions, 5 active, decay 0.99).
     """
 
@@ -40,13 +43,13 @@ class PlantedRows:
     def __post_init__(self) -> None:
         if not 0 < self.decay <= 1 or self.probabilities.max() > 1:
             raise ValueError(
-                f"planted: {self.active} active truths of {self.n_truths} with decay {self.decay} would need a "
-                "probability above 1. Ask for fewer active ones, or a decay nearer to 1."
+                f"planted: {self.active} active truths of {self.n_truths} with decay {self.decay} need a "
+                "probability above 1. Ask for fewer active truths, or for a decay closer to 1 (0 < decay ≤ 1)."
             )
 
     @cached_property
     def probabilities(self) -> Float[Tensor, " n_truths"]:
-        """How often each truth is active."""
+        """The probability that each truth is active in a row."""
         weights = self.decay ** torch.arange(self.n_truths, dtype=torch.float64)
         return (weights * self.active / weights.sum()).float()
 
@@ -54,10 +57,10 @@ class PlantedRows:
     def truths(self) -> Float[Tensor, "n_truths d_in"]:
         """The planted directions, unit norm."""
         directions = torch.randn(self.n_truths, self.d_in, generator=self._generator(_TRUTHS, 0))
-        return torch.nn.functional.normalize(directions, dim=-1)
+        return unit(directions)
 
     def rows(self, n: int, generator: torch.Generator) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n n_truths"]]:
-        """n rows, and how strongly each truth is in each."""
+        """n rows, and the strength of each truth in each row (0: not active)."""
         on = torch.rand(n, self.n_truths, generator=generator) < self.probabilities
         strengths = torch.rand(n, self.n_truths, generator=generator) * on
         noise = torch.randn(n, self.d_in, generator=generator) * (self.noise / self.d_in**0.5)
@@ -68,7 +71,8 @@ class PlantedRows:
 
     def sample(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
         generator = self._generator(_SAMPLES, seed)
-        return torch.cat([self.rows(min(4096, n - start), generator)[0] for start in range(0, n, 4096)])
+        sizes = [min(ROWS_AT_ONCE, n - start) for start in range(0, n, ROWS_AT_ONCE)]
+        return torch.cat([self.rows(size, generator)[0] for size in sizes])
 
     def _generator(self, stream: int, number: int) -> torch.Generator:
         seed = np.random.SeedSequence([self.seed, stream, number]).generate_state(1, np.uint64)[0]
@@ -77,10 +81,10 @@ class PlantedRows:
 
 @torch.inference_mode()
 def judge(sae: SAE, planted: PlantedRows) -> dict[str, float]:
-    """How well a dictionary trained on planted rows is the planted one: `matching.recovery`, and on fresh rows
+    """How well a dictionary trained on planted rows recovers the planted one.
 
-    fvu and l0; f_correlation = mean over truths of the largest Pearson of its strength with a feature's activation;
-    dead_share over these rows.
+    The measures of `matching.recovery`; and on JUDGED_ROWS fresh rows fvu, l0, dead_share and f_correlation: the mean
+    over truths of the largest Pearson correlation of the truth's strength with a feature's activation.
     """
     x, strengths = planted.rows(JUDGED_ROWS, planted._generator(_SAMPLES, 2**40))
     acts = sae.feature_acts(x).sparse()

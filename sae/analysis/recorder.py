@@ -12,7 +12,7 @@ from sae.kernels.activations import FeatureActs
 
 
 class Recorder:
-    """Collects feature activations block by block; rows that are not kept are left out, so row r is kept token r.
+    """Collects feature activations block by block. Rows that are not kept are left out: row r is the r-th kept token.
 
     Memory: 8 bytes per activation.
     """
@@ -34,7 +34,7 @@ class Recorder:
         rows: Int[Tensor, " n"],
         kept: Bool[Tensor, " rows"],
     ) -> None:
-        """The same from entries in the order of their rows."""
+        """The same as `add`, from (feature, value, row) entries in the order of their rows."""
         counted = kept[rows] & (values > 0)
         self._features.append(features[counted].cpu().numpy().astype(np.int32))
         self._values.append(values[counted].float().cpu().numpy())
@@ -42,11 +42,11 @@ class Recorder:
 
     @property
     def recorded(self) -> int:
-        """Activations held."""
+        """The number of activations held in memory."""
         return sum(len(values) for values in self._values)
 
     def matrix(self) -> sparse.csr_array:
-        """The positive activations, [kept tokens, d_sae] in float32."""
+        """The positive activations as [kept tokens, d_sae], float32."""
         per_row = np.concatenate([np.empty(0, np.int64), *self._per_row])
         pointers = np.concatenate([[0], np.cumsum(per_row)])
         values = np.concatenate([np.empty(0, np.float32), *self._values])

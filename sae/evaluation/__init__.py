@@ -1,1 +1,1 @@
-"""What a dictionary is worth: metrics, statistics of features, domains, geometry."""
+"""How good a dictionary is: metrics, statistics of its features, domains, geometry of the decoder."""
