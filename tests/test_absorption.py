@@ -1,4 +1,4 @@
-"""Absorption on planted tokens: a parent that falls silent on one token, one that does not, one that is split."""
+"""Absorption on planted tokens: a parent feature that is silent on one token, one that is not, one that is split."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ KIND = {"kind": np.arange(D_VOCAB) < MEMBERS}
 PARENT, CHILD, OTHER, HALF = range(4)
 rng = np.random.default_rng(0)
 W_DEC = np.linalg.qr(rng.normal(size=(D_IN, D_IN)))[0][:4]
-W_DEC[CHILD] = (W_DEC[CHILD] + W_DEC[PARENT]) / np.sqrt(2)  # the child's token is of the kind, and it says so
+W_DEC[CHILD] = (W_DEC[CHILD] + W_DEC[PARENT]) / np.sqrt(2)  # the child's token is of the kind: it adds to the probe
 
 
 def tokens(how: str, seed: int) -> Tokens:
-    """Rows of x in which the kind is a direction; features as `how` says."""
+    """Rows of x in which the kind is a direction, with features that are absorbed, whole or split."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, D_VOCAB, 8000)
     kind, seven = ids < MEMBERS, ids == 7
@@ -48,7 +48,7 @@ def test_the_rate_is_the_share_of_the_absorbed_token(how: str, rate: float) -> N
     assert exact == pytest.approx(rate, abs=0.02)
 
 
-def test_what_the_activations_do_not_say_is_not_asked() -> None:
+def test_kinds_that_a_probe_cannot_recognise_are_left_out() -> None:
     train, test = tokens("absorbed", 0), tokens("absorbed", 1)
     noise = [part._replace(x=np.random.default_rng(9).normal(size=part.x.shape)) for part in (train, test)]
     assert absorption(noise[0], noise[1], KIND, W_DEC)["mean"] is None

@@ -111,7 +111,7 @@ def test_best_cosines_and_recovery(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured["mcc"] == pytest.approx(cosines[rows, columns].mean(), abs=1e-6)
 
 
-def test_recovery_is_one_for_the_truth_and_counts_duplicates_and_gaps() -> None:
+def test_recovery_is_one_for_the_truth_and_less_with_duplicates_and_gaps() -> None:
     truth = torch.eye(10)
     shuffled = truth[torch.randperm(10, generator=torch.Generator().manual_seed(0))] * 3
     assert recovery(shuffled, truth) == {"mmcs_truth": 1.0, "mmcs_learned": 1.0, "mcc": 1.0, "recovered": 1.0}
@@ -121,7 +121,7 @@ def test_recovery_is_one_for_the_truth_and_counts_duplicates_and_gaps() -> None:
     assert found["mmcs_truth"] == found["mcc"] == found["recovered"] == 0.5
 
 
-def test_the_recorder_keeps_what_is_kept() -> None:
+def test_the_recorder_holds_the_kept_rows_only() -> None:
     sae = random_sae(20, seed=3)
     x = torch.rand(50, D_IN, generator=torch.Generator().manual_seed(0))
     kept = torch.rand(50, generator=torch.Generator().manual_seed(1)) > 0.3
@@ -181,7 +181,7 @@ def test_a_dictionary_in_another_order_is_found_again() -> None:
     assert found.summary["tokens"] == sum(int(block.kept.sum()) for block in same_blocks())
 
 
-def test_against_numpy_with_features_of_its_own() -> None:
+def test_a_comparison_against_numpy() -> None:
     a = random_sae(16, seed=0)
     b = SAE(D_IN, 5).requires_grad_(False)
     for name, parameter in b.named_parameters():
@@ -218,7 +218,7 @@ def test_against_numpy_with_features_of_its_own() -> None:
     assert (np.diff(found.tables["edges"]["masked"]) <= 0).all()
 
 
-def test_two_models_have_no_common_space_but_their_logits() -> None:
+def test_two_models_can_be_compared_by_activations_and_logits_only() -> None:
     """B's model sees A's activations rotated: the features are the same, the neurons are not."""
     a = random_sae(16, seed=0)
     generator = torch.Generator().manual_seed(5)
@@ -248,7 +248,7 @@ def test_two_models_have_no_common_space_but_their_logits() -> None:
     assert found.summary["summary"]["neurons_a_to_b"]["median"] < 0.9
 
 
-def test_no_tokens_and_other_tokens_are_refused() -> None:
+def test_no_tokens_and_different_tokens_are_refused() -> None:
     sae = random_sae(4, seed=0)
     with pytest.raises(ValueError, match="no kept token"):
         compare(sae, sae, [], tokens=0, same_space=True)

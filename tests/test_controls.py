@@ -1,8 +1,9 @@
-"""Controls against what they must be: optimal bases, a model that forgot, probes with a planted answer."""
+"""Controls: optimal bases, a model with shuffled weights, probes of planted classes."""
 
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def fvu(sae, x: torch.Tensor) -> float:  # noqa: ANN001
     return ((x - sae.reconstruct(x)).pow(2).sum() / (x - x.mean(0)).pow(2).sum()).item()
 
 
-def test_controls_are_the_bases_they_are_called_after() -> None:
+def test_each_control_is_the_basis_that_its_name_says() -> None:
     x = rows()
     found = made_without_training(x, d_sae=40, k=4)
     assert {name: sae.d_sae for name, sae in found.items()} == {
@@ -90,7 +91,7 @@ def test_components() -> None:
     torch.testing.assert_close(centred @ forms.T @ directions, centred, atol=1e-2, rtol=0)
 
 
-def test_a_shuffled_model_has_the_same_entries_and_comes_back(tiny_model: NativeModel) -> None:
+def test_a_shuffled_model_has_the_same_entries_and_is_restored(tiny_model: NativeModel) -> None:
     before = {name: p.clone() for name, p in tiny_model.module.named_parameters()}
     tokens = torch.randint(1, 300, (2, 20), generator=torch.Generator().manual_seed(0))
     clean = tiny_model.logits(tokens)
@@ -104,7 +105,7 @@ def test_a_shuffled_model_has_the_same_entries_and_comes_back(tiny_model: Native
     assert torch.equal(tiny_model.logits(tokens), clean)
 
 
-def test_held_rows_come_once_an_epoch() -> None:
+def test_held_rows_come_once_in_each_epoch() -> None:
     x = torch.arange(10.0)[:, None]
     held = HeldRows(x, batch_tokens=4, seed=0)
     seen = torch.cat([held.batch(step).x for step in range(5)]).flatten()
@@ -126,13 +127,13 @@ def labelled(seed: int, n: int = 6000) -> Labelled:
     return Labelled(sparse.csr_array(acts.astype(np.float32)), labels)
 
 
-def test_probes_find_the_planted_features_and_nothing_where_nothing_is() -> None:
+def test_probes_find_planted_features_and_score_at_chance_on_shuffled_labels() -> None:
     found = probe(labelled(0), labelled(1), ["one", "two halves", "none", "absent"])
     classes = found["classes"]
     assert classes["one"]["k1"] == 1
     assert classes["two halves"]["k1"] == pytest.approx(0.75, abs=0.04)  # one half right, the rest by the bias
     assert classes["two halves"]["k5"] == 1
-    # Where classes 0 and 1 have features, "neither fires" is the answer: two of three features say it.
+    # Class 2 has no feature of its own: it is predicted where none of the features of classes 0 and 1 fires.
     assert classes["none"]["k1"] < 0.8 < classes["none"]["k5"]
     assert "absent" not in classes
     assert found["mean"]["k2"] == pytest.approx(np.mean([entry["k2"] for entry in classes.values()]))
@@ -149,10 +150,10 @@ def float32_store(tmp_path_factory: pytest.TempPathFactory, tiny_model: NativeMo
 
 
 @pytest.mark.parametrize("n", [100, 3000, 10**6])
-def test_training_rows_are_the_stores_whatever_their_size(
+def test_training_rows_are_those_of_the_store_to_the_last_bit(
     tiny_model: NativeModel, float32_store: Path, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values beyond 16 bits too: what a control learns from is what the store holds, to the last bit."""
+    """Also for values that 16 bits cannot hold."""
     store = ActivationStore.open(float32_store)
     read = ActivationStore.read_acts
     monkeypatch.setattr(ActivationStore, "read_acts", lambda *where: 1e5 * read(*where))
@@ -169,6 +170,7 @@ def test_the_table_end_to_end(tmp_path: Path, tiny_store: Path, tiny_model_dir: 
     monkeypatch.setattr("sae.analysis.probing.MIN_TOKENS", 20)
     monkeypatch.setattr("sae.evaluation.domains.MIN_TOKENS", 20)
     monkeypatch.setattr("sae.analysis.baselines.ICA_ITERATIONS", 3)
+    monkeypatch.setattr(import_module("sae.pipeline.evaluate"), "SPREAD_SHARDS", 32)  # as many as are held out
     monkeypatch.setattr("sae.analysis.absorption.MIN_TOKENS", 20)
     monkeypatch.setattr("sae.analysis.absorption.MIN_PROBE_ACCURACY", 0.5)
     (tmp_path / "acts.zarr").symlink_to(tiny_store)

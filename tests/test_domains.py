@@ -21,7 +21,7 @@ def made_up(seed: int) -> DomainCounts:
     return DomainCounts(fired, tokens)
 
 
-def test_the_best_features_are_found_and_judged_on_the_other_text() -> None:
+def test_the_best_features_are_chosen_on_one_text_and_judged_on_the_other() -> None:
     chosen, judged = made_up(0), made_up(1)
     judged.fired[0] = [800, 30, 20, 0]
     table = best_features(chosen, judged, 4)
@@ -73,7 +73,7 @@ def test_nearest_cosines_against_brute_force() -> None:
     assert len(nearest_cosines(W[:1])) == 0
 
 
-def test_a_neuron_basis_is_all_on_one_neuron() -> None:
+def test_each_feature_of_a_neuron_basis_lies_on_one_neuron() -> None:
     found = geometry(torch.eye(8) * 3, np.ones(8, bool))
     assert found["top_neuron"]["p5"] == 1
     assert found["nearest_cosine"]["p95"] == 0

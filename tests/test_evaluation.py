@@ -1,4 +1,4 @@
-"""Evaluation on the tiny model against brute-force numpy, and dictionaries whose figures are known beforehand."""
+"""Evaluation of a tiny model against brute-force numpy, and dictionaries whose figures are known in advance."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_the_size_of_a_block_does_not_matter(tiny_model: NativeModel) -> None:
         assert found[name] == (value if value is None else pytest.approx(value, rel=1e-5, abs=1e-6)), name
 
 
-def test_dictionaries_that_share_what_ablation_costs_find_what_each_finds_alone(
+def test_losses_under_ablation_are_measured_once_for_several_dictionaries(
     tiny_model: NativeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = make_blocks(tiny_model)
@@ -304,7 +304,7 @@ def test_an_empty_dictionary_is_zero_ablation(tiny_model: NativeModel) -> None:
     json.dumps(result, allow_nan=False)
 
 
-def test_a_dictionary_that_says_the_mean_is_mean_ablation(tiny_model: NativeModel) -> None:
+def test_a_dictionary_that_always_gives_the_mean_is_mean_ablation(tiny_model: NativeModel) -> None:
     blocks = make_blocks(tiny_model)
     sae = SAE(D_IN, 10).requires_grad_(False)
     sae.b_dec.copy_(torch.from_numpy(kept_mean(blocks)).float())
@@ -333,7 +333,7 @@ def test_the_identity_check_notices_a_model_that_a_splice_disturbs(tiny_model: N
 
 
 @pytest.mark.parametrize("value", [0.0, 1e4])
-def test_rows_that_are_not_kept_count_nowhere(tiny_model: NativeModel, value: float) -> None:
+def test_rows_that_are_not_kept_change_no_figure(tiny_model: NativeModel, value: float) -> None:
     """BOS and padding: their activations may be anything, no figure and no statistic moves."""
     sae, blocks = random_sae(), make_blocks(tiny_model)
     result, stats = run(sae, tiny_model, blocks)
@@ -344,7 +344,7 @@ def test_rows_that_are_not_kept_count_nowhere(tiny_model: NativeModel, value: fl
     assert all(torch.equal(stats[name], other_stats[name]) for name in stats)
 
 
-def test_padding_tokens_count_nowhere(tiny_model: NativeModel) -> None:
+def test_padding_tokens_change_no_figure(tiny_model: NativeModel) -> None:
     sae, blocks = random_sae(), make_blocks(tiny_model)
     last = blocks[-1]
     padded = torch.where(torch.from_numpy(last.domain) < 0, 7, last.tokens)
@@ -464,7 +464,7 @@ def test_files_of_an_evaluated_dictionary(tmp_path: Path, tiny_model: NativeMode
     assert sum(entry["tokens"] for entry in result["by_domain"].values()) == result["tokens"]
 
 
-def test_the_choosing_text_is_spread_over_the_store(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_are_chosen_on_text_from_the_whole_store(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard holds few documents: the first ones alone would lack whole domains."""
     store = ActivationStore.open(tiny_store)
     shards = sorted(store.markers("train"))
@@ -484,10 +484,10 @@ def test_the_choosing_text_is_spread_over_the_store(tiny_store: Path, monkeypatc
 
 
 @pytest.mark.parametrize("work", ["evaluate", "index", "controls"])
-def test_the_markers_are_not_read_once_a_shard(
+def test_the_markers_are_not_read_again_for_each_shard(
     work: str, tmp_path: Path, tiny_model: NativeModel, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading them all takes time in proportion to their number: once a shard would be its square."""
+    """Reading them takes time proportional to their number, so once per shard would be quadratic."""
     save(random_sae(), tmp_path / "sae", {"hook_point": HOOK_POINT, "model": tiny_model.identity()})
     calls, real = [0], ActivationStore.markers
 

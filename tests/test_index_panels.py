@@ -1,4 +1,4 @@
-"""What fires together and next, labels, Δloss: the index's panels against dense brute force."""
+"""Panels computed from the firings (together, next, labels, Δloss) against dense brute force."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_tokens_are_counted_at_kept_positions(built: Built) -> None:
     assert built.index.occurrences(int(expected.argmax())) == expected.max()
 
 
-def test_what_fires_together(built: Built) -> None:
+def test_features_that_fire_together_against_dense_counts(built: Built) -> None:
     f, kept = stored(built), built.keep.flatten().numpy()
     fires = f > 0
     met = fires.T.astype(float) @ fires
@@ -57,7 +57,7 @@ def test_what_fires_together(built: Built) -> None:
             assert not values[~listed].any()
 
 
-def test_what_fires_next(built: Built) -> None:
+def test_features_that_fire_next_against_dense_counts(built: Built) -> None:
     fires = (stored(built) > 0).reshape(-1, SEQ_LEN, D_SAE)
     keep = built.keep.numpy()
     goes_on = keep[:, 1:, None] & fires[:, :-1]
@@ -74,7 +74,7 @@ def test_what_fires_next(built: Built) -> None:
         np.testing.assert_allclose(gain[feature, ids[listed]], expected, atol=1e-5)
 
 
-def test_even_sampling_gives_every_firing_the_same_chance() -> None:
+def test_systematic_sampling_gives_every_firing_the_same_chance() -> None:
     rng = np.random.default_rng(0)
     assert systematic_sample(5, 8, rng).tolist() == [0, 1, 2, 3, 4]
     drawn = np.zeros(10)
@@ -154,13 +154,13 @@ def test_labels_find_planted_rules_and_score_them_on_unseen_contexts() -> None:
     assert not found["label/score"][5].any()
 
 
-def test_a_rule_that_held_by_chance_is_found_out() -> None:
+def test_a_rule_that_held_by_chance_scores_low_on_unseen_contexts() -> None:
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, 200, (40, 25)).astype(np.uint32)
     keep = np.ones(tokens.shape, bool)
     fires = (rng.random(tokens.shape) < 0.05)[..., None]
     found = rules.panels(planted(fires, tokens, keep, np.zeros(tokens.shape, int)))
-    assert found["label/score"][0, 2] < 0.25  # learned on the noise of one half, it says nothing of the other
+    assert found["label/score"][0, 2] < 0.25  # learned from noise in one half, it predicts nothing in the other
 
 
 def test_panels_survive_a_dictionary_that_never_fires(tiny_model: NativeModel, tmp_path: Path) -> None:

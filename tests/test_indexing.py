@@ -193,8 +193,8 @@ def test_dictionaries_smaller_than_a_panel(tiny_model: NativeModel, d_sae: int) 
     assert all(np.isfinite(panel).all() for panel in found.values())
 
 
-def test_correlation_of_what_never_varies_is_zero() -> None:
-    """A neuron held at 0.1 has a variance of rounding only; dividing by it gave correlations above 1."""
+def test_the_correlation_of_a_constant_is_zero() -> None:
+    """A neuron that is always 0.1 has a variance of rounding error only; dividing by it gave correlations above 1."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(4000, 6, generator=generator)
     x[:, 1], x[:, 2], x[:, 3] = 0.1, 0.0, 1234.567
@@ -226,5 +226,5 @@ def test_correlation_of_neurons_far_from_zero() -> None:
     np.testing.assert_allclose(correlation.matrix()[0], wanted, atol=2e-3)
 
 
-def test_nothing_at_all_correlates_with_nothing() -> None:
+def test_correlations_without_rows_are_zero() -> None:
     assert not FeatureNeuronCorrelation(2, 3).matrix().any()

@@ -39,7 +39,7 @@ def test_clusters_are_the_planted_ones() -> None:
 
 
 @pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 3), (5, 1)])
-def test_few_features_and_dead_ones_have_a_place(n: int, d: int) -> None:
+def test_few_features_and_dead_features_have_coordinates(n: int, d: int) -> None:
     W_dec = torch.randn(n, d)
     W_dec[0] = 0
     found = panels(W_dec)

@@ -67,13 +67,13 @@ def test_values_are_ratios_over_the_whole_data_set() -> None:
         assert found[name] == pytest.approx(value, rel=1e-10), name
 
 
-def test_every_metric_says_its_formula() -> None:
+def test_every_metric_has_a_formula() -> None:
     for name, entry in metrics.summarise(sums_of()[0], resamples=5).items():
         assert entry["formula"], name
         assert entry["version"] >= 1
 
 
-def test_intervals_hold_the_value_and_have_the_textbook_width() -> None:
+def test_intervals_contain_the_value_and_have_the_textbook_width() -> None:
     sums, raw = sums_of(n_contexts=400)
     found = metrics.summarise(sums)
     for name, entry in found.items():
@@ -85,7 +85,7 @@ def test_intervals_hold_the_value_and_have_the_textbook_width() -> None:
     assert (high - low) / 2 == pytest.approx(half, rel=0.1)
 
 
-def test_intervals_shrink_with_the_root_of_the_contexts() -> None:
+def test_intervals_shrink_with_the_root_of_the_number_of_contexts() -> None:
     def width(n: int, name: str) -> float:
         low, high = metrics.summarise(sums_of(n_contexts=n)[0])[name]["ci95"]
         return high - low
@@ -140,7 +140,7 @@ def test_a_group_in_every_context_has_the_intervals_of_the_whole() -> None:
             assert part["ci95"][name] == pytest.approx(entry["ci95"], rel=1e-9), name
 
 
-def test_many_contexts_are_drawn_in_groups_and_the_width_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawing_many_contexts_in_groups_keeps_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     sums, _ = sums_of(n_contexts=1000, rows_each=3)
     alone = metrics.summarise(sums)["ce_sae"]["ci95"]
     monkeypatch.setattr(metrics, "MAX_GROUPS", 300)

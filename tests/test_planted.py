@@ -1,4 +1,4 @@
-"""Planted rows: their law, their purity as a function of (seed, step), and a dictionary that is the planted one."""
+"""Planted rows: their distribution, that they depend on (seed, step) only, and recovery of the planted dictionary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 SMALL = PlantedRows(n_truths=24, d_in=64, active=2.0, decay=0.97, noise=0.0, batch_tokens=512)
 
 
-def test_the_rows_obey_their_law() -> None:
+def test_the_rows_have_the_documented_distribution() -> None:
     x, strengths = SMALL.rows(20_000, torch.Generator().manual_seed(0))
     torch.testing.assert_close(x, strengths @ SMALL.truths)
     on = strengths > 0
@@ -46,7 +46,7 @@ def test_a_probability_above_one_is_refused() -> None:
         PlantedRows(n_truths=10, active=8.0, decay=0.5)
 
 
-def test_the_truth_itself_is_judged_perfect() -> None:
+def test_the_planted_dictionary_itself_is_recovered_perfectly() -> None:
     orthogonal = PlantedRows(n_truths=24, d_in=64, active=2.0, decay=0.97, noise=0.0)
     object.__setattr__(orthogonal, "truths", torch.eye(64)[:24])
     sae = SAE(64, 24)

@@ -7,7 +7,7 @@ well as a trained dictionary proves nothing (Bricken et al. 2023, randomised mod
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -37,24 +37,30 @@ MEANING = {
 
 
 @torch.no_grad()
-def made_without_training(x: Float[Tensor, "n d_in"], d_sae: int, k: int, seed: int = 0) -> dict[str, SAE]:
-    """The controls random, pca, ica, neurons and neurons_topk, fitted to some rows; all but `neurons` keep k features.
+def made_without_training(
+    x: Float[Tensor, "n d_in"], d_sae: int, k: int, seed: int = 0, *, only: Iterable[str] | None = None
+) -> dict[str, SAE]:
+    """The controls random, pca, ica, neurons and neurons_topk (see MEANING), or those in `only`, fitted to some rows.
 
-    `MEANING` says what each one is.
+    All but `neurons` keep k active features.
     """
-    generator = torch.Generator().manual_seed(seed)
-    mean = x.mean(0)
-    directions = unit(torch.randn(d_sae, x.shape[1], generator=generator))
-    found = {"random": _scaled(_topk(directions, directions, mean, k), x)}
-    components = principal_components(x)
-    found["pca"] = _both_signs(components, components, mean, k)
-    mixing, unmixing = independent_components(x[:ICA_ROWS], seed)
-    found["ica"] = _both_signs(mixing, unmixing, mean, k)
+    wanted = set(MEANING if only is None else only)
+    mean, found = x.mean(0), dict[str, SAE]()
+    if "random" in wanted:
+        directions = unit(torch.randn(d_sae, x.shape[1], generator=torch.Generator().manual_seed(seed)))
+        found["random"] = _scaled(_topk(directions, directions, mean, k), x)
+    if "pca" in wanted:
+        components = principal_components(x)
+        found["pca"] = _both_signs(components, components, mean, k)
+    if "ica" in wanted:
+        found["ica"] = _both_signs(*independent_components(x[:ICA_ROWS], seed), mean, k)
     neurons = _neurons(x)
-    found["neurons"] = SAE(x.shape[1], len(neurons))
-    found["neurons"].W_enc.copy_(neurons.T)
-    found["neurons"].W_dec.copy_(neurons)
-    found["neurons_topk"] = _topk(neurons, neurons, torch.zeros(x.shape[1]), k)
+    if "neurons" in wanted:
+        found["neurons"] = SAE(x.shape[1], len(neurons))
+        found["neurons"].W_enc.copy_(neurons.T)
+        found["neurons"].W_dec.copy_(neurons)
+    if "neurons_topk" in wanted:
+        found["neurons_topk"] = _topk(neurons, neurons, torch.zeros(x.shape[1]), k)
     return {name: sae.eval().requires_grad_(False) for name, sae in found.items()}
 
 

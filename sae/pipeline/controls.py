@@ -59,8 +59,9 @@ def controls(
     report(forecast(setup, dictionary, wanted, train_tokens))
     measured = {"dictionary": setup.measure(dictionary, learned=True)}
     k = max(1, round(measured["dictionary"]["l0"] or 1))
-    untrained = baselines.made_without_training(setup.training_rows(BASIS_ROWS), dictionary.d_sae, k, seed)
-    measured |= {name: setup.measure(control) for name, control in untrained.items() if name in wanted}
+    rows = setup.training_rows(BASIS_ROWS)
+    untrained = baselines.made_without_training(rows, dictionary.d_sae, k, seed, only=wanted)
+    measured |= {name: setup.measure(control) for name, control in untrained.items()}
     skipped = {}
     if "shuffled_model" in wanted:
         out = directory / "controls" / "shuffled_model"
