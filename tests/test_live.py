@@ -28,7 +28,7 @@ from sae.text.documents import split_of
 from sae.text.packing import FORWARD_TOKENS
 from sae.text.sources import TextSource, open_text
 from sae.training.live_rows import Contexts, LiveError, LiveRows
-from sae.training.shuffle_buffer import MixingBuffer, Spread
+from sae.training.shuffle_buffer import ShuffleBuffer, ShufflePlan
 from store.activations import ActivationStore
 from store.common import HELD_OUT, TRAIN
 
@@ -116,8 +116,8 @@ def test_batches_hold_each_row_of_the_store_once_an_epoch(contexts: Contexts, st
     times = np.bincount(places_in(seen, train), minlength=len(train))[is_one_of_a_kind(train)]
     assert len(times) > len(train) / 2
     assert times.max() <= 4
-    assert (times != 3).sum() <= 2 * rows.spread.waiting_rows  # what waits at the end, and what came a fourth time
-    assert len(train) > 5 * rows.spread.waiting_rows
+    assert (times != 3).sum() <= 2 * rows.plan.waiting_rows  # what waits at the end, and what came a fourth time
+    assert len(train) > 5 * rows.plan.waiting_rows
 
 
 def test_the_tokens_are_those_of_the_training_documents(contexts: Contexts, tiny_model: NativeModel) -> None:
@@ -152,29 +152,30 @@ def counting(start: int, part: int) -> Any:
 def test_every_row_of_the_stream_goes_to_one_batch_the_same_wherever_reading_begins(
     batch_rows: int, batches: int, part: int, start: int, seed: int
 ) -> None:
-    spread = Spread(batch_rows, min(batches, batch_rows), seed)
-    whole = MixingBuffer(spread, 0, counting(0, 7))
+    plan = ShufflePlan(batch_rows, min(batches, batch_rows), seed)
+    whole = ShuffleBuffer(plan, 0, counting(0, 7))
     taken = [whole.take()[:, 0] for _ in range(start + 3)]
     assert all(len(batch) == batch_rows for batch in taken)
     rows = torch.cat(taken)
     assert len(rows.unique()) == len(rows)
-    complete = spread.first_row(start + 4 - spread.batches)  # every row of the blocks before has had its batch
+    complete = plan.first_row(start + 4 - plan.batches)  # every row of the blocks before has had its batch
     assert set(range(complete)) <= set(rows.tolist())
-    assert rows.max() < spread.first_row(start + 3)
-    begun = MixingBuffer(spread, start, counting(spread.first_row(spread.first_block(start)), part))
+    assert rows.max() < plan.first_row(start + 3)
+    begun = ShuffleBuffer(plan, start, counting(plan.first_row(plan.first_block(start)), part))
     assert all(torch.equal(begun.take()[:, 0], batch) for batch in taken[start:])
 
 
 def test_a_batch_has_as_many_rows_of_each_of_its_blocks() -> None:
-    spread = Spread(64, 16, seed=0)
-    buffer = MixingBuffer(spread, 40, counting(spread.first_row(spread.first_block(40)), 100))
-    blocks = (buffer.take()[:, 0] - spread.waiting_rows) // 64
+    plan = ShufflePlan(64, 16, seed=0)
+    buffer = ShuffleBuffer(plan, 40, counting(plan.first_row(plan.first_block(40)), 100))
+    blocks = (buffer.take()[:, 0] - plan.waiting_rows) // 64
     assert Counter(blocks.tolist()) == dict.fromkeys(range(25, 41), 4)
 
 
 def test_another_seed_mixes_otherwise_and_neighbours_part() -> None:
     one, other = (
-        MixingBuffer(Spread(256, 64, seed), 100, counting(Spread(256, 64, seed).first_row(37), 512)) for seed in (0, 1)
+        ShuffleBuffer(ShufflePlan(256, 64, seed), 100, counting(ShufflePlan(256, 64, seed).first_row(37), 512))
+        for seed in (0, 1)
     )
     first, second = one.take()[:, 0], other.take()[:, 0]
     assert not torch.equal(first, second)
@@ -189,8 +190,8 @@ def test_mixing_is_what_is_counted_and_grows_with_the_buffer(contexts: Contexts)
         np.concatenate([np.full(k.sum(), i) for i, k in enumerate(k for _, keep in contexts.epoch() for k in keep)])
     )
     endless = context.repeat(20)[:, None]
-    buffer = MixingBuffer(rows.spread, 0, [endless])
-    batches = [buffer.take() for _ in range(rows.spread.batches + 8)][rows.spread.batches :]
+    buffer = ShuffleBuffer(rows.plan, 0, [endless])
+    batches = [buffer.take() for _ in range(rows.plan.batches + 8)][rows.plan.batches :]
     distinct = np.mean([len(batch.unique()) for batch in batches])
     picked = torch.randperm(len(context), generator=torch.Generator().manual_seed(0))
     perfect = np.mean([len(context[some].unique()) for some in picked.split(BATCH)[:-1]])
@@ -230,13 +231,13 @@ def test_the_buffer_keeps_to_its_memory_and_no_pass_is_made_twice(
         assert rows._buffer is not None
         assert rows._buffer._rows is not None
         assert BATCH * 32 * 4 <= rows._buffer._rows.nbytes <= max(held, BATCH) * 32 * 4
-        assert rows.spread.batches == max(1, 2 * held // BATCH - 1)
-        needed = rows.spread.first_row(100)
+        assert rows.plan.batches == max(1, 2 * held // BATCH - 1)
+        needed = rows.plan.first_row(100)
         assert needed <= sum(passes) <= 1.1 * needed + 2 * FORWARD_TOKENS  # BOS and padding are no rows
 
 
 def test_a_short_run_is_not_kept_waiting_for_a_large_buffer(contexts: Contexts) -> None:
-    assert live(contexts, held_rows=100_000, steps=40).spread.waiting_rows <= 40 * BATCH / 8
+    assert live(contexts, held_rows=100_000, steps=40).plan.waiting_rows <= 40 * BATCH / 8
 
 
 def test_samples_are_of_the_beginning_of_the_text_and_a_function_of_the_seed(

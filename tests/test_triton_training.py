@@ -66,7 +66,7 @@ def test_the_trainer_does_with_them_what_it_does_with_the_reference(
 def test_a_run_goes_on_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, config = resolve("topk", d_sae=24, tokens=32, batch_tokens=16, k=3, resample_shares=())
     loop.train(FewRows(), tmp_path / "cpu", config, kernels="reference", device="cpu")
-    with pytest.raises(ValueError, match="begun on cpu; on cuda it would not go on bit for bit. Say --device cpu"):
+    with pytest.raises(ValueError, match="begun on cpu; on cuda the result would differ. Use --device cpu"):
         loop.train(FewRows(), tmp_path / "cpu", config, device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="no CUDA device here"):

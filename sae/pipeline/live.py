@@ -58,7 +58,7 @@ def live_rows(
         "hook_point": hook,
         **({"target_hook_point": target_hook_point} if target_hook_point else {}),
         "model": made_of.pop("model"),
-        "live": {**made_of, "seq_len": seq_len, "dtype": live.dtype, "mixed_batches": rows.spread.batches},
+        "live": {**made_of, "seq_len": seq_len, "dtype": live.dtype, "mixed_batches": rows.plan.batches},
     }
 
 

@@ -95,7 +95,7 @@ def _scale_encoder_(sae: SAE, x: Float[Tensor, "n d_in"]) -> None:
     """Multiplies activations by the one number that minimises the squared error on x."""
     along, length = x.new_zeros(()), x.new_zeros(())
     # In parts: dense activations of all rows would need more memory than training does.
-    for part in x[:MEDIAN_ROWS].split(ROWS_AT_ONCE):
+    for part in torch.split(x[:MEDIAN_ROWS], ROWS_AT_ONCE):
         x_hat = sae.reconstruct(part) - sae.b_dec
         along += ((part - sae.b_dec) * x_hat).sum()
         length += x_hat.pow(2).sum()

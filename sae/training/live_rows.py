@@ -1,4 +1,4 @@
-"""Training rows from a model that runs while the dictionary trains: one process, a mixing buffer, nothing on disk."""
+"""Training rows from a model that runs while the dictionary trains: one process, a shuffle buffer, nothing on disk."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from sae.lm import LanguageModel
 from sae.text.packing import FORWARD_TOKENS, packed, tokenised
 from sae.text.sources import TextSource
 from sae.training.rows import Batch, Downstream
-from sae.training.shuffle_buffer import MixingBuffer, Spread
+from sae.training.shuffle_buffer import ShuffleBuffer, ShufflePlan
 from store.common import LANES, TRAIN
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-SAMPLED_FROM = 4  # times the rows drawn
-MIXED_SHARE = 1 / 4  # of a run, at most, is mixed with one another: filling the buffer then costs 1/8 of its rows
-SAMPLE_STREAM = 1  # of random numbers, beside those that mix
+SAMPLED_FROM = 4  # a sample of n rows is drawn from the first 4 n
+SPREAD_SHARE = 1 / 4  # of a run: a block spreads over at most this; filling the buffer then costs 1/8 of the rows
+SAMPLE_STREAM = 1  # a stream of random numbers apart from that of the shuffle plan
 
 
 class LiveError(ValueError):
-    """The text or the model gives no rows to train on; the message says what to do."""
+    """The text or the model yields no usable rows; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """The training documents of a text in contexts: those that a harvest's store would hold, in the order they fill up.
+    """The training documents of a text as contexts: the same as in a harvest's store, in the order they are filled.
 
-    Document i goes to lane i mod 64, a lane's documents follow one another, each after a BOS; held-out documents are
-    left out. Shapes: tokens and keep [n, seq_len], n as many as one forward pass takes.
+    Document i goes to lane i mod 64; a lane joins its documents, each after a BOS. Held-out documents are left out.
+    Shapes: tokens and keep [n, seq_len], with as many contexts as one forward pass takes.
     """
 
     model: LanguageModel
@@ -42,7 +42,7 @@ class Contexts:
     seq_len: int
 
     def epoch(self) -> Iterator[tuple[Int[np.ndarray, "n seq_len"], np.ndarray]]:
-        """Tokens and `keep`, pass after pass, of the whole text once."""
+        """Tokens and `keep` of the whole text once, one forward pass at a time."""
         filled = self._filled()
         while some := list(islice(filled, max(1, FORWARD_TOKENS // self.seq_len))):
             tokens, keep = zip(*some, strict=True)
@@ -61,13 +61,13 @@ class Contexts:
 
 
 class LiveRows:
-    """Rows of a model's activations on the training documents of a text, over and over, in mixed order.
+    """Rows of a model's activations on the training documents of a text, epoch after epoch, in shuffled order.
 
-    `hooks` says where x is read and, where a recipe asks for them, y and the residual stream ("x", "y", "resid").
-    `batch(step)` is a pure function of (model, text, seed, step, `spread`); a step that does not follow the last one
-    tokenises the text up to there again, and runs the model on what then waits in the buffer. A forward pass is on the
-    same contexts wherever reading began, so a resumed run goes on bit for bit where the machine gives one pass one
-    result. Rows wait in `dtype`, as a store keeps them, on the model's device, in at most `memory_bytes`.
+    `hooks` maps "x" to the hook point to read and, where a recipe needs them, "y" and "resid" to theirs.
+    `batch(step)` is a pure function of (model, text, seed, step, `plan`). A step that does not follow the last one
+    tokenises the text up to there again, and runs the model on the rows that would then wait in the buffer. A forward
+    pass gets the same contexts wherever reading began, so a resumed run is the same bit for bit if the machine computes
+    a pass the same each time. Rows wait in `dtype`, as in a store, on the model's device, in at most `memory_bytes`.
     Raises: LiveError when the text has no training rows, or a row is not finite in `dtype`.
     """
 
@@ -90,20 +90,20 @@ class LiveRows:
         self.d_in = self._widths["x"]
         self.d_out = self._widths.get("y", self.d_in)
         held = memory_bytes // (sum(self._widths.values()) * self._dtype.itemsize)
-        batches = min(2 * held // batch_tokens - 1, int(steps * MIXED_SHARE), batch_tokens)
-        self.spread = Spread(batch_tokens, max(1, batches), seed)
-        self._buffer: MixingBuffer | None = None
+        batches = min(2 * held // batch_tokens - 1, int(steps * SPREAD_SHARE), batch_tokens)
+        self.plan = ShufflePlan(batch_tokens, max(1, batches), seed)
+        self._buffer: ShuffleBuffer | None = None
 
     def batch(self, step: int) -> Batch:
         if self._buffer is None or self._buffer.batch != step:
-            start = self.spread.first_row(self.spread.first_block(step))
-            self._buffer = None  # its memory goes before the next one's comes
-            self._buffer = MixingBuffer(self.spread, step, self._rows_from(start))
+            start = self.plan.first_row(self.plan.first_block(step))
+            self._buffer = None  # free its memory before the next one is made
+            self._buffer = ShuffleBuffer(self.plan, step, self._rows_from(start))
         found = self._by_role(self._buffer.take())
         return Batch(found["x"], found.get("y"), found.get("resid"))
 
     def sample(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
-        """n rows (or all there are) drawn uniformly from the first 4 n of the text, whose documents are shuffled."""
+        """n rows (or all, if there are fewer) drawn uniformly from the first 4 n of the text, which is shuffled."""
         return self._by_role(self._drawn(n, seed))["x"].cpu()
 
     def sample_targets(self, n: int, seed: int) -> Float[Tensor, "n d_out"]:
@@ -111,24 +111,24 @@ class LiveRows:
         return self._by_role(self._drawn(n, seed))["y"].cpu()
 
     def mixing(self, batches: int = 8) -> float:
-        """Distinct contexts in a batch, as a share of those in a batch drawn uniformly from the text (1: no worse)."""
+        """Distinct contexts in a batch, as a share of those in a batch drawn uniformly from the text (1: as good)."""
         kept = [n for _, keep in self._contexts.epoch() for n in keep.sum(1).tolist()]
         rows = np.repeat(np.arange(len(kept)), kept)
-        spread, found = self.spread, []
-        first = spread.first_block(spread.batches)
-        start, end = spread.first_row(first), spread.first_row(spread.batches + batches)
+        plan = self.plan
+        first = plan.first_block(plan.batches)
+        start, end = plan.first_row(first), plan.first_row(plan.batches + batches)
         context = torch.from_numpy(rows[np.arange(start, end) % len(rows)])[:, None]
-        buffer = MixingBuffer(spread, spread.batches, [context])
-        found = [len(buffer.take().unique()) for _ in range(batches)]
-        perfect = sum(1 - (1 - min(1.0, spread.batch_rows / len(rows))) ** n for n in kept)
-        return float(np.mean(found)) / perfect
+        buffer = ShuffleBuffer(plan, plan.batches, [context])
+        found = [len(torch.unique(buffer.take())) for _ in range(batches)]
+        perfect = sum(1 - (1 - min(1.0, plan.batch_rows / len(rows))) ** n for n in kept)
+        return float(np.mean(found) / perfect)
 
     def _by_role(self, rows: Tensor) -> dict[str, Tensor]:
-        parts = rows.split(list(self._widths.values()), dim=1)
+        parts = torch.split(rows, list(self._widths.values()), dim=1)
         return {role: part.float() for role, part in zip(self._widths, parts, strict=True)}
 
     def _drawn(self, n: int, seed: int) -> Float[Tensor, "n width"]:
-        """Those with the smallest of random keys: the text may be shorter than what is to be drawn from."""
+        """The n rows with the smallest random keys, so that the text may be shorter than what is to be drawn from."""
         rng = np.random.default_rng((seed, SAMPLE_STREAM))
         parts: list[Tensor] = []
         keys, left = np.empty(0), SAMPLED_FROM * n
@@ -146,7 +146,7 @@ class LiveRows:
         return torch.cat(parts)[torch.from_numpy(np.argsort(keys, kind="stable")[:n])]
 
     def _rows_from(self, start: int) -> Iterator[Float[Tensor, "n width"]]:
-        """Kept rows of the text over and over, from the row `start` of these on, a forward pass at a time."""
+        """Kept rows of the text, epoch after epoch, from row `start` on, one forward pass at a time."""
         begin = 0
         while True:
             end = begin
@@ -156,11 +156,11 @@ class LiveRows:
                     yield self._forward(tokens, keep)[max(0, start - first) :]
             if end == begin:
                 self._refuse_empty()
-            begin = end + max(0, start - end) // (end - begin) * (end - begin)  # epochs that need no reading
+            begin = end + max(0, start - end) // (end - begin) * (end - begin)  # skips whole epochs
 
     def _forward(self, tokens: np.ndarray, keep: np.ndarray) -> Float[Tensor, "n width"]:
         model, hooks = self._contexts.model, self._hooks.values()
-        # A step of the dictionary may want other products; the model's are PyTorch's, as in a harvest.
+        # The dictionary's steps may use other matrix products; the model uses PyTorch's default, as in a harvest.
         with model.lock, matmul.using("highest"):
             found = model.capture_all(
                 torch.from_numpy(tokens.astype(np.int64)), list(dict.fromkeys(self._hooks.values()))
@@ -171,12 +171,12 @@ class LiveRows:
         if not rows.isfinite().all():
             raise LiveError(
                 f"{model.id}: activations at {', '.join(hooks)} are not finite in {self._dtype}. From "
-                "Python, say sae.Live(…, dtype='float32'); or harvest with --dtype float32, and train on the store."
+                "Python use sae.Live(…, dtype='float32'), or harvest with --dtype float32 and train on the store."
             )
         return rows
 
     def _refuse_empty(self) -> None:
         raise LiveError(
-            f"{self._contexts.source.name} has no training text (held out are documents with blake2b(text) mod 20 == "
-            "0). Give more documents."
+            f"{self._contexts.source.name} has no training text: documents with blake2b(text) mod 20 == 0 are held "
+            "out. Give more documents."
         )

@@ -34,7 +34,8 @@ def lp_norm(acts: FeatureActs, p: float) -> Float[Tensor, ""]:
 
     Source: Karvonen et al. 2024 (arXiv 2408.00113), Σ f^p.
     """
-    return ((acts.values + LP_EPSILON).pow(p) - LP_EPSILON**p).sum() / acts.n_rows
+    at_zero: float = LP_EPSILON**p
+    return ((acts.values + LP_EPSILON).pow(p) - at_zero).sum() / acts.n_rows
 
 
 def jump(pre: FeatureActs, threshold: Float[Tensor, " d_sae"], bandwidth: float) -> tuple[FeatureActs, Tensor]:

@@ -176,7 +176,7 @@ def end_to_end(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     acts = activations(sae, batch.x, context)
     x_hat = sae.output(acts, batch.x)
     kl = batch.x.new_zeros(())
-    for rows in torch.arange(len(batch.x)).split(KL_ROWS):  # only one chunk's logits are in memory at a time
+    for rows in torch.split(torch.arange(len(batch.x)), KL_ROWS):  # only one chunk's logits are in memory at a time
         arguments = (batch.x[rows], x_hat[rows], batch.resid[rows], context)
         kl = kl + checkpoint(_divergence, *arguments, use_reentrant=False)
     penalty = losses.l1_norm(acts)

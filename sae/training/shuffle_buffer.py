@@ -1,9 +1,9 @@
-"""A stream of rows in mixed order: which batch each of them goes to, and the buffer in which they wait for it.
+"""A stream of rows in shuffled order: a plan of the batch each row goes to, and the buffer in which rows wait for it.
 
-Neighbours in text are neighbours in a stream; in a batch they would say the same thing twice. So the stream is taken in
-blocks of a batch's size, and the rows of block j are spread at random over the batches j … j + n − 1: a batch holds as
-many rows of each of the n newest blocks. A buffer of (n − 1) / 2 batches thereby mixes as one of n − 1 that is emptied
-before it is filled again, and every step takes in as much as it hands out.
+Neighbours in a text are neighbours in its stream of rows, and a batch learns little from rows that are much alike. So
+the stream is cut into blocks of a batch's size, and the rows of block j are spread at random over the batches
+j … j + n − 1: a batch holds equally many rows of each of the n newest blocks. A buffer of (n − 1) / 2 batches thereby
+shuffles as well as one of n − 1 batches that is emptied and refilled, and every step reads as many rows as it returns.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Blocks of `batch_rows` rows, each over the `batches` next batches: a pure function of the seed.
+class ShufflePlan:
+    """Spreads each block of `batch_rows` rows over the next `batches` batches: a pure function of the seed.
 
-    Block −1 is what the buffer is filled with at the start: the rows that batches 0 … n − 2 lack of earlier blocks.
+    Block −1 fills the buffer at the start: it stands for the earlier blocks that batches 0 … n − 2 do not have.
     """
 
     batch_rows: int
@@ -30,7 +30,7 @@ class Spread:
 
     @property
     def _shares(self) -> Int[np.ndarray, " batches"]:
-        """Rows that a block gives to each of its batches."""
+        """How many rows a block gives to each of its batches."""
         n = np.arange(self.batches)
         return self.batch_rows // self.batches + (n < self.batch_rows % self.batches)
 
@@ -40,11 +40,11 @@ class Spread:
         return int((self.batch_rows - np.cumsum(self._shares)).sum())
 
     def first_row(self, block: int) -> int:
-        """Where in the stream a block begins."""
+        """The number of the first row of a block in the stream."""
         return 0 if block < 0 else self.waiting_rows + block * self.batch_rows
 
     def first_block(self, batch: int) -> int:
-        """The oldest block that a batch has rows of."""
+        """The oldest block with rows in a batch."""
         return max(-1, batch - self.batches + 1)
 
     def batches_of(self, block: int) -> Int[np.ndarray, " rows"]:
@@ -55,8 +55,8 @@ class Spread:
             numbers
         )
 
-    def deal(self, stream: Iterable[Tensor], block: int) -> Iterator[tuple[Tensor, Int[np.ndarray, " rows"]]]:
-        """Parts of a stream that begins with `block`, and the batch to which each row goes."""
+    def assign(self, stream: Iterable[Tensor], block: int) -> Iterator[tuple[Tensor, Int[np.ndarray, " rows"]]]:
+        """Cuts a stream that begins with `block` into parts, each with the batch to which each of its rows goes."""
         batches = self.batches_of(block)
         for rows in stream:
             while len(rows):
@@ -68,27 +68,27 @@ class Spread:
                     batches = self.batches_of(block)
 
 
-class MixingBuffer:
-    """The rows that wait, on the device and in the dtype they come in; `take` gives batch after batch from `batch` on.
+class ShuffleBuffer:
+    """The rows that wait, on the device and in the dtype they came with; `take` returns batch after batch.
 
-    The stream begins with the first row of the oldest block that the first batch has rows of. The order of rows in a
-    batch is that of the stream, so that a batch does not depend on where reading began.
+    `batch` is the number of the first batch; the stream must begin with the oldest block that has rows in it. The rows
+    of a batch are in the order of the stream, so that a batch does not depend on where reading began.
     """
 
-    def __init__(self, spread: Spread, batch: int, stream: Iterable[Tensor]) -> None:
-        self._spread, self.batch = spread, batch
-        block = spread.first_block(batch)
-        self._received = spread.first_row(block)
-        self._dealt = spread.deal(stream, block)
-        places = spread.waiting_rows + spread.batch_rows
+    def __init__(self, plan: ShufflePlan, batch: int, stream: Iterable[Tensor]) -> None:
+        self._plan, self.batch = plan, batch
+        block = plan.first_block(batch)
+        self._received = plan.first_row(block)
+        self._assigned = plan.assign(stream, block)
+        places = plan.waiting_rows + plan.batch_rows
         self._rows: Tensor | None = None
-        self._row = np.zeros(places, np.int64)  # of the stream
-        self._due = np.full(places, -1)  # the batch a place's row waits for; below the next batch: the place is free
+        self._row = np.zeros(places, np.int64)  # its number in the stream
+        self._due = np.full(places, -1)  # the batch that each place's row waits for: below `batch`, the place is free
 
     def take(self) -> Float[Tensor, "batch_rows width"]:
         """The next batch."""
-        while self._received < self._spread.first_row(self.batch + 1):
-            self._put(*next(self._dealt))
+        while self._received < self._plan.first_row(self.batch + 1):
+            self._put(*next(self._assigned))
         places = np.flatnonzero(self._due == self.batch)
         places = places[np.argsort(self._row[places])]
         self.batch += 1
@@ -98,7 +98,7 @@ class MixingBuffer:
     def _put(self, rows: Tensor, due: np.ndarray) -> None:
         numbers = self._received + np.arange(len(rows))
         self._received += len(rows)
-        wanted = due >= self.batch  # where reading begins in the middle, batches before it are done
+        wanted = due >= self.batch  # where reading began in the middle, rows of earlier batches are dropped
         places = np.flatnonzero(self._due < self.batch)[: np.count_nonzero(wanted)]
         self._row[places], self._due[places] = numbers[wanted], due[wanted]
         if self._rows is None:

@@ -170,7 +170,9 @@ def _adam(sae: SAE, kernels: Kernels, config: TrainConfig, recipe: Recipe) -> Ad
 def _to_scale(sample: Float[Tensor, "n width"]) -> tuple[Float[Tensor, "n width"], float]:
     """The rows in units where E‖x‖² = width, and the factor. Raises: ValueError for rows that are all zero."""
     # In parts: the whole sample and its squares in float64 would be the peak memory of a run.
-    mean_square = sum(part.double().pow(2).sum().item() for part in sample.split(SCALE_ROWS_AT_ONCE)) / len(sample)
+    mean_square = sum(part.double().pow(2).sum().item() for part in torch.split(sample, SCALE_ROWS_AT_ONCE)) / len(
+        sample
+    )
     if not mean_square > 0:
         raise ValueError("training: every sampled activation is zero; is the hook point right?")
     scale = math.sqrt(sample.shape[1] / mean_square)

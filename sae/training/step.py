@@ -39,7 +39,7 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     outcome = recipe.objective(state.sae, scaled, _context(state, config))
     if not outcome.loss.isfinite():
         _refuse(outcome.loss.item(), state.step + 1, config, rows_are_finite=bool(batch.x.isfinite().all()))
-    outcome.loss.backward()
+    torch.autograd.backward(outcome.loss)
     state.optimizer.step(learning_rate(state.step, config))
     active = l0(outcome.acts)
     state.count_firings(outcome.acts)
@@ -135,7 +135,7 @@ def resample_dead(state: TrainState, rows: Rows, config: TrainConfig, recipe: Re
     seed = config.seed * SEED_STRIDE + state.step
     sample = rows.sample(config.resample_rows, seed) * state.scale
     l1 = state.penalty.value if recipe.coefficient == "l1" else 0.0
-    chunks = sample.split(config.batch_tokens)
+    chunks = torch.split(sample, config.batch_tokens)
     errors = torch.cat([_row_losses(state, chunk.to(state.device), l1).cpu() for chunk in chunks])
     generator = torch.Generator().manual_seed(seed)
     parents = recipe.resample(state.sae, state.optimizer, dead, sample, errors, generator)
