@@ -1,6 +1,6 @@
-"""The `sae` command in processes of its own, that can be killed: forked from one that has imported it already.
+"""The `sae` command in processes of its own, which can be killed: forked from one that has loaded it already.
 
-Importing torch takes seconds, again for each process that is killed; a fork is the same program and dies as one.
+Importing torch takes seconds, for each process again; a fork is the same program, and a kill stops it in the same way.
 """
 
 from __future__ import annotations
@@ -11,19 +11,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-
-PRELOADED = [
-    "sae.cli",
-    "sae.pipeline.harvest",
-    "sae.pipeline.sweep",
-    "sae.pipeline.train",
-    "sae.lm.pretrain",
-    "numpy",
-    "torch._dynamo",
-    "commands",
-]
+from unittest.mock import patch
 
 
 def _run(arguments: list[str], log: str, save_minutes: float | None) -> None:
@@ -51,7 +42,10 @@ class Commands:
         self.log = log
         os.environ["OMP_NUM_THREADS"] = "1"
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
+        self._context.set_forkserver_preload(["preloaded", "commands"])
+        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(paths)}):  # the server does not get our sys.path
+            forkserver.ensure_running()
 
     def start(self, *arguments: object, save_minutes: float | None = None) -> BaseProcess:
         process = self._context.Process(

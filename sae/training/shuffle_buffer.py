@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Num
 from torch import Tensor
 
 
@@ -85,7 +85,7 @@ class ShuffleBuffer:
         self._row = np.zeros(places, np.int64)  # its number in the stream
         self._due = np.full(places, -1)  # the batch that each place's row waits for: below `batch`, the place is free
 
-    def take(self) -> Float[Tensor, "batch_rows width"]:
+    def take(self) -> Num[Tensor, "batch_rows width"]:
         """The next batch."""
         while self._received < self._plan.first_row(self.batch + 1):
             self._put(*next(self._assigned))
