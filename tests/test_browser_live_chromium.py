@@ -72,7 +72,7 @@ def test_a_feature_goes_from_the_microscope_to_a_steered_text(page: Any, site: s
 
 
 def test_text_streams_while_it_is_written(page: Any, site: str) -> None:
-    visit(page, site, "Steering", edits="3:set:5", new="64")
+    visit(page, site, "Steering", edits="3:set:5", new="32")
     go = page.get_by_role("button", name="Generate")
     go.wait_for()
     wait_idle(page)

@@ -100,44 +100,55 @@ def _facts(page: Page, other: SaeEntry, found: Comparison) -> None:
 
 
 def _table(page: Page, other: SaeEntry, found: Comparison, chosen: str) -> None:
-    least = 0.5
+    """Draws the chosen list."""
     if chosen == "splits":
-        least = float(st.slider("Masked correlation, at least", 0.4, 1.0, 0.6, 0.05, key="masked", bind="query-params"))
-        table = comparison.splits(found, least).head(SHOWN)
-        table.insert(1, "fires on", _labels(page.entry, table["feature"]))
-        of, help_ = page.entry, HELP["splits"]
+        _draw(_splits(page, found), page.entry, "compare-splits", HELP["splits"])
     elif chosen == "matched":
-        table = found.a[found.a["matched"].notna()].sort_values("matched_correlation", ascending=False).head(SHOWN)
-        table = pd.DataFrame(
-            {
-                "feature": table["feature"],
-                "fires on": _labels(page.entry, table["feature"]),
-                "B": table["matched"].astype("Int64"),
-                "B fires on": _labels(other, table["matched"]),
-                "correlation": table["matched_correlation"],
-                "best": table["correlation"],
-                "cosine": table["cosine"],
-                "density": table["density"],
-            }
-        )
-        of, help_ = page.entry, HELP["matched"]
+        _draw(_matched(page, other, found), page.entry, "compare-matched", HELP["matched"])
+    elif chosen == "unmatched":
+        _draw(_unmatched(page.entry, other, found.a), page.entry, "compare-unmatched", HELP["unmatched"])
     else:
-        of, rows = (page.entry, found.a) if chosen == "unmatched" else (other, found.b)
-        rows = rows[rows["matched"].isna() & rows["correlation"].notna()].sort_values("density", ascending=False)
-        rows = rows.head(SHOWN)
-        partner = other if chosen == "unmatched" else page.entry
-        table = pd.DataFrame(
-            {
-                "feature": rows["feature"],
-                "fires on": _labels(of, rows["feature"]),
-                "nearest": rows["best"].astype("Int64"),
-                "it fires on": _labels(partner, rows["best"]),
-                "correlation": rows["correlation"],
-                "density": rows["density"],
-            }
-        )
-        help_ = HELP["unmatched"]
-    _draw(table, of, f"compare-{chosen}", help_)
+        _draw(_unmatched(other, page.entry, found.b), other, "compare-alone", HELP["unmatched"])
+
+
+def _splits(page: Page, found: Comparison) -> pd.DataFrame:
+    least = st.slider("Masked correlation, at least", 0.4, 1.0, 0.6, 0.05, key="masked", bind="query-params")
+    table = comparison.splits(found, float(least)).head(SHOWN)
+    table.insert(1, "fires on", _labels(page.entry, table["feature"]))
+    return table
+
+
+def _matched(page: Page, other: SaeEntry, found: Comparison) -> pd.DataFrame:
+    """The pairs of the one-to-one matching, largest correlation first."""
+    pairs = found.a[found.a["matched"].notna()].sort_values("matched_correlation", ascending=False).head(SHOWN)
+    return pd.DataFrame(
+        {
+            "feature": pairs["feature"],
+            "fires on": _labels(page.entry, pairs["feature"]),
+            "B": pairs["matched"].astype("Int64"),
+            "B fires on": _labels(other, pairs["matched"]),
+            "correlation": pairs["matched_correlation"],
+            "best": pairs["correlation"],
+            "cosine": pairs["cosine"],
+            "density": pairs["density"],
+        }
+    )
+
+
+def _unmatched(entry: SaeEntry, partner: SaeEntry, features: pd.DataFrame) -> pd.DataFrame:
+    """The features of `entry` without a match, highest density first."""
+    rows = features[features["matched"].isna() & features["correlation"].notna()]
+    rows = rows.sort_values("density", ascending=False).head(SHOWN)
+    return pd.DataFrame(
+        {
+            "feature": rows["feature"],
+            "fires on": _labels(entry, rows["feature"]),
+            "nearest": rows["best"].astype("Int64"),
+            "it fires on": _labels(partner, rows["best"]),
+            "correlation": rows["correlation"],
+            "density": rows["density"],
+        }
+    )
 
 
 def _draw(table: pd.DataFrame, entry: SaeEntry, key: str, help_: str) -> None:
