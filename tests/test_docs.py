@@ -32,13 +32,13 @@ import hooks  # noqa: E402
 
 # What is replaced in a command or a Python block before it runs: a pattern and what stands in its place.
 TINY = {
-    r"d_sae=4096, l0=20\)": "d_sae=64, l0=20, tokens=4096)",
+    r"d_sae=4096, l0=20\)": "d_sae=64, l0=20, tokens=4_096)",
     r"\b(4096|16384)\b": "64",  # features
     r'"default"': '"made-up.jsonl"',
     r"--text (default|notes/|letters\.jsonl\.xz)": "--text made-up.jsonl",
     r"\btiny-relu-1l\b": "tiny-model",
-    r"\.harvest\((.*), tokens=[\d_]+": r".harvest(\1, tokens=4096, heldout_tokens=1024",
-    r"tokens=1_600_000": "tokens=4096",
+    r"\.harvest\((.*), tokens=[\d_]+": r".harvest(\1, tokens=4_096, heldout_tokens=1024",
+    r"tokens=1_600_000": "tokens=4_096",
     r"batch_tokens=1024": "batch_tokens=64",
 }
 # Flags put at the end of a verb's command, where they override those before.
@@ -47,7 +47,7 @@ FLAGS = {
     "train": "--d-sae 64 --tokens 4096 --batch-tokens 256",
     "sweep": "--tokens 2048 --batch-tokens 256",
     "index": "--tokens 4096",
-    "controls": "--tokens 1024 --train-tokens 2048",
+    "controls": "--tokens 1024 --train-tokens 2048 --only random --only shuffled_model",
     "compare": "--tokens 1024",
     "steer": "--max-new-tokens 4",
 }
