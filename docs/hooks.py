@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import html
+import inspect
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
@@ -93,12 +95,40 @@ def recipe_settings() -> str:
     return "\n".join(lines)
 
 
+# Of settings that the source does not explain by a comment at the end of their line.
+MEANINGS = {
+    "beta1": "Adam's momentum",
+    "d_sae": "number of features",
+    "decay_share": "last part of the run, in which the learning rate falls to 0",
+    "k": "active features per token",
+    "l0_penalty": "λ of a penalty on L0 itself",
+    "l1": "λ of Σ f, in scaled units",
+    "lr": "peak learning rate",
+    "recipe": "name of the recipe",
+    "resample_shares": "when dead features are resampled",
+    "seed": "of initialisation and row order",
+    "target_l0": "active features per token to aim for (`--l0`)",
+    "threshold_init": "first value of the thresholds",
+    "warmup_share": "first part of the run, in which the learning rate rises from 0",
+}
+
+
 def settings() -> str:
-    """Every setting of training and its default."""
+    """Every setting of training: its default, the values it may take, and what it means."""
     from sae.training.config import TrainConfig
 
-    lines = ["| setting | type | default |", "|---|---|---|"]
-    lines += [f"| `{field.name}` | {field.type} | `{_short(field.default)}` |" for field in fields(TrainConfig)]
+    lines = ["| setting | default | range | meaning |", "|---|---|---|---|"]
+    comments = {
+        found[1]: found[2]
+        for owner in TrainConfig.__mro__[:-1]
+        for found in re.finditer(r"^    (\w+): .*?  # (.+)$", inspect.getsource(owner), re.M)
+    }
+    for each in sorted(fields(TrainConfig), key=lambda each: each.name):
+        check = each.metadata.get("check")
+        rule = check.rule if check else ""
+        lines.append(
+            f"| `{each.name}` | `{_short(each.default)}` | {rule} | {comments.get(each.name) or MEANINGS[each.name]} |"
+        )
     return "\n".join(lines)
 
 
