@@ -1,10 +1,10 @@
-"""What rounding dense products to bfloat16 (`matmul = bf16`) does to the dictionary that comes out: L0, FVU, delta_ce.
+"""Measures what rounding dense products to bfloat16 (`matmul = bf16`) changes in the dictionary: L0, FVU, delta_ce.
 
     python scripts/bench_bf16.py --acts runs/a/acts.zarr --out runs/a/bf16 --tokens 1500000 --json bf16.json
 
-Trains the same settings with the default products and with bf16 ones, over seeds, each pair on the same rows in the
-same order, and evaluates all on the held-out split. Repeat the command to go on after an interruption. What the mode
-does is the mean difference within pairs, beside the spread over seeds.
+For each seed, trains the same settings with the default products and with bf16 products, on the same rows in the same
+order, and evaluates both on the held-out split. The result is the mean difference within pairs, next to the spread over
+seeds. After an interruption, repeat the command.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def measured(args: argparse.Namespace, mode: str, seed: int) -> dict[str, Any]:
 
 
 def differences(runs: list[dict[str, Any]], metric: str) -> list[float]:
-    """bf16 less default, seed by seed."""
+    """bf16 minus default, for each seed."""
     value = {(run["matmul"], run["seed"]): run[metric] for run in runs}
     return [value["bf16", seed] - value["auto", seed] for mode, seed in value if mode == "auto"]
 
@@ -66,12 +66,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--acts", type=Path, required=True, help="the activation store")
     parser.add_argument("--out", type=Path, required=True, help="directory of the runs")
-    parser.add_argument("--recipe", default="towards-monosemanticity", help="one with dense products shows the most")
+    parser.add_argument(
+        "--recipe", default="towards-monosemanticity", help="one with dense products shows the largest effect"
+    )
     parser.add_argument("--hook-point", help="needed when the store holds several")
-    parser.add_argument("--d-sae", type=int, default=4096)
+    parser.add_argument("--d-sae", type=int, default=4096, help="number of features")
     parser.add_argument("--l0", type=float, default=0.0, help="active features per token (default: the recipe's)")
     parser.add_argument("--tokens", type=int, default=1_500_000, help="rows that each run sees")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds, two runs each")
     parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="any other setting; repeats")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""How fast the app is in a real browser: Playwright with Debian's Chromium against a running server.
+"""Measures how fast the app is in a real browser: Playwright with Debian's Chromium against a running server.
 
     python scripts/bench_browser_index.py /tmp/bench-browser --text PATH       # once
     python scripts/bench_browser.py /tmp/bench-browser --json docs/measurements/bench-browser.json
 
-Every figure is wall-clock time from the key or click to the thing standing on the screen. Prints a table beside the
-goals and writes JSON with the hardware, the load of the machine and every time.
+Every figure is wall-clock time from the key or click until the result is on the screen. Prints a table with the goals
+and writes JSON with the hardware, the load of the machine and every time.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def server(root: Path) -> Iterator[str]:
     assert running.stdout is not None
     while b"URL:" not in running.stdout.readline():
         if running.poll() is not None:
-            raise SystemExit("the server ended before it served")
+            raise SystemExit("the server stopped before it was ready")
     try:
         yield f"http://127.0.0.1:{port}/"
     finally:
@@ -91,7 +91,7 @@ class Bench:
         return str(self.page.locator(CAPTION).last.text_content())
 
     def timed(self, name: str, act: Callable[[], Any], *waits: tuple[str, str]) -> None:
-        """Times `act` until each selector is there: one figure for each (name, selector), from the same start."""
+        """Times `act` until each selector is there: one figure for each (name, selector), all from the same start."""
         start = time.monotonic()
         act()
         for figure, selector in waits or ((name, ""),):
@@ -109,7 +109,7 @@ class Bench:
     def features(self, start: int, n: int) -> None:
         drawn = '.groups[data-{}*=":{}:"]'
         self.visit("Feature", drawn.format("underlined", start), feature=str(start))
-        self.page.wait_for_timeout(1500)  # Streamlit listens for shortcuts a moment after the page stands
+        self.page.wait_for_timeout(1500)  # Streamlit listens for shortcuts only a moment after the page is drawn
         for number in range(start + 1, start + 1 + n):
             self.timed(
                 "feature to feature",

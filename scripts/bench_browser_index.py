@@ -1,10 +1,10 @@
-"""A dictionary and an index as large as one wishes, in minutes: real text, made-up directions and firings.
+"""Makes a dictionary and an index of any size in minutes, from real text, made-up directions and made-up firings.
 
     python scripts/bench_browser_index.py /tmp/bench-browser --text PATH --tokens 1000000 --d-sae 16384
 
-Of the 20 features on a token, ten are chosen by the token alone and ten by it and the one before (by a hash), so that
-features differ in density and specificity as learned ones do. Everything else is the real code: the writer, logit
-weights, neighbours, what fires together, labels, Δloss, the map.
+Of the 20 features on a token, ten are a hash of the token and ten a hash of it and the previous token, so that features
+differ in density and specificity as learned ones do. Everything else is the real code: the writer, logit weights,
+neighbours, co-activation, rules, Δloss, the map.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sae.text.tokenizer import token_bytes
 from store.features import FeatureWriter
 
 HOOK_POINT, MODEL, SEQ_LEN = "blocks.0.mlp.hook_post", "tiny-relu-1l", 256
-PER_TOKEN = 10  # features by the token, and as many by the pair
+PER_TOKEN = 10  # features chosen by the token, and as many by the pair
 CONTEXTS_AT_ONCE = 64
 
 
@@ -39,7 +39,7 @@ def contexts(model: NativeModel, text: str, n: int) -> Iterator[tuple[np.ndarray
             n -= 1
             if not n:
                 return
-    raise SystemExit(f"{text}: too little text, {n:,} contexts of {SEQ_LEN} tokens more are wanted")
+    raise SystemExit(f"{text}: too little text, {n:,} more contexts of {SEQ_LEN} tokens are needed")
 
 
 def firings(tokens: np.ndarray, d_sae: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -64,9 +64,9 @@ def firings(tokens: np.ndarray, d_sae: int) -> tuple[np.ndarray, np.ndarray, np.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="directory of runs to make")
-    parser.add_argument("--text", default="default")
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--d-sae", type=int, default=16_384)
+    parser.add_argument("--text", default="default", help="text of the index")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens of the index")
+    parser.add_argument("--d-sae", type=int, default=16_384, help="number of features")
     args = parser.parse_args()
     out, n = args.root / "made-up" / "wide", args.tokens // SEQ_LEN
     model = load_model(MODEL)

@@ -1,13 +1,13 @@
-"""Measures the data path in one run: harvest, store and live model → trainer, index.
+"""Measures the data path in one run: the harvest, a trainer's waiting for rows, the index.
 
-    python scripts/bench_data.py                                                       # small: does it run
+    python scripts/bench_data.py                                                       # small, to see that it runs
     python scripts/bench_data.py --text FILE --tokens 3100000 --peers DIR --json data.json
 
-- `harvest`: against the bare forward pass to the hook on the same contexts (goal: 0.85 of its pace), and with `--peers`
-  (the directory that holds the peers' environments) against SAELens' own caching of them (goal: twice its pace);
+- `harvest`: compared with the bare forward pass to the hook on the same contexts (goal: 0.85 of its speed) and, with
+  `--peers` (the directory of the peers' environments), with SAELens' own caching of them (goal: twice its speed);
 - `trainer`: how long steps wait for rows, from that store and from the running model;
-- `index`: seconds per feature, the forward pass over its tokens included.
-Processor seconds (of all threads) stand beside the wall clock: on a busy machine their ratios are the steadier ones.
+- `index`: seconds per feature, including the forward pass over its tokens.
+Processor seconds (of all threads) are shown next to the wall clock: on a busy machine their ratios vary less.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Clock:
 def harvest(
     model: LanguageModel, source: TextSource, tokens: int, rounds: int, peers: Path | None, scratch: Path
 ) -> Clock:
-    """Whole harvests, the forward pass alone over the same contexts as often, and SAELens' caching of them, in turn."""
+    """Times whole harvests, the bare forward pass over the same contexts, and SAELens' caching of them, in turn."""
     clock = Clock()
     model.capture(torch.zeros((2, SEQ_LEN), dtype=torch.long), HOOK)
     for number in range(rounds):
@@ -105,7 +105,7 @@ def _saelens(peers: Path, contexts: np.ndarray, scratch: Path) -> dict[str, floa
 
 
 def trainer(model: LanguageModel, source: TextSource, steps: int, scratch: Path) -> list[dict[str, Any]]:
-    """Pace and waiting of steps on rows from the store and from the running model; the first logged line left out."""
+    """Speed and waiting of steps on rows from the store and from the running model, without the first logged line."""
     found = []
     for name, rows in (("store", scratch / "acts.zarr"), ("live", pipeline.Live(model, source))):
         out = scratch / f"from-{name}"
@@ -123,7 +123,7 @@ def trainer(model: LanguageModel, source: TextSource, steps: int, scratch: Path)
 
 
 def index(tokens: int, forward: tuple[float, float], scratch: Path) -> dict[str, Any]:
-    """The index of the trained dictionary over all tokens, and with the forward pass that made its rows."""
+    """Times the index of the trained dictionary over all tokens; also with the forward pass that made its rows."""
     clock = Clock()
     with clock.of("index"):
         pipeline.index(scratch / "from-store", tokens=10**12)
@@ -144,7 +144,9 @@ def data_path(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     clock = harvest(model, source, args.tokens, args.rounds, args.peers and args.peers.resolve(), scratch)
     tokens = sum(split["rows"] for split in pipeline.describe(scratch / "acts.zarr")["splits"].values())
     result: dict[str, Any] = {"tokens": tokens, "seconds": clock.seconds, "cpu_s": clock.cpu_s}
-    print(f"\nharvest of {tokens:,} rows of {MODEL}\n| what | s | rows/s | CPU s | harvest's share of its pace |")
+    print(
+        f"\nharvest of {tokens:,} rows of {MODEL}\n| what | s | rows/s | CPU s | speed of the harvest relative to it |"
+    )
     print("|---|--:|--:|--:|--:|")
     ours = clock.median("harvest")
     for name in clock.seconds:
@@ -159,20 +161,22 @@ def data_path(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     result["index"] = index(tokens, clock.median("forward to the hook"), scratch)
     print(
         "\nindex: {tokens:,} tokens, {features:,} features: {index_s:.1f} s, with the forward pass {with_forward_s:.1f}"
-        " s, {s_per_feature:.4f} s a feature (SAEDashboard, without that pass: {saedashboard_over_ours:.0f} times as "
-        "long)".format(**result["index"])
+        " s, {s_per_feature:.4f} s a feature (SAEDashboard, without that pass, takes {saedashboard_over_ours:.0f} "
+        "times as long)".format(**result["index"])
     )
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", action="append", help="what is harvested (default: the embedded text)")
+    parser.add_argument("--text", action="append", help="text to harvest (default: the default text)")
     parser.add_argument("--tokens", type=int, default=131_072, help="training tokens harvested, indexed and trained on")
-    parser.add_argument("--rounds", type=int, default=1, help="harvests, each beside its forward pass and the peer")
-    parser.add_argument("--steps", type=int, default=50, help="of each training")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="harvests, each followed by its forward pass and the peer"
+    )
+    parser.add_argument("--steps", type=int, default=50, help="steps of each training")
     parser.add_argument("--peers", type=Path, help="directory of the peers' environments")
-    parser.add_argument("--scratch", type=Path, help="where to write meanwhile (default: the temporary directory)")
+    parser.add_argument("--scratch", type=Path, help="directory for temporary files")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     args.text = args.text or ["default"]

@@ -1,17 +1,17 @@
-"""Rows per second of the real training step on a CUDA device: ours, a plain dense torch step, and the roofline.
+"""Measures rows per second of the training step on a CUDA device: ours, a plain dense torch step, and the roofline.
 
     python scripts/bench_gpu.py
     python scripts/bench_gpu.py --d-in 512,4096 --d-sae 16384,131072 --json gpu.json
 
-Needs torch, triton, numpy, safetensors and this tree, nothing else (a peer asked for: its own package); rows lie on the
-device. All contenders take turns in one run; a step is timed with CUDA events, from handing out the batch to the
-optimiser's end, bookkeeping included. Without a CUDA device it says so and exits with 2.
+Needs only torch, triton, numpy, safetensors and this source tree (and a peer's package if that peer is asked for). Rows
+are on the device. All contenders take turns in one run; a step is timed with CUDA events, from handing out the batch to
+the end of the optimiser, including bookkeeping. Without a CUDA device it says so and exits with status 2.
 
-The roofline is a bound, from what a TopK step cannot avoid: the larger of bytes / bandwidth and operations / rate, both
-rates measured here (a copy, a float16 product). Bytes: Adam reads four numbers for each weight and writes three, its
-gradient is written and zeroed, the encoder is read for the dense product, active decoder rows twice (x̂, and the values'
-gradient), the batch three times; reads that the cache serves are not counted. Operations: the encoder's dense product,
-in float16 as ours is.
+The roofline is a bound from what every TopK step needs: the larger of bytes / bandwidth and operations / rate, both
+rates measured here (by a copy and a float16 product). Bytes: Adam reads four numbers for each weight and writes three,
+its gradient is written and zeroed, the encoder is read for the dense product, active decoder rows twice (x̂, and the
+values' gradient), the batch three times; reads from the cache are not counted. Operations: the encoder's dense product,
+in float16 as in ours.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def dense_operations(d_in: int, d_sae: int, rows: int) -> float:
 
 
 def stand_in_for_small_dependencies() -> None:
-    """Stands in for jaxtyping (annotations) and tqdm (progress bars) where a bare GPU box has neither."""
+    """Replaces jaxtyping (annotations) and tqdm (progress bars) by dummies on a GPU machine that has neither."""
 
     class Anything:
         def __class_getitem__(cls, item: Any) -> Any:
@@ -81,7 +81,7 @@ def ours(kernels: str, variant: str, d_in: int, d_sae: int, k: int, batches: lis
     settings: dict[str, Any] = {"d_sae": d_sae, "tokens": 10**10, "batch_tokens": rows, "lr": 1e-6, "k": k}
     name = {"topk": "topk", "batchtopk": "batch-topk"}[variant]
     recipe, config = resolve(name, **settings, resample_shares=())
-    # The start from data takes a while and changes no step.
+    # The start from data takes long and changes no step.
     recipe = replace(recipe, initialise=kaiming_)
     started = state.start(HeldRows(batches), config, recipe, choose(kernels, "cuda"), "cuda")
     place = iter(range(10**9))
@@ -95,7 +95,7 @@ def ours(kernels: str, variant: str, d_in: int, d_sae: int, k: int, batches: lis
 def dense_torch(
     variant: str, d_in: int, d_sae: int, k: int, batches: list[Any], *, bfloat16: bool = False
 ) -> Callable[[], None]:
-    """The step everyone writes first: dense products, autograd, torch's fused Adam on float32 weights."""
+    """The obvious implementation: dense products, autograd, torch's fused Adam on float32 weights."""
     import torch
 
     W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, device="cuda"), dim=-1)
@@ -127,8 +127,8 @@ def dense_torch(
 def sparsify(variant: str, d_in: int, d_sae: int, k: int, batches: list[Any]) -> Callable[[], None]:
     """sparsify's own module and Triton decoder under its bfloat16 autocast, with torch's fused Adam.
 
-    Its trainer's loop is left out (it hooks a model); what it does for each step besides is in: decoder gradients
-    projected, rows normalised, the count of rows since each feature fired.
+    Its trainer's loop is not used, because it hooks a model; the rest of its step is here: decoder gradients projected,
+    rows normalised, the rows counted since each feature fired.
     """
     import torch
     from sparsify import SparseCoder, SparseCoderConfig
@@ -215,7 +215,7 @@ def rates() -> tuple[float, float]:
 def measure(
     variant: str, d_in: int, d_sae: int, k: int, rows: int, steps: int, who: list[str], rate: tuple[float, float]
 ) -> list[dict[str, Any]]:
-    """Every contender's seconds per step, in turn; one that does not fit into memory says so."""
+    """Every contender's seconds per step, in turn; one that does not fit into memory is reported as such."""
     import torch
 
     batches = made_up(d_in, rows)
@@ -287,7 +287,7 @@ def main() -> int:
     import torch
 
     if not torch.cuda.is_available():
-        print("There is no CUDA device here, and this benchmark needs one.", file=sys.stderr)
+        print("This benchmark needs a CUDA device, and none is available.", file=sys.stderr)
         return 2
     import triton
 

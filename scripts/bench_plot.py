@@ -1,4 +1,4 @@
-"""A few lines on logarithmic axes, as an SVG that any browser shows: the benchmark needs no plotting library."""
+"""Draws a few lines on logarithmic axes as an SVG, without a plotting library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Points = list[tuple[float, float]]
 
 
 def line_plot(panels: list[tuple[str, dict[str, Points]]]) -> str:
-    """One panel per entry, (title, {line's name: its points}); all numbers positive, one scale of y for all."""
+    """An SVG with one panel per entry (title, {name of a line: its points}). Numbers are positive; panels share y."""
     everything = [y for _, lines in panels for points in lines.values() for _, y in points]
     low, high = 10 ** math.floor(math.log10(min(everything))), 10 ** math.ceil(math.log10(max(everything)))
     drawn = [_panel(n, *panel, low, high) for n, panel in enumerate(panels)]

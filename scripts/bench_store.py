@@ -1,12 +1,12 @@
-"""Measures the activation store in one run beside numpy memmap and safetensors shards, at three shard sizes, and the
-harvest that feeds it. Prints tables and puts the figures into a JSON.
+"""Compares the activation store with numpy memmap and safetensors shards, at three shard sizes; prints tables.
 
-usage: python scripts/bench_store.py [--rows 262144] [--rounds 3] [--json FILE]
+    python scripts/bench_store.py --rows 262144 --json docs/measurements/store-figures.json
+    python scripts/bench_store.py --rows 65536 --rounds 1                         # a minute
 
-Every format writes the same float16 rows, each file fsync'd, and hands out one epoch of shuffled float32 batches from a
-warm page cache: `exact`, one permutation of all rows, and `two-level`, where memory holds a quarter of them. memmap
-gathers its rows by the permutation from the page cache either way; safetensors are read as the store is. Times are
-medians over rounds in which the formats take turns.
+Every format writes the same float16 rows, with each file fsync'd, and reads one epoch of shuffled float32 batches from
+a warm page cache: `exact` in one permutation of all rows, `two-level` with memory for a quarter of them. memmap gathers
+its rows by the permutation in both cases; safetensors are read as the store is. Times are medians over rounds in which
+the formats take turns. The last table measures the harvest that writes such a store.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MEMORY_SHARE = 4
 
 
 def made_rows(rows: int, d_in: int) -> np.ndarray:
-    """Half zeros, as a ReLU gives."""
+    """Random rows of which half of the numbers are zero, as after a ReLU."""
     return np.maximum(np.random.default_rng(0).standard_normal((rows, d_in), np.float32), 0).astype(np.float16)
 
 
@@ -118,7 +118,7 @@ class Safetensors:
                 os.fsync(file.fileno())
 
     def read(self, memory_share: int) -> int:
-        """Pools of whole shards, each permuted: what a trainer over such files does, and mixes only within a pool."""
+        """Reads pools of whole shards, each permuted, as a trainer of such files does; rows mix only within a pool."""
         from safetensors.numpy import load_file
 
         rng, seen = np.random.default_rng(1), 0
@@ -173,13 +173,13 @@ def compare(rows: int, rounds: int, shard_rows: int) -> list[dict[str, Any]]:
     return found
 
 
-def harvest_beside_writes(tokens: int) -> dict[str, Any]:
-    """Rows per second of a harvest of tiny-relu-1l, with the seconds its shards took to write in the other thread."""
+def harvest_and_writes(tokens: int) -> dict[str, Any]:
+    """Rows per second of a harvest of tiny-relu-1l, and of writing its shards, which another thread does."""
     from sae import pipeline
     from sae.lm import load_model
 
     model, source = load_model("tiny-relu-1l"), pipeline.source_of("default")
-    list(source.documents())  # the embedded text is made on first use
+    list(source.documents())  # the default text is made on first use
     writing: list[float] = []
     real = ActivationStore.write_shard
 
@@ -211,8 +211,8 @@ def harvest_beside_writes(tokens: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=262_144)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=262_144, help="rows written and read; at least 65,536")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each format")
     parser.add_argument("--json", type=Path, help="also put the figures into this file")
     args = parser.parse_args()
     entries = [entry for shard_rows in SHARD_ROWS for entry in compare(args.rows, args.rounds, shard_rows)]
@@ -220,7 +220,7 @@ def main() -> None:
     columns += ["two_level_rows_per_s", "two_level_against_memmap", "files", "parts", "mixing_two_level"]
     print(table(columns, [[entry.get(name, "") for name in columns] for entry in entries]), flush=True)
     record(args.json, "throughput", {"rows": args.rows, "d_in": D_IN, "rounds": args.rounds, "formats": entries})
-    harvest = harvest_beside_writes(args.rows)
+    harvest = harvest_and_writes(args.rows)
     print("\n" + table(list(harvest), [list(harvest.values())]))
     record(args.json, "writing beside the harvest", harvest)
 

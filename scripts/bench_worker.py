@@ -1,9 +1,9 @@
-"""Our trainer as a contender of `bench.py`: the real loop on batches in memory, one step at a time when it is told to.
+"""Our trainer as a contender of `bench.py`: the real loop on batches in memory, which takes steps when told to.
 
-    python scripts/bench_worker.py --variant topk --d-sae 16384      # then lines `run N` on stdin, answers in JSON
+    python scripts/bench_worker.py --variant topk --d-sae 16384      # then lines `run N` on stdin; answers are JSON
 
-Also for the peers' own driver (`c_peers.py --who …`): it speaks the same protocol. BENCH_THREADS (2) and BENCH_MATMUL
-(`medium`: the product back end that the peers get too, whatever its error here) are read from the environment.
+The peers' own driver (`c_peers.py --who …`) speaks the same protocol. Two environment variables: BENCH_THREADS (2) and
+BENCH_MATMUL (`medium` is the product back end of the peers, used whatever its error here).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Work:
-    """One shape of step; `l0` is k, or how many features `relu-sparse` leaves active."""
+    """The shape of the step; `l0` is k, or the number of features that `relu-sparse` leaves active."""
 
     variant: str
     d_sae: int
@@ -50,7 +50,7 @@ class Work:
 
 
 class MadeUpRows:
-    """Four batches, ReLU-MLP-like: non-negative, about 30% positive, of rank 128; as the peers' benchmark has them."""
+    """Four batches like a ReLU MLP's: non-negative, about 30% positive, of rank 128, as in the peers' benchmark."""
 
     d_in = D_IN
 
@@ -69,7 +69,7 @@ class MadeUpRows:
 
 
 class Pace:
-    """Blocks the loop between turns, and reports how long each step took: wall clock, and (user, system) seconds."""
+    """Blocks the loop between turns and reports each step's wall-clock time and (user, system) processor seconds."""
 
     def __init__(self, out: Any) -> None:
         self.out, self.left, self.began = out, 0, 0.0
@@ -95,7 +95,7 @@ class Pace:
 
 
 def work(wanted: Work, out: Any) -> None:
-    """Trains until it is told to stop. The start is made quick (and for `relu-sparse` sparse); no step is changed."""
+    """Trains until told to stop. Only the initialisation differs: it is quick, and for `relu-sparse` sparse."""
     pace, step = Pace(out), loop.train_step
 
     def paced_step(*args: Any) -> Any:
@@ -126,15 +126,15 @@ def work(wanted: Work, out: Any) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="topk", choices=list(VARIANTS))
-    parser.add_argument("--d-sae", type=int, default=4096)
-    parser.add_argument("--l0", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--kernels", default="auto")
-    parser.add_argument("--matmul", default=os.environ.get("BENCH_MATMUL", "auto"))
+    parser.add_argument("--variant", default="topk", choices=list(VARIANTS), help="kind of step")
+    parser.add_argument("--d-sae", type=int, default=4096, help="number of features")
+    parser.add_argument("--l0", type=int, default=32, help="active features per row")
+    parser.add_argument("--batch", type=int, default=4096, help="rows per step")
+    parser.add_argument("--kernels", default="auto", help="back end, as in sae train")
+    parser.add_argument("--matmul", default=os.environ.get("BENCH_MATMUL", "auto"), help="dense products")
     args = parser.parse_args()
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what else is printed must not get between the answers
+    os.dup2(2, 1)  # other output must not mix with the answers
     torch.set_num_threads(int(os.environ.get("BENCH_THREADS", "2")))
     work(Work(args.variant, args.d_sae, args.l0, args.batch, args.kernels, args.matmul), out)
     return 0

@@ -1,12 +1,12 @@
-"""Checks exports and imports with the peers' own packages, each in an environment of its own, both directions to 1e-5.
+"""Checks exports and imports with the peers' own packages, in both directions, to 1e-5.
 
     python scripts/check_peers.py DIR [--peer NAME …] [--sae TRAINED_DIR …] [--torch SPEC] [--package NAME=SPEC …]
 
-DIR keeps the environments (made from PyPI where they are not there yet) and the files exchanged. Dictionaries of every
-activation, random and (--sae) trained, are exported, loaded by the peer's package and computed on the same rows;
-dictionaries that the package makes and saves itself are imported and computed by ours. Prints a table, one row per
-exchange, and writes it to DIR/table.md. A peer that cannot be installed is said so and counts as not checked.
-Exit status: 0 when all that were checked agree, 1 when one differs, 2 when none could be checked.
+Each peer gets an environment of its own in DIR, installed from PyPI once; DIR also keeps the files exchanged.
+Dictionaries of every activation, random and (--sae) trained, are exported; the peer's package loads them and computes
+activations on the same rows. Dictionaries that the package makes and saves are imported and computed by ours. Prints a
+table, one row per exchange, and writes it to DIR/table.md. A peer that cannot be installed is reported as not checked.
+Exit status: 0 if all checked peers agree, 1 if one differs, 2 if none could be checked.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ TOLERANCE = 1e-5  # of the largest value, where that is above 1
 
 @dataclass(frozen=True)
 class Peer:
-    """How a peer is had and asked; `layout` is its name in sae.interop."""
+    """How to install a peer and ask it; `layout` is its name in sae.interop."""
 
     layout: str
     package: str
     side: str
-    beside: tuple[str, ...] = ()  # what pip must choose for the package to load
-    without: tuple[str, ...] = ()  # what it brings and then fails on
+    pinned: tuple[str, ...] = ()  # versions that pip must choose, or the package does not import
+    uninstalled: tuple[str, ...] = ()  # dependencies with which the package does not import
 
 
 PEERS = {
@@ -49,14 +49,14 @@ PEERS = {
         "dictionary-learning",
         "dictionary-learning",
         "ask_dictionary_learning.py",
-        without=("torchvision",),  # PyPI's build does not load beside a torch without CUDA; nothing here needs it
+        uninstalled=("torchvision",),  # PyPI's build does not load with a torch without CUDA; nothing here needs it
     ),
     "sparsify": Peer("sparsify", "eai-sparsify", "ask_sparsify.py"),
     "llamascopium": Peer(
         "llamascopium",
         "llamascopium",
         "ask_llamascopium.py",
-        beside=("transformer-lens<4",),  # it imports HookedTransformer, which 4.0 removed
+        pinned=("transformer-lens<4",),  # it imports HookedTransformer, which 4.0 removed
     ),
     "openai": Peer("openai", "git+https://github.com/openai/sparse_autoencoder", "ask_openai.py"),
 }
@@ -64,7 +64,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One exchange: what differs at most, absolutely, or why there was none."""
+    """One exchange: the largest absolute differences, or the problem that prevented it."""
 
     peer: str
     direction: str
@@ -80,7 +80,7 @@ class Row:
 
     @property
     def is_fine(self) -> bool:
-        """It agrees, or is an export that our writer refuses with a reason: nothing a reader meets here is refused."""
+        """It agrees, or it is an export that our writer refuses with a reason. (An import must not be refused.)"""
         return self.agrees or (self.direction == "write" and (self.problem or "").startswith("refused: "))
 
     def __str__(self) -> str:
@@ -93,10 +93,10 @@ class Row:
 
 
 def environment(directory: Path, peer: Peer, package: str, torch_spec: str) -> tuple[Path | None, str]:
-    """The Python of an environment with this package, made where it is not there; None and why, if it cannot be."""
+    """The Python of an environment with this package, installed if necessary; None and the reason if that fails."""
     python = directory / "bin" / "python"
     stamp = directory / "installed"
-    wanted = [torch_spec, "safetensors", package, *peer.beside]
+    wanted = [torch_spec, "safetensors", package, *peer.pinned]
     if stamp.is_file() and stamp.read_text() == " ".join(wanted):
         return python, ""
     shutil.rmtree(directory, ignore_errors=True)
@@ -106,8 +106,8 @@ def environment(directory: Path, peer: Peer, package: str, torch_spec: str) -> t
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "rror" in line] or ["pip failed"]
         return None, lines[-1].strip()
-    if peer.without:
-        subprocess.run([*pip, "uninstall", "--yes", *peer.without], check=True, capture_output=True)
+    if peer.uninstalled:
+        subprocess.run([*pip, "uninstall", "--yes", *peer.uninstalled], check=True, capture_output=True)
     stamp.write_text(" ".join(wanted))
     return python, ""
 
@@ -116,7 +116,7 @@ def environment(directory: Path, peer: Peer, package: str, torch_spec: str) -> t
 
 
 def random_dictionary(activation: str, seed: int, *, unit_norms: bool = True, pre_bias: bool = True) -> SAE:
-    """A dictionary whose features fire on rows about its decoder bias."""
+    """A dictionary whose features fire on rows around its decoder bias."""
     k = K if activation in ("topk", "batchtopk") else None
     sae = SAE(D_IN, D_SAE, activation=activation, k=k, pre_bias=pre_bias).eval()
     g = torch.Generator().manual_seed(seed)
@@ -153,7 +153,7 @@ def dictionaries(trained: list[Path]) -> dict[str, SAE]:
 
 
 def rows_for(sae: SAE) -> torch.Tensor:
-    """Rows about the decoder bias, of a size at which features fire: some alone, some together."""
+    """Rows around the decoder bias, large enough that features fire, some alone and some together."""
     g = torch.Generator().manual_seed(0)
     on = torch.rand(ROWS, sae.d_sae, generator=g) < 8 / sae.d_sae
     features = torch.rand(ROWS, sae.d_sae, generator=g) * on
@@ -214,21 +214,21 @@ def written(name: str, directory: Path, sae: SAE) -> Row:
 def imported(name: str, directory: Path, layout: str) -> Row:
     answers = load_file(directory.with_name(f"{directory.name}.answers.safetensors"))
     inside = list(directory.iterdir())
-    try:  # as a user would: the layout is found out, not told
+    try:  # as for a user: the layout is detected
         sae = registry.read(inside[0] if layout == "openai" else directory)
     except InteropError as error:
         return Row(name, "read", directory.name, problem=f"refused: {error}")
     return compare(name, "read", directory.name, sae, answers["x"], answers)
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=Path, help="directory for environments and files")
     parser.add_argument("--peer", action="append", choices=PEERS, help="may repeat (default: all)")
     parser.add_argument("--sae", action="append", type=Path, default=[], help="a trained dictionary to export too")
     parser.add_argument("--torch", default="torch", help="what pip installs as torch, e.g. a CPU build")
     parser.add_argument("--package", action="append", default=[], metavar="NAME=SPEC", help="what pip installs instead")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     packages = dict(item.split("=", 1) for item in args.package)
     ours = dictionaries(args.sae)
     rows: list[Row] = []
@@ -238,7 +238,7 @@ def main(arguments: list[str]) -> int:
         print(f"{name}: environment with {package}", file=sys.stderr)
         python, problem = environment(args.dir / name, PEERS[name], package, args.torch)
         if python is None:
-            lines.append(f"- {name}: could not be had ({problem})")
+            lines.append(f"- {name}: could not be installed ({problem})")
             continue
         found, versions = check(name, python, args.dir / "exchange" / name, ours)
         rows += found
@@ -255,4 +255,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

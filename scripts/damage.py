@@ -1,11 +1,9 @@
-"""Does to a small activation store everything that can happen to one, and prints whether it was detected, named and
-repaired to the same bytes.
+"""Damages a small activation store in every known way; prints whether it was detected, named and repaired.
 
-usage: python scripts/damage.py [--json FILE]
+    python scripts/damage.py --json docs/measurements/store-figures.json
 
-The store is a harvest of the shipped model. A shard here is one Zarr chunk with its checksum at the end, so what the
-index of a sharded array would be is that checksum. The full disk is a small tmpfs and wants root; elsewhere that row
-says that it did not run.
+The store is a harvest of the shipped model; repaired means: the same bytes as before. A shard is one Zarr chunk with
+its checksum at the end. The full disk is a small tmpfs and needs root; without root that row says that it did not run.
 """
 
 from __future__ import annotations
@@ -94,7 +92,7 @@ def second_writer(sound: Path) -> Row:
 
 
 def read_during_write(scratch: Path) -> Row:
-    """A writer process fills a store while this one reads whatever is committed, again and again."""
+    """A writer process fills a store while this process repeatedly reads everything that is committed."""
     out = scratch / "growing.zarr"
     faults.create(out)
     writer = multiprocessing.get_context("spawn").Process(target=faults.write, args=(str(out), 0, 1))
@@ -106,7 +104,7 @@ def read_during_write(scratch: Path) -> Row:
         looks += 1
         time.sleep(0.01)
     said = (
-        f"{looks} looks, {tally.shards_checked:,} shards read, {tally.wrong_rows} wrong rows, {tally.lost_shards} lost"
+        f"{looks} passes, {tally.shards_checked:,} shards read, {tally.wrong_rows} wrong rows, {tally.lost_shards} lost"
     )
     return row("read during write", tally.sound and looks > 5, said, "nothing to repair")
 
@@ -116,15 +114,15 @@ def full_disk(scratch: Path, sound: Path, model: LanguageModel, source: TextSour
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        return row(name, False, "did not run: no right to mount a tmpfs", "did not run")
+        return row(name, False, "did not run: needs root to mount a tmpfs", "did not run")
     try:
-        return _filled_on_the_way(disk, name, sound, model, source)
+        return _disk_filled_during_harvest(disk, name, sound, model, source)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def _filled_on_the_way(disk: Path, name: str, sound: Path, model: LanguageModel, source: TextSource) -> Row:
-    """Somebody else takes the room while the harvest runs: its forecast, which would have refused, has passed."""
+def _disk_filled_during_harvest(disk: Path, name: str, sound: Path, model: LanguageModel, source: TextSource) -> Row:
+    """Another program fills the disk during the harvest, after its forecast has found enough space."""
     out, ballast, said, shards = disk / "acts.zarr", disk / "ballast", "", 0
     real = ActivationStore.write_shard
 

@@ -1,11 +1,11 @@
-"""What each cure for dead features leaves alive: nothing done, naive re-initialisation, the paper's resampling.
+"""Compares cures for dead features by what they leave alive: none, naive re-initialisation, the paper's resampling.
 
     python scripts/dead_features.py --acts runs/a/acts.zarr --out runs/a/dead --tokens 2000000 --json dead.json
 
-Trains the recipe towards-monosemanticity three times, alike but for what happens to dead features at its resampling
-steps, and counts the features that fire on held-out text. `naive` draws dead features' weights anew as at the start
-(Kaiming uniform, unit decoder rows, bias 0) and leaves Adam's moments as they are, as an early replication did.
-Repeat the command to go on after an interruption.
+Trains the recipe towards-monosemanticity three times, with the same settings except for what happens to dead features
+at its resampling steps, and counts the features that fire on held-out text. `naive` draws new weights for dead features
+as at the start (Kaiming uniform, unit decoder rows, bias 0) and leaves Adam's moments unchanged, as an early
+replication did. After an interruption, repeat the command.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 import sae
 from sae.jobs.checkpoint import read_tensors
 from sae.training.adam import Adam
+from sae.training.config import parsed
 from sae.training.recipes import RECIPES
 
 RECIPE = "towards-monosemanticity"
@@ -37,7 +38,7 @@ ULTRA_LOW = 1e-5  # density
 def reinitialise_(
     dictionary: sae.SAE, optimizer: Adam, dead: Tensor, rows: Tensor, losses: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Stands in for `resample_`: weights as at the start, whatever the rows; no row is a parent (-1)."""
+    """Replaces `resample_`: new weights as at the start, which depend on no row, so each parent row is -1."""
     n, d_in = len(dead), dictionary.d_in
     bound = d_in**-0.5
     dictionary.W_enc[:, dead] = (2 * torch.rand(d_in, n, generator=generator) - 1) * bound
@@ -47,7 +48,7 @@ def reinitialise_(
 
 
 def cures() -> dict[str, tuple[dict[str, Any], AbstractContextManager[Any]]]:
-    """Settings and what is put in the place of the paper's procedure."""
+    """Of each cure: its settings, and a patch of the paper's procedure."""
     return {
         "none": ({"resample_shares": ()}, nullcontext()),
         "naive": ({}, patch.dict(RECIPES, {RECIPE: replace(RECIPES[RECIPE], resample=reinitialise_)})),
@@ -56,7 +57,7 @@ def cures() -> dict[str, tuple[dict[str, Any], AbstractContextManager[Any]]]:
 
 
 def measured(directory: Path, ablated: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table, on all held-out tokens."""
+    """One line of the table, measured on all held-out tokens."""
     result = sae.evaluate(directory, ablated=ablated)
     count = read_tensors(directory / "feature_stats.safetensors")[0]["count"]
     return {
@@ -71,20 +72,22 @@ def measured(directory: Path, ablated: dict[str, Any]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--acts", type=Path, required=True, help="the activation store")
-    parser.add_argument("--hook-point", help="of the store's, where it holds several")
+    parser.add_argument("--hook-point", help="needed when the store holds several")
     parser.add_argument("--out", type=Path, required=True, help="directory of the three dictionaries")
-    parser.add_argument("--d-sae", type=int, default=4096)
+    parser.add_argument("--d-sae", type=int, default=4096, help="number of features")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="rows each run sees")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all three")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all three runs")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all three runs; repeats"
+    )
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
-    given = {name: json.loads(value) for name, _, value in (entry.partition("=") for entry in args.set)}
+    given = parsed(args.set)
     found: dict[str, Any] = {}
     ablated: dict[str, Any] = {}
     print(f"{'cure':8} " + " ".join(f"{name:>14}" for name in COLUMNS))
-    for name, (settings, put_in_place) in cures().items():
-        with put_in_place:
+    for name, (settings, patched) in cures().items():
+        with patched:
             sae.train(
                 args.acts,
                 args.out / name,

@@ -1,6 +1,9 @@
-"""The demo: a dictionary of tiny-relu-1l on the embedded default text, checked against measured figures, then the app.
+"""The demo: makes a dictionary of tiny-relu-1l on the default text, checks it against measured figures, opens the app.
 
-Started by `bash scripts/demo.sh`, which makes the environment first.
+    bash scripts/demo.sh               # makes the environment, then runs this
+    python scripts/demo.py --minutes 2 --no-browse
+
+Exit status 1 means that a figure is worse than scripts/demo_reference.json allows.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 from dictionary import build
 
 RECIPE = "balanced"
-# Per minute of budget on 2 cores; the work is counted in rows, so the same --minutes always does the same.
+# Per minute of --minutes on 2 cores. The work is counted in rows, so the same --minutes gives the same result.
 HARVEST_TOKENS, TRAIN_TOKENS, INDEX_TOKENS = 250_000, 800_000, 150_000
 # Figures over seeds, by --minutes, written by `python scripts/demo_reference.py`.
 REFERENCE = Path(__file__).with_name("demo_reference.json")
@@ -30,7 +33,7 @@ def settings(minutes: int) -> dict[str, int]:
 
 
 def check(result: dict[str, Any], minutes: int) -> list[str]:
-    """One line per figure, and those that fall on the wrong side of median ± 3 sd over seeds marked with FAIL."""
+    """One line per figure. A figure worse than median ± 3 standard deviations over seeds is marked with FAIL."""
     known = json.loads(REFERENCE.read_text()).get(str(minutes), {})
     lines = []
     for name in ("ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "fvu", "l0", "dead_share", "ultra_low_share"):
@@ -51,7 +54,7 @@ def check(result: dict[str, Any], minutes: int) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory of the run")
-    parser.add_argument("--minutes", type=int, default=2, help="budget on 2 cores, beyond the installation")
+    parser.add_argument("--minutes", type=int, default=2, help="time budget on 2 cores, without the installation")
     parser.add_argument("--no-browse", action="store_true", help="stop after the table")
     args = parser.parse_args()
     if args.minutes < 1:
@@ -62,7 +65,7 @@ def main() -> int:
     print("\n".join(lines))
     print("\n".join(f"{stage:20} {took:8.1f} s" for stage, took in seconds.items()))
     if any("FAIL" in line for line in lines):
-        print("the demo is worse than its measured figures: something is broken", file=sys.stderr)
+        print("the demo's dictionary is worse than the measured figures: something is broken", file=sys.stderr)
         return 1
     if args.no_browse:
         return 0

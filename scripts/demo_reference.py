@@ -2,7 +2,8 @@
 
     python scripts/demo_reference.py --minutes 2 --seeds 3 --out runs/reference
 
-The demo fails when a figure falls beyond median ± 3 sd. Run this again after a change that is meant to move them.
+The demo fails when a figure is worse than median ± 3 standard deviations. Run this again after a change that is meant
+to change the figures.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ BETTER = {
     "fvu": "lower",
     "dead_share": "lower",
 }
-# Three seeds can agree by chance. Below these the bound would be tighter than another machine's arithmetic, or than the
-# default text of another Python: 3.11.2's, seed 0, gave 0.9936 and 0.0097 nats where 3.11.7's gives 0.9983 and 0.0025.
+# Three seeds can agree by chance. With a smaller sd the bound would be tighter than the difference between machines, or
+# between default texts of two Pythons: seed 0 gave 0.9936 and 0.0097 nats on 3.11.2, 0.9983 and 0.0025 on 3.11.7.
 LEAST_SD = {"ce_loss_score_zero": 2e-3, "ce_loss_score_mean": 3e-3, "delta_ce": 3e-3, "fvu": 2e-3, "dead_share": 1e-2}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=int, required=True, help="the demo's --minutes to measure")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--out", type=Path, required=True, help="directory of the runs")
     args = parser.parse_args()
     budget = settings(args.minutes)

@@ -1,9 +1,9 @@
-"""A dictionary of a one-layer model from any text: harvest, train, evaluate, index.
+"""Makes a dictionary of a one-layer model from any text: harvest, train, evaluate, index.
 
     python scripts/dictionary.py --text PATH --out runs/mine
 
-Copy this file and change it: it uses the public functions only. Repeat the command after an interruption: harvest and
-training go on where they were.
+Copy this file and change it: it uses public functions only. After an interruption, repeat the command: harvest and
+training resume where they stopped.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", action="append", required=True, help="file, directory or dataset; may repeat")
     parser.add_argument("--out", type=Path, required=True, help="directory of the run")
-    parser.add_argument("--model", default="tiny-relu-1l")
-    parser.add_argument("--recipe", default="balanced")
-    parser.add_argument("--d-sae", type=int, default=4096)
+    parser.add_argument("--model", default="tiny-relu-1l", help="directory, shipped name or hub id")
+    parser.add_argument("--recipe", default="balanced", help="training recipe")
+    parser.add_argument("--d-sae", type=int, default=4096, help="number of features")
     parser.add_argument("--tokens", type=int, default=3_000_000, help="rows harvested")
     parser.add_argument("--train-tokens", type=int, default=8_000_000, help="rows seen in training")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of training")
     args = parser.parse_args()
     from sae.cli.tables import eval_table
 
@@ -76,7 +76,7 @@ def main() -> int:
     )
     print(eval_table(result))
     print("\nseconds: " + ", ".join(f"{stage} {took:.0f}" for stage, took in seconds.items()))
-    print(f"look at it: sae browse {args.out.parent}")
+    print(f"open it in the browser: sae browse {args.out.parent}")
     return 0
 
 

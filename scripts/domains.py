@@ -1,5 +1,4 @@
-"""Which features stand for a domain: for each domain, the best feature, how pure and how complete it is, and its
-correlation with the paper's proxy.
+"""Finds the best feature for each domain of text: its precision, recall, and correlation with the paper's proxy.
 
     python scripts/domains.py runs/mine/topk-4096-s0
 
@@ -26,7 +25,7 @@ OUTSIDE = 1e-10
 
 
 def log_ratio_of_alphabet(vocabulary: list[bytes], unigram: np.ndarray, alphabet: str) -> np.ndarray:
-    """log P(token | alphabet) − log P(token) per token: uniform characters inside the alphabet, 1e-10 outside."""
+    """log P(token | alphabet) − log P(token): characters are uniform inside the alphabet and 1e-10 outside."""
     inside = set(alphabet.encode())
     log_p = np.array(
         [sum(np.log(1 / len(alphabet) if byte in inside else OUTSIDE) for byte in token) for token in vocabulary]
@@ -35,7 +34,7 @@ def log_ratio_of_alphabet(vocabulary: list[bytes], unigram: np.ndarray, alphabet
 
 
 def best_ending_here(ratio: np.ndarray) -> np.ndarray:
-    """The largest sum over runs of tokens that end at each position of a context ([contexts, pos])."""
+    """The largest sum over runs of tokens that end at each position [contexts, pos]."""
     best = np.empty_like(ratio)
     best[:, 0] = ratio[:, 0]
     for position in range(1, ratio.shape[1]):
@@ -44,7 +43,7 @@ def best_ending_here(ratio: np.ndarray) -> np.ndarray:
 
 
 def in_script(tokens: np.ndarray, vocabulary: list[bytes], blocks: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Which positions have all their characters (parts of characters, too) inside the blocks."""
+    """Positions of which all characters (or parts of characters) are inside the Unicode blocks."""
     result = np.zeros(tokens.shape, bool)
     for row, ids in enumerate(tokens):
         pieces = [vocabulary[i] for i in ids]
@@ -63,7 +62,7 @@ def in_script(tokens: np.ndarray, vocabulary: list[bytes], blocks: tuple[tuple[i
 
 
 def script_proxy(tokens: np.ndarray, keep: np.ndarray, belongs: np.ndarray, d_vocab: int) -> np.ndarray:
-    """log P(script | token) − log P(script); P(script | token) is how often a token's characters are in the script."""
+    """log P(script | token) − log P(script), where P(script | token) is the share of the token's uses in the script."""
     seen = np.bincount(tokens[keep], minlength=d_vocab)
     inside = np.bincount(tokens[keep & belongs], minlength=d_vocab)
     share = np.maximum(inside / np.maximum(seen, 1), OUTSIDE)
@@ -71,13 +70,14 @@ def script_proxy(tokens: np.ndarray, keep: np.ndarray, belongs: np.ndarray, d_vo
 
 
 def proxy(domain: str, tokens: np.ndarray, keep: np.ndarray, vocabulary: list[bytes]) -> np.ndarray | None:
+    """The paper's proxy at each position; None for a domain that has none."""
     if domain in SCRIPT_BLOCKS:
         belongs = in_script(tokens, vocabulary, SCRIPT_BLOCKS[domain])
         return script_proxy(tokens, keep, belongs, len(vocabulary))
     if domain in ALPHABETS:
         unigram = np.bincount(tokens[keep], minlength=len(vocabulary)) / keep.sum()
         ratio = log_ratio_of_alphabet(vocabulary, unigram, ALPHABETS[domain])[tokens]
-        if domain == "dna":  # the paper: at least two tokens, binarised by sign
+        if domain == "dna":  # as in the paper: at least two tokens, binarised by sign
             pair = ratio[:, 1:] + best_ending_here(ratio)[:, :-1]
             return np.pad((pair > 0).astype(float), ((0, 0), (1, 0)))
         return best_ending_here(ratio)
@@ -85,7 +85,7 @@ def proxy(domain: str, tokens: np.ndarray, keep: np.ndarray, vocabulary: list[by
 
 
 class DomainTable:
-    """Firings of every feature counted by domain, for choosing on one part of the index and reporting on the other."""
+    """Every feature's firings by domain: features are chosen on one part of an index and judged on another."""
 
     def __init__(self, index: FeatureIndex) -> None:
         self.index = index

@@ -1,11 +1,11 @@
-"""Kills writers of an activation store at random moments and counts what is wrong afterwards; prints a table.
+"""Kills writers of an activation store at random moments and counts the errors afterwards; prints a table.
 
-usage: python scripts/fault_injection.py [--kills 200] [--pipeline-kills 10] [--workers 1 2] [--seed 0]
-                                         [--json FILE]
+    python scripts/fault_injection.py --kills 200 --pipeline-kills 10 --json docs/measurements/store-figures.json
+    python scripts/fault_injection.py --kills 5 --pipeline-kills 0                            # seconds
 
 After each SIGKILL every committed shard is read and compared with what it must hold, and no shard that was committed
-before may be gone. A store that is complete is compared, byte for byte, with one that was written without a break.
-The pipeline's rows kill the `sae harvest` command itself (shipped model, default text), alone and as two workers.
+before may be missing. A complete store is compared byte by byte with one that was written without interruption.
+--pipeline-kills kills the `sae harvest` command itself (shipped model, default text), as one worker and as two.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ N_SHARDS = {"heldout": 64, "train": 192}
 
 @dataclass
 class Tally:
-    """What a row of the table counts."""
+    """The counts in one row of the table."""
 
     writer: str
     workers: int
@@ -64,13 +64,13 @@ def create(path: Path) -> ActivationStore:
 
 
 def rows_of(split: str, shard: int) -> np.ndarray:
-    """What a shard must hold: a function of its name alone, never zero."""
+    """What a shard must hold: a function of its split and number, never zero."""
     rng = np.random.default_rng([len(split), shard])
     return rng.uniform(0.5, 2.0, (CONTEXTS * SEQ_LEN, D_IN)).astype(np.float16)
 
 
 def write(path: str, rank: int, world: int) -> None:
-    """One worker: fills its lanes' missing shards, and finishes the store if nothing is missing."""
+    """One worker: writes the missing shards of its lanes, and finishes the store when all are there."""
     store = create(Path(path))
     lanes = range(rank, 64, world)
     ones = np.ones((CONTEXTS, SEQ_LEN), int)
@@ -94,7 +94,7 @@ def write(path: str, rank: int, world: int) -> None:
 
 
 def check(store: ActivationStore, known: set[tuple[str, int]], tally: Tally) -> set[tuple[str, int]]:
-    """Reads every committed shard; counts rows that are not what was written, and commits that were lost."""
+    """Reads every committed shard; counts rows that differ from what was written, and shards that are gone."""
     found = {(split, shard) for split in N_SHARDS for shard in store.markers(split)}
     tally.lost_shards += len(known - found)
     for split, shard in found:
@@ -113,7 +113,7 @@ Writer = Callable[[str, int, int], None]
 
 
 def kill_store_writers(kills: int, workers: int, seed: int, scratch: Path, writer: Writer = write) -> Tally:
-    """Writers without a model: processes forked from one that has imported everything."""
+    """Kills writers without a model: processes forked from one that has imported everything."""
     tally, rng = Tally("store", workers), random.Random(seed)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["store.activations", "numpy", "zarr"])
@@ -148,25 +148,10 @@ def kill_store_writers(kills: int, workers: int, seed: int, scratch: Path, write
 
 
 def kill_harvests(kills: int, workers: int, seed: int, scratch: Path) -> Tally:
-    """The command itself, model and tokenizer and all."""
+    """Kills the `sae harvest` command, which runs a model and a tokenizer."""
     tally, rng = Tally("sae harvest", workers), random.Random(seed)
-    command = [
-        sys.executable,
-        "-m",
-        "sae.cli",
-        "harvest",
-        "--model",
-        "tiny-relu-1l",
-        "--text",
-        "default",
-        "--tokens",
-        "131072",
-        "--heldout-tokens",
-        "16384",
-        "--device",
-        "cpu",
-        "--out",
-    ]
+    options = "--model tiny-relu-1l --text default --tokens 131072 --heldout-tokens 16384 --device cpu"
+    command = [sys.executable, "-m", "sae.cli", "harvest", *options.split(), "--out"]
     whole, out = scratch / "harvest.zarr", scratch / f"harvest-{workers}.zarr"
     if not whole.exists():
         subprocess.run([*command, str(whole)], check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -227,11 +212,11 @@ def shown(tallies: list[Tally]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200, help="of writers without a model")
-    parser.add_argument("--pipeline-kills", type=int, default=10, help="of `sae harvest`")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=200, help="number of kills of writers without a model")
+    parser.add_argument("--pipeline-kills", type=int, default=10, help="number of kills of `sae harvest`")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--json", type=Path, help="also put the figures into this file")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="at once")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="writers at once; one row each")
     args = parser.parse_args()
     tallies = []
     with tempfile.TemporaryDirectory() as directory:

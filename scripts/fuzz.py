@@ -1,11 +1,11 @@
-"""Feeds damaged bytes to every parser of files, and stops at the first that neither reads nor refuses them.
+"""Feeds damaged bytes to every parser of files; stops at the first input that is neither read nor refused.
 
-usage: python scripts/fuzz.py [--inputs 1000000] [--seed 0] [--only attributes marker jsonl tokenizer safetensors]
-                              [--json FILE]
+    python scripts/fuzz.py --inputs 1000000 --json docs/measurements/store-figures.json
+    python scripts/fuzz.py --inputs 500 --only marker jsonl                       # seconds
 
-With atheris installed (`pip install atheris`) the search follows the code's coverage (`fuzz_coverage.py`); without
-it, inputs are mutations of sound files drawn from a seed. Either way the count of inputs tried is printed. A parser
-may return, or raise an error of the ValueError family that names the file; what it returns must be consistent.
+With atheris installed (`pip install atheris`) the search follows the code's coverage (`fuzz_coverage.py`); otherwise
+inputs are random mutations of sound files. A parser may return a consistent result, or raise an error of the ValueError
+family that names the file.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _sound_tensors() -> bytes:
 
 
 def mutated(raw: bytes, rng: random.Random) -> bytes:
-    """A few edits: bits, bytes, cuts, repetitions, words of JSON, a value put in another's place."""
+    """A few edits: flipped bits, inserted words of JSON, cuts, repetitions, copied bytes."""
     data = bytearray(raw)
     for _ in range(rng.randrange(1, 5)):
         at, kind = rng.randrange(len(data) + 1), rng.randrange(6)
@@ -150,7 +150,7 @@ def mutated(raw: bytes, rng: random.Random) -> bytes:
 
 
 def other_value(raw: bytes, rng: random.Random) -> bytes:
-    """A JSON file with one value, however deep, replaced: sound JSON of the wrong kind. Other bytes: mutated."""
+    """A JSON file with one value, at any depth, replaced by another kind; bytes that are not JSON are mutated."""
     try:
         whole = json.loads(raw)
     except ValueError:
@@ -166,7 +166,7 @@ def other_value(raw: bytes, rng: random.Random) -> bytes:
 
 
 def accepts_or_refuses(parser: Parser, raw: bytes) -> bool:
-    """Whether the parser took the bytes. Raises what no parser may raise: anything but the ValueError family."""
+    """Whether the parser accepted the bytes. Raises what no parser may raise: anything but the ValueError family."""
     try:
         parser(raw)
     except AssertionError:
@@ -177,7 +177,7 @@ def accepts_or_refuses(parser: Parser, raw: bytes) -> bool:
 
 
 def fuzz(name: str, parser: Parser, sound: bytes, inputs: int, seed: int) -> tuple[int, float]:
-    """Tries `inputs` mutations; how many were accepted, and the seconds it took."""
+    """Tries `inputs` mutations; returns how many were accepted, and the seconds it took."""
     rng, start = random.Random(f"{seed}-{name}"), time.perf_counter()
     assert accepts_or_refuses(parser, sound), f"{name}: the sound file was refused"
     accepted = 0
@@ -192,7 +192,7 @@ def fuzz(name: str, parser: Parser, sound: bytes, inputs: int, seed: int) -> tup
 
 
 def follow_coverage(name: str, inputs: int, seed: int) -> dict[str, Any]:
-    """One parser in a process of its own under atheris. Raises what stopped it."""
+    """Runs one parser under atheris in a process of its own. Raises: RuntimeError with what stopped it."""
     command = [sys.executable, str(Path(__file__).with_name("fuzz_coverage.py")), name, str(inputs), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True)
     ran = re.search(r"Done (\d+) runs in (\d+) second", done.stderr)
@@ -204,15 +204,16 @@ def follow_coverage(name: str, inputs: int, seed: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=1_000_000, help="in all, shared out among the parsers")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", default=["attributes", "marker", "jsonl", "tokenizer", "safetensors"])
+    parser.add_argument("--inputs", type=int, default=1_000_000, help="total, divided among the parsers")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the mutations")
+    names = ["attributes", "marker", "jsonl", "tokenizer", "safetensors"]
+    parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="NAME", help="some of the parsers")
     parser.add_argument("--json", type=Path, help="also put the figures into this file")
     args = parser.parse_args()
     share = args.inputs // len(args.only)
     guided = find_spec("atheris") is not None
     if not guided:
-        print("atheris is not installed: random mutations instead of a search that follows coverage")
+        print("atheris is not installed: inputs are random mutations")
     done = []
     for name in args.only:
         if guided:

@@ -1,6 +1,8 @@
-"""One parser of scripts/fuzz.py under atheris, which keeps the inputs that reach new code and mutates those.
+"""Runs one parser of scripts/fuzz.py under atheris, which keeps and mutates the inputs that reach new code.
 
-usage: python scripts/fuzz_coverage.py PARSER INPUTS SEED      (`fuzz.py` runs it, where atheris is installed)
+    python scripts/fuzz_coverage.py PARSER INPUTS SEED
+
+fuzz.py starts it where atheris is installed.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["sae", "store"]):  # only what is imported inside is watched
+with atheris.instrument_imports(include=["sae", "store"]):  # atheris follows only what is imported here
     import fuzz
 
     import sae.jobs.checkpoint
@@ -24,7 +26,7 @@ def main(name: str, inputs: int, seed: int) -> None:
     parser, sound = fuzz.seeds()[name]
 
     def mutate(raw: bytes, max_bytes: int, mutation: int) -> bytes:
-        """The library's own edits, and for a third sound JSON of the wrong kind, which bytes alone rarely become."""
+        """Edits by atheris, and for 30% valid JSON of the wrong kind, which edits of bytes rarely produce."""
         rng = random.Random(mutation)
         return fuzz.other_value(raw, rng)[:max_bytes] if rng.random() < 0.3 else atheris.Mutate(raw, max_bytes)
 

@@ -1,10 +1,10 @@
-"""Measures a `sae pretrain` model on a validation text: loss per domain beside unigram and interpolated-bigram
-baselines, with the MLP zero-ablated, and a few samples.
+"""Measures a model of `sae pretrain` on a validation text: loss per domain, baselines, and a few samples.
 
     python scripts/model_card.py LM_DIR --validation PATH [--json figures.json]
 
-The baselines are counted on the model's own training tokens (LM_DIR/tokens-train.npy); the bigram's weights are
-fitted by EM on LM_DIR/tokens-heldout.npy. Losses are in nats per token; BOS is never a target.
+Baselines are the model with its MLP zero-ablated, a unigram and an interpolated bigram. The latter two are counted on
+the model's training tokens (LM_DIR/tokens-train.npy); the bigram's weights are fitted by EM on
+LM_DIR/tokens-heldout.npy. Losses are in nats per token; BOS is never a target.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def packed(model: NativeModel, validation: str) -> tuple[np.ndarray, np.ndarray,
 
 
 def windows(tokens: np.ndarray, numbers: np.ndarray, width: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Contexts with one more token as target, 32 at a time; the rest that fills none is dropped."""
+    """Contexts with one more token as target, 32 at a time; an incomplete last context is dropped."""
     count = (len(tokens) - 1) // width
     starts = np.arange(count) * width
     for chunk in np.array_split(starts, max(1, count // 32)):
@@ -131,7 +131,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="directory that `sae pretrain` wrote")
     parser.add_argument("--validation", required=True, help="text to measure on")
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     found = measure(args.model, args.validation)
     print(f"| domain | tokens | model | MLP zeroed | bigram | unigram |\n|---|{'---:|' * 5}")

@@ -1,13 +1,13 @@
-"""How much of a planted dictionary each recipe finds again: trains on made-up rows, prints a table, writes JSON.
+"""Measures how much of a planted dictionary each recipe recovers; prints a table, writes JSON.
 
     python scripts/planted.py --recipes topk,towards-monosemanticity --size small --tokens 4000000 --out runs/planted
     python scripts/planted.py --recipes topk --size large --seeds 0,1 --set k=20
 
-`small` is 512 truths in 256 dimensions, 5 active; `large` 4,096 truths in 512 dimensions, 20 active. The dictionary has
-as many features as there are truths unless --d-sae says otherwise; recipes with a k get the number active as theirs,
-those with an L1 penalty λ = 1, which shrinks a truth by about a twelfth.
-Recipes that learn from more than rows (a transcoder's y, a model to run on) are left out, with a word.
-`random` is the control: the same number of random directions. Repeat the command to go on after an interruption.
+`small` has 512 true features in 256 dimensions, 5 active per row; `large` has 4,096 in 512 dimensions, 20 active. The
+dictionary has as many features as there are true ones, unless --d-sae says otherwise. Recipes with a k get the number
+of active features as k, those with an L1 penalty get λ = 1, which shrinks a true feature by about a twelfth. Recipes
+that need more than rows (a transcoder's y, a model to run on) are left out, with a message. `random` is the control:
+the same number of random directions. After an interruption, repeat the command.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ import torch
 import sae
 from sae.analysis.matching import recovery
 from sae.analysis.planted import PlantedRows, judge
+from sae.training.config import parsed
 from sae.training.recipes import RECIPES, recipe_named
 
 SIZES = {
     "small": {"n_truths": 512, "d_in": 256, "active": 5.0, "decay": 0.99},
-    "large": {"n_truths": 4096, "d_in": 512, "active": 20.0, "decay": 0.99 ** (1 / 8)},  # the same spread of rarity
+    "large": {"n_truths": 4096, "d_in": 512, "active": 20.0, "decay": 0.99 ** (1 / 8)},  # the same range of frequencies
 }
-L1 = 1.0  # in scaled units, where a truth is about 6 strong when active and λ takes half of itself off it
+L1 = 1.0  # in scaled units, where an active true feature is about 6 and the penalty subtracts λ / 2 from it
 COLUMNS = ("mmcs_truth", "mmcs_learned", "mcc", "recovered", "f_correlation", "fvu", "l0", "dead_share")
 
 
@@ -42,25 +43,31 @@ def settings_of(recipe: str, active: float, given: dict[str, Any]) -> dict[str, 
 
 
 def trainable(names: list[str]) -> list[str]:
-    """The recipes that rows alone are enough for; a line on stderr for each of the others."""
+    """The recipes that need nothing but rows; a line on stderr for each of the others."""
     for name in names:
         if needs := recipe_named(name).needs:
-            print(f"{name}: left out, it needs {needs} beside x and planted rows have none", file=sys.stderr)
+            print(
+                f"{name}: left out, it needs {needs} in addition to x, which planted rows do not have", file=sys.stderr
+            )
     return [name for name in names if not recipe_named(name).needs]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", default="topk,towards-monosemanticity", help="names, with commas")
-    parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--d-sae", type=int, help="features (default: as many as truths)")
-    parser.add_argument("--tokens", type=int, default=4_000_000, help="rows seen in training")
+    parser.add_argument("--recipes", default="topk,towards-monosemanticity", help="comma-separated")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="the planted dictionary")
+    parser.add_argument("--d-sae", type=int, help="number of features (default: that of the true ones)")
+    parser.add_argument("--tokens", type=int, default=4_000_000, help="rows that each run sees")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="rows per step")
-    parser.add_argument("--seeds", default="0", help="of truths, rows and training alike; with commas")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the recipes")
-    parser.add_argument("--out", type=Path, default=Path("runs/planted"))
+    parser.add_argument(
+        "--seeds", default="0", help="seeds of the true features, the rows and training; comma-separated"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of every run; repeats"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/planted"), help="directory of the runs")
     args = parser.parse_args()
-    given = {name: json.loads(value) for name, _, value in (entry.partition("=") for entry in args.set)}
+    given = parsed(args.set)
     given["batch_tokens"] = args.batch_tokens
     names = trainable(args.recipes.split(","))
     found = []

@@ -1,9 +1,9 @@
-"""Gathers Python sources of this installation (standard library and packages) into a directory, up to a size.
+"""Copies Python sources of this installation (standard library and packages) into a directory, up to a total size.
 
     python scripts/python_sources.py OUT [--megabytes 15]
 
-The shipped models were trained on a licensed corpus plus such a directory. Files are taken in the order of a hash of
-their content, so a smaller size is a sample of a larger one. Tests and very long files are left out.
+The shipped models were trained on a licensed corpus and such a directory. Files are sorted by a hash of their content,
+so a smaller size is a sample of a larger one. Tests and very long files are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def gather(out: Path, limit_bytes: int) -> tuple[int, int]:
-    """Copies distinct files of 500 to 200,000 bytes until `limit_bytes`; returns how many, and their bytes."""
+    """Copies distinct files of 500 to 200,000 bytes, `limit_bytes` in total; returns their number and bytes."""
     found: dict[bytes, bytes] = {}
     for root in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}:
         for path in Path(root).rglob("*.py"):
@@ -39,8 +39,8 @@ def gather(out: Path, limit_bytes: int) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--megabytes", type=float, default=15.0)
+    parser.add_argument("out", type=Path, help="directory to write")
+    parser.add_argument("--megabytes", type=float, default=15.0, help="total size")
     args = parser.parse_args()
     files, total = gather(args.out, int(args.megabytes * 1e6))
     print(f"{files:,} files, {total / 1e6:.1f} MB in {args.out}")

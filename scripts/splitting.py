@@ -1,11 +1,11 @@
-"""How a domain's features split as dictionaries grow: features of one domain, and the edges between sizes.
+"""Shows how the features of one domain split as dictionaries grow: the features at each size and the edges between.
 
     sae compare runs/a/d512 runs/a/d4096 --out runs/cmp/1 && sae compare runs/a/d4096 runs/a/d16384 --out runs/cmp/2
     python scripts/splitting.py --acts runs/a/acts.zarr --domain base64 --json splitting.json \\
         --sae runs/a/d512 --sae runs/a/d4096 --sae runs/a/d16384 --compare runs/cmp/1 --compare runs/cmp/2
 
-A feature is the domain's when more than half of its firings on held-out text are there. An edge joins features whose
-activations have masked cosine ≥ 0.4 (Bricken et al. 2023, "feature splitting"); `sae compare` writes them.
+A feature belongs to the domain if more than half of its firings on held-out text are in it. An edge joins features
+whose activations have masked cosine ≥ 0.4 (Bricken et al. 2023, "feature splitting"); `sae compare` writes the edges.
 """
 
 from __future__ import annotations
@@ -53,11 +53,17 @@ def firings(dictionaries: list[sae.SAE], acts: ActivationStore, domain: str, tok
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--acts", type=Path, required=True)
-    parser.add_argument("--domain", required=True, help="as the store's documents name it")
-    parser.add_argument("--sae", type=Path, action="append", required=True, help="smallest first")
-    parser.add_argument("--compare", type=Path, action="append", required=True, help="of each with the next")
-    parser.add_argument("--tokens", type=int, default=131_072, help="held-out tokens")
+    parser.add_argument("--acts", type=Path, required=True, help="the activation store")
+    parser.add_argument("--domain", required=True, help="a domain of the store's documents")
+    parser.add_argument("--sae", type=Path, action="append", required=True, help="a dictionary; repeat, smallest first")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        action="append",
+        required=True,
+        help="comparison of each dictionary with the next; repeat",
+    )
+    parser.add_argument("--tokens", type=int, default=131_072, help="held-out tokens to count on")
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
     dictionaries = [sae.load(path) for path in args.sae]
@@ -84,7 +90,9 @@ def main() -> int:
     }
     for level, part in enumerate(result["levels"]):
         children = [sum(e["level"] == level and e["a"] == f["feature"] for e in edges) for f in part["features"]]
-        print(f"d_sae {part['d_sae']:>6,}: {len(children)} features of {args.domain}; edges to the next: {children}")
+        print(
+            f"d_sae {part['d_sae']:>6,}: {len(children)} features of {args.domain}; edges to the next size: {children}"
+        )
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

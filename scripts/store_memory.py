@@ -1,11 +1,11 @@
-"""Watches memory and disk over long work on activation stores; prints tables, and figures into a JSON.
+"""Measures memory and disk during long work on activation stores; prints a table, writes JSON.
 
-usage: python scripts/store_memory.py ring --text FILE [--minutes 20] [--keep-rows 2000000] [--json FILE]
-       python scripts/store_memory.py epochs [--rows 500000] [--epochs 5] [--json FILE]
-       python scripts/store_memory.py ugly [--json FILE]
+    python scripts/store_memory.py ring --text FILE --minutes 20 --json docs/measurements/store-figures.json
+    python scripts/store_memory.py epochs --rows 500000 --json docs/measurements/store-figures.json
+    python scripts/store_memory.py epochs --rows 16384 --epochs 2                 # seconds
 
-`ring` harvests tiny-relu-1l into a ring and samples the process every ten seconds; `epochs` reads a made-up store in
-batches, exactly and with a tenth of the memory; `ugly` harvests text that no one would wish for (ugly_text.py).
+`ring` harvests tiny-relu-1l into a store that keeps only the latest rows, and samples the process every ten seconds.
+`epochs` reads a made-up store in batches: in one permutation of all rows, and with a tenth of the memory.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Sample = dict[str, float]
 
 
 def rss_mb(pid: int | str = "self") -> float:
-    """What a process holds in memory now."""
+    """Resident memory of a process now."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MB
 
 
 def sampled(process: subprocess.Popen[Any], look: Callable[[], Sample], minutes: float) -> Iterator[Sample]:
-    """Every ten seconds until the time is over or the process is; then it is asked to stop, and must."""
+    """One sample every ten seconds until the time is over or the process ends; then the process is stopped."""
     start = time.monotonic()
     while process.poll() is None and time.monotonic() - start < minutes * 60:
         yield {"seconds": round(time.monotonic() - start, 1), "rss_mb": round(rss_mb(process.pid), 1), **look()}
@@ -50,7 +50,7 @@ def sampled(process: subprocess.Popen[Any], look: Callable[[], Sample], minutes:
 
 
 def trend(samples: list[Sample]) -> dict[str, float]:
-    """Level and slope after the warm-up: least squares over all samples."""
+    """Level and slope (least squares) of memory after the warm-up."""
     late = [s for s in samples if s["seconds"] >= WARM_UP_S] or samples
     seconds, rss = (np.array([sample[name] for sample in late]) for name in ("seconds", "rss_mb"))
     slope = float(np.polyfit(seconds, rss, 1)[0]) * 60 if len(late) > 1 else 0.0
@@ -64,29 +64,12 @@ def trend(samples: list[Sample]) -> dict[str, float]:
 
 
 def ring(args: argparse.Namespace) -> dict[str, Any]:
-    """`sae harvest --keep-rows`, stopped after the time as by Ctrl-C."""
+    """`sae harvest --keep-rows`, stopped after `--minutes` as by Ctrl-C."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "acts.zarr"
-        command = [
-            sys.executable,
-            "-m",
-            "sae.cli",
-            "harvest",
-            "--model",
-            "tiny-relu-1l",
-            "--text",
-            args.text,
-            "--tokens",
-            "100000000",
-            "--heldout-tokens",
-            "524288",
-            "--keep-rows",
-            str(args.keep_rows),
-            "--device",
-            "cpu",
-            "--out",
-            str(out),
-        ]
+        options = "--model tiny-relu-1l --tokens 100000000 --heldout-tokens 524288 --device cpu"
+        command = [sys.executable, "-m", "sae.cli", "harvest", *options.split()]
+        command += ["--text", args.text, "--keep-rows", str(args.keep_rows), "--out", str(out)]
 
         def look() -> Sample:
             return {
@@ -115,7 +98,7 @@ def ring(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def epochs(args: argparse.Namespace) -> dict[str, Any]:
-    """Reading in batches of 4,096, epoch after epoch; memory at the end of each."""
+    """Memory at the end of each epoch of reading in batches of 4,096."""
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         write_store(Path(scratch) / "acts.zarr", made_rows(args.rows // 8192 * 8192, 512), 8192)
@@ -137,12 +120,12 @@ def epochs(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["ring", "epochs"])
-    parser.add_argument("--text", default="default")
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--keep-rows", type=int, default=2_000_000)
-    parser.add_argument("--rows", type=int, default=500_000)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("what", choices=["ring", "epochs"], help="the measurement")
+    parser.add_argument("--text", default="default", help="ring: what is harvested")
+    parser.add_argument("--minutes", type=float, default=20.0, help="ring: duration")
+    parser.add_argument("--keep-rows", type=int, default=2_000_000, help="ring: rows that the store keeps")
+    parser.add_argument("--rows", type=int, default=500_000, help="epochs: rows of the store")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs: how often the rows are read")
     parser.add_argument("--json", type=Path, help="also put the figures into this file")
     args = parser.parse_args()
     measure = {"ring": ring, "epochs": epochs}[args.what]

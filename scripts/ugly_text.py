@@ -1,9 +1,10 @@
-"""Harvests text that no one would wish for, each in a process of its own; prints what was read and the most memory.
+"""Harvests difficult text (huge, tiny, broken, binary), each in its own process; prints what was read and peak memory.
 
-usage: python scripts/ugly_text.py [--json FILE] [--only NAME …]
+    python scripts/ugly_text.py --json docs/measurements/store-figures.json
+    python scripts/ugly_text.py --only plain "mixed encodings, NUL, binary"       # a minute
 
-Everything is made up and harvested by tiny-relu-1l (long contexts by a random model of its shape that reads 4,096
-tokens). `plain` is the same harvest of ordinary text, which the others are to be compared with.
+All text is made up and harvested with tiny-relu-1l (long contexts with a random model of its shape that reads 4,096
+tokens). `plain` is ordinary text, for comparison.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def mixed_encodings_and_nul(directory: Path, rng: random.Random) -> None:
     (directory / "binary.txt").write_bytes(rng.randbytes(5_000_000))
 
 
-MAKERS: dict[str, tuple[Callable[[Path, random.Random], None], int]] = {  # and the context length
+MAKERS: dict[str, tuple[Callable[[Path, random.Random], None], int]] = {  # how to make the text, and the context length
     "plain": (plain, 256),
     "one document of 100 MB": (one_document_of_100_mb, 256),
     "1,000,000 short documents": (a_million_short_documents, 256),
@@ -83,7 +84,7 @@ MAKERS: dict[str, tuple[Callable[[Path, random.Random], None], int]] = {  # and 
 
 
 def long_model(directory: Path) -> Path:
-    """Random weights of tiny-relu-1l's shape, but for 4,096 positions."""
+    """A model of tiny-relu-1l's shape with random weights and 4,096 positions."""
     import torch
 
     from sae.jobs.checkpoint import write_tensors
@@ -102,30 +103,13 @@ def long_model(directory: Path) -> Path:
 
 
 def harvested(text: Path, seq_len: int, model: str, scratch: Path) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        "sae.cli",
-        "harvest",
-        "--model",
-        model,
-        "--text",
-        str(text),
-        "--tokens",
-        str(ROWS),
-        "--heldout-tokens",
-        "16384",
-        "--seq-len",
-        str(seq_len),
-        "--device",
-        "cpu",
-        "--out",
-        str(scratch / "acts.zarr"),
-    ]
+    sizes = f"--tokens {ROWS} --heldout-tokens 16384 --seq-len {seq_len} --device cpu"
+    command = [sys.executable, "-m", "sae.cli", "harvest", "--model", model, "--text", str(text), *sizes.split()]
+    command += ["--out", str(scratch / "acts.zarr")]
     start = time.perf_counter()
     with (scratch / "log").open("w+") as log:
         process = subprocess.Popen(command, stderr=log, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)  # the most memory of this very process
+        _, status, usage = os.wait4(process.pid, 0)  # the peak memory of this process alone
         log.seek(0)
         said = re.search(r"text read: (.*)", log.read())
     shutil.rmtree(scratch / "acts.zarr", ignore_errors=True)
@@ -140,7 +124,9 @@ def harvested(text: Path, seq_len: int, model: str, scratch: Path) -> dict[str, 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=list(MAKERS), choices=list(MAKERS), metavar="NAME")
+    parser.add_argument(
+        "--only", nargs="+", default=list(MAKERS), choices=list(MAKERS), metavar="NAME", help="some texts"
+    )
     parser.add_argument("--json", type=Path, help="also put the figures into this file")
     args = parser.parse_args()
     found = {}

@@ -62,7 +62,7 @@ def test_three_cures_on_a_store(tmp_path: Path, tiny_store: Path, monkeypatch: p
         "--set",
         "lr=0.01",
         "--set",
-        "resample_shares=[0.5, 0.7]",
+        "resample_shares=0.5,0.7",
     ]
     monkeypatch.setattr(sys, "argv", argv)
     recipes = dict(RECIPES)

@@ -2,8 +2,8 @@
 
     python cache_saelens.py MODEL_DIRECTORY CONTEXTS.safetensors HOOK OUT
 
-The contexts come tokenised, so that only the model and the disk are timed; float16 on disk, not shuffled. Prints one
-line of JSON: seconds, processor seconds, rows, and the mean activation, by which the models are seen to be the same.
+The contexts are tokenised already, so that only the model and the disk are timed; float16 on disk, not shuffled. Prints
+one line of JSON: seconds, processor seconds, rows, and the mean activation, which shows that the models are the same.
 """
 
 from __future__ import annotations

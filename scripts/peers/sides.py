@@ -1,7 +1,7 @@
-"""What every peer's side of scripts/check_peers.py does: answers on our exports, and dictionaries of its own to import.
+"""What all peers' sides of scripts/check_peers.py share: answers on our exports, and dictionaries to import.
 
-Run in the peer's environment; nothing of ours is imported. A working directory holds `exported/<case>/` (our exports)
-with `exported/<case>.rows.safetensors`; the peer writes `<case>.answers.safetensors` beside it, and dictionaries of its
+Runs in the peer's environment and imports nothing of ours. A working directory holds `exported/<case>/` (our exports)
+and `exported/<case>.rows.safetensors`. The peer writes `exported/<case>.answers.safetensors`, and dictionaries of its
 own as `made/<case>/` with their rows and answers in `made/<case>.answers.safetensors`.
 """
 

@@ -1,0 +1,155 @@
+"""Every script explains itself; the scripts without a test file of their own run here on tiny input."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from fakes import HOOK_POINT, made_up_documents, write_jsonl, write_model
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+PROGRAMS = sorted(path.stem for path in SCRIPTS.glob("*.py") if "ArgumentParser" in path.read_text())
+
+
+@pytest.fixture(autouse=True)
+def neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts import each other, as when they are run; one thread, as all tests."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setenv("BENCH_THREADS", "1")
+
+
+def script(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str | Path) -> int:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    status: int | None = script(name).main()
+    return status or 0
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_shows_how_a_script_is_run_and_what_each_option_is(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, name, "--help")
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert f"    python scripts/{name}.py" in said
+    lines = [*said.partition("\noptions:\n")[2].splitlines(), ""]
+    pairs = [(line, below) for line, below in pairwise(lines) if line.startswith("  -")]
+    silent = [line for line, below in pairs if "  " not in line.strip() and not below.startswith(" " * 20)]
+    assert pairs
+    assert not silent, "these options have no help"
+
+
+def test_a_dictionary_from_text_and_the_features_of_its_domains(
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    tiny_text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result, seconds = script("dictionary").build(
+        [str(tiny_text)],
+        tmp_path,
+        model=str(tiny_model_dir),
+        tokens=8192,
+        recipe="topk",
+        d_sae=48,
+        train_tokens=8192,
+        index_tokens=8192,
+        config={"k": 4, "batch_tokens": 256},
+    )
+    assert list(seconds) == ["harvest", "train", "eval", "index"]
+    assert result["metrics"]["l0"]["value"] == pytest.approx(4, abs=0.1)
+    capsys.readouterr()
+    assert run(monkeypatch, "domains", tmp_path / "topk-48-s0") == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert lines.keys() == {"domain", "prose", "dna", "numbers"}
+    assert len(lines["dna"]) == len(lines["prose"]) + 1  # only DNA has one of the paper's proxies
+    assert all(0 <= float(share) <= 1 for share in lines["dna"][3:6])
+
+
+def test_a_models_card_knows_its_baselines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path / "lm")
+    rng = np.random.default_rng(0)
+    for split in ("train", "heldout"):
+        np.save(model / f"tokens-{split}.npy", rng.integers(0, 300, 5000).astype(np.uint16))
+    text = write_jsonl(tmp_path / "validation.jsonl", made_up_documents(60))
+    assert run(monkeypatch, "model_card", model, "--validation", text, "--json", tmp_path / "card.json") == 0
+    found = json.loads((tmp_path / "card.json").read_text())
+    assert found["by_domain"].keys() == {"prose", "dna", "numbers"}
+    assert sum(domain["tokens"] for domain in found["by_domain"].values()) == found["tokens"]
+    assert found["all"]["unigram"] == pytest.approx(np.log(300), abs=0.1)  # counted on uniform tokens
+    assert "| **all** |" in capsys.readouterr().out
+
+
+def test_python_sources_of_a_smaller_size_are_some_of_a_larger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, library = script("python_sources"), tmp_path / "library"
+    for number in range(40):
+        path = library / ("tests" if number % 4 == 3 else "package") / f"{number}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {number}\n" * 200)
+    (library / "package" / "short.py").write_text("x = 1\n")
+    monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(library))
+    few, few_bytes = module.gather(tmp_path / "few", 8000)
+    many, many_bytes = module.gather(tmp_path / "many", 10**6)
+    assert 0 < few < many == 30
+    assert few_bytes <= 8000 < many_bytes
+    for path in (tmp_path / "few").iterdir():
+        assert path.read_bytes() == (tmp_path / "many" / path.name).read_bytes()
+
+
+def test_memory_over_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "figures.json"
+    path.write_text('{"another section": 1}')
+    assert run(monkeypatch, "store_memory", "epochs", "--rows", "16384", "--epochs", "2", "--json", path) == 0
+    found = json.loads(path.read_text())
+    assert found["another section"] == 1
+    assert {"date", "cpu", "zarr", "load_average"} <= found["memory, epochs"]["measured"].keys()
+    for reading in found["memory, epochs"]["figures"].values():
+        assert reading["rows"] == 16384
+        assert len(reading["rss_mb_after_epoch"]) == 2
+
+
+def test_the_store_is_compared_with_other_formats() -> None:
+    found = script("bench_store").compare(rows=8192, rounds=1, shard_rows=1024)
+    assert [entry["format"] for entry in found] == ["numpy memmap", "safetensors shards", "activation store"]
+    assert all(entry["exact_rows_per_s"] > 0 for entry in found)
+    assert 0 < found[-1]["mixing_two_level"] <= 1
+
+
+def test_bf16_products_beside_the_default_ones(
+    tmp_path: Path, tiny_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--tokens", "4096", "--d-sae", "48", "--seeds", "0", "--set", "batch_tokens=512", "--set", "l1=2"]
+    places = ["--acts", tiny_store, "--out", tmp_path / "runs", "--hook-point", HOOK_POINT]
+    assert run(monkeypatch, "bench_bf16", *places, *options, "--json", tmp_path / "bf16.json") == 0
+    runs = json.loads((tmp_path / "bf16.json").read_text())["runs"]
+    assert [each["matmul"] for each in runs] == ["auto", "bf16"]
+    assert "bf16" in runs[1]["chosen"]
+    assert "mean difference" in capsys.readouterr().out
+
+
+def test_a_made_up_index_is_as_large_as_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from store.features import FeatureIndex
+
+    text = tmp_path / "long.txt"
+    text.write_text(" ".join(document.text for document in made_up_documents(100)))
+    size = ["--tokens", "2048", "--d-sae", "64"]
+    assert run(monkeypatch, "bench_browser_index", tmp_path / "runs", "--text", text, *size) == 0
+    index = FeatureIndex.open(Path(capsys.readouterr().out.strip()) / "features.zarr")
+    assert (index.d_sae, index.n_contexts) == (64, 8)
