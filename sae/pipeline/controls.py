@@ -68,7 +68,7 @@ def controls(
         try:
             measured["shuffled_model"] = _measure_shuffled_model(setup, dictionary, out, tokens, train_tokens, seed)
         except NoRecipe as error:
-            skipped["shuffled_model"] = str(error)
+            skipped["shuffled_model"] = f"left out, because {error}"
     result = {
         "format": CONTROLS_FORMAT,
         "tokens": setup.kept_tokens,
@@ -208,7 +208,7 @@ def _trained_on(setup: Setup, sae: SAE, out: Path, train_tokens: int) -> SAE:
     """A dictionary trained with the recipe and settings of `sae`, on rows of the setup's model held in memory."""
     settings = sae.config.get("train")
     if settings is None:
-        raise NoRecipe("left out: the dictionary's config.json does not say how it was trained")
+        raise NoRecipe("the dictionary's config.json does not say how it was trained")
     try:
         config = with_overrides(TrainConfig(), {**_plain(settings), "tokens": train_tokens})
         rows = baselines.HeldRows(setup.training_rows(train_tokens), batch_tokens=config.batch_tokens, seed=config.seed)

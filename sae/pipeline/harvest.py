@@ -96,11 +96,7 @@ def harvest(
     lm = load_model(model, device=model_device(device)) if isinstance(model, str) else model
     source = source_of(text)
     out = out if is_url(out) else Path(out)
-    seq_len = seq_len or min(256, lm.context_tokens)
-    if seq_len > lm.context_tokens:
-        raise PipelineError(
-            f"seq_len = {seq_len} is longer than the context of {lm.id}, which is {lm.context_tokens} tokens."
-        )
+    seq_len = context_length(lm, seq_len)
     lanes = lanes_of(rank, world)
     widths = {hook_point: lm.hook_width(hook_point) for hook_point in hook_points}
     dtypes = _dtypes(dtype, widths)
@@ -164,6 +160,16 @@ def _within(planned: Plan, forecast: Forecast, max_disk_bytes: int | None) -> di
             f"{least * forecast.shard_bytes / 1e6:,.1f} MB. Raise --max-disk, or lower --heldout-tokens or --keep-rows."
         )
     return {HELD_OUT: range(planned.n_shards[HELD_OUT]), TRAIN: range(train)}
+
+
+def context_length(lm: LanguageModel, asked: int | None) -> int:
+    """Tokens of a context: as asked, else 256, or the model's limit if lower. Raises: PipelineError above the limit."""
+    seq_len = asked or min(256, lm.context_tokens)
+    if seq_len > lm.context_tokens:
+        raise PipelineError(
+            f"seq_len = {seq_len} is longer than the context of {lm.id}. Choose at most {lm.context_tokens} tokens."
+        )
+    return seq_len
 
 
 def source_of(text: Text) -> TextSource:

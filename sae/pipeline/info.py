@@ -42,7 +42,7 @@ def describe(path: str | Path | None = None) -> dict[str, Any]:
         return _describe_store(ActivationStore.open(path))
     path = Path(path)
     if path.is_file():
-        raise PipelineError(f"{path} is a file. {EXPECTED}; the directory of this file is {path.parent}.")
+        raise PipelineError(f"{path} is a file. {EXPECTED}. To describe its directory: sae info {path.parent}")
     if not path.exists():
         raise PipelineError(f"{path}: no such file or directory. {EXPECTED}.")
     if (path / "config.json").is_file():

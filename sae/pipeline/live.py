@@ -7,7 +7,7 @@ from typing import Any
 
 from sae.lm import LanguageModel, load_model
 from sae.pipeline.errors import PipelineError
-from sae.pipeline.harvest import DEFAULT_HOOK_POINT, Text, provenance_of, source_of
+from sae.pipeline.harvest import DEFAULT_HOOK_POINT, Text, context_length, provenance_of, source_of
 from sae.training.config import TrainConfig
 from sae.training.live_rows import Contexts, LiveRows
 from sae.training.recipes import recipe_named
@@ -34,11 +34,7 @@ def live_rows(
     """The rows that a recipe trains on, and the record of where they come from, for config.json."""
     lm = load_model(live.model, device=device) if isinstance(live.model, str) else live.model
     source, hook = source_of(live.text), hook_point or DEFAULT_HOOK_POINT
-    seq_len = live.seq_len or min(256, lm.context_tokens)
-    if seq_len > lm.context_tokens:
-        raise PipelineError(
-            f"seq_len = {seq_len} is longer than the context of {lm.id}, which is {lm.context_tokens} tokens."
-        )
+    seq_len = context_length(lm, live.seq_len)
     needs = recipe_named(config.recipe).needs
     check_target(config.recipe, target_hook_point)
     hooks = {"x": hook} | ({"y": target_hook_point} if target_hook_point else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,23 @@ def model_device(name: str = "auto") -> str:
 
 def opened(sae: SAE | str | Path) -> tuple[SAE, Path | None]:
     """A dictionary, and its directory if it was given by that."""
-    return (sae, None) if isinstance(sae, SAE) else (load(sae), Path(sae))
+    return (sae, None) if isinstance(sae, SAE) else (_load(sae), Path(sae))
 
 
 def autoencoder(directory: str | Path) -> SAE:
     """A dictionary whose x̂ takes the place of its x. Raises: PipelineError for a transcoder."""
-    sae = load(directory)
+    sae = _load(directory)
     refuse_transcoder(sae, X_HAT_FOR_X, PipelineError)
     return sae
+
+
+def _load(directory: str | Path) -> SAE:
+    if not Path(directory).exists():
+        raise PipelineError(
+            f"{directory} is not a dictionary: there is no such directory. `sae train` makes one; `sae info DIR` lists "
+            "what a directory holds."
+        )
+    return load(directory)
 
 
 def output_hook_point(sae: SAE) -> str:
@@ -75,8 +85,8 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
     ours, theirs = sae.config.get("model", {}), _model_in(store)
     if "sha256" in ours and not same_model(ours, theirs):  # an imported dictionary may have no hash
         raise PipelineError(
-            f"{store.path} holds activations of {theirs['id']} (weights {theirs['sha256'][:12]}…), the dictionary was "
-            f"trained on {ours['id']} ({ours['sha256'][:12]}…). Harvest that model's activations first."
+            f"{store.path} holds activations of {_named(theirs)}, the dictionary was trained on {_named(ours)}. "
+            "Harvest that model's activations first."
         )
     places = [("reads", sae.config.get("hook_point") or "an unnamed hook point", sae.d_in)]
     if sae.is_transcoder:
@@ -115,9 +125,8 @@ def model_of(
     ours = sae.config.get("model", {})
     if "sha256" in ours and not same_model(ours, lm.identity()):
         raise PipelineError(
-            f"the dictionary was trained on {ours.get('id')} (weights {ours['sha256'][:12]}…), the model here is "
-            f"{lm.id} (weights {lm.weights_sha256[:12]}…): it has changed, or is another. Name the right one with "
-            "--model."
+            f"the dictionary was trained on {_named(ours)}, the model here is {_named(lm.identity())}: it has changed, "
+            "or is another. Name the right one with --model."
         )
     if store and "sha256" not in ours:
         require_model_of(store, lm)
@@ -129,8 +138,8 @@ def require_model_of(store: ActivationStore, lm: LanguageModel) -> None:
     theirs = _model_in(store)
     if not same_model(theirs, lm.identity()):
         raise PipelineError(
-            f"{store.path} holds activations of {theirs['id']} (weights {theirs['sha256'][:12]}…), the model named is "
-            f"{lm.id} ({lm.weights_sha256[:12]}…). Name the store's model with --model."
+            f"{store.path} holds activations of {_named(theirs)}, the model named is {_named(lm.identity())}. Name the "
+            "store's model with --model."
         )
 
 
@@ -140,10 +149,15 @@ def model_in(store: ActivationStore) -> LanguageModel:
     lm = load_model(held["id"])
     if not same_model(held, lm.identity()):
         raise PipelineError(
-            f"{store.path} holds activations of {held['id']} with weights {held['sha256'][:12]}…, the model of that "
-            f"name here has {lm.weights_sha256[:12]}…: it has changed. Put the right one there, or harvest again."
+            f"{store.path} holds activations of {_named(held)}, the model of that name is {_named(lm.identity())}: "
+            "it has changed. Put the right one there, or harvest again."
         )
     return lm
+
+
+def _named(model: Mapping[str, Any]) -> str:
+    """A model's recorded identity, for a message."""
+    return f"{model.get('id')} (weights {model['sha256'][:12]}…)"
 
 
 def _named_model(sae: SAE, asked: str | None, device: str) -> LanguageModel:
