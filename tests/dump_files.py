@@ -1,4 +1,4 @@
-"""Made-up feature pages in other tools' formats, of texts whose activations are known."""
+"""Made-up feature pages in other tools' formats, with texts of known activations."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def paper_feature(feature: int) -> dict[str, Any]:
 
 
 def paper(folder: Path, features: tuple[int, ...] = (0, 1, 10)) -> Path:
-    """One file a feature."""
+    """One file per feature."""
     folder.mkdir(parents=True)
     for feature in features:
         (folder / f"{feature}.json").write_text(json.dumps(paper_feature(feature)))

@@ -1,4 +1,4 @@
-"""Dictionaries as the peers' own programs lay them out on disk, from their documentation: no code of ours involved."""
+"""Dictionaries in the peers' file layouts, made from the peers' documentation without our code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def weights(seed: int = 0, d_in: int = D_IN, d_sae: int = D_SAE) -> Tensors:
-    """Random tensors under the field's names; decoder rows of any norm."""
+    """Random tensors by our names; decoder rows have any norm."""
     g = torch.Generator().manual_seed(seed)
     return {
         "W_enc": torch.randn(d_in, d_sae, generator=g),

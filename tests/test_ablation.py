@@ -29,7 +29,7 @@ def as_dict(found: Ablated) -> dict[tuple[int, int], tuple[float, float]]:
 
 
 @pytest.mark.parametrize("hook_point", HOOKS)
-def test_closed_form_is_the_rerun_in_a_one_layer_model(tiny_model: NativeModel, hook_point: str) -> None:
+def test_the_closed_form_equals_a_second_run_in_a_one_layer_model(tiny_model: NativeModel, hook_point: str) -> None:
     direction, tokens, acts = planted(tiny_model, hook_point)
     assert has_closed_form(tiny_model, hook_point)
     closed = ablate(tiny_model, direction, tokens, acts, hook_point)
@@ -80,13 +80,13 @@ def test_only_shown_tokens_are_computed(tiny_model: NativeModel) -> None:
             assert losses == pytest.approx(expected[place], abs=1e-4)
 
 
-def test_nothing_fires_nothing_changes(tiny_model: NativeModel) -> None:
+def test_a_feature_that_never_fires_changes_nothing(tiny_model: NativeModel) -> None:
     direction, tokens, acts = planted(tiny_model, HOOKS[0])
     for closed_form in (True, False):
         assert len(ablate(tiny_model, direction, tokens, 0 * acts, HOOKS[0], closed_form=closed_form).loss) == 0
 
 
-def test_deeper_models_are_run_again(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_deeper_models_get_a_second_run(tmp_path_factory: pytest.TempPathFactory) -> None:
     shape = TransformerConfig(**{**SHAPE.to_dict(), "n_layers": 2})
     model = NativeModel(write_model(tmp_path_factory.mktemp("deep") / "m", shape=shape), "deep")
     assert not has_closed_form(model, "blocks.0.mlp.hook_post")

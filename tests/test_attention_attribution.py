@@ -1,4 +1,4 @@
-"""Paths into a feature against brute force: one head's reading of one source taken out, everything held still."""
+"""Paths into a feature against brute force: one head's reading of one source is removed, all else held fixed."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_patterns_are_the_definition_and_what_the_model_uses(deep: NativeModel, 
 
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("hook", HOOKS)
-def test_the_parts_are_what_taking_them_out_changes(deep: NativeModel, ids: list[int], layer: int, hook: str) -> None:
-    """Everything by hand in float64: pattern, norm scales and ReLU gates held; each part removed in turn."""
+def test_each_part_is_the_change_when_it_is_removed(deep: NativeModel, ids: list[int], layer: int, hook: str) -> None:
+    """By hand in float64: pattern, norm scales and ReLU gates are held fixed; each part is removed in turn."""
     hook_point = f"blocks.{layer}.{hook}"
     sae = random_sae(deep.hook_width(hook_point), hook_point)
     position, feature = 4, 7
@@ -122,8 +122,8 @@ def by_hand_double(block, resid: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(torch.ones(len(x), len(x), dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
 
 
-def test_a_smooth_activation_function_is_said_to_be_a_slope(smooth: NativeModel, ids: list[int]) -> None:
-    """The direct path's slope against finite differences of the neurons' input, the norm's scale held."""
+def test_a_smooth_activation_function_contributes_its_slope(smooth: NativeModel, ids: list[int]) -> None:
+    """The direct path's slope against finite differences of the neurons' input, at a fixed scale of the norm."""
     sae = random_sae(SHAPE.d_mlp, HOOK_POINT)
     found = paths(smooth, sae, ids, feature=3, position=3, hook_point=HOOK_POINT)
     assert not found.exact
@@ -141,7 +141,7 @@ def test_a_smooth_activation_function_is_said_to_be_a_slope(smooth: NativeModel,
     assert float(found.direct.sum() + found.heads.sum()) + found.rest == pytest.approx(found.pre_act, abs=1e-4)
 
 
-def test_what_cannot_be_taken_apart_says_so(tiny_model: NativeModel, ids: list[int]) -> None:
+def test_unsupported_models_and_hook_points_are_refused(tiny_model: NativeModel, ids: list[int]) -> None:
     sae = random_sae(SHAPE.d_mlp, HOOK_POINT)
     settings = {"feature": 1, "position": 1, "hook_point": HOOK_POINT}
     for change, error, message in (

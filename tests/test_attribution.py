@@ -1,4 +1,4 @@
-"""The microscope against the model run by hand: activations, spliced losses, and parts that sum to the logit."""
+"""Attribution against the model run by hand: activations, spliced losses, and parts that sum to the logit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_active_features_error_and_spliced_losses(sae: SAE, tiny_model: NativeMo
 def test_in_the_last_layer_the_parts_sum_to_the_logit(
     two_layers: NativeModel, tiny_model: NativeModel, ids: list[int], hook: str
 ) -> None:
-    """The linear path: take a feature's write out of the stream, hold the final norm's scale, read the logit again."""
+    """The linear path: remove a feature's contribution from the stream, fix the norm's scale, read the logit again."""
     position, token = 4, 17
     for model, hook_point in ((tiny_model, f"blocks.0.{hook}"), (two_layers, f"blocks.1.{hook}")):
         sae = random_sae(model.hook_width(hook_point), hook_point)
@@ -95,7 +95,7 @@ def test_in_the_last_layer_the_parts_sum_to_the_logit(
 
 
 @pytest.mark.parametrize("hook_point", ["blocks.0.mlp.hook_post", "blocks.0.hook_resid_post", "blocks.1.hook_attn_out"])
-def test_elsewhere_it_is_the_slope_times_the_activation(
+def test_in_other_layers_it_is_gradient_times_activation(
     two_layers: NativeModel, ids: list[int], hook_point: str
 ) -> None:
     sae = random_sae(two_layers.hook_width(hook_point), hook_point)
@@ -125,14 +125,16 @@ def test_elsewhere_it_is_the_slope_times_the_activation(
 @pytest.mark.parametrize(
     ("change", "message"), [({"position": 99}, "position 99 is outside"), ({"token": -1}, "token -1 is outside")]
 )
-def test_what_does_not_exist(sae: SAE, tiny_model: NativeModel, ids: list[int], change: dict, message: str) -> None:
+def test_missing_positions_and_tokens_are_refused(
+    sae: SAE, tiny_model: NativeModel, ids: list[int], change: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         attribute(tiny_model, sae, ids, **{"position": 1, "token": 1, "hook_point": HOOK_POINT, **change})
     assert not tiny_model.lock.locked()
 
 
 @pytest.mark.slow
-def test_the_bridge_says_the_same(sae: SAE, tiny_model: NativeModel, ids: list[int]) -> None:
+def test_the_bridge_gives_the_same_results(sae: SAE, tiny_model: NativeModel, ids: list[int]) -> None:
     """TransformerLens running the same weights: gradients, attribution and splices through its hooks."""
     from sae.lm import BridgeModel
 

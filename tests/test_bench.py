@@ -1,4 +1,4 @@
-"""The benchmark's worker takes steps of our real trainer when told; its plot is what any browser shows."""
+"""The benchmark: its worker takes steps of our real trainer, missing peers are left out, its plot is a valid SVG."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_peer_without_its_environment_is_left_out(
     assert capsys.readouterr().err.count("left out") == 2
 
 
-def test_lines_fall_where_their_numbers_say() -> None:
+def test_lines_are_drawn_at_the_positions_of_their_numbers() -> None:
     lines = {"a <line>": [(1.0, 1.0), (10.0, 10.0), (100.0, 100.0)], "flat": [(1.0, 5.0), (100.0, 5.0)]}
     root = ElementTree.fromstring(line_plot([("one", lines), ("two", lines)]))
     drawn = [

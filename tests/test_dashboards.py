@@ -1,4 +1,4 @@
-"""Other tools' feature pages: what is read equals what was written, and what is broken is refused whole."""
+"""Feature pages of other tools: what is read equals what was written; damaged files are refused."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def index_of(index: FeatureIndex, token: bytes) -> int:
     return next(i for i in range(index.d_vocab) if index.token_bytes(i) == token)
 
 
-def test_bars_given_by_their_middle_and_the_bins_of_a_dashboard(tmp_path: Path) -> None:
+def test_bars_given_by_their_centre_and_the_bins_of_a_dashboard(tmp_path: Path) -> None:
     index = imported(tmp_path, "sae-dashboard")
     assert dumps.histogram(index, "logit", 3).to_dict("list") == {
         "low": [-1.5, -0.5, 0.5],
@@ -99,7 +99,7 @@ def test_bars_given_by_their_middle_and_the_bins_of_a_dashboard(tmp_path: Path) 
         ("\\xc3é\\xAF", b"\xc3\xc3\xa9\xaf"),
     ],
 )
-def test_written_out_bytes_become_bytes(text: str, raw: bytes) -> None:
+def test_bytes_written_as_text_become_bytes(text: str, raw: bytes) -> None:
     assert token_bytes(text) == raw
 
 
@@ -134,7 +134,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", list(BROKEN))
-def test_a_broken_file_is_named_and_nothing_is_left(tmp_path: Path, what: str) -> None:
+def test_a_damaged_file_is_named_and_no_output_is_left(tmp_path: Path, what: str) -> None:
     source = dump_files.paper(tmp_path / "dump", (0,))
     (source / "1.json").write_text(BROKEN[what])
     with pytest.raises(ValueError, match=r"1\.json|65504"):
@@ -142,7 +142,7 @@ def test_a_broken_file_is_named_and_nothing_is_left(tmp_path: Path, what: str) -
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_to_import_and_a_filled_place(tmp_path: Path) -> None:
+def test_empty_sources_and_filled_directories_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InteropError, match=r"no \.json file"):
         pipeline.import_dump(tmp_path / "empty", tmp_path / "out", format="paper")
@@ -153,7 +153,7 @@ def test_nothing_to_import_and_a_filled_place(tmp_path: Path) -> None:
         pipeline.import_dump(source, source, format="paper")
 
 
-def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = dump_files.dashboard(tmp_path / "dump"), tmp_path / "out"
     assert cli.main(["import", str(source), "--format", "sae-dashboard", "--out", str(out)]) == 0
     assert cli.main(["info", str(out)]) == 0
@@ -180,7 +180,7 @@ def test_a_dump_in_the_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [group["title"] for group in shown["groups"]] == ["Top", "Subsample <interval> 1"]
     assert "Controls" not in json.dumps(shown)
     drawn = [[shown["vocab"][v][1] for v in e["v"]] for group in shown["groups"] for e in group["examples"]]
-    assert [len(tokens) for tokens in drawn] == [len(TEXTS[i]) for i in (1, 2, 0)]  # and none that fills up
+    assert [len(tokens) for tokens in drawn] == [len(TEXTS[i]) for i in (1, 2, 0)]
     assert "".join(text for pieces in drawn[0] for kind, text in pieces) == "".join(TEXTS[1])
     assert drawn[1][1:3] == [[["hex", "c3"]], [["text", "ï"]]]
     charts = next(p for p in payloads(page.main) if "charts" in p)["charts"]

@@ -1,4 +1,4 @@
-"""scripts/dead_features.py: three trainings alike but for the cure, counted on held-out text."""
+"""scripts/dead_features.py: three trainings that differ only in the cure, counted on held-out text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from store.activations import ActivationStore  # noqa: E402
 
 
 @torch.no_grad()
-def test_naive_reinitialisation_touches_the_dead_alone() -> None:
+def test_naive_reinitialisation_changes_dead_features_only() -> None:
     torch.manual_seed(0)
     dictionary = sae.SAE(16, 40)
     for tensor in (dictionary.W_enc, dictionary.W_dec, dictionary.b_enc):

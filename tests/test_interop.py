@@ -1,4 +1,4 @@
-"""Exports: every layout reads back the same, SAELens' is as its loader asks; what a peer cannot say is refused."""
+"""Exports: every layout is read back unchanged, SAELens' has what its loader needs, and the rest is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ D_IN, D_SAE, K = 12, 40, 5
 
 @pytest.fixture(params=["relu", "topk"])
 def dictionary(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A dictionary with random parameters, as training leaves it on disk."""
+    """A dictionary with random parameters, saved as after training."""
     sae = SAE(D_IN, D_SAE, activation=request.param, k=K if request.param == "topk" else None)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_the_sae_lens_export_has_the_files_and_keys_its_loader_asks_for(dictiona
     topk = load(dictionary).activation == "topk"
     config = json.loads((out / "cfg.json").read_text())
     metadata = config.pop("metadata")
-    assert "path" not in json.dumps(metadata["monosem"])  # no place on this machine goes out
+    assert "path" not in json.dumps(metadata["monosem"])  # no path of this machine is exported
     expected = {
         "architecture": "topk" if topk else "standard",
         "d_in": D_IN,
@@ -80,7 +80,7 @@ def test_the_sae_lens_export_has_the_files_and_keys_its_loader_asks_for(dictiona
         "reshape_activations": "none",
     } | ({"k": K, "rescale_acts_by_decoder_norm": False} if topk else {})
     assert config == expected
-    assert int(metadata["sae_lens_version"].split(".")[0]) >= 6  # else the loader loses hook_name
+    assert int(metadata["sae_lens_version"].split(".")[0]) >= 6  # otherwise the loader loses hook_name
     assert metadata["hook_name"] == "blocks.0.mlp.hook_post"
     assert metadata["model_name"] == "tiny"
     assert metadata["dataset_path"] == "made up"
@@ -116,7 +116,7 @@ def test_an_export_into_a_directory_with_files_is_refused(dictionary: Path, tmp_
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
 
 
-def test_an_export_to_a_place_that_is_a_file_is_refused(dictionary: Path, tmp_path: Path) -> None:
+def test_an_export_to_the_path_of_a_file_is_refused(dictionary: Path, tmp_path: Path) -> None:
     out = tmp_path / "file"
     out.write_text("mine")
     with pytest.raises(pipeline.PipelineError, match="file"):
@@ -124,7 +124,7 @@ def test_an_export_to_a_place_that_is_a_file_is_refused(dictionary: Path, tmp_pa
     assert out.read_text() == "mine"
 
 
-def test_an_unknown_format_is_refused_with_those_there_are(dictionary: Path, tmp_path: Path) -> None:
+def test_an_unknown_format_is_refused_with_a_list_of_formats(dictionary: Path, tmp_path: Path) -> None:
     with pytest.raises(pipeline.PipelineError, match="native, sae-lens, .*; got 'pickle'"):
         pipeline.export(dictionary, "pickle", tmp_path / "out")
 
@@ -167,7 +167,7 @@ def random_dictionary(
     return sae.requires_grad_(False)
 
 
-CAN = {  # what goes out and comes back with every number as it was
+EXACT = {  # exported and imported again with every number unchanged
     "sae-lens": ACTIVATIONS,
     "dictionary-learning": ACTIVATIONS,
     "sparsify": ("topk",),
@@ -176,13 +176,13 @@ CAN = {  # what goes out and comes back with every number as it was
 
 @settings(max_examples=25, deadline=None)
 @given(
-    case=st.sampled_from([(format, activation) for format, kinds in CAN.items() for activation in kinds]),
+    case=st.sampled_from([(format, activation) for format, kinds in EXACT.items() for activation in kinds]),
     d_in=st.integers(1, 9),
     d_sae=st.integers(K, 30),
     scale=st.sampled_from([1e-3, 1.0, 1e3]),
     seed=st.integers(0, 99),
 )
-def test_what_goes_out_comes_back_the_same(
+def test_an_exported_dictionary_is_imported_unchanged(
     tmp_path_factory: pytest.TempPathFactory, case: tuple[str, str], d_in: int, d_sae: int, scale: float, seed: int
 ) -> None:
     format, activation = case
@@ -209,7 +209,7 @@ def test_without_a_pre_bias(tmp_path: Path, format: str, activation: str) -> Non
 
 
 @pytest.mark.parametrize(("activation", "unit_norms"), [("relu", False), ("jumprelu", True), ("batchtopk", True)])
-def test_what_dictionary_learning_would_change_goes_out_as_another_of_its_classes(
+def test_what_a_class_of_dictionary_learning_would_change_is_exported_as_another_class(
     tmp_path: Path, activation: str, unit_norms: bool
 ) -> None:
     """Its AutoEncoder is rescaled on loading, its JumpReLU has no pre-bias, its BatchTopK one threshold for all."""
@@ -236,7 +236,7 @@ def test_what_dictionary_learning_would_change_goes_out_as_another_of_its_classe
         ("sae-lens", random_dictionary("relu", skip=True), "transcoder"),
     ],
 )
-def test_what_a_peer_cannot_say_is_refused(tmp_path: Path, format: str, sae: SAE, reason: str) -> None:
+def test_what_a_peer_cannot_represent_is_refused(tmp_path: Path, format: str, sae: SAE, reason: str) -> None:
     with pytest.raises(InteropError, match=f"cannot be exported as {format}: .*{reason}"):
         pipeline.export(sae, format, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -247,7 +247,7 @@ def test_what_a_peer_cannot_say_is_refused(tmp_path: Path, format: str, sae: SAE
 
 @pytest.mark.parametrize("side", sorted((SCRIPTS / "peers").glob("*.py")), ids=lambda path: path.name)
 def test_the_peers_sides_use_none_of_our_code(side: Path) -> None:
-    """Else they would need our environment, and would compare us with ourselves."""
+    """Otherwise they would need our environment and compare our code with itself."""
     tree = ast.parse(side.read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -265,14 +265,14 @@ def check_peers(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def fake_environment(directory: Path, package: str) -> None:
-    """An environment that check_peers takes for a finished one: this Python, in which no peer is installed."""
+    """An environment that check_peers takes as complete: this Python, in which no peer is installed."""
     (directory / "bin").mkdir(parents=True)
     (directory / "bin" / "python").symlink_to(sys.executable)
     (directory / "installed").write_text(f"torch safetensors {package}")
 
 
 @pytest.mark.slow
-def test_the_check_does_not_pass_where_a_peer_cannot_be_asked(tmp_path: Path) -> None:
+def test_the_check_fails_when_a_peer_cannot_run(tmp_path: Path) -> None:
     fake_environment(tmp_path / "sparsify", "eai-sparsify")
     done = check_peers(tmp_path, "--peer", "sparsify")
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""Files that are cut short, changed, hostile or of another kind: each is refused by name, nothing is run or written."""
+"""Files that are truncated, changed, hostile or of another kind are refused by name; nothing is run or written."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def foreign(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def refused(path: Path, out: Path) -> str:
-    """What an import says; it must leave nothing behind."""
+    """The message of a refused import, which must leave no files behind."""
     with pytest.raises(InteropError) as caught:
         pipeline.import_dictionary(path, out, hook_point="blocks.0.hook_mlp_out")
     assert not out.exists()
@@ -47,13 +47,13 @@ def test_a_file_that_is_cut_short(foreign: Path, tmp_path: Path, kept: float) ->
     assert str(file) in refused(foreign, tmp_path / "out")
 
 
-def test_bytes_that_mean_nothing(foreign: Path, tmp_path: Path) -> None:
+def test_meaningless_bytes(foreign: Path, tmp_path: Path) -> None:
     file = weights_of(foreign)
     file.write_bytes(bytes(range(256)) * 40)
     assert str(file) in refused(foreign, tmp_path / "out")
 
 
-def test_a_configuration_that_is_no_json_object(foreign: Path, tmp_path: Path) -> None:
+def test_a_configuration_that_is_not_a_json_object(foreign: Path, tmp_path: Path) -> None:
     directory = foreign if foreign.is_dir() else foreign.parent
     configs = list(directory.glob("*.json"))
     for content in ("{", "[1]", '{"d_in": NaN}', "\x00", "[" * 100_000):
@@ -65,7 +65,7 @@ def test_a_configuration_that_is_no_json_object(foreign: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("make", [dictionary_learning, nanda, openai])
 def test_a_pickle_with_code_is_not_run(tmp_path: Path, make: Callable[..., Path]) -> None:
-    """A file that would create another one if it were unpickled; beside it, proof that it would."""
+    """A file that would create another one if it were unpickled; at the end the proof that it would."""
     path = make(tmp_path / "peer", weights())
     file, witness = weights_of(path), tmp_path / "witness"
     command = f"open({str(witness)!r}, 'w').close()"
@@ -106,20 +106,20 @@ def test_tensors_that_do_not_fit_each_other(tmp_path: Path, peer: str, name: str
 
 
 @pytest.mark.parametrize("shape", [(), (D_SAE,), (D_IN, 0), (1, D_IN, D_SAE)])
-def test_matrices_that_are_none(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_tensors_that_are_not_matrices(tmp_path: Path, shape: tuple[int, ...]) -> None:
     said = refused(saelens(tmp_path / "peer", weights() | {"W_dec": torch.ones(shape)}), tmp_path / "out")
     assert "W_dec must be a matrix" in said
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["W_enc", "b_dec"])
-def test_numbers_that_are_none(tmp_path: Path, name: str, value: float) -> None:
+def test_numbers_that_are_not_finite(tmp_path: Path, name: str, value: float) -> None:
     made = weights()
     made[name].view(-1)[3] = value
     assert f"{name} holds NaN or infinite" in refused(saelens(tmp_path / "peer", made), tmp_path / "out")
 
 
-def test_whole_numbers_for_weights(tmp_path: Path) -> None:
+def test_integer_weights(tmp_path: Path) -> None:
     made = weights() | {"b_enc": torch.ones(D_SAE, dtype=torch.int32)}
     assert "b_enc must be a tensor of floating-point" in refused(saelens(tmp_path / "peer", made), tmp_path / "out")
 
@@ -149,7 +149,7 @@ def test_an_unknown_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("k", [0, -1, "3", 2.5, None, True, [3]])
-def test_a_k_that_is_no_count(tmp_path: Path, k: object) -> None:
+def test_a_k_that_is_not_a_positive_integer(tmp_path: Path, k: object) -> None:
     assert "k must be a positive whole number" in refused(
         sparsify(tmp_path / "layers.1", weights(), k=k), tmp_path / "out"
     )
@@ -160,7 +160,7 @@ def test_a_k_larger_than_the_dictionary(tmp_path: Path) -> None:
     assert f"topk needs 1 <= k <= d_sae = {D_SAE}" in said
 
 
-def test_a_size_that_is_not_the_tensors(tmp_path: Path) -> None:
+def test_a_size_that_differs_from_the_tensors(tmp_path: Path) -> None:
     said = refused(saelens(tmp_path / "peer", weights(), d_sae=10**12), tmp_path / "out")
     assert f"d_sae is 1000000000000 in the configuration but {D_SAE} in the tensors" in said
 
@@ -196,7 +196,7 @@ def test_any_setting_of_any_kind_is_read_or_refused(
     assert sae.d_sae == D_SAE
 
 
-def test_a_directory_without_a_dictionary_says_what_is_known(tmp_path: Path) -> None:
+def test_a_directory_without_a_dictionary_gets_a_list_of_formats(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     said = refused(tmp_path, tmp_path / "out")
     assert "it holds notes.txt" in said
@@ -204,7 +204,7 @@ def test_a_directory_without_a_dictionary_says_what_is_known(tmp_path: Path) -> 
     assert "no such file" in refused(tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_files_of_two_peers_in_one_place_want_a_word(tmp_path: Path) -> None:
+def test_files_of_two_peers_in_one_directory_need_a_format(tmp_path: Path) -> None:
     path = saelens(tmp_path / "both", weights())
     (path / "sae.safetensors").write_bytes(b"")
     assert "several formats (sae-lens, sparsify); choose one (--format)" in refused(path, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""An imported dictionary used as one of ours: evaluated, indexed, steered, browsed; fetched from the hub by name."""
+"""Imported dictionaries work like our own: evaluated, indexed, steered, browsed; also from the hub."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def test_an_imported_dictionary_is_evaluated_indexed_and_steered(
     assert "dictionary-learning:AutoEncoderTopK" in capsys.readouterr().out
 
 
-def test_ours_goes_out_and_comes_back_with_the_same_figures(
+def test_an_export_imported_again_gives_the_same_figures(
     tmp_path: Path, peer: Path, tiny_store: Path, tiny_model_dir: Path
 ) -> None:
     pipeline.import_dictionary(peer, tmp_path / "a", model=str(tiny_model_dir), hook_point=HOOK_POINT)
     pipeline.export(tmp_path / "a", "sparsify", tmp_path / "out")
-    pipeline.import_dictionary(tmp_path / "out", tmp_path / "back")  # place and model come along
+    pipeline.import_dictionary(tmp_path / "out", tmp_path / "back")  # hook point and model are in the files
     figures = [pipeline.evaluate(tmp_path / name, store=tiny_store)["metrics"] for name in ("a", "back")]
     assert figures[0] == figures[1]
 
@@ -75,7 +75,7 @@ def test_ours_goes_out_and_comes_back_with_the_same_figures(
 def test_another_models_activations_are_refused(
     tmp_path: Path, peer: Path, tiny_store: Path, tiny_model_dir: Path
 ) -> None:
-    """Without a hash of the model's weights, the model that is named must at least be the store's."""
+    """Without a hash of the weights, the named model must at least be the store's."""
     pipeline.import_dictionary(peer, tmp_path / "a", hook_point=HOOK_POINT)
     with pytest.raises(pipeline.PipelineError, match="the model named is tiny-relu-1l"):
         pipeline.evaluate(tmp_path / "a", store=tiny_store, model="tiny-relu-1l")
@@ -112,7 +112,7 @@ def test_dictionaries_of_a_bigger_models_residual_stream_or_mlp_output(tmp_path:
     assert torch.isfinite(sae.reconstruct(torch.randn(3, D_IN))).all()
 
 
-def test_a_place_that_is_not_said_is_asked_for(tmp_path: Path) -> None:
+def test_a_missing_hook_point_is_asked_for(tmp_path: Path) -> None:
     file = openai(tmp_path / "peer", weights())
     with pytest.raises(pipeline.PipelineError, match="--hook-point blocks"):
         pipeline.import_dictionary(file, tmp_path / "out")
@@ -131,7 +131,7 @@ def test_an_import_into_a_directory_with_files_is_refused(tmp_path: Path, peer: 
 
 @pytest.fixture
 def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A hub with one repository, on this disk; holds what was asked of it."""
+    """A hub with one repository on this disk; the dictionary records the requests."""
     root = tmp_path / "hub"
     saelens(root / "res" / "blocks.8", weights())
     sparsify(root / "layers.3", weights())
@@ -186,7 +186,7 @@ def test_one_dictionary_of_a_repository_is_fetched(
         ("hub:owner/repo/../../x/y", "no such path in the repository"),
     ],
 )
-def test_what_the_hub_has_not_is_said(tmp_path: Path, online: dict[str, Any], spec: str, reason: str) -> None:
+def test_a_missing_repository_or_path_is_named(tmp_path: Path, online: dict[str, Any], spec: str, reason: str) -> None:
     with pytest.raises(InteropError, match=reason):
         pipeline.import_dictionary(spec, tmp_path / "out")
     assert "files" not in online

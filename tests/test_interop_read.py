@@ -1,4 +1,4 @@
-"""Other tools' dictionaries, read: each does what the peer's formula says, in float64, from the tensors alone."""
+"""Dictionaries of other tools compute what the peer's formula says, in float64, from the tensors alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def close(sae: SAE, acts: torch.Tensor, x_hat: torch.Tensor, x: torch.Tensor = X
 
 
 def largest(pre: torch.Tensor, k: int) -> torch.Tensor:
-    """Where the k largest entries of each row are."""
+    """Mask of the k largest entries of each row."""
     return pre >= pre.topk(k, dim=-1).values[:, -1:]
 
 
@@ -74,12 +74,12 @@ def test_sae_lens(tmp_path: Path, w: dict, w64: dict, architecture: str, pre_bia
     assert sae.config["imported"]["config"]["metadata"]["sae_lens_version"] == "6.54.12"
 
 
-def test_sae_lens_takes_over_the_numbers_themselves(tmp_path: Path, w: dict) -> None:
+def test_sae_lens_tensors_are_taken_unchanged(tmp_path: Path, w: dict) -> None:
     sae = registry.read(saelens(tmp_path, w))
     assert all(torch.equal(tensor, w[name]) for name, tensor in sae.tensors().items())
 
 
-def test_sae_lens_folds_decoder_norms_where_they_choose_the_features(tmp_path: Path, w: dict, w64: dict) -> None:
+def test_sae_lens_decoder_norms_are_folded_if_they_choose_the_features(tmp_path: Path, w: dict, w64: dict) -> None:
     sae = registry.read(saelens(tmp_path, w, "topk", rescale_acts_by_decoder_norm=True))
     norms = w64["W_dec"].norm(dim=-1)
     pre = ((X.double() - w64["b_dec"]) @ w64["W_enc"] + w64["b_enc"]) * norms
@@ -89,7 +89,7 @@ def test_sae_lens_folds_decoder_norms_where_they_choose_the_features(tmp_path: P
 
 
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
-def test_sae_lens_folds_a_constant_input_scale_that_it_finds(
+def test_sae_lens_input_scale_is_folded_if_it_is_in_the_file(
     tmp_path: Path, w: dict, w64: dict, architecture: str
 ) -> None:
     path = saelens(tmp_path, w, architecture, normalize_activations="expected_average_only_in")
@@ -101,7 +101,7 @@ def test_sae_lens_folds_a_constant_input_scale_that_it_finds(
     close(registry.read(path), acts, (acts @ w64["W_dec"] + w64["b_dec"]) / 0.25)
 
 
-def test_sae_lens_before_6_keeps_everything_at_the_top(tmp_path: Path, w: dict) -> None:
+def test_sae_lens_before_6_has_all_settings_at_the_top_level(tmp_path: Path, w: dict) -> None:
     path = saelens(tmp_path, w)
     config = {
         "d_in": D_IN,
@@ -131,7 +131,7 @@ def test_sae_lens_before_6_keeps_everything_at_the_top(tmp_path: Path, w: dict) 
         ({"activation_fn_str": "tanh-relu"}, "tanh-relu"),
     ],
 )
-def test_sae_lens_is_refused_where_it_does_something_else(
+def test_sae_lens_is_refused_for_what_ours_cannot_do(
     tmp_path: Path, w: dict, config: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(InteropError, match=reason):
@@ -185,7 +185,7 @@ def test_sparsify(tmp_path: Path, w: dict, w64: dict) -> None:
         ({"num_latents": 21}, "num_latents is 21"),
     ],
 )
-def test_sparsify_is_refused_where_it_does_something_else(
+def test_sparsify_is_refused_for_what_ours_cannot_do(
     tmp_path: Path, w: dict, config: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(InteropError, match=reason):
@@ -224,7 +224,7 @@ def test_llamascopium(tmp_path: Path, w: dict, w64: dict, act_fn: str, norm: flo
         ({"d_model": 7}, "d_model is 7"),
     ],
 )
-def test_llamascopium_is_refused_where_it_does_something_else(
+def test_llamascopium_is_refused_for_what_ours_cannot_do(
     tmp_path: Path, w: dict, config: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(InteropError, match=reason):
@@ -286,7 +286,7 @@ def test_every_peer_is_recognised_by_its_files_and_by_no_others(tmp_path: Path, 
     scale=st.sampled_from([1e-4, 1.0, 1e3]),
     seed=st.integers(0, 99),
 )
-def test_shapes_and_scales_of_all_kinds_are_taken_over(
+def test_tensors_of_any_shape_and_scale_are_taken_unchanged(
     tmp_path_factory: pytest.TempPathFactory, peer: str, d_in: int, d_sae: int, scale: float, seed: int
 ) -> None:
     made = {name: tensor * scale for name, tensor in weights(seed, d_in, d_sae).items()}
@@ -327,7 +327,7 @@ def test_other_precisions_become_float32(tmp_path: Path, w: dict, dtype: torch.d
         (None, None),
     ],
 )
-def test_places_have_their_transformer_lens_name(place: str | None, expected: str | None) -> None:
+def test_hook_points_get_their_transformer_lens_name(place: str | None, expected: str | None) -> None:
     assert hook_point(place) == expected
 
 

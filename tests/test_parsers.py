@@ -1,4 +1,4 @@
-"""Parsers of files as functions of bytes: whatever the bytes, they are read or refused with an error that says so."""
+"""Every parser of files reads any bytes or refuses them with a clear error."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_any_bytes_are_read_or_refused(name: str, raw: bytes) -> None:
 
 @given(share=st.floats(0, 0.999))
 @settings(max_examples=100, deadline=None)
-def test_no_marker_and_no_settings_are_accepted_cut_short(share: float) -> None:
+def test_truncated_markers_and_attributes_are_refused(share: float) -> None:
     marker, attributes = (SEEDS[name][1].rstrip() for name in ("marker", "attributes"))
     with pytest.raises(StoreError):
         parse_marker(marker[: int(share * len(marker))], 3, "m")
@@ -58,7 +58,7 @@ def test_a_hook_name_that_leaves_the_store_is_refused() -> None:
         parse_attributes(sound.replace(b'"blocks.0.mlp.hook_post": 4', b'"../../other": 4'), "zarr.json")
 
 
-def test_the_fuzzer_notices_a_parser_that_breaks() -> None:
+def test_the_fuzzer_reports_a_parser_that_fails() -> None:
     def fragile(raw: bytes) -> None:
         if b"\x00" in raw:
             raise IndexError("off the end")

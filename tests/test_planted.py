@@ -81,7 +81,7 @@ def test_thresholds_reach_the_l0_asked_for_at_a_moderate_lambda(tmp_path: Path) 
     assert sae.config["lambda"]["scaled"] < 48 / 2  # λ · L0 < E‖x‖²: the penalty outweighs no whole input
 
 
-def test_the_script_leaves_out_recipes_that_rows_are_not_enough_for(
+def test_the_script_leaves_out_recipes_that_need_more_than_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))  # as when it is run: it imports its neighbours

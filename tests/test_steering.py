@@ -104,7 +104,7 @@ def test_set_zero_is_ablate(sae: SAE, tiny_model: NativeModel, feature_max: np.n
 
 
 def test_edits_of_one_feature_are_made_one_after_another(sae: SAE, feature_max: np.ndarray) -> None:
-    """Not each from the unedited activation: ablating twice is ablating once."""
+    """Each edit starts from the activation that the previous one left: ablating twice is ablating once."""
     x = torch.randn(3, 4, D_IN) * 3
 
     def moved(*edits: Edit) -> torch.Tensor:
@@ -165,7 +165,7 @@ def test_an_edit_is_read_back_as_written(edit: Edit) -> None:
         ("9:scale:0.5:max", Edit(9, "scale", 0.5)),
     ],
 )
-def test_edits_as_people_write_them(text: str, edit: Edit) -> None:
+def test_edits_are_read_in_every_notation(text: str, edit: Edit) -> None:
     assert Edit.parse(text) == edit
     assert Edit.parse(str(edit)) == edit
 
@@ -182,7 +182,7 @@ def test_edits_as_people_write_them(text: str, edit: Edit) -> None:
         ("12:set:nan", "finite number"),
     ],
 )
-def test_edits_that_cannot_be_read(text: str, message: str) -> None:
+def test_unreadable_edits_are_refused_by_part(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Edit.parse(text)
 
@@ -220,7 +220,7 @@ def test_greedy_text_is_the_argmax_of_the_model_and_of_the_spliced_model(
         assert (i == found.first_divergence) <= (base != steered)
 
 
-def test_a_seed_is_a_text_and_the_base_column_knows_nothing_of_the_edits(
+def test_a_seed_fixes_the_text_and_edits_leave_the_base_text_unchanged(
     sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray
 ) -> None:
     def run(seed: int, edits: list[Edit]) -> Steered:
@@ -232,7 +232,7 @@ def test_a_seed_is_a_text_and_the_base_column_knows_nothing_of_the_edits(
     assert run(5, STRONG).base_ids != first.base_ids
 
 
-def test_the_stream_grows_to_the_same_result(sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray) -> None:
+def test_the_stream_yields_one_more_token_each_time(sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray) -> None:
     steps = sweep_stream(
         tiny_model, sae, PROMPT, STRONG, (1.0,), Generation(2, max_new_tokens=6), feature_max=feature_max
     )
@@ -254,7 +254,7 @@ def test_kl_compares_the_two_distributions_on_the_steered_text(
     assert min(found.kl) > 0
 
 
-def test_a_prompt_longer_than_the_context_goes_on_from_its_end(
+def test_a_prompt_longer_than_the_context_is_continued_from_its_end(
     sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray
 ) -> None:
     prompt = "the quick brown fox jumps over " * 12
@@ -287,7 +287,7 @@ def test_each_row_of_a_sweep_is_that_text_steered_alone(
         sweep_stream(tiny_model, sae, PROMPT, edits, (), generation, feature_max=feature_max)
 
 
-def test_no_strength_adds_nothing_and_sets_to_zero() -> None:
+def test_a_factor_of_zero_sets_to_zero_and_adds_nothing() -> None:
     assert scaled([Edit(1, "set", 5.0), Edit(2, "ablate"), Edit(3, "scale", 2.0)], 0.0) == [
         Edit(1, "set", 0.0),
         Edit(2, "ablate"),
@@ -356,7 +356,7 @@ def test_samples_are_distributed_as_the_softmax(temperature: float) -> None:
 
 
 def test_shared_noise_couples_the_columns() -> None:
-    """A small change of the logits seldom changes the token; independent draws would differ half of the time."""
+    """A small change of the logits rarely changes the token; independent draws would differ half of the time."""
     logits, generator = torch.randn(50, generator=torch.Generator().manual_seed(1)), torch.Generator().manual_seed(0)
     changed = logits + 0.05 * torch.randn(50, generator=torch.Generator().manual_seed(2))
     noises = [_gumbel(50, generator) for _ in range(500)]
@@ -389,7 +389,7 @@ def test_kl_by_hand() -> None:
         ([Edit(1)] * (MAX_EDITS + 1), f"at most {MAX_EDITS} edits at once; got {MAX_EDITS + 1}"),
     ],
 )
-def test_edits_that_mean_nothing(
+def test_edits_of_missing_or_silent_features_are_refused(
     sae: SAE, tiny_model, feature_max: np.ndarray, edits: list[Edit], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -404,7 +404,7 @@ def test_edits_that_mean_nothing(
         ((1, "set", float("inf")), "finite number"),
     ],
 )
-def test_edits_that_are_none(arguments: tuple, message: str) -> None:
+def test_invalid_edits_are_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Edit(*arguments)
 
@@ -418,7 +418,9 @@ def test_edits_that_are_none(arguments: tuple, message: str) -> None:
         ({"feature_max": np.ones(3)}, "feature_max has 3 entries, the dictionary 24 features"),
     ],
 )
-def test_settings_that_are_wrong(sae: SAE, tiny_model: NativeModel, feature_max, keywords: dict, message: str) -> None:
+def test_invalid_settings_are_refused(
+    sae: SAE, tiny_model: NativeModel, feature_max, keywords: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         steer(tiny_model, sae, PROMPT, STRONG, **{"feature_max": feature_max, **keywords})
 
