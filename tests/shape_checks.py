@@ -16,7 +16,7 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parent.parent
-ARRAY = re.compile(r"\b(Float|Int|Bool|UInt|Integer|Shaped|Num)\[")
+ARRAY = re.compile(r"\b(Float|Int|Bool|UInt|Integer|Shaped|Num)(8|16|32|64)?\[")
 strictly = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
