@@ -60,10 +60,10 @@ def main() -> None:
 def _explain_empty(root: Path) -> None:
     explain(
         "No runs here yet",
-        f"{root} and the four levels of directories below it hold no trained dictionary (a directory whose config.json "
-        'says "kind": "sae"). Harvest activations and train one as below, or start the browser on another directory.',
-        "sae harvest --model tiny-relu-1l --text default --out runs/a/acts.zarr && "
-        "sae train --acts runs/a/acts.zarr --recipe towards-monosemanticity --out runs/a/tm",
+        f"{root} and the four levels of directories below it hold no dictionary (a directory whose config.json says "
+        '"kind": "sae"). Make one as below, or start the browser on another directory (sae browse DIRECTORY).',
+        "sae harvest --model tiny-relu-1l --text default --out runs/a/acts.zarr\n"
+        "sae train --acts runs/a/acts.zarr --out runs/a/sae\nsae eval runs/a/sae\nsae index runs/a/sae",
     )
 
 

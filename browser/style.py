@@ -49,7 +49,7 @@ CSS = """<style>
 .mono-head { font-size: 0.92rem; font-weight: 600; }
 .mono-notice { border: 1px solid rgb(128 128 128 / 0.35); border-left: 3px solid #3f7fc1;
   border-radius: 6px; padding: 0.6rem 0.9rem; max-width: 60rem; overflow-wrap: anywhere; }
-.mono-notice code { display: inline-block; margin-top: 0.4rem; }
+.mono-notice code { display: inline-block; margin-top: 0.4rem; white-space: pre-wrap; }
 </style>"""
 
 

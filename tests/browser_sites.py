@@ -55,7 +55,7 @@ def served(root: Path) -> Iterator[str]:
         while b"URL:" not in server.stdout.readline():
             assert server.poll() is None, "the server ended before it served"
         yield f"http://127.0.0.1:{port}/"
-        server.terminate()
+        server.kill()  # on SIGTERM it would wait for the connections that Chromium keeps open
 
 
 @pytest.fixture(scope="session")

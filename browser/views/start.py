@@ -64,7 +64,7 @@ def _row(found: Summary) -> Run:
     progress = "" if found.progress is None else f", {found.progress:.0%}"
     tone, next_step = TONES.get(found.state, VIOLET), NEXT_STEP.get(found.state, "")
     cells = [
-        Cell(entry.id, entry.id),
+        Cell(entry.path.name if entry.id == "." else entry.id, entry.id),
         Cell(found.recipe, found.recipe),
         Cell(f"{d_in} → {entry.d_sae:,}", entry.d_sae),
         Cell(_number(found.l0, ".1f"), found.l0),
