@@ -1,4 +1,4 @@
-"""Training: planted dictionaries are found, the dead revived, a broken run ends as an unbroken one."""
+"""Training: planted dictionaries are found, dead features revived, an interrupted run ends as an unbroken one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sae.training import step as training_step
 from sae.training.config import TrainConfig
 from sae.training.loop import train
 from sae.training.recipes import RECIPES, resolve
-from sae.training.rows import Batch
+from sae.training.rows import Batch, ModelRows, TargetRows
 from sae.training.sparsity_penalty import LambdaController
 from sae.training.state import TrainState
 
@@ -479,6 +479,43 @@ def test_a_run_begun_before_a_setting_was_known_goes_on_as_it_began(tmp_path: Pa
         train(rows(), tmp_path / recipe, small(recipe, threshold_lr_ratio=1.0))
     with pytest.raises(ValueError, match=r"train\.threshold_lr_ratio is 1\.0 there, 16\.0 asked for\. Repeat"):
         train(rows(), tmp_path / "jumprelu", small("jumprelu", threshold_lr_ratio=16.0))
+
+
+def test_settings_at_their_defaults_may_be_absent(tmp_path: Path) -> None:
+    """Whatever setting a later version adds: at its default it is what the run was begun with, lists included."""
+    config = small("towards-monosemanticity", resample_shares=())
+    train(rows(), tmp_path, config)
+    path = tmp_path / "train.json"
+    claimed = json.loads(path.read_text())
+    defaults = json.loads(json.dumps(TrainConfig().to_dict()))
+    claimed["train"] = {name: value for name, value in claimed["train"].items() if value != defaults[name]}
+    assert {"k", "prefix_shares", "resample_shares", "exact"}.isdisjoint(claimed["train"])
+    path.write_text(json.dumps(claimed))
+    train(rows(), tmp_path, config)
+    with pytest.raises(ValueError, match=r"train\.resample_shares is .* there, \[0\.5\] asked for"):
+        train(rows(), tmp_path, replace(config, resample_shares=(0.5,)))
+
+
+class PlainRows:
+    """The three members of `Rows` and no more."""
+
+    d_in = D_IN
+
+    def batch(self, step: int) -> Batch:
+        return Batch(rows().batch(step).x)
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        return rows().sample(n, seed)
+
+
+def test_rows_need_only_three_members_unless_a_recipe_asks_for_more(tmp_path: Path) -> None:
+    train(PlainRows(), tmp_path / "topk", small("topk", steps=3))
+    for recipe, message in (("transcoder", "these rows have no y"), ("end-to-end", "these rows bring no model to run")):
+        with pytest.raises(ValueError, match=message):
+            train(PlainRows(), tmp_path / recipe, small(recipe, steps=3))
+    assert isinstance(rows(), TargetRows)
+    assert isinstance(rows(), ModelRows)
+    assert not isinstance(PlainRows(), TargetRows | ModelRows)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

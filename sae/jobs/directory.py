@@ -29,7 +29,7 @@ def claim(directory: Path, name: str, settings: Mapping[str, Any], absent: Mappi
         held = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); choose another --out, or delete {directory}.") from error
-    differing = list(_differences(held, asked, absent or {}, ""))
+    differing = list(_differences(held, asked, json.loads(json.dumps(absent or {})), ""))
     if differing:
         raise ValueError(
             f"{directory} holds a run with other settings: {'; '.join(differing)}. Repeat the command it was "
