@@ -1,4 +1,4 @@
-"""200 steps of the CPU path end where 200 steps of the dense formulas in float64 end.
+"""200 steps on the CPU end at the same parameters as 200 steps of the dense formulas in float64.
 
 The reference below is written from the formulas alone: dense matrices, float64, torch's autograd, Adam by its paper.
 Tolerance: logged losses within 1e-5 of their value, parameters within 1e-2 of their norm. Most runs agree to 1e-6 in
@@ -93,7 +93,7 @@ def reference(start: dict[str, Tensor], scale: float, rows: MadeUp, config: Trai
 def run(
     out: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, **settings: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Tensor], dict[str, int]]:
-    """The reference, our log, our final parameters in scaled units, and how many steps went which way."""
+    """The reference, our log, our final parameters in scaled units, and how many steps were dense or sparse."""
     _, config = resolve(
         recipe, d_sae=D_SAE, tokens=STEPS * BATCH_TOKENS, batch_tokens=BATCH_TOKENS, resample_shares=(), **settings
     )

@@ -1,4 +1,4 @@
-"""Live rows: a store's rows, none held out, each once an epoch, mixed, the same wherever reading begins."""
+"""Live rows: the training rows of a store, each once per epoch, shuffled, the same wherever reading begins."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def stored_rows(store: ActivationStore, split: str) -> np.ndarray:
 
 
 def places_in(rows: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Which of the others each row is, to the last digits; found by one random direction, on which rows differ."""
+    """The number of the equal row among the others, found along one random direction, on which rows differ."""
     direction = np.random.default_rng(0).normal(size=rows.shape[1])
     order = np.argsort(among @ direction)
     held = (among @ direction)[order]
@@ -82,7 +82,7 @@ def places_in(rows: np.ndarray, among: np.ndarray) -> np.ndarray:
 
 
 def is_one_of_a_kind(rows: np.ndarray) -> np.ndarray:
-    """Rows unlike any other: contexts may begin with the same tokens."""
+    """Which rows are unlike all others: contexts may begin with the same tokens."""
     along = rows @ np.random.default_rng(0).normal(size=rows.shape[1])
     order = np.argsort(along)
     gaps = np.diff(along[order], prepend=-np.inf, append=np.inf)
@@ -172,7 +172,7 @@ def test_a_batch_has_as_many_rows_of_each_of_its_blocks() -> None:
     assert Counter(blocks.tolist()) == dict.fromkeys(range(25, 41), 4)
 
 
-def test_another_seed_mixes_otherwise_and_neighbours_part() -> None:
+def test_another_seed_shuffles_differently_and_neighbours_are_separated() -> None:
     one, other = (
         ShuffleBuffer(ShufflePlan(256, 64, seed), 100, counting(ShufflePlan(256, 64, seed).first_row(37), 512))
         for seed in (0, 1)
@@ -183,7 +183,7 @@ def test_another_seed_mixes_otherwise_and_neighbours_part() -> None:
     assert together < 3 / 64  # 1/64 of neighbours are expected to meet
 
 
-def test_mixing_is_what_is_counted_and_grows_with_the_buffer(contexts: Contexts) -> None:
+def test_mixing_equals_a_count_and_grows_with_the_buffer(contexts: Contexts) -> None:
     measured = {held: live(contexts, held_rows=held).mixing() for held in (100, 800, 6000)}
     rows = live(contexts, held_rows=800)
     context = torch.from_numpy(
@@ -205,14 +205,14 @@ def test_mixing_is_what_is_counted_and_grows_with_the_buffer(contexts: Contexts)
 
 
 @pytest.mark.parametrize("step", [1, 7, 30, 700])  # 700 is in the fourth epoch
-def test_a_step_gets_the_same_bits_wherever_reading_begins(contexts: Contexts, step: int) -> None:
+def test_a_step_gets_the_same_rows_bit_for_bit_wherever_reading_begins(contexts: Contexts, step: int) -> None:
     unbroken, begun = live(contexts), live(contexts)
     expected = [unbroken.batch(n).x for n in range(step + 3)][step:]
     assert all(torch.equal(begun.batch(step + i).x, x) for i, x in enumerate(expected))
     assert torch.equal(begun.batch(0).x, live(contexts).batch(0).x)  # and back
 
 
-def test_the_buffer_keeps_to_its_memory_and_no_pass_is_made_twice(
+def test_the_buffer_stays_within_its_memory_and_no_forward_pass_is_repeated(
     contexts: Contexts, tiny_model: NativeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[int] = []
@@ -236,7 +236,7 @@ def test_the_buffer_keeps_to_its_memory_and_no_pass_is_made_twice(
         assert needed <= sum(passes) <= 1.1 * needed + 2 * FORWARD_TOKENS  # BOS and padding are no rows
 
 
-def test_a_short_run_is_not_kept_waiting_for_a_large_buffer(contexts: Contexts) -> None:
+def test_a_short_run_does_not_wait_for_a_large_buffer(contexts: Contexts) -> None:
     assert live(contexts, held_rows=100_000, steps=40).plan.waiting_rows <= 40 * BATCH / 8
 
 
@@ -267,7 +267,7 @@ def test_y_and_the_residual_stream_are_of_the_same_token(contexts: Contexts, tin
     assert (out(rows.sample(50, 1)) - rows.sample_targets(50, 1)).abs().max() <= 1e-5
 
 
-# --- what cannot be --------------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 def test_rows_that_do_not_fit_the_dtype_are_refused(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,10 +361,10 @@ def test_another_text_is_refused_on_resume_and_a_store_can_be_made_to_measure_it
     assert sae.index(out, store=tiny_store, tokens=2000).is_dir()
 
 
-def test_the_model_runs_with_its_own_products_whatever_the_steps_use(
+def test_the_model_uses_its_own_matrix_products_whatever_the_steps_use(
     tiny_model: NativeModel, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PyTorch's choice of products is the whole process's, and the next batch is made while a step runs."""
+    """PyTorch's choice of products holds for the whole process, and the next batch is made while a step runs."""
     found: list[str] = []
     capture = NativeModel.capture_all
 

@@ -63,7 +63,7 @@ def dense_parts(sae: SAE, x: Tensor, k: int | None = None) -> tuple[Tensor, Tens
 
 
 def dense_aux(sae: SAE, pre: Tensor, error: Tensor, dead: Tensor) -> Tensor:
-    """Gao et al.: the dead features with the largest pre-activations explain the error, which has no gradient."""
+    """Gao et al.: the dead features with the largest pre-activations explain the error, which is a constant."""
     target = error.detach()
     masked = pre.masked_fill(~dead, -torch.inf)
     k_aux = min(D_IN // 2, int(dead.sum()))
@@ -109,8 +109,8 @@ def test_aux_k_value_and_gradients(dead: Tensor) -> None:
     assert_same(mine, gradients(sae, exact))
     for name, axis in (("W_enc", 0), ("W_dec", 1)):
         touched = mine[name].abs().sum(axis) > 0
-        assert not touched[~dead].any(), f"AuxK must leave the living's {name} alone"
-        assert touched[dead].any(), f"AuxK must reach the dead's {name}"
+        assert not touched[~dead].any(), f"AuxK must not change {name} of features that are alive"
+        assert touched[dead].any(), f"AuxK must change {name} of dead features"
     assert not mine["b_enc"][~dead].any()
 
 
@@ -136,7 +136,7 @@ def test_aux_k_among_many_dead(backend: str, n_dead: int) -> None:
 
 
 def test_aux_k_does_not_move_the_reconstruction_it_explains() -> None:
-    """The error is detached: nothing flows into the living through x̂."""
+    """The error is detached: no gradient flows through x̂ into features that are alive."""
     sae, x = random_sae("topk", 2), rows()
     error = (x - dense_parts(sae, x, 2)[2]).requires_grad_()
     (flow,) = torch.autograd.grad(

@@ -1,4 +1,4 @@
-"""Each recipe's loss and gradients against the paper's formula, written out here in float64, dense, one row a time."""
+"""Each recipe's loss and gradients against the paper's formula, written out here in float64, dense, row by row."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_batch_topk(k: int) -> None:
 
 
 def test_balanced() -> None:
-    """Entries are ranked by their height over their own feature's threshold; the loss is the squared error alone."""
+    """Entries are ranked by their height above their feature's threshold; the loss is only the squared error."""
     sae, x = dictionary("balanced", k=3), rows()
     with torch.no_grad():
         sae.threshold.copy_(torch.linspace(0, 0.8, D_SAE))
@@ -305,7 +305,7 @@ def test_every_recipe_has_its_test_here() -> None:
 
 
 def test_no_gradient_reaches_a_feature_that_is_off() -> None:
-    """Where π < 0 for every row, a gated feature is left alone: the sparse path leaves nothing out that matters."""
+    """A gated feature with π < 0 for every row gets no gradient, so the sparse path may leave it out."""
     sae, x = dictionary("gated"), rows()
     with torch.no_grad():
         sae.b_enc[3] = -100.0

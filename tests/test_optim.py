@@ -30,7 +30,7 @@ def from_data(sae: SAE, rows: Tensor, seed: int) -> None:
 
 
 def trained_sae(seed: int = 0, kernels: str = "auto") -> tuple[SAE, adam.Adam]:
-    """Some Adam steps in, so that every moment is nonzero."""
+    """A dictionary after some Adam steps, so that every moment is nonzero."""
     sae = SAE(D_IN, D_SAE)
     kaiming(sae, torch.zeros(1, D_IN), seed)
     optimizer = adam.Adam(sae, choose(kernels), beta1=0.9)
@@ -47,7 +47,7 @@ def trained_sae(seed: int = 0, kernels: str = "auto") -> tuple[SAE, adam.Adam]:
 
 @pytest.mark.parametrize("kernels", BACKENDS)
 def test_adam_on_a_dictionary_is_torchs_with_unit_decoder_rows(kernels: str) -> None:
-    """Torch's Adam in float64 on the gradient less its part along each decoder row, the rows normalised after it."""
+    """Torch's Adam in float64 on the gradient without its part along each decoder row, which is then normalised."""
     sae, optimizer = trained_sae(kernels=kernels)
     twin = SAE(D_IN, D_SAE).double()
     twin_sae = SAE(D_IN, D_SAE)
@@ -118,7 +118,7 @@ def test_decoder_rows_become_unit_and_keep_their_direction() -> None:
 # --- schedule --------------------------------------------------------------------------------------------------------
 
 
-def test_learning_rate_at_its_borders() -> None:
+def test_the_learning_rate_where_its_phases_meet() -> None:
     config = TrainConfig(tokens=1000, batch_tokens=1, lr=2.0, warmup_share=0.1, decay_share=0.2)
     rate = [adam.learning_rate(step, config) for step in range(1000)]
     assert rate[0] == pytest.approx(2.0 / 100)
@@ -206,6 +206,25 @@ def test_initialisation(start: Callable[..., None]) -> None:
     assert not torch.equal(sae.W_dec, other.W_dec)
 
 
+def test_tied_weights_are_short_and_b_dec_is_zero() -> None:
+    sae = SAE(D_IN, 40, pre_bias=False)
+    initialise.tied_(sae, data_rows(), data_rows(), TrainConfig(seed=3))
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((40,), 0.1))
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    assert not sae.b_dec.any()
+    assert not sae.b_enc.any()
+
+
+def test_thresholds_start_where_the_sample_has_the_target_l0() -> None:
+    rows = data_rows()
+    for target_l0, expected in ((0.0, None), (3.0, 3.0)):
+        sae = SAE(D_IN, 40, activation="jumprelu", pre_bias=False)
+        initialise.from_data_(sae, rows, rows, TrainConfig(target_l0=target_l0, threshold_init=0.1))
+        assert len(set(sae.threshold.tolist())) == 1
+        l0 = (sae.encode(rows) > 0).sum(1).double().mean().item()
+        assert l0 == pytest.approx(expected, rel=0.01) if expected else l0 > 10
+
+
 def test_kaiming_weights_are_pytorchs_and_untied() -> None:
     sae = SAE(64, 4000)
     kaiming(sae, torch.randn(100, 64), seed=3)
@@ -283,7 +302,7 @@ def test_resampled_features_point_at_their_rows() -> None:
         assert after.W_dec[feature].norm().item() == pytest.approx(1, abs=1e-6)
 
 
-def test_resampling_leaves_the_living_alone_bit_for_bit() -> None:
+def test_resampling_leaves_other_features_unchanged_bit_for_bit() -> None:
     before, after, _, _, _, _ = resampled()
     assert torch.equal(before.W_dec[ALIVE], after.W_dec[ALIVE])
     assert torch.equal(before.W_enc[:, ALIVE], after.W_enc[:, ALIVE])
@@ -291,7 +310,7 @@ def test_resampling_leaves_the_living_alone_bit_for_bit() -> None:
     assert torch.equal(before.b_dec, after.b_dec)
 
 
-def test_resampling_forgets_exactly_the_moments_of_what_it_set() -> None:
+def test_resampling_resets_exactly_the_moments_of_the_parameters_it_set() -> None:
     _, _, held, now, _, _ = resampled()
     for moment in ("exp_avg", "exp_avg_sq"):
         assert not now["W_dec"][moment][DEAD].any()
@@ -354,7 +373,7 @@ def reseeded(seed: int = 0) -> tuple[SAE, SAE, Tensor, Tensor, Tensor]:
     return before, after, rows, losses, chosen
 
 
-def test_reseeded_features_rank_in_the_middle_of_their_input_and_write_what_it_lacks() -> None:
+def test_reseeded_features_rank_in_the_middle_on_their_input_and_write_its_error() -> None:
     before, after, rows, _, chosen = reseeded()
     assert len(set(chosen.tolist())) == len(DEAD)
     assert (chosen < 100).all()
@@ -382,6 +401,6 @@ def test_reseeding_takes_bad_rows_that_are_far_from_each_other() -> None:
     before = sae.W_dec.detach().clone()
     dead = torch.tensor([0, 2, 3, 5])
     chosen = resample.reseed_(sae, optimizer, dead, corners, losses, torch.Generator().manual_seed(0))
-    # Three distinct directions are to be had, so the fourth dead feature stays as it was.
+    # Only three distinct directions are available, so the fourth dead feature stays as it was.
     assert sorted((chosen // 25).tolist()) == [0, 1, 2]
     assert torch.equal(sae.W_dec[5], before[5])

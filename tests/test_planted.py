@@ -73,7 +73,7 @@ def test_training_finds_the_planted_dictionary(tmp_path: Path) -> None:
 
 
 def test_thresholds_reach_the_l0_asked_for_at_a_moderate_lambda(tmp_path: Path) -> None:
-    """Far fewer than are active: at lr itself thresholds lag, and the search raises λ to 3e4 for an L0 of 2.6."""
+    """A target far below the active truths: with lr for thresholds too, λ would rise to 3e4 for an L0 of 2.6."""
     planted = PlantedRows(n_truths=128, d_in=48, active=6.0, decay=0.98, batch_tokens=1024)
     config = {"target_l0": 2.0, "batch_tokens": 1024}
     sae = pipeline.train(planted, tmp_path, recipe="jumprelu", d_sae=128, tokens=300_000, seed=0, config=config)

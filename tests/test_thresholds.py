@@ -89,7 +89,7 @@ def test_level_and_lift_are_the_threshold_of_inference_and_of_checkpoints() -> N
 
 
 class Weak:
-    """Rows of 12 sparse directions, and as many features that start too small to be among the largest."""
+    """Rows of 12 sparse directions; the test adds as many features that are never among the largest."""
 
     d_in, n_rows = 8, 10_000
 
@@ -110,7 +110,7 @@ class Weak:
 
 @pytest.mark.parametrize("silent", ["too small", "negative everywhere"])
 @pytest.mark.parametrize("min_density", [0.0, 0.01])
-def test_features_that_never_win_come_back_with_a_least_density_alone(
+def test_features_that_never_rank_come_back_only_with_a_min_density(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, min_density: float, silent: str
 ) -> None:
     rows, start = Weak(), loop.start

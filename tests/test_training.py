@@ -102,7 +102,7 @@ def mean_max_cosine(truth: Tensor, learned: Tensor) -> float:
     return float((truth @ torch.nn.functional.normalize(learned, dim=1).T).max(1).values.mean())
 
 
-# --- what is learned -------------------------------------------------------------------------------------------------
+# --- recovery and revival --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def dead_at_the_end(sae: SAE, planted: Planted) -> int:
     return int((sae.encode(planted.draw(5000, 77)) > 0).any(0).logical_not().sum())
 
 
-def test_resampling_revives_the_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resampling_revives_dead_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planted, start = rows(), loop.start
 
     def start_half_dead(*args: object) -> TrainState:
@@ -151,13 +151,13 @@ def test_resampling_revives_the_dead(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert dead_at_the_end(revived, planted) <= 3
 
 
-def test_aux_k_revives_the_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aux_k_revives_dead_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planted, start = rows(), loop.start
 
     def start_half_dead(*args: object) -> TrainState:
         state = start(*args)  # type: ignore[arg-type]
         with torch.no_grad():
-            state.sae.b_enc[:20] = -2.5  # seldom positive: AuxK has something to pull on
+            state.sae.b_enc[:20] = -2.5  # rarely positive, so that AuxK can change them
         return state
 
     monkeypatch.setattr(loop, "start", start_half_dead)
@@ -171,8 +171,8 @@ def test_aux_k_revives_the_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # --- resampling in the loop ------------------------------------------------------------------------------------------
 
 
-def test_resampling_happens_at_its_steps_to_the_silent_and_is_logged(tmp_path: Path, monkeypatch) -> None:
-    """The last firing of each feature is recorded from the outside and the events checked against it."""
+def test_silent_features_are_resampled_at_the_configured_steps_and_logged(tmp_path: Path, monkeypatch) -> None:
+    """The test records each feature's last firing itself and checks the resampling events against it."""
     config = small("towards-monosemanticity", steps=100)
     planted, last_fired, events = rows(), np.zeros(config.d_sae, int), []
     recipe = RECIPES[config.recipe]
@@ -213,7 +213,7 @@ def test_resampling_happens_at_its_steps_to_the_silent_and_is_logged(tmp_path: P
     assert all(line["silent_tokens"] >= config.resample_window_steps * 32 for line in logged)
     counts = [{"step": e["step"], "features": len(e["features"])} for e in events]
     assert sae.config["resample_events"] == counts
-    # a header is limited to 100 MB: however many features start anew, the state counts them only
+    # a header is limited to 100 MB, so the state only counts the features of each event
     assert read_tensors(tmp_path / "state.safetensors")[1]["resampled"] == counts
 
 
@@ -262,7 +262,7 @@ def test_the_input_scale_is_folded_into_what_is_saved(tmp_path: Path, size: floa
 
 
 def test_training_does_not_depend_on_the_units_of_the_rows(tmp_path: Path) -> None:
-    """A power of two changes no bit of a float's mantissa: the same dictionary, biases in the other unit."""
+    """A power of two changes no bit of a float's mantissa: the same weights, the biases in the other unit."""
     config = small("towards-monosemanticity", steps=30)
     one = train(Planted(batch_tokens=32), tmp_path / "1", config)
     four = train(Planted(batch_tokens=32, size=4.0), tmp_path / "4", config)
@@ -307,7 +307,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[recipe] = tmp_path_factory.mktemp("unbroken") / recipe
         sae = train(rows(), found[recipe], small(recipe))
         if RECIPES[recipe].resample:
-            assert sae.config["resample_events"], recipe  # so resuming is shown across real surgery
+            assert sae.config["resample_events"], recipe  # so that resuming is shown across real events
     return found
 
 
@@ -341,7 +341,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(unbroken: dict, recipe
                 train(source, out, small(recipe))
             assert not (out / "sae.safetensors").exists()
         train(source, out, small(recipe))
-        assert sorted(set(seen)) == list(range(60))  # nothing left out; what was read ahead is read again
+        assert sorted(set(seen)) == list(range(60))  # none left out; prefetched steps are read again
         assert_same_run(out, unbroken[recipe])
 
 
@@ -352,7 +352,7 @@ class PowerCut(BaseException):
 @given(recipe=st.sampled_from(list(RECIPES)), cut=st.integers(0, 59), every_step=st.booleans())
 @settings(max_examples=8, deadline=None)
 def test_cut_off_anywhere_it_ends_with_the_same_bytes(unbroken: dict, recipe: str, cut: int, every_step: bool) -> None:
-    """No warning: what was not saved is done again, and its log lines are dropped first."""
+    """Cut off without warning: steps that were not saved are repeated, after their log lines are dropped."""
     with tempfile.TemporaryDirectory() as folder:
         out, source = Path(folder) / "run", rows()
 
@@ -397,7 +397,7 @@ def test_earlier_states_are_kept_if_asked(tmp_path: Path) -> None:
     kept = sorted(p.name for p in tmp_path.glob("state*.safetensors"))
     assert kept == ["state-000000008.safetensors", "state-000000009.safetensors", "state.safetensors"]
     assert read_tensors(tmp_path / kept[0])[1]["step"] == 8
-    (tmp_path / kept[0]).rename(tmp_path / "state.safetensors")  # going back is renaming one
+    (tmp_path / kept[0]).rename(tmp_path / "state.safetensors")  # an earlier state is restored by renaming it
     (tmp_path / "sae.safetensors").unlink()
     train(rows(), tmp_path, small(steps=10))
     train(rows(), tmp_path / "whole", small(steps=10))
@@ -405,8 +405,10 @@ def test_earlier_states_are_kept_if_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("began_with", ["medium", "highest", "bf16"])
-def test_a_resumed_run_multiplies_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, began_with: str) -> None:
-    """The probe may find another back end at the second start; the run keeps the one it wrote down."""
+def test_a_resumed_run_keeps_its_matrix_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, began_with: str
+) -> None:
+    """Another machine may choose another back end at the second start; the run keeps the one it recorded."""
     used, using = [], matmul.using
 
     def noted(name: str) -> object:
@@ -437,7 +439,7 @@ def test_a_finished_run_stays_as_it_is(unbroken: dict[str, Path]) -> None:
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
-def test_other_settings_are_refused_and_nothing_is_touched(unbroken: dict[str, Path]) -> None:
+def test_other_settings_are_refused_and_no_file_changes(unbroken: dict[str, Path]) -> None:
     out = unbroken["topk"]
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     for other, message in (
@@ -453,7 +455,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(unbroken: dict[str, P
 
 
 @pytest.mark.parametrize(("asked", "warned"), [(0.0, False), (12.0, True)])
-def test_a_missed_l0_is_said(tmp_path: Path, asked: float, warned: bool) -> None:
+def test_a_missed_target_l0_is_reported(tmp_path: Path, asked: float, warned: bool) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(rows(), tmp_path, small("towards-monosemanticity", steps=4, target_l0=asked))
@@ -470,7 +472,7 @@ def test_an_l0_is_missed_by_more_than_a_fifth(l0: float, missed: bool) -> None:
 
 
 def test_a_run_begun_before_a_setting_was_known_goes_on_as_it_began(tmp_path: Path) -> None:
-    """Its settings lack what came later; the default is how it began. A recipe that differs now has to be told."""
+    """Its settings lack what was added later; it was begun with the default, and another value is refused."""
     for recipe in ("topk", "jumprelu"):
         train(rows(), tmp_path / recipe, small(recipe, threshold_lr_ratio=1.0))
         claimed = json.loads((tmp_path / recipe / "train.json").read_text())
@@ -482,7 +484,7 @@ def test_a_run_begun_before_a_setting_was_known_goes_on_as_it_began(tmp_path: Pa
 
 
 def test_settings_at_their_defaults_may_be_absent(tmp_path: Path) -> None:
-    """Whatever setting a later version adds: at its default it is what the run was begun with, lists included."""
+    """A setting that a later version adds has its default in earlier runs, also where the default is a list."""
     config = small("towards-monosemanticity", resample_shares=())
     train(rows(), tmp_path, config)
     path = tmp_path / "train.json"
@@ -531,7 +533,7 @@ def test_the_seed_decides_the_run(tmp_path: Path, unbroken: dict[str, Path], rec
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("bad_step", [0, 4, 5, 30, 59])
-def test_rows_that_are_not_finite_stop_the_run_and_spare_the_checkpoint(
+def test_rows_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(
     tmp_path: Path, unbroken: dict[str, Path], recipe: str, bad_step: int
 ) -> None:
     source = rows()
@@ -575,7 +577,7 @@ def test_one_row_per_batch_and_its_log_is_json(tmp_path: Path) -> None:
         json.loads(line, parse_constant=refuse)
 
 
-def test_metrics_name_what_they_say(tmp_path: Path) -> None:
+def test_the_lines_of_the_log(tmp_path: Path) -> None:
     config = small("topk")
     train(rows(), tmp_path, config)
     log = log_of(tmp_path)
@@ -591,7 +593,7 @@ def test_metrics_name_what_they_say(tmp_path: Path) -> None:
 
 
 def test_a_state_without_its_settings_is_refused(tmp_path: Path) -> None:
-    """A directory deleted while its run still lived gets the run's last state back: nothing may go on from it."""
+    """A run whose directory is deleted while it trains writes its last state there again: no run may resume from it."""
     (tmp_path / "state.safetensors").write_bytes(b"of a run that is gone")
     _, config = resolve("topk", d_sae=16, k=2, tokens=640, batch_tokens=64)
     with pytest.raises(ValueError, match=r"holds the state of a run but not its settings \(train\.json\)"):

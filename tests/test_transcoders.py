@@ -1,4 +1,4 @@
-"""A transcoder measured where it writes: ŷ in the place of y, its features indexed by what they do there."""
+"""A transcoder is measured where it writes: ŷ replaces y, and the index says what its features do there."""
 
 from __future__ import annotations
 

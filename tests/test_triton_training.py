@@ -1,4 +1,4 @@
-"""The trainer, and dictionaries asked on the CPU, with the Triton kernels: on a GPU where there is one."""
+"""The trainer, and dictionaries used from the CPU, with the Triton kernels: on a GPU if there is one."""
 
 from __future__ import annotations
 
