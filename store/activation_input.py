@@ -1,4 +1,4 @@
-"""What a caller may hand to the activation store: settings and shards, checked before any write."""
+"""Input of the activation store: settings and shards, checked before anything is written."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ EXPONENT = {"float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80)}
 
 
 def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a store as they will be read back from JSON; StoreError if one is wrong."""
+    """The attributes of a store as they will be read back from JSON. Raises: StoreError if one is wrong."""
     if set(settings["n_shards"]) != set(SPLITS):
         raise StoreError(f"n_shards needs the keys {', '.join(SPLITS)}, got {list(settings['n_shards'])}")
     if not settings["hook_points"]:
-        raise StoreError("hook_points is empty: name at least one as {hook point: d_in}")
+        raise StoreError("hook_points is empty: give at least one as {hook point: d_in}")
     for hook, dtype in settings["dtype"].items():
         stored_dtype(dtype)
         if not HOOK_NAME.fullmatch(hook):
@@ -52,7 +52,7 @@ def _plain_number(value: Any) -> int | float:
 
 
 def differences(there: Any, wanted: Any, name: str = "") -> list[str]:
-    """One line for each key whose values differ between two JSON objects, however deep it lies."""
+    """One line for each key, at any depth, whose values differ between two JSON objects."""
     if isinstance(there, dict) and isinstance(wanted, dict):
         absent = "(absent)"
         return [
@@ -72,7 +72,7 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class ShardInput:
-    """One shard ready to be written: whole, padded blocks by array name, and what they hold."""
+    """One shard ready to be written: padded blocks by array name, and what they hold."""
 
     blocks: dict[str, np.ndarray]
     contexts: int
@@ -94,7 +94,7 @@ class ShardInput:
         shard_contexts: int,
         first_context: int,
     ) -> ShardInput:
-        """Cast and pad the arrays of `ActivationStore.write_shard`; StoreError if one is wrong."""
+        """Casts and pads the arrays of `ActivationStore.write_shard`. Raises: StoreError if one is wrong."""
         if set(acts) != set(hook_points):
             raise StoreError(f"acts has hooks {sorted(acts)}, expected {sorted(hook_points)}")
         text = {
@@ -151,19 +151,19 @@ def _padded(array: np.ndarray, length: int, fill: int | bool) -> np.ndarray:
 def _check_finite(
     hook: str, rows: np.ndarray, stored: np.ndarray, dtype: str, first_context: int, seq_len: int
 ) -> None:
-    exponent = EXPONENT.get(dtype)  # all its bits set is how a format writes both inf and NaN
+    exponent = EXPONENT.get(dtype)  # all bits of the exponent are set in inf and NaN, and in no other value
     finite = np.isfinite(stored) if exponent is None else (stored.view(np.uint16) & exponent) != exponent
     if finite.all():
         return
     bad = int(np.flatnonzero(~finite.all(axis=1))[0])
     values = decode(rows[bad], dtype) if rows.dtype == np.uint16 else rows[bad]
-    largest = np.abs(values.astype(np.float64)).max()  # NaN if there is one
+    largest = np.abs(values.astype(np.float64)).max()  # NaN if one value is NaN
     where = (
         f"{hook}: row {first_context * seq_len + bad} (context {first_context + bad // seq_len}, "
         f"position {bad % seq_len}) has magnitude {largest:g}"
     )
     if not np.isfinite(largest):
-        raise StoreError(f"{where}: the model itself gave it; nothing of this shard was stored")
+        raise StoreError(f"{where}: the model itself computed it; nothing of this shard was stored")
     advice = (
         "harvest into a new store with dtype bfloat16"
         if dtype == "float16"

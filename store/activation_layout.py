@@ -1,8 +1,9 @@
-"""Where things lie in an `acts.zarr`, and what an empty one consists of."""
+"""The layout of an `acts.zarr`: its keys, its settings, and the files of an empty one."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,22 +28,22 @@ _FILE_OF_MARKER = re.compile(r"markers/(heldout|train)/(\d+)\.json[^/]*")
 
 
 def acts_name(hook_point: str) -> str:
-    """Path of a hook point's array under the store."""
+    """The key of a hook point's array."""
     return f"hooks/{hook_point}/acts"
 
 
 def array_names(attributes: dict[str, Any]) -> list[str]:
-    """Every array of a store: one for each hook point, then those of the text."""
+    """All arrays of a store: one for each hook point, then those of the text."""
     return [acts_name(hook) for hook in attributes["hook_points"]] + list(TEXT_ARRAYS)
 
 
 def marker_key(split: str, shard: int) -> str:
-    """Where a shard's marker lies."""
+    """The key of a shard's marker."""
     return f"markers/{split}/{shard:08d}.json"
 
 
 def shard_of_key(key: str, n_heldout: int) -> tuple[str, int] | None:
-    """The shard that a file (or a half-written one) belongs to; None for files of the whole store."""
+    """The (split, shard) that a file, finished or not, belongs to; None for files of the whole store."""
     if found := _FILE_OF_MARKER.fullmatch(key):
         return found[1], int(found[2])
     if found := _FILE_OF_SHARD.fullmatch(key):
@@ -52,11 +53,11 @@ def shard_of_key(key: str, n_heldout: int) -> tuple[str, int] | None:
 
 
 def parse_attributes(raw: bytes, where: object) -> dict[str, Any]:
-    """The settings in the bytes of a store's zarr.json; StoreError if they are none, too new or damaged."""
+    """The settings in a store's zarr.json. Raises: StoreError if it is of another kind, too new or damaged."""
     metadata = parse_json(raw, where)
     attributes = metadata.get("attributes") if isinstance(metadata, dict) else None
     if not isinstance(attributes, dict) or attributes.get("kind") != KIND:
-        raise StoreError(f"{where} is not an activation store's: it describes another kind")
+        raise StoreError(f"{where} does not describe an activation store")
     version = attributes.get("format")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise StoreError(f"{where} has format {version}, this version reads up to {FORMAT_VERSION}: update monosem")
@@ -72,7 +73,7 @@ def parse_attributes(raw: bytes, where: object) -> dict[str, Any]:
     return attributes
 
 
-REPAIR_METADATA = "Copy it again from where it came, or harvest again under another name."
+REPAIR_METADATA = "Copy it from its source again, or harvest again under another name."
 
 
 def _count(value: Any, least: int) -> bool:
@@ -87,7 +88,7 @@ def _row_count(attributes: dict[str, Any]) -> int:
     return int(attributes["seq_len"] * attributes["contexts_per_shard"] * sum(attributes["n_shards"].values()))
 
 
-_ATTRIBUTES = {
+_ATTRIBUTES: dict[str, Callable[[Any], bool]] = {
     "format": lambda v: _count(v, 1),
     "seq_len": lambda v: _count(v, 1),
     "contexts_per_shard": lambda v: _count(v, 1),
@@ -103,7 +104,7 @@ _ATTRIBUTES = {
 
 
 def read_attributes(place: Place) -> dict[str, Any]:
-    """The settings of the store at `place`; StoreError if it is none or too new, or damaged."""
+    """The settings of the store at `place`. Raises: StoreError if there is no store, or it is too new or damaged."""
     if place.size(METADATA) is None:
         raise StoreError(f"{place.path} is not an activation store: it has no zarr.json")
     attributes = parse_attributes(place.read(METADATA), place.where(METADATA))
@@ -119,7 +120,7 @@ _DECISIVE = ("zarr_format", "node_type", "shape", "data_type", "chunk_grid", "co
 
 
 def metadata_problems(place: Place, attributes: dict[str, Any]) -> dict[str, str]:
-    """What is wrong with the arrays' zarr.json files, by key: missing, damaged, or of another shape than it must be."""
+    """What is wrong with the arrays' zarr.json files, by key: missing, damaged, or not as the settings require."""
     found = {}
     for key, content in metadata_files(attributes).items():
         if key == METADATA:
@@ -128,7 +129,7 @@ def metadata_problems(place: Place, attributes: dict[str, Any]) -> dict[str, str
         try:
             there = parse_json(place.read(key), place.where(key))
             same = isinstance(there, dict) and all(there.get(k) == expected.get(k) for k in _DECISIVE)
-            said = "" if same else f"{place.where(key)}: damaged: not what the store's settings make it"
+            said = "" if same else f"{place.where(key)}: damaged: it does not follow from the store's settings"
         except StoreError as error:
             said = str(error)
         if said:
@@ -137,7 +138,7 @@ def metadata_problems(place: Place, attributes: dict[str, Any]) -> dict[str, str
 
 
 def metadata_files(attributes: dict[str, Any]) -> dict[str, bytes]:
-    """The zarr.json files of an empty store, that of the whole store last: a store without it does not exist."""
+    """The zarr.json files of an empty store. The last one is the store's own: without it there is no store."""
     files: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(files), attributes=attributes)
     n_shards = sum(attributes["n_shards"].values())
@@ -177,7 +178,7 @@ def _create_array(
     fill: int | bool,
     attributes: dict[str, Any],
 ) -> None:
-    """Makes an array's metadata for shards of shape [length, width]; no data yet."""
+    """Creates an array's metadata for shards of shape [length, width], without data."""
     group.create_array(
         name,
         shape=(n_shards * shard_shape[0], shard_shape[1]),

@@ -1,8 +1,8 @@
-"""Reading an activation store: only what its markers vouch for, every checksum proven on the way.
+"""Reading an activation store: only shards that have a marker, with every checksum checked on the way.
 
-Contexts are numbered over the whole store, those of the held-out split first. Position p of context
-c is row `c * seq_len + p` in every array, whether kept or not. A shard is `contexts_per_shard`
-contexts and counts only when its marker exists and its files have the sizes that it says.
+Contexts are numbered over the whole store, those of the held-out split first. Position p of context c is row
+`c * seq_len + p` in every array, whether kept or not. A shard is `contexts_per_shard` contexts, and counts only if its
+marker exists and its files have the sizes that the marker says.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ class Totals:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a shard, or (shard None) with the whole store, as a sentence that says how to mend it."""
+    """Something wrong with a shard, or (shard None) with the whole store; the text says how to repair it."""
 
     split: str | None
     shard: int | None
     text: str
-    key: str = ""  # of the marker
+    key: str = ""  # of the shard's marker
 
     def __str__(self) -> str:
         return self.text
 
 
 class ActivationReader:
-    """What is in one `acts.zarr`."""
+    """Reads one `acts.zarr`."""
 
     def __init__(self, place: Place, attributes: dict[str, Any]) -> None:
         self.place = place
@@ -92,14 +92,14 @@ class ActivationReader:
 
     @property
     def shard_bytes(self) -> int:
-        """Bytes of a full shard's arrays (what its marker and its files' checksums add is less than 1%)."""
+        """Bytes of a full shard's arrays (its marker and the checksums of its files add less than 1%)."""
         row = sum(d_in * stored_dtype(self.dtype[hook]).itemsize for hook, d_in in self.hook_points.items())
         return self.rows_per_shard * (row + sum(np.dtype(kind).itemsize for kind, _ in TEXT_ARRAYS.values()))
 
     # ---- rows, text, totals ----
 
     def markers(self, split: str) -> dict[int, Marker]:
-        """Written shards of a split by number, ascending: those whose files have their sizes."""
+        """The written shards of a split by number, ascending: those whose files have the sizes in their marker."""
         self._check_split(split)
         sizes = self.place.sizes()
         found = {}
@@ -115,12 +115,12 @@ class ActivationReader:
     def read_acts(self, split: str, shard: int, hook_point: str) -> np.ndarray:
         """Activations of a written shard, float32 [rows, d_in], rows not kept included.
 
-        Raises StoreError if the shard is not written, or naming the damaged file and the repair.
+        Raises: StoreError if the shard is not written, or naming a damaged file and its repair.
         """
         return decode(self.read_stored(split, shard, hook_point), self.dtype[hook_point])
 
     def read_stored(self, split: str, shard: int, hook_point: str) -> np.ndarray:
-        """As `read_acts`, but in the dtype on disk (uint16 bits for bfloat16), not widened."""
+        """As `read_acts`, but in the dtype on disk (uint16 bits for bfloat16)."""
         if hook_point not in self.hook_points:
             known = ", ".join(self.hook_points)
             raise StoreError(f"{self.path} has no hook point {hook_point!r}: it has {known}")
@@ -132,7 +132,7 @@ class ActivationReader:
     def read_contexts(self, split: str, shard: int) -> Contexts:
         """Tokens, keep mask and document numbers of a written shard's filled contexts.
 
-        Raises StoreError as `read_acts` does.
+        Raises: StoreError as `read_acts` does.
         """
         marker = self.marker(split, shard)
         arrays = {
@@ -151,7 +151,7 @@ class ActivationReader:
         return self._read(split, marker, "keep")[: marker.contexts]
 
     def documents(self, split: str) -> dict[int, DocumentRecord]:
-        """Document table of the written shards: number → (id, source, domain, sha256)."""
+        """The document table of the written shards, by document number."""
         table: dict[int, DocumentRecord] = {}
         for shard, marker in self.markers(split).items():
             for number, entry in marker.documents.items():
@@ -165,7 +165,7 @@ class ActivationReader:
     def totals(self, split: str, hook_point: str) -> Totals:
         """Mean and mean squared norm over the kept rows of the written shards.
 
-        Raises StoreError if no row is kept.
+        Raises: StoreError if no row is kept.
         """
         markers = self.markers(split)
         kept = sum(marker.kept_rows for marker in markers.values())
@@ -196,7 +196,7 @@ class ActivationReader:
 
     @property
     def is_complete(self) -> bool:
-        """Whether `finish` was called and every shard is still as it was then (sizes, markers)."""
+        """Whether `finish` was called and markers and file sizes are still as they were then."""
         try:
             complete = parse_json(self.place.read(COMPLETE), self.place.where(COMPLETE))
             expected = complete["sha256"], complete["settings_sha256"]
@@ -206,13 +206,13 @@ class ActivationReader:
         return expected == (found, self.settings_sha256())
 
     def settings_sha256(self) -> str:
-        """Of the file that holds the store's settings."""
+        """SHA-256 of the file that holds the store's settings."""
         return hashlib.sha256(self.place.read(METADATA)).hexdigest()
 
     # ---- checking ----
 
     def verify(self) -> list[Problem]:
-        """Read everything and check every checksum; what is wrong, shard by shard."""
+        """Reads everything and checks every checksum; returns what is wrong, shard by shard."""
         problems = [
             Problem(None, None, text, key) for key, text in metadata_problems(self.place, self.attributes).items()
         ]
@@ -222,7 +222,7 @@ class ActivationReader:
             for key, raw in there.items():
                 problems += [Problem(split, _shard_of(key), text, key) for text in self._verify_shard(split, key, raw)]
             missing = sorted(set(range(self.n_shards[split])) - {_shard_of(key) for key in there})
-            if missing and written:  # it was complete: these were there
+            if missing and written:  # it was complete, so these existed
                 problems += [
                     Problem(split, shard, f"{self.place.where(marker_key(split, shard))}: missing; {_REPAIR}")
                     for shard in missing
@@ -270,7 +270,7 @@ class ActivationReader:
     # ---- where things are ----
 
     def lane_of(self, shard: int) -> int:
-        """The lane whose owner writes this shard."""
+        """The lane that a shard belongs to."""
         return shard % LANES
 
     def _array(self, name: str) -> ShardedArray:
@@ -287,7 +287,7 @@ class ActivationReader:
         return self._array(name).read(self._number(split, marker.shard), marker, _REPAIR)
 
     def _number(self, split: str, shard: int) -> int:
-        """Number of a split's shard over the whole store."""
+        """The number of a split's shard in the whole store."""
         self._check_split(split)
         if not 0 <= shard < self.n_shards[split]:
             raise StoreError(f"{self.path} has {self.n_shards[split]} {split} shards, no number {shard}")
@@ -298,7 +298,7 @@ class ActivationReader:
             raise StoreError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
 
     def marker(self, split: str, shard: int) -> Marker:
-        """What is known of a written shard. Raises StoreError if it is not written, or its marker is damaged."""
+        """What is known of a written shard. Raises: StoreError if it is not written or its marker is damaged."""
         self._number(split, shard)
         key = marker_key(split, shard)
         if self.place.size(key) is None:

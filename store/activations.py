@@ -1,7 +1,7 @@
-"""The activation store: rows of a language model's hooks, each row's text found by arithmetic.
+"""The activation store: activations of a language model at its hook points, and the token of each row.
 
-A shard is written once, whole, and counts only when its marker exists: a writer killed at any
-moment loses at most the shard it was writing. Shards belong to lanes, and a lane has one writer.
+A shard is written once, whole, and counts only when its marker exists: a writer that is killed at any moment loses at
+most the shard it was writing. Shards belong to lanes, and each lane has one writer.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ ALL_LANES = range(LANES)
 
 
 class DiskFull(StoreError):
-    """There is no room for another shard; every shard written before is whole."""
+    """There is no room for another shard; every shard written before is complete."""
 
 
 class ActivationStore(ActivationReader):
-    """One `acts.zarr`. Make one with `create` or `open`."""
+    """One `acts.zarr`, to be read and written. Get one with `create` or `open`."""
 
     def __init__(self, place: Place, attributes: dict[str, Any]) -> None:
         super().__init__(place, attributes)
@@ -65,12 +65,11 @@ class ActivationStore(ActivationReader):
         provenance: dict[str, Any],
         ring_shards_per_lane: int | None = None,
     ) -> ActivationStore:
-        """Make an empty store, or open the one that is there if it was made in just this way.
+        """Creates an empty store, or opens an existing one with the same settings.
 
-        `hook_points` is {name: d_in}, `n_shards` {"heldout": n, "train": n}, `dtype` one of
-        float16, bfloat16, float32, or one for each hook point. A ring keeps only the newest
-        `ring_shards_per_lane` training shards of each lane. Raises StoreError naming every setting
-        that differs from an existing store's; that store is not touched.
+        `hook_points` is {name: d_in}, `n_shards` {"heldout": n, "train": n}, `dtype` one of float16, bfloat16, float32,
+        or one for each hook point. A ring keeps only the newest `ring_shards_per_lane` training shards of each lane.
+        Raises: StoreError naming every setting that differs from those of an existing store, which is not changed.
         """
         place = open_place(path)
         settings = {
@@ -100,9 +99,9 @@ class ActivationStore(ActivationReader):
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> ActivationStore:
-        """Open a store to read it, or to go on writing it.
+        """Opens a store to read it, or to continue writing it.
 
-        Raises StoreError if there is none, if it is damaged or if a newer version made it.
+        Raises: StoreError if there is no store, or it is damaged or made by a newer version.
         """
         place = open_place(path)
         return cls(place, read_attributes(place))
@@ -111,10 +110,10 @@ class ActivationStore(ActivationReader):
     def hold(
         self, lanes: Iterable[int] = ALL_LANES, *, take_over: bool = False, sweep: bool = True
     ) -> Iterator[ActivationStore]:
-        """Be the one writer of these lanes for a while; first `sweep` away what a killed writer left of them.
+        """Makes the caller the only writer of these lanes; `sweep` first removes what a killed writer left in them.
 
-        `take_over` takes a remote lane from an owner that died. Raises StoreError naming the
-        process (and host) that is writing a lane already.
+        `take_over` takes remote lanes from an owner that died. Raises: StoreError naming the process (and host) that
+        is writing one of the lanes.
         """
         lanes = sorted(lanes)
         with self.place.owned(lanes, take_over=take_over) as check:
@@ -123,14 +122,14 @@ class ActivationStore(ActivationReader):
             self._held |= dict.fromkeys(lanes, check)
             try:
                 if sweep:
-                    self._drop_fallen(set(lanes))
+                    self._drop_expired(set(lanes))
                 yield self
             finally:
                 for lane in lanes:
                     del self._held[lane]
 
     def _leftovers(self, lanes: set[int]) -> list[str]:
-        """Half-written files of these lanes; those of no lane when all are held."""
+        """Unfinished files of these lanes; with all lanes also those that belong to none."""
         found = []
         for key in self.place.leftovers():
             owner = shard_of_key(key, self.n_shards[HELD_OUT])
@@ -139,7 +138,7 @@ class ActivationStore(ActivationReader):
         return found
 
     def sweep(self, *, dry_run: bool = False) -> dict[str, int]:
-        """Remove half-written files, and files that no marker vouches for; bytes by key. Only while all is held."""
+        """Removes unfinished files and files that no marker lists; returns bytes by key. All lanes must be held."""
         assert self._held.keys() >= set(ALL_LANES)
         sizes = self.place.sizes()
         named = {name for split in SPLITS for marker in self.markers(split).values() for name in marker.files}
@@ -164,14 +163,13 @@ class ActivationStore(ActivationReader):
         documents: Mapping[int, DocumentRecord],
         cursor: dict[str, Any],
     ) -> Marker:
-        """Write one shard: files first, all on disk, then its marker.
+        """Writes one shard: first its files, then, once they are on disk, its marker.
 
-        `acts` maps each hook to [contexts * seq_len, d_in] (or [contexts, seq_len, d_in]); the
-        others are [contexts, seq_len]. Fewer contexts than a shard holds are padded; none at all
-        marks a shard for which no text was left. `cursor` is the caller's own. Takes the lane's
-        lock unless held. Raises StoreError if the shard is written already, if a shape does not
-        fit, or if a value is not finite in the store's dtype, DiskFull if there is no room; then
-        nothing is marked.
+        `acts` maps each hook point to [contexts * seq_len, d_in] (or [contexts, seq_len, d_in]); the other arrays are
+        [contexts, seq_len]. Fewer contexts than a shard holds are padded; none at all marks a shard for which there was
+        no text left. `cursor` is for the caller's own use. Takes the lane's lock unless it is held.
+        Raises: StoreError if the shard is written already, a shape does not fit, or a value is not finite in the
+        store's dtype; DiskFull if there is no room. Then nothing is marked.
         """
         number = self._number(split, shard)
         given = ShardInput.check(
@@ -198,21 +196,21 @@ class ActivationStore(ActivationReader):
                 files = self._write_files(number, given)
                 marker = self._marker_of(shard, given, files, cursor)
                 content = json_bytes(marker.to_json(), self.place.where(marker_key(split, shard)))
-                self._held[lane](lane)  # still ours? nothing is marked otherwise
+                self._held[lane](lane)  # raises if the lane is no longer ours: then nothing is marked
                 self.place.write(marker_key(split, shard), content)
             except OSError as error:
                 self._undo(split, shard)
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 raise DiskFull(
-                    f"the disk of {self.path} is full ({error.strerror}). Every shard written before is whole and "
+                    f"the disk of {self.path} is full ({error.strerror}). Every shard written before is complete and "
                     "can be used as it is; make room and repeat the command to go on"
                 ) from error
             if self.ring_shards_per_lane is not None and split == TRAIN:
                 reach = self.ring_shards_per_lane * LANES
                 self._drop(shard - reach)
                 if self.place.size(marker_key(TRAIN, shard + reach)) is not None:
-                    self._drop(shard)  # it had fallen out long ago, and was written again for its marker alone
+                    self._drop(shard)  # outside the ring already: it was written again for its marker
         return marker
 
     def _write_files(self, number: int, given: ShardInput) -> dict[str, dict[str, int]]:
@@ -242,7 +240,7 @@ class ActivationStore(ActivationReader):
         )
 
     def forget(self, split: str, shard: int) -> None:
-        """Make a shard as if it had never been written: its marker goes first, so that no reader trusts the rest."""
+        """Removes a shard; its marker first, so that no reader trusts the rest."""
         self.place.delete(COMPLETE, marker_key(split, shard))
         self._delete_files(split, shard)
 
@@ -251,13 +249,13 @@ class ActivationStore(ActivationReader):
         self.place.delete(*(self._array(name).file_name(number) for name in array_names(self.attributes)))
 
     def _undo(self, split: str, shard: int) -> None:
-        """Gives back the room of a shard that could not be finished."""
+        """Frees the room of a shard that could not be finished."""
         with contextlib.suppress(OSError):
             self.forget(split, shard)
             self.place.delete(*self._leftovers({self.lane_of(shard)}))
 
     def _drop(self, shard: int) -> None:
-        """Empties a training shard that fell out of the ring; its marker keeps the place in the text."""
+        """Empties a training shard that has left the ring; its marker keeps the cursor into the text."""
         marker = self._usable_marker(TRAIN, shard) if shard >= 0 else None
         if marker is None or marker.contexts == 0:
             return
@@ -269,8 +267,8 @@ class ActivationStore(ActivationReader):
         self.place.write(key, json_bytes(emptied.to_json(), self.place.where(key)), replace=True)
         self._delete_files(TRAIN, shard)
 
-    def _drop_fallen(self, lanes: set[int]) -> None:
-        """Empties what fell out of the ring when its writer was killed before it could."""
+    def _drop_expired(self, lanes: set[int]) -> None:
+        """Empties shards that have left the ring and whose writer was killed before it could do so."""
         if self.ring_shards_per_lane is None:
             return
         newest: dict[int, int] = {}
@@ -286,9 +284,9 @@ class ActivationStore(ActivationReader):
 
     @classmethod
     def restore_metadata(cls, path: str | os.PathLike[str]) -> list[str]:
-        """Write the arrays' zarr.json again where they are missing or damaged; what was wrong, as sentences.
+        """Writes the arrays' zarr.json again where they are missing or damaged; returns what was wrong, as sentences.
 
-        They follow from the store's own zarr.json. Raises StoreError if that one is damaged.
+        They follow from the store's own zarr.json. Raises: StoreError if that file is damaged.
         """
         place = open_place(path)
         attributes = parse_attributes(place.read(METADATA), place.where(METADATA))
@@ -299,25 +297,25 @@ class ActivationStore(ActivationReader):
         return list(wrong.values())
 
     def recorded_files(self, split: str, shard: int | None) -> dict[str, dict[str, int]] | None:
-        """Sizes and checksums in a shard's marker, whether its files are there or not; None without a sound marker."""
+        """Sizes and checksums in a shard's marker, whether its files exist or not; None without a valid marker."""
         try:
             return None if shard is None else self.marker(split, shard).files
         except StoreError:
             return None
 
     def clear(self, problem: Problem) -> None:
-        """Remove what a problem is about, so that a harvest writes it again."""
+        """Removes the shard that a problem is about, so that a harvest writes it again."""
         if problem.split is None or problem.shard is None:
             return
         if 0 <= problem.shard < self.n_shards[problem.split]:
             self.forget(problem.split, problem.shard)
-        else:  # a marker of no shard of this store
+        else:  # a marker whose shard this store does not have
             self.place.delete(problem.key)
 
     def finish(self) -> None:
-        """Declare the store complete; StoreError if a shard of either split is not written.
+        """Declares the store complete. Raises: StoreError if a shard of either split is not written.
 
-        The file is a function of the markers, so any worker may write it.
+        The file `complete.json` is a function of the markers, so any worker may write it.
         """
         markers = {split: self.markers(split) for split in SPLITS}
         for split in SPLITS:
@@ -338,12 +336,12 @@ class ActivationStore(ActivationReader):
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names objects behind a URL (s3://…) and no directory."""
+    """Whether a path is a URL (s3://…) rather than a directory."""
     return isinstance(path, str) and "://" in path
 
 
 def open_place(path: str | os.PathLike[str]) -> Place:
-    """The place that a path names: a directory, or what a URL such as s3://bucket/run/acts.zarr reaches."""
+    """The place that a path names: a directory, or the objects behind a URL such as s3://bucket/run/acts.zarr."""
     if is_url(path):
         from store.remote import RemotePlace
 

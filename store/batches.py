@@ -133,7 +133,7 @@ class ShuffledRows:
         while filled < self.batch_rows:
             slot = self._plan.slot(first + filled)
             self._hold(slot.pool)
-            chosen = slot.order[slot.index : slot.index + self.batch_rows - filled]
+            chosen = slot.order[slot.offset : slot.offset + self.batch_rows - filled]
             part = slice(filled, filled + len(chosen))
             decode(np.take(self._buffer, chosen, axis=0), self._dtype, out=drawn.rows[part])
             drawn.contexts[part] = self._held_contexts[chosen]

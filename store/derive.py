@@ -1,4 +1,4 @@
-"""Stores made of stores: merged, or cut to some hook points and shards; and plain numpy files. Bits are copied."""
+"""Stores made from stores: merged, or cut to some hook points and shards; and numpy files. Values stay exact."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from store.activations import ActivationStore
 from store.common import SPLITS, StoreError, fsync
 from store.schema import atomic_json, decode
 
-_SAME_ROWS = ("model", "tokenizer_sha256", "bos", "weight_processing", "held_out")  # of provenance: what a row means
-Shard = tuple[ActivationStore, str, int, int]  # where from, and what is added to its document numbers
+_SAME_ROWS = ("model", "tokenizer_sha256", "bos", "weight_processing", "held_out")  # provenance: what a row means
+Shard = tuple[ActivationStore, str, int, int]  # store, split, shard, and what is added to its document numbers
 
 
 def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> int:
-    """One store with the rows of several of the same model, hook points and context length; documents numbered anew.
+    """Writes one store with the rows of several that have the same model, hook points and context length.
 
-    Returns how many documents are in more than one of them (by SHA-256). Killed, it goes on when repeated.
-    Raises StoreError showing what differs between them, or if one of them is not complete.
+    Documents get new numbers. Returns how many documents are in more than one store (by SHA-256). After a kill, repeat
+    the call to go on. Raises: StoreError showing what differs between them, or if one of them is not complete.
     """
     stores = [_complete(path) for path in paths]
     if len(stores) < 2:
@@ -64,9 +64,9 @@ def subset(
     hook_points: Sequence[str] | None = None,
     tokens: int | None = None,
 ) -> None:
-    """A store of some hook points and the first shards that hold `tokens` training tokens; all held-out rows stay.
+    """Writes a store of some hook points, with all held-out shards and the first shards of `tokens` training tokens.
 
-    Raises StoreError for a hook point that is not there, or a store that is not complete.
+    Raises: StoreError for an unknown hook point, or a store that is not complete.
     """
     store = _complete(path)
     hooks = _chosen(store, hook_points)
@@ -88,10 +88,10 @@ def export_numpy(
     hook_points: Sequence[str] | None = None,
     split: str = "train",
 ) -> Path:
-    """Kept rows of a split as .npy files: `<hook point>.npy` [kept rows, d_in], row, token and document numbers.
+    """Writes a split's kept rows as .npy files: `<hook point>.npy` [kept rows, d_in], row, token and document numbers.
 
-    bfloat16, which numpy has not, becomes float32. The directory appears when it is complete.
-    Raises StoreError if `out` exists.
+    bfloat16, which numpy does not have, becomes float32. The directory appears once it is complete.
+    Raises: StoreError if `out` exists.
     """
     store = ActivationStore.open(path)
     hooks = _chosen(store, hook_points)

@@ -1,4 +1,4 @@
-"""Counting sort on disk, and what a feature's firings say about it: the index's inner work."""
+"""For the feature index: a counting sort on disk, and the statistics of each feature's firings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SortedFirings:
-    """Every activation of an index, by feature and by row, with the text it is on; memory-mapped, to be read only.
+    """Every activation of an index, by feature and by row, with its text; memory-mapped, read-only.
 
-    Feature f fires on `rows[ptr[f] : ptr[f + 1]]` (ascending) with `values` there; on row r fire
-    `row_features[row_ptr[r] : row_ptr[r + 1]]` with `row_values`.
+    Feature f fires on `rows[ptr[f] : ptr[f + 1]]` (ascending) with `values`; on row r the features
+    `row_features[row_ptr[r] : row_ptr[r + 1]]` fire with `row_values`.
     `tokens`, `keep`, `domain` (number of the row's domain, -1 on padding) are [n_contexts, seq_len].
     """
 
@@ -30,12 +30,12 @@ class SortedFirings:
 
 
 def stable_order(keys: np.ndarray) -> np.ndarray:
-    """Places of `keys` in ascending order, equal ones as they come; numpy sorts 16 bits by radix, which is fastest."""
+    """Indices that sort `keys`, stable. 16-bit keys are sorted as such, since numpy then uses a radix sort."""
     return np.argsort(keys.astype(np.uint16) if keys.max(initial=0) < 1 << 16 else keys, kind="stable")
 
 
 def _firsts(*columns: np.ndarray) -> np.ndarray:
-    """Where in sorted columns a run of equal entries begins."""
+    """Where in sorted columns each run of equal entries begins."""
     change = np.zeros(max(0, len(columns[0]) - 1), bool)
     for column in columns:
         change |= column[1:] != column[:-1]
@@ -43,14 +43,14 @@ def _firsts(*columns: np.ndarray) -> np.ndarray:
 
 
 def _counted(keys: np.ndarray) -> tuple[slice, np.ndarray]:
-    """The range of keys that one chunk has, of perhaps very many, and how often each occurs."""
+    """The range of keys in one chunk (of a possibly much larger range), and how often each of them occurs."""
     low = int(keys.min()) if len(keys) else 0
     counts = np.bincount(keys - low)
     return slice(low, low + len(counts)), counts
 
 
 class Spill:
-    """Columns of one COO chunk after another in raw files, then scattered into sorted columns."""
+    """Takes chunks of COO columns one after another into raw files, then scatters them into sorted columns."""
 
     def __init__(self, folder: Path, columns: dict[str, str]) -> None:
         folder.mkdir(parents=True)
@@ -60,6 +60,7 @@ class Spill:
         self.length = 0
 
     def append(self, chunk_key: int, **arrays: np.ndarray) -> None:
+        """Adds a chunk; chunks are sorted by their key, whatever the order they come in."""
         n = len(next(iter(arrays.values())))
         for name, dtype in self.columns.items():
             self.files[name].write(np.ascontiguousarray(arrays[name], dtype=dtype).tobytes())
@@ -67,11 +68,12 @@ class Spill:
         self.length += n
 
     def close(self) -> None:
+        """Closes the raw files: nothing is appended any more."""
         for file in self.files.values():
             file.close()
 
     def scatter(self, by: str, n_groups: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Counting sort by the column `by`, stable in chunk order: (ptr, the other columns)."""
+        """Counting sort by the column `by`, stable in the order of chunks. Returns (ptr, the other columns)."""
         self.close()
         ptr = np.zeros(n_groups + 1, np.int64)
         source = {name: self._map(f"{name}.coo", dtype) for name, dtype in self.columns.items()}
@@ -99,17 +101,18 @@ class Spill:
 
 
 def empty_stats(d_sae: int) -> dict[str, np.ndarray]:
+    """Statistics [d_sae] of features that never fire."""
     names = ("max", "mean", "mean_sq", "p99", "domain_purity", "top_token_share")
     stats = {name: np.zeros(d_sae, np.float32) for name in names}
     return stats | {name: np.full(d_sae, -1, np.int32) for name in ("domain_top", "top_token")}
 
 
 def moments(stats: dict[str, np.ndarray], feature: np.ndarray, value: np.ndarray) -> None:
-    """max, and mean, mean square, 99th percentile over the firings of each feature.
+    """Fills in max, mean, mean square and 99th percentile over the firings of each feature.
 
-    `feature` ascends; `value` is positive and was float16.
+    `feature` ascends; `value` is positive and exact in float16.
     """
-    # One number orders both: positive float16s are ordered as their bits are.
+    # One number sorts by both: positive float16 values are ordered as their bits are.
     key = (feature.astype(np.uint64) << np.uint64(16)) | value.astype(np.float16).view(np.uint16)
     key.sort()
     value = key.astype(np.uint16).view(np.float16).astype(np.float64)
@@ -134,7 +137,7 @@ class Pairs:
 
 
 def token_pairs(feature: np.ndarray, token: np.ndarray, value: np.ndarray) -> Pairs:
-    """Count, Σ and max of `value` for each pair."""
+    """Count, Σ and max of `value` for each pair that occurs."""
     order = stable_order(token)
     order = order[stable_order(feature[order])]
     feature, token, value = feature[order], token[order], value[order]
@@ -147,13 +150,13 @@ def token_pairs(feature: np.ndarray, token: np.ndarray, value: np.ndarray) -> Pa
 
 
 def spill_pairs(spill: Spill, pairs: Pairs) -> None:
-    """Adds the pairs of some whole features, later than those added before."""
+    """Adds the pairs of some whole features; their numbers are larger than those of all added before."""
     if len(pairs.feature):
         spill.append(int(pairs.feature[0]), **vars(pairs))
 
 
 def top_tokens(stats: dict[str, np.ndarray], pairs: Pairs) -> None:
-    """The token a feature fires on most (lowest id on a tie) and its share of the firings."""
+    """Fills in the token that a feature fires on most often (lowest id on a tie) and its share of the firings."""
     best = np.lexsort((pairs.token, -pairs.count, pairs.feature))
     ids, start = np.unique(pairs.feature[best], return_index=True)
     stats["top_token"][ids] = pairs.token[best][start]
@@ -161,14 +164,14 @@ def top_tokens(stats: dict[str, np.ndarray], pairs: Pairs) -> None:
 
 
 def next_tokens(tokens: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """The token after each row [contexts · seq_len]; -1 where none follows in its context, or one that is not kept."""
+    """The token after each row [contexts · seq_len]; -1 at the end of a context and before a token that is not kept."""
     after = np.full(tokens.shape, -1, np.int64)
     after[:, :-1] = np.where(keep[:, 1:], tokens[:, 1:].astype(np.int64), -1)
     return after.reshape(-1)
 
 
 def domains(stats: dict[str, np.ndarray], feature: np.ndarray, domain: np.ndarray) -> None:
-    """The domain a feature fires in most (lowest number on a tie) and its share of firings."""
+    """Fills in the domain that a feature fires in most often (lowest number on a tie) and its share of the firings."""
     known = domain >= 0
     if not known.any():
         return

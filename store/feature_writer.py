@@ -1,4 +1,4 @@
-"""Builds a feature index (store.features): streamed in, sorted on disk, renamed when complete."""
+"""Builds a feature index (`store.features`): takes chunks of activations, sorts them on disk, renames the result."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from store.feature_sort import (
 from store.schema import atomic_json
 
 KIND = "feature-index"
-# 2: what features do together and next, labels, Δloss, how often each token occurs, what precedes it, the map
+# 2: co-activation, successors, labels, Δloss, occurrences of each token, features before a token, the map
 INDEX_FORMAT = 2
-CHUNK = 1 << 16  # elements: a feature's slice touches few chunks, a chunk decodes in < 1 ms
-SMALLEST = np.float16(6e-8)  # the least positive float16: a firing never rounds to zero
-BLOCK = 1 << 21  # firings worked on at once when statistics are taken
+CHUNK = 1 << 16  # elements: a feature's slice is in few chunks, and a chunk decodes in less than 1 ms
+SMALLEST = np.float16(6e-8)  # the least positive float16, so that no firing is rounded to zero
+BLOCK = 1 << 21  # firings in memory at once when statistics are computed
 
-# dtypes of the panels the format knows; others are stored as they come
+# dtypes of the panels of the format; others are stored with their own dtype
 PANEL_DTYPES = {
     "stats/cos_enc_dec": "float32",
     "stats/nearest_cosine": "float32",
@@ -77,10 +77,10 @@ PANEL_DTYPES = {
 class FeatureWriter:
     """Builds an index in `<path>.partial` and renames it at the end.
 
-    A killed build leaves no index, and an index already at `path` stays until the new one is
-    complete. Chunks of activations are spilled to disk; memory follows one appended chunk.
+    A killed build leaves no index, and an existing index at `path` stays until the new one is complete. Chunks of
+    activations go to disk; memory use follows the size of one appended chunk.
 
-    Raises StoreError when another process is building the same index.
+    Raises: StoreError when another process is building the same index.
     """
 
     def __init__(
@@ -130,10 +130,10 @@ class FeatureWriter:
         features: np.ndarray,
         values: np.ndarray,
     ) -> None:
-        """Adds the contexts `first_context ..` ([contexts, seq_len]) and what fired in them.
+        """Adds contexts [contexts, seq_len] from number `first_context` on, and the firings in them.
 
         `rows`, `features`, `values` are 1-D, in any order: the positive activations of kept rows.
-        Raises StoreError when they do not belong to these contexts.
+        Raises: StoreError when they do not belong to these contexts.
         """
         tokens, keep, document = np.asarray(tokens), np.asarray(keep, bool), np.asarray(document)
         rows, features = np.asarray(rows, np.int64), np.asarray(features, np.int64)
@@ -156,9 +156,9 @@ class FeatureWriter:
         panels: dict[str, np.ndarray],
         from_firings: Callable[[SortedFirings], dict[str, np.ndarray]] | None = None,
     ) -> Path:
-        """Sorts, takes statistics, adds `panels` ({"logits/top_id": [d_sae, …], …}), renames.
+        """Sorts, computes statistics, adds `panels` ({"logits/top_id": [d_sae, …], …}) and renames.
 
-        `from_firings` makes further panels out of the sorted activations.
+        `from_firings` computes further panels from the sorted activations.
         """
         if not self._seen.all():
             raise StoreError(
@@ -167,8 +167,8 @@ class FeatureWriter:
             )
         root = zarr.open_group(self.partial, mode="a", zarr_format=3)
         ptr, firings = self._coo.scatter("feature", self.d_sae)
-        with ThreadPoolExecutor(1) as beside:  # single-threaded, and nothing `from_firings` reads
-            statistics = beside.submit(self._put_statistics, root, ptr, firings)
+        with ThreadPoolExecutor(1) as background:  # on one thread, and independent of `from_firings`
+            statistics = background.submit(self._put_statistics, root, ptr, firings)
             if from_firings is not None:
                 row_ptr, by_row = self._coo.scatter("row", self.n_contexts * self.seq_len)
                 panels = panels | from_firings(
@@ -192,9 +192,13 @@ class FeatureWriter:
         return self._publish()
 
     def abandon(self) -> None:
-        """Removes what was built so far."""
+        """Removes the unfinished index."""
         self._coo.close()
         shutil.rmtree(self.partial, ignore_errors=True)
+        self._release()
+
+    def _release(self) -> None:
+        self._coo.close()
         self._lock.close()
 
     def _attributes(self) -> dict[str, Any]:
@@ -259,7 +263,7 @@ class FeatureWriter:
             )
 
     def _put_statistics(self, root: zarr.Group, ptr: np.ndarray, firings: dict[str, np.ndarray]) -> set[str]:
-        """Stores the text, the sorted activations and what they say of each feature; the names of its panels."""
+        """Stores the text, the sorted activations and the statistics; returns the names of the statistics' panels."""
         _put(root, "firings/ptr", ptr)
         _put(root, "firings/row", firings["row"])
         _put(root, "firings/value", firings["value"])
@@ -279,8 +283,8 @@ class FeatureWriter:
     def _statistics(
         self, ptr: np.ndarray, rows: np.ndarray, values: np.ndarray
     ) -> tuple[dict[str, np.ndarray], dict[str, Spill]]:
-        """Per-feature statistics, and sums spilled for the inverted indices: (token, feature) of the token fired on,
-        and of the one that follows it."""
+        """Statistics of each feature, and the sums for the inverted indices: (token, feature) for the token that the
+        feature fires on, and for the token after it."""
         columns = {"token": "uint32", "feature": "uint32", "count": "uint32", "sum": "float32", "max": "float32"}
         inverted = {name: Spill(self.partial / "spill" / name, columns) for name in ("by_token", "by_next_token")}
         stats = empty_stats(self.d_sae)
@@ -309,7 +313,7 @@ class FeatureWriter:
         return stats, inverted
 
     def _domain_of(self) -> np.ndarray:
-        """Document number → domain number; the last entry answers padding's -1."""
+        """The domain number of each document number; the last entry is for the -1 of padding."""
         return np.array([self.domains.index(d.domain) for d in self.documents] + [-1], np.int64)
 
     def _put_panels(self, root: zarr.Group, panels: dict[str, np.ndarray], computed: set[str]) -> None:

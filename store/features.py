@@ -1,8 +1,8 @@
 """The feature index: every activation of every feature, feature-major, self-contained.
 
-A page draws from slices of one index and works with the activation store deleted. Row `r` is
-token `r % seq_len` of context `r // seq_len` of this index. Statistics are taken from the stored
-(float16) values, so that the largest stored value of a feature *is* its `stats/max`.
+A page reads slices of one index, and works after the activation store is deleted. Row `r` is token `r % seq_len` of
+context `r // seq_len` of this index. Statistics are computed from the stored (float16) values, so that the largest
+stored value of a feature *is* its `stats/max`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["FeatureIndex", "FeatureWriter", "Window"]
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens around one row: `token_ids[i]` stands at position `start + i` of `context`."""
+    """Tokens around one row: `token_ids[i]` is at position `start + i` of `context`."""
 
     context: int
     position: int
@@ -33,7 +33,7 @@ class Window:
 
 
 class FeatureIndex:
-    """Reads one finished index, slices of it only; what was read last is kept."""
+    """Reads slices of one finished index; recently read chunks are cached."""
 
     def __init__(self, path: Path, root: zarr.Group) -> None:
         self.path, self._root = path, root
@@ -45,14 +45,14 @@ class FeatureIndex:
         self.d_vocab = int(self.attributes["d_vocab"])
         self.domains: list[str] = list(self.attributes["domains"])
         self._array = lru_cache(maxsize=None)(self._open_array)
-        # a page reads a row of each of about thirty panels, and the next feature's rows lie in the same chunks
+        # a page reads one row of about thirty panels each, and the next feature's rows are in the same chunks
         self._chunk = lru_cache(maxsize=256)(self._read_chunk)
         self._pointers = lru_cache(maxsize=None)(self._read_pointers)
         self.has = lru_cache(maxsize=None)(self._has)
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureIndex:
-        """Opens a finished index. Raises StoreError for anything else."""
+        """Opens a finished index. Raises: StoreError for anything else."""
         path = Path(path)
         hint = "build it with `sae index`"
         if path.name.endswith(".partial"):
@@ -65,20 +65,20 @@ class FeatureIndex:
             raise StoreError(f"{path}: not a feature index ({error}); {hint}") from error
         if root.attrs.get("kind") != KIND:
             raise StoreError(
-                f"{path}: a Zarr group, but no feature index (kind {root.attrs.get('kind')!r}, "
+                f"{path}: a Zarr group, but not a feature index (kind {root.attrs.get('kind')!r}, "
                 f"expected {KIND!r}); {hint}"
             )
         found = int(root.attrs["format"])  # type: ignore[arg-type]
         if found != INDEX_FORMAT:
-            mend = (
+            advice = (
                 "update monosem" if found > INDEX_FORMAT else f"{hint} again (the old one stays until the new is done)"
             )
-            raise StoreError(f"{path}: an index of format {found}, this version reads format {INDEX_FORMAT}; {mend}")
+            raise StoreError(f"{path}: an index of format {found}, this version reads format {INDEX_FORMAT}; {advice}")
         return cls(path, root)
 
     @property
     def sampled(self) -> bool:
-        """Whether it holds samples of the firings only (another tool's dump), so that counting them says nothing."""
+        """Whether it holds only samples of the firings (a dump of another tool), so that counts mean nothing."""
         return bool(self.attributes.get("sampled"))
 
     def firings(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
@@ -92,12 +92,12 @@ class FeatureIndex:
         return self._inverted("by_token", token_id)
 
     def features_before_token(self, token_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Features that fire on the token before it: (feature, count, Σ activation, max).
+        """Features that fire on the token before a token: (feature, count, Σ activation, max).
 
-        Raises: StoreError for an index older than this list.
+        Raises: StoreError for an index without this list (an older one).
         """
         if not self.has("by_next_token"):
-            raise StoreError(f"{self.path}: no list of what follows a firing; build the index again to have it")
+            raise StoreError(f"{self.path}: no list of the tokens after a firing; build the index again to get it")
         return self._inverted("by_next_token", token_id)
 
     def _inverted(self, name: str, token_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -108,12 +108,12 @@ class FeatureIndex:
         return feature.astype(np.int64), count, total, largest
 
     def occurrences(self, token_id: int) -> int:
-        """How often a token stands at a kept position."""
+        """How often a token occurs at a kept position."""
         return int(self.token_counts[token_id])
 
     @cached_property
     def token_counts(self) -> np.ndarray:
-        """How often each token stands at a kept position [d_vocab]."""
+        """How often each token occurs at a kept position [d_vocab]."""
         return np.asarray(self._array("by_token/occurrences")[:])
 
     @cached_property
@@ -123,14 +123,15 @@ class FeatureIndex:
 
     @cached_property
     def all_kept(self) -> np.ndarray:
-        """Which positions count [n_contexts, seq_len], read once."""
+        """Which positions are kept [n_contexts, seq_len], read once."""
         return np.asarray(self._array("keep")[:])
 
     @cached_property
     def domain_numbers(self) -> np.ndarray:
-        """Number in `domains` of each row's document, -1 on padding [n_rows]."""
+        """The index in `domains` of each row's domain, -1 on padding [n_rows]."""
         of_document = np.array([self.domains.index(document.domain) for document in self.documents] + [-1], np.int64)
-        return of_document[np.asarray(self._array("document")[:])].reshape(-1)
+        numbers: np.ndarray = of_document[np.asarray(self._array("document")[:])]
+        return numbers.reshape(-1)
 
     @cached_property
     def stats(self) -> dict[str, np.ndarray]:
@@ -140,23 +141,24 @@ class FeatureIndex:
         return {name: np.asarray(array[:]) for name, array in group.arrays()}
 
     def _has(self, name: str) -> bool:
-        """Whether the panel `name` ("logits/top_id", …) was written."""
+        """Whether the index holds the panel `name` ("logits/top_id", …)."""
         return name in self._root
 
     def panel(self, name: str, feature: int) -> np.ndarray:
-        """Row `feature` of a panel. Raises StoreError when the index holds no such panel."""
+        """Row `feature` of a panel. Raises: StoreError when the index does not hold it."""
         if not self.has(name):
-            raise StoreError(f"{self.path}: no panel {name}; build the index again to have it")
+            raise StoreError(f"{self.path}: no panel {name}; build the index again to get it")
         array = self._array(name)
         if not 0 <= feature < array.shape[0]:
             raise StoreError(f"{self.path}: {name} has no row {feature}; it has {array.shape[0]}")
         number, place = divmod(feature, array.chunks[0])
-        return self._chunk(name, number)[place]
+        chunk: np.ndarray = self._chunk(name, number)
+        return np.asarray(chunk[place])
 
     def column(self, name: str) -> np.ndarray:
         """A whole panel [d_sae, …], for the table of all features."""
         if not self.has(name):
-            raise StoreError(f"{self.path}: no panel {name}; build the index again to have it")
+            raise StoreError(f"{self.path}: no panel {name}; build the index again to get it")
         return np.asarray(self._array(name)[:])
 
     def tokens_at(self, context: int) -> np.ndarray:
@@ -164,7 +166,7 @@ class FeatureIndex:
         return self._context("tokens", context)
 
     def keep_at(self, context: int) -> np.ndarray:
-        """Which positions of a context count (BOS and padding do not) [seq_len]."""
+        """Which positions of a context are kept (BOS and padding are not) [seq_len]."""
         return self._context("keep", context)
 
     def window(self, row: int, before: int, after: int) -> Window:
@@ -174,7 +176,7 @@ class FeatureIndex:
         return Window(context, position, self.tokens_at(context)[start:stop], start)
 
     def tokens_of(self, rows: np.ndarray) -> np.ndarray:
-        """Token ids [n] standing at `rows` [n] (any order)."""
+        """The token ids [n] at `rows` [n] (any order)."""
         rows = np.asarray(rows, np.int64)
         per_chunk = self._array("tokens").chunks[0] * self.seq_len
         out = np.zeros(len(rows), np.uint32)
@@ -190,7 +192,7 @@ class FeatureIndex:
         return self._vocabulary[token_id]
 
     def document_of(self, row: int) -> DocumentRecord:
-        """(id, source, domain, sha256) of the document a row belongs to; blanks on padding."""
+        """The document that a row belongs to; empty strings on padding."""
         context, position = divmod(int(row), self.seq_len)
         number = int(self._context("document", context)[position])
         return self.documents[number] if number >= 0 else DocumentRecord("", "", "", "")
@@ -201,7 +203,7 @@ class FeatureIndex:
 
     @cached_property
     def documents(self) -> list[DocumentRecord]:
-        """The document table: number in `document` → (id, source, domain, sha256)."""
+        """The document table, by document number."""
         rows = read_json(self.path / "documents.json")
         return [DocumentRecord(*row) for row in rows]
 
@@ -218,7 +220,8 @@ class FeatureIndex:
         if not 0 <= context < self.n_contexts:
             raise StoreError(f"{self.path}: context {context} is outside 0..{self.n_contexts - 1}")
         per_chunk = self._array(name).chunks[0]
-        return self._chunk(name, context // per_chunk)[context % per_chunk]
+        chunk: np.ndarray = self._chunk(name, context // per_chunk)
+        return np.asarray(chunk[context % per_chunk])
 
     def _read_chunk(self, name: str, number: int) -> np.ndarray:
         array = self._array(name)
@@ -227,7 +230,7 @@ class FeatureIndex:
         chunk.setflags(write=False)
         return chunk
 
-    def _open_array(self, name: str) -> zarr.Array:
+    def _open_array(self, name: str) -> zarr.Array[Any]:
         array = self._root[name]
         assert isinstance(array, zarr.Array), name
         return array

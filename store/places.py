@@ -1,6 +1,6 @@
-"""Where an activation store lies, and who may write there: a directory here, objects behind a URL in `store.remote`.
+"""Where an activation store is, and who may write to it: a directory here, objects behind a URL in `store.remote`.
 
-A place holds keys (relative paths with `/`). What it writes is whole and durable, or not there at all.
+A place holds keys (relative paths with `/`). A write is whole and durable, or has no effect.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ import numpy as np
 
 from store.common import PARTIAL_SUFFIX, StoreError, atomic_write, exclusive_lock, fsync, write_bytes
 
-CREATION_WAIT_S = 60.0  # workers that start together make the store one after another
-Check = Callable[[int], None]  # raises StoreError when a lane is no longer ours
+CREATION_WAIT_S = 60.0  # workers that start together create the store one after another
+Check = Callable[[int], None]  # raises StoreError if another worker has taken the lane over
 
 
 class Place(Protocol):
-    """The few things an activation store needs of a file system or an object store."""
+    """What an activation store needs of a file system or an object store."""
 
     @property
     def path(self) -> Path | str:
-        """As a person names it."""
+        """The directory or URL, as its user wrote it."""
         ...
 
     def where(self, key: str) -> str:
-        """A key as messages name it."""
+        """The full path or URL of a key, for messages."""
         ...
 
     def read(self, key: str) -> bytes:
-        """The bytes under a key. Raises StoreError if there are none."""
+        """The bytes of a key. Raises: StoreError if it does not exist or cannot be read."""
         ...
 
     def load(self, key: str) -> np.ndarray:
-        """The bytes under a key as uint8, to be written to if one likes. Raises OSError, or one of `errors`."""
+        """The bytes of a key as a writable uint8 array. Raises: OSError or one of `errors`."""
         ...
 
     def read_all(self, prefix: str) -> dict[str, bytes]:
-        """Every `.json` key directly under `prefix`, ascending."""
+        """The bytes of each `.json` key directly under `prefix`, in ascending order of keys."""
         ...
 
     def size(self, key: str) -> int | None:
-        """Bytes under a key; None if there is no such key."""
+        """The size of a key in bytes; None if it does not exist."""
         ...
 
     def sizes(self) -> dict[str, int]:
-        """Every key with its bytes, in one listing."""
+        """The size of every key in bytes, in one listing."""
         ...
 
     @property
@@ -58,36 +58,36 @@ class Place(Protocol):
         ...
 
     def write(self, key: str, data: bytes, *, replace: bool = False) -> None:
-        """Writes a key whole and for good; without `replace` it must not be there with other bytes."""
+        """Writes a key whole and durably. Without `replace` it must not exist with other bytes."""
         ...
 
     def write_chunk(self, key: str, data: bytes) -> None:
-        """Writes one file of an array whole and for good, in place of any that is there."""
+        """Writes one file of an array whole and durably, and replaces an existing one."""
         ...
 
     def delete(self, *keys: str) -> None:
-        """Removes keys for good; one that is not there is no error."""
+        """Removes keys durably; a missing key is no error."""
         ...
 
     def leftovers(self) -> list[str]:
-        """Keys that a killed writer left half-written."""
+        """Keys of unfinished files that a killed writer left behind."""
         ...
 
     def create(self, files: Mapping[str, bytes], directories: Iterable[str]) -> None:
-        """Makes a store of these files unless one is there: all of them at once, as far as a reader can tell."""
+        """Creates a store of these files unless one exists; a reader sees none of them or all."""
         ...
 
     def is_vacant(self) -> bool:
-        """Whether a store may be made here."""
+        """Whether a store can be created here: nothing else is in the way."""
         ...
 
     def owned(self, lanes: Iterable[int], *, take_over: bool) -> contextlib.AbstractContextManager[Check]:
-        """Be the one writer of these lanes. Raises StoreError naming who writes one of them already."""
+        """Makes the caller the only writer of these lanes. Raises: StoreError naming another writer of one of them."""
         ...
 
 
 class LocalPlace:
-    """A directory. Owners of lanes are held by the kernel's locks, which go with their process."""
+    """A directory. A lane is owned by holding a kernel lock (flock), which ends with its process."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -110,7 +110,7 @@ class LocalPlace:
     def read_all(self, prefix: str) -> dict[str, bytes]:
         found = {}
         for file in sorted((self.path / prefix).glob("*.json")):
-            with contextlib.suppress(FileNotFoundError):  # replaced by its writer
+            with contextlib.suppress(FileNotFoundError):  # its writer is replacing it
                 found[file.relative_to(self.path).as_posix()] = file.read_bytes()
         return found
 
@@ -124,14 +124,14 @@ class LocalPlace:
         return dict(_files_under(str(self.path), ""))
 
     def write(self, key: str, data: bytes, *, replace: bool = False) -> None:
-        """The lane's lock already keeps other writers away, so `replace` changes nothing here."""
+        """As the protocol says; the lane's lock keeps other writers away, so `replace` makes no difference here."""
         with atomic_write(self.path / key) as partial:
             partial.write_bytes(data)
 
     def write_chunk(self, key: str, data: bytes) -> None:
         file = self.path / key
         write_bytes(file, data)
-        for directory in file.parents[1:3]:  # those above may be as new as the file's own
+        for directory in file.parents[1:3]:  # the directories above the file's own may be new, too
             fsync(directory)
 
     def delete(self, *keys: str) -> None:
@@ -148,13 +148,13 @@ class LocalPlace:
 
     def create(self, files: Mapping[str, bytes], directories: Iterable[str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(self._beside(".lock"), str(self.path), wait_s=CREATION_WAIT_S):
+        with exclusive_lock(self._sibling(".lock"), str(self.path), wait_s=CREATION_WAIT_S):
             if self.is_vacant():
                 self._build(files, directories)
 
     def _build(self, files: Mapping[str, bytes], directories: Iterable[str]) -> None:
-        """Beside its place, then renamed there: killed before, the store does not exist."""
-        draft = self._beside(".creating")
+        """Builds the store under another name and renames it: after a kill before that, there is no store."""
+        draft = self._sibling(".creating")
         if draft.exists():
             shutil.rmtree(draft)
         for name in directories:
@@ -173,8 +173,8 @@ class LocalPlace:
 
     @contextlib.contextmanager
     def owned(self, lanes: Iterable[int], *, take_over: bool = False) -> Iterator[Check]:
-        """`take_over` changes nothing here: a dead process holds no lock, a living one keeps its own."""
-        folder = self._beside(".locks")
+        """As the protocol says; `take_over` makes no difference here, since the locks of a dead process are free."""
+        folder = self._sibling(".locks")
         with contextlib.ExitStack() as held:
             for lane in lanes:
                 held.enter_context(exclusive_lock(folder / f"{lane:02d}", f"{self.path} (lane {lane})"))
@@ -182,12 +182,12 @@ class LocalPlace:
         with contextlib.suppress(OSError):  # another worker's locks are in it
             folder.rmdir()
 
-    def _beside(self, suffix: str) -> Path:
+    def _sibling(self, suffix: str) -> Path:
         return Path(os.path.realpath(self.path) + suffix)
 
 
 def _files_under(directory: str, prefix: str) -> Iterator[tuple[str, int]]:
-    """Keys and bytes; what a writer removes meanwhile is left out."""
+    """Keys and sizes in bytes, without files that a writer removes in the meantime."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(directory) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):

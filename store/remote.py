@@ -1,8 +1,8 @@
-"""Objects behind a URL as the place of an activation store: s3://, gs://, az:// and whatever else obstore reaches.
+"""Objects behind a URL as the place of an activation store: s3://, gs://, az:// and all others that obstore reaches.
 
-The same protocol as a directory's. A PUT is whole or not at all, so markers are objects put only if absent; a lane's
-owner is an object too, since no kernel frees a lock across machines: one that a dead worker left is taken over on
-request (`--take-over`), and who lost its lane so marks nothing more.
+The same protocol as for a directory. A PUT is atomic, and a marker is put only if it is absent. A lane's owner is an
+object, too, because no kernel frees locks across machines: the owner object of a dead worker is taken over on request
+(`--take-over`), and a worker that has lost its lane in this way marks no more shards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from store.schema import json_bytes
 
 METADATA = "zarr.json"
 CONNECTIONS = 16
-RETRY: dict[str, Any] = {  # a cut connection or a 500 is tried again, for about a minute and a half
+RETRY: dict[str, Any] = {  # cut connections and status 500 are retried for about 90 s
     "max_retries": 12,
     "retry_timeout": timedelta(seconds=90),
     "backoff": {"init_backoff": timedelta(milliseconds=50), "max_backoff": timedelta(seconds=10), "base": 2},
@@ -57,7 +57,7 @@ class RemotePlace:
 
     @contextlib.contextmanager
     def _named(self, key: str) -> Iterator[None]:
-        """Turns the library's errors into ours, which name the object."""
+        """Turns errors of obstore into StoreErrors that name the object."""
         try:
             yield
         except FileNotFoundError:
@@ -65,8 +65,8 @@ class RemotePlace:
         except self.errors as error:
             reason = str(error).strip().splitlines()[0]
             raise StoreError(
-                f"{self.where(key)}: cannot be reached ({reason}). Every shard written before is whole; "
-                "check the URL, the credentials and the network, and repeat the command to go on"
+                f"{self.where(key)}: cannot be reached ({reason}). Every shard written before is complete; "
+                "check the URL, the credentials and the network, then repeat the command to go on"
             ) from error
 
     def read(self, key: str) -> bytes:
@@ -108,8 +108,8 @@ class RemotePlace:
                 return
             except self._obstore.exceptions.AlreadyExistsError:
                 pass
-        if self.read(key) != data:  # the same bytes are our own PUT, whose answer was lost, or one as good
-            raise StoreError(f"{self.where(key)}: another writer was here first; nothing was overwritten")
+        if self.read(key) != data:  # the same bytes are our own PUT whose answer was lost, or an equal one
+            raise StoreError(f"{self.where(key)}: another writer has written it already; nothing was overwritten")
 
     def write_chunk(self, key: str, data: bytes) -> None:
         self.write(key, data, replace=True)
@@ -122,14 +122,14 @@ class RemotePlace:
         self._each(remove, keys)
 
     def leftovers(self) -> list[str]:
-        return []  # a PUT that was cut leaves nothing
+        return []  # an interrupted PUT leaves nothing
 
     def create(self, files: Mapping[str, bytes], directories: Iterable[str]) -> None:
         for key, content in sorted(files.items(), key=lambda item: item[0] == METADATA):
             self.write(key, content, replace=key != METADATA)
 
     def is_vacant(self) -> bool:
-        """Nothing but what a killed creation leaves: the arrays' metadata without the store's own."""
+        """Empty, or only with what a killed creation leaves: the arrays' metadata without the store's own."""
         keys = self._list(None)
         return METADATA not in keys and all(key.endswith(f"/{METADATA}") for key in keys)
 
@@ -156,11 +156,11 @@ class RemotePlace:
             if self.read(_owner(lane)) != mine:
                 raise StoreError(
                     f"{self.path} (lane {lane}) was taken over by {self._holder(lane) or 'another worker'}; this one "
-                    "stops. Every shard written before is whole"
+                    "stops. Every shard written before is complete"
                 )
 
         def release(lane: int) -> None:
-            with contextlib.suppress(StoreError):  # out of reach: the next worker takes it over
+            with contextlib.suppress(StoreError):  # cannot be reached: the next worker takes the lane over
                 if self.read(_owner(lane)) == mine:
                     self.delete(_owner(lane))
 

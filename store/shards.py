@@ -1,8 +1,7 @@
-"""One shard on disk: its array files, and the marker that says they are whole.
+"""One shard on disk: its array files, and the marker that says they are complete.
 
-A shard file is one Zarr chunk: the elements in C order, little endian, then a CRC-32C of them.
-Zarr reads a missing file as zeros and an empty one (3.1) too, so nothing is read here unless its
-marker says how many bytes and which checksum it must have.
+A shard file is one Zarr chunk: the elements in C order, little endian, then their CRC-32C. Zarr reads a missing or
+empty file as zeros without an error, so a file is read here only if a marker says which size and checksum it must have.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from store.places import Place
 from store.schema import crc32c, decode, parse_json
 
 _CRC_BYTES = 4
-_SUM_ROWS = 1024  # rows widened to float64 at a time; part of the result's bits, so a constant
+_SUM_ROWS = 1024  # rows converted to float64 at a time: decides the order of summation, so it must not change
 
 
 @dataclass(frozen=True, eq=False)
 class Marker:
-    """What is known of one whole shard. `sum` is Σx and `sum_sq` Σ‖x‖² over kept rows, float64."""
+    """What is known of one complete shard. `sum` is Σx and `sum_sq` Σ‖x‖² over its kept rows, float64."""
 
     shard: int
     rows: int
@@ -55,7 +54,7 @@ class Marker:
 
 
 def parse_marker(raw: bytes, shard: int, where: object) -> Marker:
-    """The marker in a file's bytes; StoreError naming `where` if it is damaged or another shard's."""
+    """The marker in a file's bytes. Raises: StoreError naming `where` if it is damaged or of another shard."""
     fields = parse_json(raw, where)
     try:
         marker = Marker(
@@ -88,12 +87,12 @@ def parse_marker(raw: bytes, shard: int, where: object) -> Marker:
 
 def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a count")
     return value
 
 
 def as_document(number: Any, entry: Any) -> DocumentRecord:
-    """A table entry as it is kept; StoreError unless it is four strings."""
+    """An entry of a document table. Raises: StoreError unless it is four strings."""
     if not isinstance(entry, list | tuple) or len(entry) != 4 or not all(isinstance(part, str) for part in entry):
         raise StoreError(f"document {number} must be (id, source, domain, sha256), got {entry!r}")
     return DocumentRecord(*entry)
@@ -105,9 +104,9 @@ def files_present(place: Place, marker: Marker) -> bool:
 
 
 def kept_sums(stored: np.ndarray, keep: np.ndarray, dtype: str) -> tuple[np.ndarray, float]:
-    """Σx [d_in] and Σ‖x‖² over kept rows of `stored` [rows, d_in], of the values as stored.
+    """Σx [d_in] and Σ‖x‖² over the kept rows of `stored` [rows, d_in], of the values as stored.
 
-    Added row after row (no BLAS, whose threads reorder sums), so equal rows give equal bits.
+    Added in a fixed order (without BLAS, whose threads reorder sums), so that equal rows give equal bits.
     """
     total = np.zeros(stored.shape[1])
     total_sq = np.zeros(stored.shape[1])
@@ -124,17 +123,17 @@ class ShardedArray:
     """A Zarr array whose shards (equal runs of the first axis) are written once, whole."""
 
     def __init__(self, place: Place, name: str, shard_shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
-        """Shape and dtype are the store's settings; the array's own metadata, which can be damaged, repeats them."""
+        """Shape and dtype come from the store's settings, not from the array's own metadata, which could be damaged."""
         self.place, self.name = place, name
         self.shard_shape, self.dtype = shard_shape, dtype.newbyteorder("<")
         self.file_bytes = math.prod(shard_shape) * dtype.itemsize + _CRC_BYTES
 
     def file_name(self, shard: int) -> str:
-        """Path of a shard's file under the store."""
+        """The key of a shard's file."""
         return f"{self.name}/c/{shard}/0"
 
     def write(self, shard: int, block: np.ndarray) -> dict[str, int]:
-        """Writes a whole shard for good; returns its marker entry {"bytes", "crc32c"}.
+        """Writes a whole shard durably; returns its marker entry {"bytes", "crc32c"}.
 
         The checksum is that of the elements. That of the file, which ends with its own checksum, would be the same
         number for every file.
@@ -142,21 +141,21 @@ class ShardedArray:
         assert block.shape == self.shard_shape
         elements = np.ascontiguousarray(block, self.dtype).reshape(-1).view(np.uint8)
         checksum = crc32c(elements)
-        content = b"".join((elements, checksum.to_bytes(_CRC_BYTES, "little")))
+        content = b"".join((elements.data, checksum.to_bytes(_CRC_BYTES, "little")))
         self.place.write_chunk(self.file_name(shard), content)
         return {"bytes": len(content), "crc32c": checksum}
 
     def read(self, shard: int, marker: Marker, repair: str) -> np.ndarray:
-        """A whole shard as stored, including its padding, after its size and checksum were proven.
+        """A whole shard as stored, including its padding, after checking its size and checksum.
 
         Not through zarr, which would compute the checksum once more and copy twice.
-        Raises StoreError that names the file and says how to `repair` it.
+        Raises: StoreError naming the file and saying how to `repair` it.
         """
         name = self.file_name(shard)
         where = self.place.where(name)
         entry = marker.files.get(name)
         if entry is None:
-            raise StoreError(f"{where}: the shard's marker does not know this file; {repair}")
+            raise StoreError(f"{where}: the shard's marker does not list this file; {repair}")
         size = self.place.size(name)
         if not size == entry["bytes"] == self.file_bytes:
             found = "the file is missing" if size is None else f"got {size} bytes"

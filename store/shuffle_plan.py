@@ -29,11 +29,11 @@ class Pool(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where a position of the sequence falls: a pool, the order of its rows, and the index into that order."""
+    """Where a position of the sequence falls: a pool, the order of its rows, and the offset in that order."""
 
     pool: Pool
     order: np.ndarray
-    index: int
+    offset: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,15 +123,15 @@ class ShufflePlan:
 
     def pool_rows(self, pool: Pool) -> np.ndarray:
         """Rows that a pool takes of each of its shards."""
-        kept = self.counts.kept[pool.places]
-        return kept // self.parts + (pool.part < kept % self.parts)
+        kept: np.ndarray = self.counts.kept[pool.places]
+        return np.asarray(kept // self.parts + (pool.part < kept % self.parts))
 
     def rows_of_shard(self, pool: Pool, place: int) -> np.ndarray | slice:
         """Which of a shard's kept rows are in a pool: a random draw, another in each epoch."""
         if self.parts == 1:
             return slice(None)
         order = _generator(self.seed, _PART_ORDER, pool.epoch, place).permutation(int(self.counts.kept[place]))
-        return np.sort(np.array_split(order, self.parts)[pool.part])
+        return np.asarray(np.sort(np.array_split(order, self.parts)[pool.part]))
 
     def pool_key(self, pool: Pool) -> tuple[int, ...]:
         """Equal for pools of the same rows."""
@@ -151,7 +151,7 @@ class ShufflePlan:
 
 def sample(n_rows: int, n: int, seed: int) -> np.ndarray:
     """`n` distinct row numbers below `n_rows`, drawn uniformly; independent of every plan with the same seed."""
-    return _generator(seed, _SAMPLE).choice(n_rows, size=n, replace=False)
+    return np.asarray(_generator(seed, _SAMPLE).choice(n_rows, size=n, replace=False))
 
 
 def _generator(seed: int, *stream: int) -> np.random.Generator:

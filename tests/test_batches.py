@@ -379,12 +379,12 @@ def test_a_plan_names_every_row_once_an_epoch(kept, pool_shards, parts, seed) ->
     for epoch in range(2):
         named = []
         for position in range(epoch * n_rows, (epoch + 1) * n_rows):
-            pool, order, index = plan.slot(position)
+            pool, order, offset = plan.slot(position)
             held = [
                 (place, row)
                 for place in pool.places.tolist()
                 for row in np.arange(kept[place])[plan.rows_of_shard(pool, place)].tolist()
             ]
             assert len(held) == len(order) == plan.pool_rows(pool).sum() <= plan.largest_pool_rows
-            named.append(held[order[index]])
+            named.append(held[order[offset]])
         assert sorted(named) == every

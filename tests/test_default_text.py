@@ -191,7 +191,7 @@ def test_files_are_taken_in_record_order(installation: Path) -> None:
     ]
     assert documents[2].text.startswith("# Toy")
     assert (report.duplicates, report.replaced_documents) == (1, 1)
-    assert "not_installed_anywhere is not installed: its text is left out" in report.first_problems
+    assert "not_installed_anywhere is not installed: its text is missing" in report.first_problems
 
 
 def test_one_byte_moves_the_fingerprint(installation: Path) -> None:

@@ -249,7 +249,7 @@ def test_killed_build_leaves_the_old_index(tmp_path: Path) -> None:
     new.append(writer, 0, 2)
     with pytest.raises(StoreError, match=r"is being written by pid \d+"):
         new.writer(path)
-    writer._lock.close()  # what the kernel does for a killed process
+    writer._release()  # what the kernel does for a killed process
     (tmp_path / "features.zarr.lock").touch()  # and what such a process leaves behind
     check_against(old, FeatureIndex.open(path))
     with pytest.raises(StoreError, match="did not finish"):

@@ -101,7 +101,7 @@ def test_every_damage_is_named(url: str) -> None:
         assert any(words in text for text in said), words
     assert list(store.markers("train")) == [0, 1, 4]
     store.place.write("markers/train/00000005.json", b"{}")
-    with pytest.raises(StoreError, match="another writer was here first"):
+    with pytest.raises(StoreError, match="another writer has written it already"):
         store.place.write("markers/train/00000005.json", b"[]")
 
 

@@ -225,7 +225,7 @@ def test_nothing_readable_says_what_was_found(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="found no files"):
         open_text(tmp_path)
     written(tmp_path / "a.csv", "x")
-    with pytest.raises(TextError, match=r"found \.csv; read are \.txt"):
+    with pytest.raises(TextError, match=r"found \.csv, expected \.txt"):
         open_text(tmp_path)
     with pytest.raises(TextError, match=r"found \.csv"):
         open_text(tmp_path / "a.csv")

@@ -140,5 +140,5 @@ def test_what_is_not_there_is_said_before_any_work(
     assert main(["train", "--acts", str(tiny_store), "--out", str(out), "--log-to", "wandb"]) == 2
     assert "pip install 'monosem[wandb]'" in capsys.readouterr().err
     assert not out.exists()
-    with pytest.raises(ValueError, match="no tracker 'wanbd'"):
+    with pytest.raises(ValueError, match="unknown tracker 'wanbd'"):
         trackers_named(["wanbd"])

@@ -1,1 +1,1 @@
-"""From text to shards of activations."""
+"""Harvesting: from text to shards of activations."""

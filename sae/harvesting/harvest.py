@@ -1,4 +1,4 @@
-"""Harvest: text → contexts → activations → shards. Knows no file format; a `ShardSink` takes what it makes."""
+"""Harvest: text → contexts → activations → shards, which a `ShardSink` stores."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from sae.text.packing import FORWARD_TOKENS, packed, tokenised
 from sae.text.sources import TextSource
 from store.common import LANES, SPLITS, DocumentRecord
 
-SHARDS_IN_HAND = 4  # in memory at once: one computed, one waiting, one written, and that one as encoded
+SHARDS_IN_HAND = 4  # in memory at once: one being computed, one waiting, one being written, and its encoded form
 
 
 class ShardSink(Protocol):
-    """Where shards go; `store.activations.ActivationStore` is one."""
+    """Stores shards, as `store.activations.ActivationStore` does."""
 
     seq_len: int
     hook_points: dict[str, int]
@@ -59,7 +59,7 @@ Write = Callable[..., None]
 
 
 class OutOfMemoryBudget(ValueError):
-    """The harvest grew beyond the memory it was given and stopped, with every finished shard saved."""
+    """The harvest exceeded its memory budget and stopped, with every finished shard saved."""
 
 
 def harvest(
@@ -178,7 +178,7 @@ def _run_model(model: LanguageModel, sink: ShardSink, split: str, text: ShardTex
 
 
 def _activations(model: LanguageModel, hook_points: dict[str, int], tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows [contexts · seq_len, d_in] of every hook point from one forward pass, in parts of bounded size."""
+    """Rows [contexts · seq_len, d_in] of every hook point, computed in forward passes of bounded size."""
     rows = {hook: np.empty((tokens.size, d_in), np.float32) for hook, d_in in hook_points.items()}
     seq_len = tokens.shape[1]
     contexts = max(1, FORWARD_TOKENS // seq_len)

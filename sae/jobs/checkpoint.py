@@ -1,4 +1,4 @@
-"""Safetensors files written whole or not at all: tensors plus JSON in the header, one atomic rename."""
+"""Safetensors files written whole or not at all: tensors, with JSON in the header."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from store.common import PARTIAL_SUFFIX, atomic_write
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another kind."""
+    """A checkpoint is missing or damaged."""
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -50,7 +50,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """The JSON header alone of a file written by `write_tensors`; {} where there is no such file.
+    """Only the JSON header of a file written by `write_tensors`; {} if there is no such file.
 
     Raises: CheckpointError when the file is damaged.
     """
@@ -58,7 +58,8 @@ def read_header(path: str | Path) -> dict[str, Any]:
         return {}
     try:
         with safe_open(str(path), "pt") as file:
-            return json.loads((file.metadata() or {}).get("json", "{}"))
+            header: dict[str, Any] = json.loads((file.metadata() or {}).get("json", "{}"))
+            return header
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}).") from error
 
@@ -73,7 +74,7 @@ def adam_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str
 
 
 def restore_adam(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
-    """Puts back what `adam_tensors` took."""
+    """Restores Adam's state from the tensors of `adam_tensors`."""
     for name, parameter in zip(names, _parameters(optimizer), strict=True):
         prefix = f"adam.{name}."
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

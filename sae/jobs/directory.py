@@ -1,4 +1,4 @@
-"""What a resumable run keeps in its directory: the settings it was started with, a log cut to its checkpoint."""
+"""What a resumable run keeps in its directory: the settings it was started with, and a log."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ RETIRED = {"older_sha256"}  # version 0.1 recorded it of a model; nothing compar
 
 
 def claim(directory: Path, name: str, settings: Mapping[str, Any], absent: Mapping[str, Any] | None = None) -> None:
-    """Writes `settings` to `directory/name` once; a later call with other settings is refused and changes nothing.
+    """Writes `settings` to `directory/name`; if the file exists, checks that it holds the same settings.
 
-    `absent` says what a setting meant before there was one, for directories begun by an earlier version.
-    Raises: ValueError naming each differing key with both values.
+    `absent` gives the value of settings that an earlier version did not record.
+    Raises: ValueError naming each differing key with both values; then nothing is changed.
     """
     path = directory / name
     asked = json.loads(json.dumps(settings))
@@ -32,8 +32,8 @@ def claim(directory: Path, name: str, settings: Mapping[str, Any], absent: Mappi
     differing = list(_differences(held, asked, json.loads(json.dumps(absent or {})), ""))
     if differing:
         raise ValueError(
-            f"{directory} holds a run with other settings: {'; '.join(differing)}. Repeat the command it was "
-            "started with, or choose another --out."
+            f"{directory} holds a run with other settings: {'; '.join(differing)}. Repeat the command that "
+            "started it, or choose another --out."
         )
 
 
@@ -48,7 +48,7 @@ def _differences(held: Any, asked: Any, absent: Any, where: str) -> list[str]:
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drops the lines of a metrics.jsonl after `step`, and a last line torn by a kill."""
+    """Removes the lines of a metrics.jsonl after `step`, and a last line cut short by a kill."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
         write_bytes(path, "".join(line + "\n" for line in kept).encode())

@@ -1,4 +1,4 @@
-"""What this process holds in memory, for a budget that is kept to."""
+"""How much memory this process holds, for memory budgets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STATM = Path("/proc/self/statm")
 
 
 def resident_bytes() -> int:
-    """In memory now; where the system does not say (macOS), the most there ever was."""
+    """Resident memory now; on systems that do not report it (macOS) the peak so far."""
     if _STATM.exists():
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

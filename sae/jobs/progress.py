@@ -1,4 +1,4 @@
-"""What long work shows and how it stops: a bar with rate and ETA, and a flag set by a signal to stop."""
+"""How long jobs show progress (a bar with rate and ETA) and stop (a flag that a signal sets)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 @contextmanager
 def progress(description: str, total: int, unit: str, *, initial: int = 0) -> Iterator[tqdm]:
-    """A progress bar with rate and ETA on standard error; one line every 30 s where that is no terminal."""
+    """A progress bar with rate and ETA on standard error; one line every 30 s if that is not a terminal."""
     interval_s = 0.2 if sys.stderr.isatty() else 30.0
     with tqdm(
         total=total,
@@ -32,7 +32,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupt:
-    """`requested` turns true on the first Ctrl-C, SIGTERM or SIGUSR1 (pre-emption); a second Ctrl-C stops at once."""
+    """`requested` becomes true on the first Ctrl-C, SIGTERM or SIGUSR1 (pre-emption); a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -45,11 +45,11 @@ class Interrupt:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Inside, Ctrl-C, SIGTERM and SIGUSR1 set a flag instead of killing (main thread only; elsewhere never set)."""
+    """Inside, Ctrl-C, SIGTERM and SIGUSR1 set a flag instead of killing. Without effect outside the main thread."""
     interrupt = Interrupt()
     try:
         previous = {s: signal.signal(s, interrupt._handle) for s in STOPPING}
-    except ValueError:  # not the main thread: signals go to whoever owns it
+    except ValueError:  # not the main thread, the only one that may handle signals
         yield interrupt
         return
     try:
@@ -60,4 +60,4 @@ def interruptible() -> Iterator[Interrupt]:
 
 
 class Interrupted(Exception):
-    """Work stopped on request with everything saved; the message says how to go on."""
+    """The job stopped on request with everything saved; the message says how to go on."""

@@ -1,7 +1,8 @@
-"""Where else a run's log goes: TensorBoard, Weights & Biases. metrics.jsonl stays the truth, whatever becomes of these.
+"""Copies of a run's log for TensorBoard and Weights & Biases; metrics.jsonl stays the authoritative one.
 
-A tracker is entered with a run's directory, its settings and the step it goes on from, and gives a function that takes
-each entry of metrics.jsonl after that. A resumed run says the steps after its checkpoint again, with the same values.
+A tracker is a context manager: it takes a run's directory, its settings and the step that the run starts from, and
+gives a function that takes each later entry of metrics.jsonl. A resumed run logs the steps after its checkpoint again,
+with the same values.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Tracker = Callable[[Path, Mapping[str, Any], int], AbstractContextManager[Log]]
 
 @contextmanager
 def tensorboard(out: Path, settings: Mapping[str, Any], step: int) -> Iterator[Log]:
-    """Event files in `out`/tensorboard; those of an earlier try are cut to the step the run goes on from."""
+    """Writes event files to `out`/tensorboard; entries of an earlier attempt after `step` are dropped."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(out / "tensorboard"), purge_step=step + 1) as writer:
@@ -37,9 +38,10 @@ def tensorboard(out: Path, settings: Mapping[str, Any], step: int) -> Iterator[L
 
 @contextmanager
 def weights_and_biases(out: Path, settings: Mapping[str, Any], step: int) -> Iterator[Log]:
-    """One run of wandb named as its directory, in `out`/wandb; nothing is sent unless WANDB_MODE says so.
+    """Logs one wandb run, named like its directory, to `out`/wandb. It is offline unless WANDB_MODE says otherwise.
 
-    `wandb sync out/wandb/offline-run-*` sends it later: tries of one training have one id, and a step counts once.
+    `wandb sync out/wandb/offline-run-*` uploads it later: all attempts of a training have one id, so each step counts
+    once.
     """
     import wandb
 
@@ -64,13 +66,13 @@ TRACKERS: dict[str, Tracker] = {"tensorboard": tensorboard, "wandb": weights_and
 
 
 def trackers_named(names: Sequence[str]) -> list[Tracker]:
-    """Raises: ValueError for a name that is none, and for a package that is not installed, before any work."""
+    """The trackers with these names. Raises: ValueError for an unknown name, or a package that is not installed."""
     found = []
     for name in dict.fromkeys(names):
         if name not in TRACKERS:
-            raise ValueError(f"no tracker {name!r}; there are {', '.join(TRACKERS)}.")
+            raise ValueError(f"unknown tracker {name!r}: use {' or '.join(TRACKERS)}.")
         if find_spec(name) is None:
-            raise ValueError(f"{name} is not installed here: pip install 'monosem[{name}]', or read metrics.jsonl.")
+            raise ValueError(f"{name} is not installed: pip install 'monosem[{name}]', or read metrics.jsonl.")
         found.append(TRACKERS[name])
     return found
 

@@ -1,1 +1,1 @@
-"""Text: where it comes from, its documents, its tokens, contexts packed from it."""
+"""Text: its sources, documents and tokens, and the contexts packed from them."""

@@ -1,4 +1,4 @@
-"""Compressed text files, opened as plain bytes."""
+"""Compressed text files, opened for reading their content."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ COMPRESSION: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A file's content as bytes, decompressed if its suffix says that it is compressed."""
     with COMPRESSION.get(path.suffix.lower(), open)(path, "rb") as stream:
         yield stream

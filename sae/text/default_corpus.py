@@ -1,8 +1,8 @@
-"""The embedded default text: what is installed here anyway, plus six domains generated from a seed.
+"""The default text: source code and documentation of installed packages, and six domains generated from a seed.
 
 Measured with Python 3.11 and numpy 2.4, pandas 3.1, streamlit 1.67, transformer_lens 4.3: 27.7 MB in 5,980 documents
 (code 16.8 MB, docstrings 5.2 MB, prose 0.8 MB, and 0.8 MB of each generated domain), read in 5 s, fingerprint in 0.5 s.
-Other versions give other text, hence another fingerprint. Nothing is fetched: the files are read where they lie.
+Other versions give another text, and so another fingerprint. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path, PurePath
 from sae.text import synthetic
 from sae.text.documents import Document, TextReport
 
-# The project's own dependencies; torch and transformers would drown the rest.
+# The project's own dependencies, without torch and transformers, whose text would outweigh all others.
 PACKAGES = (
     "numpy",
     "zarr",
@@ -38,10 +38,10 @@ PACKAGES = (
     "datasets",
 )
 PACKAGE_BYTES = 2_000_000
-FILE_BYTES = 500_000  # longer files are tables and generated code
+FILE_BYTES = 500_000  # longer files are mostly tables and generated code
 DOCUMENT_CHARS = (60, 8_000)
 
-RULE = 1  # part of the fingerprint: count up when the way of cutting documents changes
+RULE = 1  # part of the fingerprint: increase it when the rule for cutting documents changes
 SKIPPED_DIRECTORIES = {
     "site-packages",
     "dist-packages",
@@ -60,7 +60,7 @@ TOPICS = "pydoc_data/topics.py"  # the Python reference as one dict of strings: 
 
 @dataclass(frozen=True)
 class InstalledFile:
-    """One file taken: `kind` is python, prose, metadata or topics."""
+    """One file that is part of the text: `kind` is python, prose, metadata or topics."""
 
     source: str
     name: str
@@ -69,7 +69,7 @@ class InstalledFile:
 
 
 def read(report: TextReport) -> Iterator[Document]:
-    """Every document of the default text once, in a fixed order; kept in memory after the first reading."""
+    """Every document of the default text once, in a fixed order; cached in memory after the first reading."""
     documents, found = _all_documents()
     report.duplicates += found.duplicates
     report.replaced_documents += found.replaced_documents
@@ -80,7 +80,7 @@ def read(report: TextReport) -> Iterator[Document]:
 
 @cache
 def fingerprint() -> str:
-    """SHA-256 of all that decides the content: the rule, the Python version, each file taken, the generated part."""
+    """SHA-256 of all that decides the content: the rule, the Python version, each file, the generated part."""
     python = ".".join(map(str, sys.version_info[:2]))
     digest = sha256(f"{RULE} {python} {synthetic.GENERATED_SHA256}\n".encode())
     for file in _installed_files(TextReport()):
@@ -106,7 +106,7 @@ def _all_documents() -> tuple[tuple[Document, ...], TextReport]:
 
 def _cut_all(report: TextReport) -> Iterator[Document]:
     for file in _installed_files(report):
-        count: Counter[str] = Counter()  # pieces so far, by domain
+        count: Counter[str] = Counter()  # of pieces so far, by domain
         for domain, text in _texts(file, report):
             for piece in _pieces(text):
                 yield Document(f"{file.source}/{file.name}:{domain}:{count[domain]}", piece, domain, file.source)
@@ -128,7 +128,7 @@ def _standard_library(root: Path) -> Iterator[InstalledFile]:
     for directory in _directories(root):
         for path in sorted(directory.iterdir()):
             name = path.relative_to(root).as_posix()
-            # _sysconfigdata holds the paths of the machine that built this Python.
+            # _sysconfigdata contains paths of the machine that built this Python.
             if not path.is_file() or path.name.startswith("_sysconfigdata"):
                 continue
             kind = "topics" if name == TOPICS else _kind(PurePath(name))
@@ -137,7 +137,7 @@ def _standard_library(root: Path) -> Iterator[InstalledFile]:
 
 
 def _directories(root: Path) -> Iterator[Path]:
-    """`root` and the directories below it that are wanted, sorted."""
+    """`root` and the wanted directories below it, sorted."""
     yield root
     for path in sorted(root.iterdir()):
         if path.is_dir() and not path.is_symlink() and _wanted(path.name):
@@ -154,7 +154,7 @@ def _package_files(package: str, report: TextReport) -> Iterator[InstalledFile]:
     try:
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
-        report.note(f"{package} is not installed: its text is left out")
+        report.note(f"{package} is not installed: its text is missing")
         return
     source, taken_bytes = f"{package}-{distribution.version}", 0
     for file in distribution.files or ():
@@ -209,11 +209,11 @@ def _texts(file: InstalledFile, report: TextReport) -> Iterator[tuple[str, str]]
 def split_docstrings(source: str) -> tuple[list[str], str]:
     """The docstrings of a module, its classes and functions in source order, and the source without them.
 
-    What does not parse counts as code. A docstring that shares its line with code stays in the code as well.
+    A source that does not parse counts as code. A docstring on the same line as code stays in the code as well.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's files
+            warnings.simplefilter("ignore")  # about invalid escapes in other projects' files
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return [], source
@@ -236,7 +236,7 @@ def split_docstrings(source: str) -> tuple[list[str], str]:
 
 
 def _documented(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Modules, classes and functions in source order; expressions are not entered (they hold no docstrings)."""
+    """Modules, classes and functions in source order; expressions are not searched (they have no docstrings)."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         yield node
     for field in ("body", "handlers", "orelse", "finalbody", "cases"):
@@ -245,7 +245,7 @@ def _documented(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.Funct
 
 
 def _strings_of_dict(source: str) -> list[str]:
-    """The string values of the first dict displayed in a module."""
+    """The string values of the first dict literal in a module."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Dict):
             return [v.value for v in node.values if isinstance(v, ast.Constant) and isinstance(v.value, str)]
@@ -253,7 +253,7 @@ def _strings_of_dict(source: str) -> list[str]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cuts at line ends into pieces of at most 8,000 characters; shorter than 60 is not worth a document."""
+    """Cuts at line ends into pieces of at most 8,000 characters; drops those shorter than 60."""
     least, most = DOCUMENT_CHARS
     while len(text) > most:
         end = text.rfind("\n", 0, most) + 1 or most

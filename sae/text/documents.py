@@ -1,4 +1,4 @@
-"""A document, and the rule that says which split it belongs to."""
+"""Documents, and the rule that assigns each to a split."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hashlib import blake2b
 from store.common import HELD_OUT, TRAIN, DocumentRecord
 
 HELD_OUT_MODULUS = 20
-DOCUMENT_BYTES = 500  # what a document takes beside its text; a million short ones are not free
+DOCUMENT_BYTES = 500  # overhead of a document in memory, which counts when they are short and many
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text with where it comes from; `id` is stable between runs over the same source.
+    """One text and its origin; `id` is the same in each run over the same source.
 
-    A part of a longer text carries the whole's digest in `of`: all parts are in the split of the whole.
+    A part of a longer text has the digest of the whole text in `of`, so all parts are in the split of the whole.
     """
 
     id: str
@@ -27,10 +27,12 @@ class Document:
 
     @property
     def digest(self) -> int:
+        """Decides the split: the digest of the text, or of the whole text that this is a part of."""
         return digest_of(self.text) if self.of is None else self.of
 
     @property
     def split(self) -> str:
+        """ "heldout" or "train"."""
         return _split(self.digest)
 
 
@@ -40,7 +42,7 @@ def digest_of(text: str) -> int:
 
 
 def split_of(text: str) -> str:
-    """`heldout` when `blake2b(text) mod 20 == 0`, else `train`: frozen by the text alone (DESIGN §3)."""
+    """`heldout` when `blake2b(text) mod 20 == 0`, else `train`: a function of the text alone."""
     return _split(digest_of(text))
 
 
@@ -49,6 +51,7 @@ def _split(digest: int) -> str:
 
 
 def sha256_of(text: str) -> str:
+    """SHA-256 of the text's UTF-8 bytes, in hexadecimal."""
     from hashlib import sha256
 
     return sha256(_utf8(text)).hexdigest()
@@ -64,11 +67,11 @@ def _utf8(text: str) -> bytes:
 
 
 def shuffled(documents: Iterator[Document], *, window_bytes: int = 1 << 29) -> Iterator[Document]:
-    """The documents in an order that depends on their text alone, window by window.
+    """The documents in an order that depends only on their texts, window by window.
 
-    Sources list documents by topic (a corpus sorted by domain, a directory by name), so a budget smaller than the
-    source would see only its beginning. Inside a window the order is that of a second hash, hence a fixed shuffle;
-    text up to `window_bytes` (UTF-8, and what Python adds) is shuffled whole, longer text in bounded memory.
+    Sources are often sorted by topic (a corpus by domain, a directory by name), so that a budget smaller than the
+    source would see only its beginning. Within a window the order is that of a second hash: a fixed shuffle. Text of
+    up to `window_bytes` (UTF-8 and overhead) is one window; longer text is shuffled in bounded memory.
     """
     window: list[tuple[bytes, Document]] = []
     held_bytes = 0
@@ -88,7 +91,7 @@ def _in_order(window: list[tuple[bytes, Document]]) -> Iterator[Document]:
 
 @dataclass
 class TextReport:
-    """What a reader met: nothing is skipped without being counted here."""
+    """Counts of what a reader found; nothing is skipped without being counted here."""
 
     documents: int = 0
     text_bytes: int = 0

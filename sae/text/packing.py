@@ -1,4 +1,4 @@
-"""From documents to contexts: tokenised in pieces, packed end to end."""
+"""From documents to contexts: tokenised in pieces and packed end to end."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sae.text.tokenizer import pieces_of
 TOKENISE_DOCUMENTS = 256
 TOKENISE_CHARACTERS = 1 << 22
 PIECE_CHARACTERS = 1 << 18
-FORWARD_TOKENS = 8192  # per forward pass: bounds the memory of long contexts, and is part of a shard's bytes
+FORWARD_TOKENS = 8192  # per forward pass: bounds memory; part of a shard's bytes, so it must not change
 
 
 class Tokenising(Protocol):
-    """What packing asks of a language model."""
+    """What packing needs of a language model."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -27,7 +27,7 @@ class Tokenising(Protocol):
 
 
 def packed(tokens: np.ndarray, seq_len: int, bos_id: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Contexts [n, seq_len] of these tokens in turn, the last one padded, and what is neither padding nor BOS."""
+    """The tokens as contexts [n, seq_len], the last one padded, and a mask that is False on padding and BOS."""
     padding = (0, -len(tokens) % seq_len)
     filled = np.pad(np.ones(len(tokens), bool), padding).reshape(-1, seq_len)
     contexts = np.pad(tokens, padding).reshape(-1, seq_len)
@@ -37,9 +37,9 @@ def packed(tokens: np.ndarray, seq_len: int, bos_id: int | None) -> tuple[np.nda
 def tokenised(
     model: Tokenising, documents: Iterable[tuple[int, Document]]
 ) -> Iterator[tuple[int, Document, np.ndarray]]:
-    """Numbered documents with their token ids, BOS first; read some ahead, to be tokenised together.
+    """Numbered documents with their token ids, BOS first. Several are read and tokenised together.
 
-    A long one is tokenised in pieces: the tokenizer's own record of a text takes hundreds of times its size.
+    A long document is tokenised in pieces, because the tokenizer's result takes hundreds of times the text's size.
     """
     bos = np.array([] if model.bos_id is None else [model.bos_id], np.uint32)
     for some in _at_once(documents):

@@ -1,4 +1,4 @@
-"""Text sources: files, directories, Hugging Face datasets and the embedded default, as a stream of documents."""
+"""Text sources as streams of documents: files, directories, Hugging Face datasets and the default text."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sae.text.compressed import COMPRESSION, _opened
+from sae.text.compressed import COMPRESSION, opened
 from sae.text.documents import Document, TextReport, shuffled
 
 DOMAIN_OF_SUFFIX = {".txt": "text", ".md": "markdown", ".py": "python"}
 SUFFIXES = (*DOMAIN_OF_SUFFIX, ".jsonl")
 MAX_DOCUMENT_CHARACTERS = 1 << 22
-SAVED_DATASET = ("state.json", "dataset_dict.json")  # what datasets' save_to_disk leaves
+SAVED_DATASET = ("state.json", "dataset_dict.json")  # files that mark a directory written by datasets' save_to_disk
 
 
 class TextError(ValueError):
@@ -25,7 +25,7 @@ class TextError(ValueError):
 
 
 def _cut(text: str, start: int) -> int:
-    """Where the part from `start` ends: after the last line end, or else space, of its second half."""
+    """Where the part from `start` ends: after the last line end in its second half, or else the last space."""
     limit = start + MAX_DOCUMENT_CHARACTERS
     if limit >= len(text):
         return len(text)
@@ -35,13 +35,13 @@ def _cut(text: str, start: int) -> int:
 
 @dataclass
 class TextSource:
-    """A re-readable stream of documents: `documents()` starts over each time, in the same shuffled order."""
+    """A stream of documents that can be read again: each call of `documents()` gives the same shuffled order."""
 
     name: str
     read: Callable[[TextReport], Iterator[Document]]
     fingerprint: str
     report: TextReport = field(default_factory=TextReport)
-    specs: tuple[str, ...] = ()  # what `open_text` opens to read it again
+    specs: tuple[str, ...] = ()  # what to pass to `open_text` to open it again
 
     def documents(self) -> Iterator[Document]:
         """Every non-empty document once, in a fixed shuffled order.
@@ -52,7 +52,7 @@ class TextSource:
         yield from shuffled(self._counted())
 
     def _in_parts(self, document: Document) -> Iterator[Document]:
-        """Text too long to tokenise at once, cut after line ends or spaces; parts stay in the split of the whole."""
+        """Cuts a text that is too long to tokenise at once, after line ends or spaces."""
         if len(document.text) <= MAX_DOCUMENT_CHARACTERS:
             yield document
             return
@@ -72,7 +72,7 @@ class TextSource:
                 continue
             try:
                 text_bytes = len(document.text.encode())
-            except UnicodeEncodeError:  # lone surrogates, which JSON can spell: no tokenizer takes them
+            except UnicodeEncodeError:  # lone surrogates, which JSON can express and no tokenizer accepts
                 self.report.replaced_documents += 1
                 self.report.note(f"{document.id} holds lone surrogates")
                 paired = document.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -86,7 +86,7 @@ class TextSource:
 
 
 def open_text(spec: str | Path) -> TextSource:
-    """Resolves `default`, a file, a directory, a local Hugging Face dataset, or `owner/name` on the hub.
+    """Opens `default`, a file, a directory, a local Hugging Face dataset, or the dataset `owner/name` of the hub.
 
     Raises: TextError for a missing path or an unknown file type.
     """
@@ -108,7 +108,7 @@ def _opened_source(spec: str | Path) -> TextSource:
     if str(spec).count("/") == 1 and not str(spec).startswith((".", "/", "~")):
         return _hub_dataset(str(spec))
     raise TextError(
-        f"text source {str(spec)!r}: no such file or directory. Give a file or directory of "
+        f"text source {str(spec)!r}: no such file or directory. Use a file or directory of "
         f"{', '.join(SUFFIXES)} (also .xz, .gz, .zst), a dataset as owner/name, or 'default'."
     )
 
@@ -131,7 +131,7 @@ def combine(sources: list[TextSource]) -> TextSource:
 
 
 def _kind(path: Path) -> str | None:
-    """The suffix that decides how a file is read, with compression looked through; None for other types."""
+    """The suffix that decides how a file is read, without that of compression; None for other types."""
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSION:
         suffixes.pop()
@@ -143,7 +143,7 @@ def _files(paths: list[Path], root: Path, name: str) -> TextSource:
     if not known:
         found = ", ".join(sorted({path.suffix or "no suffix" for path in paths})) or "no files"
         raise TextError(
-            f"no text files in {name}: found {found}; read are {', '.join(SUFFIXES)} (also .xz, .gz, .zst)."
+            f"no text files in {name}: found {found}, expected {', '.join(SUFFIXES)} (also .xz, .gz, .zst)."
         )
 
     def read(report: TextReport) -> Iterator[Document]:
@@ -155,7 +155,7 @@ def _files(paths: list[Path], root: Path, name: str) -> TextSource:
 
 
 def _hash_of(paths: list[Path], root: Path) -> str:
-    """SHA-256 over each file's name below `root` and its bytes."""
+    """SHA-256 over the path of each file below `root` and its bytes."""
     hashes = sha256()
     for path in paths:
         hashes.update(path.relative_to(root).as_posix().encode("utf-8", "surrogateescape") + b"\0")
@@ -168,7 +168,7 @@ def _hash_of(paths: list[Path], root: Path) -> str:
 def _read_file(path: Path, name: str, report: TextReport) -> Iterator[Document]:
     kind = _kind(path)
     try:
-        with _opened(path) as stream:
+        with opened(path) as stream:
             if kind == ".jsonl":
                 yield from read_jsonl(stream, name, report)
             else:
@@ -190,7 +190,7 @@ def _decoded(raw: bytes, name: str, report: TextReport) -> str:
 
 
 def read_jsonl(stream: BinaryIO, name: str, report: TextReport) -> Iterator[Document]:
-    """One document a line, from its "text" (and "id", "domain", "source"); broken lines are counted and passed over."""
+    """One document a line, from its "text" (and "id", "domain", "source"); broken lines are counted and skipped."""
     for number, line in enumerate(stream, start=1):
         where = f"{name}:{number}"
         if not line.strip():
@@ -234,11 +234,11 @@ def _local_dataset(path: Path) -> TextSource:
         else:
             parquet = [str(p) for p in files if p.suffix == ".parquet"]
             data = datasets.load_dataset("parquet", data_files=parquet, split="train", streaming=True)
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many types of error
         raise TextError(f"{path} looks like a saved dataset but cannot be opened: {error}") from error
     if isinstance(data, dict):
         if "train" not in data:
-            raise TextError(f"{path} holds the splits {sorted(data)} and no 'train'. Give the directory of one split.")
+            raise TextError(f"{path} has the splits {sorted(data)} and no 'train'. Use the directory of one split.")
         data = data["train"]
     return TextSource(str(path), _records(data, path.name), _hash_of(files, path))
 
@@ -248,7 +248,7 @@ def _hub_dataset(name: str) -> TextSource:
 
     try:
         data = datasets.load_dataset(name, split="train", streaming=True)
-    except Exception as error:  # the hub raises many kinds; all mean the same to the reader
+    except Exception as error:  # the hub raises many types of error; all mean the same here
         raise TextError(
             f"text source {name!r} is neither a path here nor a dataset that could be opened on the hub: {error}"
         ) from error
@@ -256,7 +256,7 @@ def _hub_dataset(name: str) -> TextSource:
 
 
 def _records(data: Any, name: str) -> Callable[[TextReport], Iterator[Document]]:
-    """A reader of the column "text". Raises: TextError when there is none, as soon as that is known."""
+    """A reader of the column "text". Raises: TextError if there is no such column, as soon as that is known."""
 
     def require_text(columns: Iterable[str]) -> None:
         if "text" not in columns:
@@ -278,7 +278,7 @@ def _records(data: Any, name: str) -> Callable[[TextReport], Iterator[Document]]
                     report.note(f'{where}: no string under "text"')
         except TextError:
             raise
-        except Exception as error:  # a damaged file or a lost connection, each library in its own words
+        except Exception as error:  # a damaged file or a lost connection; each library has its own errors
             raise TextError(f"dataset {name} cannot be read after {where}: {error}") from error
 
     return read

@@ -1,7 +1,7 @@
-"""Text made from a seed: six domains whose features are easy to name (DNA, base64, hex, dates, arithmetic, URLs).
+"""Text generated from a seed: six domains whose features are easy to name (DNA, base64, hex, dates, arithmetic, URLs).
 
-The same bytes on every machine and Python: only `Random(seed).randrange` and `.choice` are drawn from, nothing asks
-the clock, the locale or a hash. `GENERATED_SHA256` pins the whole.
+The same bytes on every machine and Python version: only `Random(seed).randrange` and `.choice` are used, and nothing
+depends on the clock, the locale or a hash. `GENERATED_SHA256` is the hash of the whole text.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def generated_sha256() -> str:
 
 
 def _document(rng: Random, maker: Maker) -> str:
-    """Blocks of one maker until the length drawn for this document is reached."""
+    """Blocks of one maker, until the document has the length drawn for it."""
     wanted_chars = rng.randrange(*DOCUMENT_CHARS)
     blocks: list[str] = []
     while wanted_chars > 0:
@@ -77,7 +77,7 @@ MOTIFS = ("TATAAA", "CCAAT", "GGGCGG", "AATAAA", "GAATTC", "CACGTG", "TTAGGGTTAG
 
 
 def _sequence(rng: Random, bases: int) -> str:
-    """Uniform bases with one known motif now and then, so that something beyond the alphabet can be learnt."""
+    """Uniform bases, a third of the sequences with a known motif: more to learn than the alphabet."""
     drawn = "".join(map(QUADS.__getitem__, _raw(rng, bases // 4 + 1)))
     if rng.randrange(3) == 0:
         at = rng.randrange(bases)
@@ -93,7 +93,7 @@ def _fasta(rng: Random) -> str:
 
 
 def _genbank(rng: Random) -> str:
-    """Numbered lines of six lower-case groups of ten."""
+    """Numbered lines of six lower-case groups of ten bases."""
     lines = []
     for row in range(rng.randrange(4, 16)):
         bases = _sequence(rng, 60).lower()
@@ -175,7 +175,7 @@ def _addresses(rng: Random) -> str:
 
 # --- dates -----------------------------------------------------------------------------------------------------------
 
-# English names spelt out: strftime would follow the machine's locale.
+# English names, because strftime would use the machine's locale.
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 MONTH_NAMES = (
@@ -226,7 +226,7 @@ def _mail_line(rng: Random) -> str:
 
 
 def _log_lines(rng: Random) -> str:
-    """A run of log lines with rising time stamps."""
+    """Log lines with increasing timestamps."""
     when, lines = _moment(rng), []
     for _ in range(rng.randrange(5, 25)):
         when += timedelta(milliseconds=rng.randrange(1, 90_000))
@@ -247,7 +247,7 @@ def _spoken_date(rng: Random) -> str:
 
 
 def _whole(rng: Random) -> int:
-    """Numbers of one to four digits, each length equally often."""
+    """A number of one to four digits; each upper limit (10, 100, 1,000, 10,000) is equally likely."""
     return rng.randrange(10 ** rng.randrange(1, 5))
 
 

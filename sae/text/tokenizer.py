@@ -14,17 +14,17 @@ SMALLEST_VOCAB = 257
 PROBE = "The quick brown fox 0123 (é, 你好)!\n\tend."
 FALLBACK_BYTE = re.compile("<0x[0-9A-F]{2}>")
 CUT = re.compile(r"(?<=[\w.,!?。！？])[ \n]")
-CUT_SOUGHT = 10_000  # characters before a piece's end
+CUT_SOUGHT = 10_000  # characters before a piece's end in which a cut is looked for
 
 
 def train_tokenizer(texts: Iterable[str], d_vocab: int) -> Tokenizer:
     """A byte-level BPE of exactly `d_vocab` tokens; token 0 is the BOS (`<|endoftext|>`).
 
-    Raises: ValueError when the text is too small to make `d_vocab` tokens, or `d_vocab` for the 256 bytes and BOS.
+    Raises: ValueError when the text is too small for `d_vocab` tokens, or `d_vocab` too small for 256 bytes and BOS.
     """
     if d_vocab < SMALLEST_VOCAB:
         raise ValueError(
-            f"tokenizer: a vocabulary of {d_vocab:,} is too small; bytes and BOS alone are {SMALLEST_VOCAB}."
+            f"tokenizer: a vocabulary of {d_vocab:,} is too small; the 256 bytes and BOS need {SMALLEST_VOCAB}."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,13 +39,13 @@ def train_tokenizer(texts: Iterable[str], d_vocab: int) -> Tokenizer:
     if tokenizer.get_vocab_size() != d_vocab:
         raise ValueError(
             f"tokenizer: the text gives only {tokenizer.get_vocab_size():,} byte-pair tokens of the {d_vocab:,} "
-            "asked for. Give more text or a smaller vocabulary."
+            "asked for. Use more text or a smaller vocabulary."
         )
     return _literal(tokenizer)
 
 
 def _literal(tokenizer: Tokenizer) -> Tokenizer:
-    """Text that spells `<|endoftext|>` stays text: only the harvester and the trainer set BOS, by its id."""
+    """Makes `<|endoftext|>` in a text plain text: BOS is set only by the harvester and the trainer, by its id."""
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -59,22 +59,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def parse_tokenizer(raw: bytes, where: object) -> Tokenizer:
-    """The tokenizer in the bytes of a `tokenizer.json`. Raises: ValueError naming `where` when they are none."""
+    """The tokenizer in the bytes of a `tokenizer.json`. Raises: ValueError naming `where` if they are not one."""
     try:
         tokenizer = _literal(Tokenizer.from_buffer(raw))
-        tokenizer.encode(PROBE, add_special_tokens=False)  # some damage shows only here
+        tokenizer.encode(PROBE, add_special_tokens=False)  # some damage raises only here
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises a bare Exception, and its panics are not even that
+    except BaseException as error:  # the library raises plain Exception, and its panics are not even Exceptions
         raise ValueError(f"{where} is not a tokenizer.json: {error}") from error
 
 
 def pieces_of(tokenizer: Tokenizer, text: str, characters: int) -> Iterator[str]:
-    """A long text in pieces of about so many characters, whose token ids one after another are the text's own.
+    """A long text in pieces of about `characters` characters; their token ids, joined, are those of the whole text.
 
-    Cut before a space or line end that follows a letter, digit or stop: there the words of byte-level tokenizers end,
-    too. Other tokenizers may join across, and get the text whole.
+    The cuts are before a space or line end that follows a letter, digit or punctuation mark, where byte-level
+    tokenizers end a word, too. Other tokenizers may merge across such places; for them the text is one piece.
     """
     start, cuttable = 0, len(text) > characters and _ends_words_at_spaces(tokenizer)
     while cuttable and len(text) - start > characters:
@@ -98,10 +98,10 @@ def _ends_words_at_spaces(tokenizer: Tokenizer) -> bool:
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes each token id stands for, exact for byte-level tokenizers.
+    """The bytes that each token id stands for, exact for byte-level tokenizers.
 
-    Byte-level vocabularies spell a byte as one printable character (GPT-2's table), SentencePiece's byte fallback
-    spells it `<0x0A>`; all else (SentencePiece, WordPiece, special tokens) gives its text as UTF-8.
+    Byte-level vocabularies write a byte as one printable character (GPT-2's table), SentencePiece's byte fallback
+    writes it as `<0x0A>`; all other tokens (SentencePiece, WordPiece, special tokens) are their text in UTF-8.
     """
     added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
     pieces = {index: piece for piece, index in tokenizer.get_vocab(with_added_tokens=True).items()}
@@ -122,7 +122,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's reversible table: printable Latin-1 stands for itself, the other 68 bytes start at U+0100."""
+    """GPT-2's reversible table: printable Latin-1 is itself, the other 68 bytes are U+0100 and up."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     shifted = (b for b in range(256) if b not in printable)
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(shifted)}
