@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Known vulnerabilities of the pinned dependencies; fails when there is one. What the database does not answer for (no
-# network, or a mirror without it) is counted, not taken for sound.
+# Lists known vulnerabilities of the pinned dependencies; fails if there is one. Packages that the database gives no answer
+# for (no network, or a mirror without it) are counted, and not reported as free of vulnerabilities.
 . "$(dirname "$0")/environment.sh" dev
 report="$(mktemp)"
 pip-audit --no-deps --disable-pip --progress-spinner off --format json --output "$report" \

@@ -169,7 +169,7 @@ def comparison_table(found: list[dict[str, Any]]) -> str:
     return table([*columns, "peak GiB"], rows)
 
 
-# --- what a step costs, and what it costs besides its one dense product ---
+# --- the cost of a step, with and without its one dense product ---
 
 
 def swept(rounds: int) -> list[dict[str, Any]]:
@@ -226,7 +226,7 @@ def plot(results: list[dict[str, Any]]) -> str:
 
 
 def choices() -> dict[str, Any]:
-    """What the measured steps run on, besides the machine."""
+    """The back ends that the measured steps use."""
     import torch
 
     from sae.kernels import choose, matmul

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from sae.dictionary.autoencoder import SAE
-from sae.kernels.sparsity import BatchTopK
 from sae.training import loop
 from sae.training.initialise import kaiming_
 from sae.training.recipes import RECIPES, resolve
@@ -111,9 +110,6 @@ def work(wanted: Work, out: Any) -> None:
 
     loop.train_step = paced_step
     recipe = VARIANTS[wanted.variant]
-    if recipe not in RECIPES:  # BatchTopK before its recipe
-        recipe = "topk"
-        SAE.rule = property(lambda sae: BatchTopK(wanted.l0))  # type: ignore[method-assign, assignment]
     RECIPES[recipe] = replace(RECIPES[recipe], initialise=quick_start)
     settings: dict[str, Any] = {"resample_shares": (), "tokens": 10**11, "d_sae": wanted.d_sae, "lr": 1e-6}
     settings |= {"batch_tokens": wanted.batch_tokens, "matmul": wanted.matmul}

@@ -29,7 +29,7 @@ from sae.interop.files import InteropError
 
 SIDES = Path(__file__).resolve().parent / "peers"
 D_IN, D_SAE, K, ROWS = 24, 96, 6, 512
-TOLERANCE = 1e-5  # of the largest value, where that is above 1
+TOLERANCE = 1e-5  # relative to the largest value if that is above 1
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def in_script(tokens: np.ndarray, vocabulary: list[bytes], blocks: tuple[tuple[i
     for row, ids in enumerate(tokens):
         pieces = [vocabulary[i] for i in ids]
         text = b"".join(pieces).decode("utf-8", errors="surrogateescape")
-        belongs: list[bool] = []  # per byte
+        belongs: list[bool] = []  # one entry per byte
         for character in text:
             code = ord(character)
             width = 1 if 0xDC80 <= code <= 0xDCFF else len(character.encode())

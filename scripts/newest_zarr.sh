@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The store's tests that need no torch, on the newest zarr 3, which wants a newer Python than the project may run on.
-# Says what ran, or why nothing did; PYTHON_312 names an interpreter that is not found by itself.
+# Runs the store's tests that need no torch on the newest zarr 3, which needs Python 3.12 or newer.
+# Prints what ran, or why nothing did. PYTHON_312 names an interpreter that is not found automatically.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 for python in ${PYTHON_312:-} python3.14 python3.13 python3.12 python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python none; do
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && break
 done
 if [ "$python" = none ]; then
-    echo "store on the newest zarr: not run, there is no Python 3.12 or newer here"
+    echo "store on the newest zarr: not run, no Python 3.12 or newer is available"
     exit 0
 fi
 venv="${MONOSEM_VENV:-.venv}-newest-zarr"

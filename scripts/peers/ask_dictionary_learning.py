@@ -32,7 +32,7 @@ def compute(directory: Path, x: torch.Tensor) -> sides.Computed:
 
 
 def make(name: str, dictionary: torch.nn.Module, seed: int, *, unit_norms: bool = True) -> None:
-    """Saved as its training does: the state dict, and a configuration with a trainer."""
+    """Saves as its training does: a state dict, and a configuration with a trainer."""
     given = sides.weights(seed, unit_norms=unit_norms)
     with torch.no_grad():
         for theirs, parameter in dictionary.named_parameters():

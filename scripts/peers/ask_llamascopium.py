@@ -19,8 +19,11 @@ OURS = {
 
 
 def make(name: str, seed: int, *, norm: float | None = None, weighted: bool = False, **more: object) -> None:
-    """With `norm`, trained on activations scaled by their average norm; with `weighted`, the features are chosen by
-    activation times decoder norm, and where that is a topk, so weighted are the answers too."""
+    """A dictionary that Llamascopium saves, with its answers.
+
+    `norm`: trained on activations scaled by their average norm. `weighted`: features are chosen by activation times
+    decoder norm; for topk the answers are weighted in the same way.
+    """
     config = SAEConfig(
         hook_point_in=HOOK,
         hook_point_out=HOOK,

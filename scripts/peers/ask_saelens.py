@@ -62,7 +62,7 @@ def write_answers(directory: Path, sae: SAE, seed: int) -> None:
 
 
 def make_batch_topk(name: str, seed: int, *, rescale: bool, scale: float | None) -> None:
-    """A checkpoint saved while training; the answers are those of its own inference form."""
+    """A checkpoint saved during training; the answers are those of its inference form."""
     config = BatchTopKTrainingSAEConfig(
         **settings(
             k=float(sides.K),
@@ -84,7 +84,7 @@ def make_batch_topk(name: str, seed: int, *, rescale: bool, scale: float | None)
 
 
 def make_scaled(name: str, seed: int, scale: float) -> None:
-    """Trained on scaled activations, the scale in a file beside; the answers are those after its own folding."""
+    """Trained on scaled activations, with the scale in another file; the answers are those after SAELens' folding."""
     sae = StandardSAE(StandardSAEConfig(**settings(normalize_activations="expected_average_only_in")))
     fill(sae, seed)
     directory = sides.place(name)
@@ -95,7 +95,7 @@ def make_scaled(name: str, seed: int, scale: float) -> None:
 
 
 def make_old(name: str, seed: int, **more: object) -> None:
-    """As versions before 6 wrote it: everything at the top level; the answers are those of the version installed."""
+    """As versions before 6 wrote it, with all settings at the top level; the answers are of the installed version."""
     given = sides.weights(seed, unit_norms=False)
     directory = sides.place(name)
     save_file({n: given[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec")}, str(directory / "sae_weights.safetensors"))

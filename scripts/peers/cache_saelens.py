@@ -22,7 +22,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 
 def hooked(directory: Path, seq_len: int) -> HookedTransformer:
-    """The native one-layer model as SAELens takes it."""
+    """The native one-layer model in the form that SAELens takes."""
     config = json.loads((directory / "config.json").read_text())
     names = ("n_layers", "d_model", "d_head", "n_heads", "d_mlp", "d_vocab", "act_fn")
     cfg = HookedTransformerConfig(**{n: config[n] for n in names}, n_ctx=config["n_ctx"], normalization_type="LN")
