@@ -55,7 +55,8 @@ def served(root: Path) -> Iterator[str]:
         while b"URL:" not in server.stdout.readline():
             assert server.poll() is None, "the server ended before it served"
         yield f"http://127.0.0.1:{port}/"
-        server.kill()  # on SIGTERM it would wait for the connections that Chromium keeps open
+        server.terminate()
+        server.wait(30)  # before the pipe is closed: Streamlit says that it stops, and would hang if it could not
 
 
 @pytest.fixture(scope="session")
