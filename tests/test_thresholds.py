@@ -125,7 +125,7 @@ def test_features_that_never_rank_come_back_only_with_a_min_density(
         return state
 
     monkeypatch.setattr(loop, "start", start_half_weak)
-    _, config = resolve("balanced", d_sae=24, k=2, tokens=128 * 800, batch_tokens=128, min_density=min_density)
+    _, config = resolve("balanced", d_sae=24, k=2, tokens=128 * 400, batch_tokens=128, min_density=min_density)
     sae = loop.train(rows, tmp_path, config)
     density = (sae.encode(rows.draw(20_000, 7)) > 0).double().mean(0)
     if min_density:
