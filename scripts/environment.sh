@@ -1,5 +1,5 @@
 # Sourced: makes the project's own environment at .venv and puts it on PATH.
-# usage: . scripts/environment.sh EXTRA      `dev`, or "" for none
+# usage: . scripts/environment.sh EXTRA      `dev`, `docs`, or "" for none
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${MONOSEM_VENV:-.venv}"

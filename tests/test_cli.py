@@ -14,6 +14,7 @@ import pytest
 from fakes import HOOK_POINT
 
 from sae.cli import build_parser, main
+from store.common import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = (
@@ -417,3 +418,20 @@ def test_another_models_store_is_refused(
     capsys.readouterr()
     assert main(["eval", str(run / "topk"), "--acts", acts]) == 2
     assert "Harvest that model's activations first" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    """`sae info PATH | head -1`: what is printed is longer than a pipe holds."""
+    write_json(tmp_path / "config.json", {"kind": "sae", "notes": ["x" * 1000] * 2000})
+    command = subprocess.Popen(
+        [sys.executable, "-m", "sae.cli", "info", str(tmp_path), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert command.stdout is not None
+    assert command.stdout.readline() == b"{\n"
+    command.stdout.close()
+    assert command.stderr is not None
+    with command.stderr:
+        assert command.stderr.read() == b""
+    assert command.wait(60) == 1

@@ -6,6 +6,7 @@ Heavy imports happen inside the verbs, so that `sae --help` answers at once.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -64,8 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         status: int = args.handler(args)
+        sys.stdout.flush()
         return status
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 1
         print(f"sae {args.verb}: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
@@ -84,6 +88,16 @@ def build_parser() -> argparse.ArgumentParser:
     for add in VERBS:
         add(verbs)
     return parser
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of what we print has gone, as in `sae info PATH | head -1`; nothing more is printed then."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush at exit
+        return True
+    return False
 
 
 def _refuse_shadowed_packages() -> None:
