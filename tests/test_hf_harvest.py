@@ -154,7 +154,7 @@ def test_a_store_of_several_hook_points_holds_what_plain_transformers_computes(
     kept = np.concatenate([store.read_acts(TRAIN, s, "blocks.0.hook_mlp_out")[keep[s]] for s in range(16)])
     np.testing.assert_allclose(totals.mean, kept.astype(np.float64).mean(0), rtol=1e-10, atol=1e-12)
     if family == "gpt2":
-        with pytest.raises(ModelError, match=r"one vector for each token"):
+        with pytest.raises(ModelError, match=r"one vector per token"):
             model.hook_width("blocks.0.attn.hook_pattern")
         with pytest.raises(ModelError, match="no hook point 'blocks.0.mlp.hook_pots'"):
             model.capture_all(tokens, ["blocks.0.mlp.hook_post", "blocks.0.mlp.hook_pots"])

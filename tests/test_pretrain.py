@@ -24,6 +24,7 @@ from sae.text.documents import Document, TextReport
 from sae.text.sources import TextSource, open_text
 from sae.text.tokenizer import load_tokenizer, token_bytes
 
+ROOT = Path(__file__).resolve().parent.parent
 SHAPE = TransformerConfig(d_model=16, d_mlp=32, n_heads=2, d_head=8, n_ctx=16, d_vocab=300)
 CONFIG = PretrainConfig(train_tokens=12 * 4 * 16, batch_contexts=4, warmup_steps=3, eval_steps=5, seed=3)
 WORDS = "the quick brown fox jumps over lazy dogs while curious cats watch from sunny windows".split()  # noqa: SIM905
@@ -117,7 +118,7 @@ def test_an_epoch_covers_the_text_without_overlap(n_tokens: int) -> None:
 
 def test_too_few_tokens_for_one_batch() -> None:
     TokenStream(np.zeros(16 + 4 * 17, np.uint16), 16, 4, seed=0)
-    with pytest.raises(ValueError, match="83 tokens do not fill one batch of 4 contexts of 16"):
+    with pytest.raises(ValueError, match="83 tokens, too few for one batch of 4 contexts of 16"):
         TokenStream(np.zeros(16 + 4 * 17 - 1, np.uint16), 16, 4, seed=0)
 
 
@@ -200,9 +201,9 @@ KILLED = """
 import sys, torch
 from pathlib import Path
 from sae.lm import pretrain as module
-from sae.text import open_text
-from sae.pretrain import PretrainConfig
-from sae.transformer import TransformerConfig
+from sae.text.sources import open_text
+from sae.lm.pretrain import PretrainConfig
+from sae.lm.transformer import TransformerConfig
 torch.set_num_threads(1)
 step, taken = module._step, 0
 def slow(*args):
@@ -232,16 +233,12 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
         "config": vars(config),
     }.items():
         program = program.replace("{" + name + "}", repr(value))
-    child = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=Path(module.__file__).parent.parent,
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == b"here\n"
-    child.kill()
-    child.communicate()
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as child:
+        assert child.stdout is not None
+        reached = child.stdout.readline()
+        child.kill()
+    assert reached == b"here\n"
     text = open_text(tmp_path / "text")
     assert read_tensors(tmp_path / "killed" / "state.safetensors")[1]["step"] == 8
     pretrain(text, tmp_path / "killed", shape=SHAPE, config=config)

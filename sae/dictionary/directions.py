@@ -24,7 +24,8 @@ class Best(NamedTuple):
 
 def unit(directions: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Rows at unit norm; a zero row stays zero."""
-    return directions / directions.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    norms: Tensor = directions.norm(dim=-1, keepdim=True)
+    return directions / norms.clamp_min(1e-12)
 
 
 def best_cosines(a: Float[Tensor, "n_a d"], b: Float[Tensor, "n_b d"]) -> Best:

@@ -69,14 +69,15 @@ def encode(
     with torch.no_grad():
         centred = x - b_dec
         support, pre = kernels.select(centred, prepared or kernels.prepare(W_enc), b_enc, rule)
-    return _PreActs.apply(kernels, support, pre, centred, x, W_enc, b_enc, b_dec), support
+    return _PreActs.apply(kernels, support, pre, centred, x, W_enc, b_enc, b_dec), support  # type: ignore[no-untyped-call]
 
 
 def decode(
     kernels: Kernels, values: Float[Tensor, " nnz"], support: Support, W_dec: Float[Tensor, "d_sae d_in"]
 ) -> Float[Tensor, "rows d_in"]:
     """`Σ values · W_dec[feature]` for each row."""
-    return _Combine.apply(kernels, support, values, W_dec)
+    out: Tensor = _Combine.apply(kernels, support, values, W_dec)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _PreActs(torch.autograd.Function):
@@ -97,7 +98,7 @@ class _PreActs(torch.autograd.Function):
         return pre.clone()
 
     @staticmethod
-    def backward(ctx: Any, d_pre: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_pre: Tensor) -> tuple[Tensor | None, ...]:
         kernels, support, needed = ctx.kernels, ctx.support, ctx.needs_input_grad
         centred, W_enc = ctx.saved_tensors
         d_x = kernels.combine(d_pre, support, W_enc.t()) if needed[4] else None
@@ -116,7 +117,7 @@ class _Combine(torch.autograd.Function):
         return kernels.combine(values, support, W_dec)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         kernels, support, needed = ctx.kernels, ctx.support, ctx.needs_input_grad
         values, W_dec = ctx.saved_tensors
         d_values = kernels.dots(d_out, W_dec, support) if needed[2] else None
@@ -143,7 +144,7 @@ class _TakeFeatures(torch.autograd.Function):
         return weight.index_select(dim, features)
 
     @staticmethod
-    def backward(ctx: Any, d_taken: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_taken: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.weight.is_leaf and ctx.weight.grad is not None:
             ctx.weight.grad.index_add_(ctx.dim, ctx.features, d_taken)
             return None, None, None
@@ -152,4 +153,5 @@ class _TakeFeatures(torch.autograd.Function):
 
 def take_features(weight: Tensor, features: Int[Tensor, " n"], dim: int) -> Tensor:
     """`weight.index_select(dim, features)` for distinct features; the backward pass touches only those features."""
-    return _TakeFeatures.apply(weight, features, dim)
+    taken: Tensor = _TakeFeatures.apply(weight, features, dim)  # type: ignore[no-untyped-call]
+    return taken

@@ -25,12 +25,14 @@ def relu(
     b_dec: Float[Tensor, " d_in"],
 ) -> tuple[Float[Tensor, "rows d_sae"], Float[Tensor, " d_sae"], Float[Tensor, ""]]:
     """`f = ReLU((x − b_dec) W_enc + b_enc)`, its sums over the rows, and (without a gradient) how many are positive."""
-    return _ReLU.apply(x, W_enc, b_enc, b_dec)
+    found: tuple[Tensor, Tensor, Tensor] = _ReLU.apply(x, W_enc, b_enc, b_dec)  # type: ignore[no-untyped-call]
+    return found
 
 
 def decode(values: Float[Tensor, "rows d_sae"], W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "rows d_out"]:
     """`values W_dec`."""
-    return _Decode.apply(values, W_dec)
+    out: Tensor = _Decode.apply(values, W_dec)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _ReLU(torch.autograd.Function):
@@ -51,7 +53,7 @@ class _ReLU(torch.autograd.Function):
         return f, sums, active
 
     @staticmethod
-    def backward(ctx: Any, d_f: Tensor | None, d_sums: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_f: Tensor | None, d_sums: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         centred, f, W_enc = ctx.saved_tensors
         d_pre = buffers.empty(_at_once(f), f.shape[1], like=f)
         d_W, returned = _accumulator(ctx.weight, ctx.needs_input_grad[1])
@@ -82,7 +84,7 @@ class _Decode(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
         d_values = buffers.empty(*values.shape, like=values) if ctx.needs_input_grad[0] else None
         d_W, returned = _accumulator(ctx.weight, ctx.needs_input_grad[1])

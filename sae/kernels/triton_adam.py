@@ -1,5 +1,8 @@
 """Adam on a GPU in one pass over memory, with the unit norm of decoder rows."""
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Kernels are written in Triton's language, which has no annotations for tensors.
+
 from __future__ import annotations
 
 import triton
@@ -11,7 +14,7 @@ FLAT_NUMBERS = 1024
 
 
 @triton.jit
-def _moved(p, g, exp_avg, exp_avg_sq, place, mask, rate, rest1, beta2, rest2, correction, eps):  # type: ignore[no-untyped-def]
+def _moved(p, g, exp_avg, exp_avg_sq, place, mask, rate, rest1, beta2, rest2, correction, eps):
     """Stores the moments and returns the parameter after one step."""
     m = tl.load(exp_avg + place, mask=mask, other=0.0)
     v = tl.load(exp_avg_sq + place, mask=mask, other=0.0)
@@ -23,7 +26,7 @@ def _moved(p, g, exp_avg, exp_avg_sq, place, mask, rate, rest1, beta2, rest2, co
 
 
 @triton.jit
-def _adam_flat(  # type: ignore[no-untyped-def]
+def _adam_flat(
     parameter, gradient, exp_avg, exp_avg_sq, rate, rest1, beta2, rest2, correction, eps, n, NUMBERS: tl.constexpr
 ):
     """Any shape, as one row of n numbers. Reads four numbers for each parameter and writes three."""
@@ -36,7 +39,7 @@ def _adam_flat(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _adam_unit_rows(  # type: ignore[no-untyped-def]
+def _adam_unit_rows(
     parameter, gradient, exp_avg, exp_avg_sq, rate, rest1, beta2, rest2, correction, eps, d, COLUMNS: tl.constexpr
 ):
     """One row in registers: g ← g − (g·p) p, Adam's step, p ← p / ‖p‖. No more memory traffic than `_adam_flat`."""

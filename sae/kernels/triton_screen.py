@@ -8,6 +8,9 @@ change what is selected.
 Each row is stored in units of a power of two near its largest number, so the range of float16 never matters.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Kernels are written in Triton's language, which has no annotations for tensors.
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -30,7 +33,7 @@ class Narrow(NamedTuple):
 
 
 @triton.jit
-def _narrow(  # type: ignore[no-untyped-def]
+def _narrow(
     source, source_row, source_column, numbers, scale, norm, error, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Rounds whole rows to float16; reads them once."""
@@ -65,7 +68,7 @@ def narrowed(rows: Float[Tensor, "n d"]) -> Narrow:
 
 
 @triton.jit
-def _slack(x_norm, x_error, w_norm, w_error, doubt, rounding):  # type: ignore[no-untyped-def]
+def _slack(x_norm, x_error, w_norm, w_error, doubt, rounding):
     """How far the screened values of a block may lie from the exact ones (`screening_bound.md`, §4)."""
     return (
         x_error[:, None] * w_norm[None, :] + x_norm[:, None] * (w_error + rounding * w_norm)[None, :] + doubt[None, :]
@@ -73,14 +76,14 @@ def _slack(x_norm, x_error, w_norm, w_error, doubt, rounding):  # type: ignore[n
 
 
 @triton.jit
-def _packed(hits, ROWS: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _packed(hits, ROWS: tl.constexpr, WIDE: tl.constexpr):
     """Booleans [ROWS, 32 · WIDE] as int32 words [ROWS, WIDE]."""
     bits = tl.reshape(hits.to(tl.int32), [ROWS, WIDE, 32]) << tl.arange(0, 32)[None, None, :]
     return tl.sum(bits, 2)
 
 
 @triton.jit
-def _screen(  # type: ignore[no-untyped-def]
+def _screen(
     x,
     x_scale,
     x_norm,
@@ -164,7 +167,7 @@ def _screen(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _mark(  # type: ignore[no-untyped-def]
+def _mark(
     screened,
     x_scale,
     x_norm,
@@ -213,7 +216,7 @@ def _mark(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _unpacked(bits, n, words, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _unpacked(bits, n, words, ROWS: tl.constexpr, WORDS: tl.constexpr):
     """A block of words as zeros and ones [ROWS, 32 · WORDS], its row numbers, and which of these rows exist."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
@@ -224,14 +227,14 @@ def _unpacked(bits, n, words, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type:
 
 
 @triton.jit
-def _count(bits, counts, n, words, chunks, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _count(bits, counts, n, words, chunks, ROWS: tl.constexpr, WORDS: tl.constexpr):
     """Counts the set bits in each chunk of WORDS words of a row."""
     hits, row, real = _unpacked(bits, n, words, ROWS, WORDS)
     tl.store(counts + row.to(tl.int64) * chunks + tl.program_id(1), tl.sum(hits, 1), mask=real)
 
 
 @triton.jit
-def _list(bits, starts, features, n, words, chunks, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _list(bits, starts, features, n, words, chunks, ROWS: tl.constexpr, WORDS: tl.constexpr):
     """Writes the positions of the set bits of each chunk, ascending, to features[starts[row, chunk] …]."""
     hits, row, real = _unpacked(bits, n, words, ROWS, WORDS)
     start = tl.load(starts + row.to(tl.int64) * chunks + tl.program_id(1), mask=real, other=0)

@@ -1,5 +1,8 @@
 """The encoder on a GPU: screens in float16, computes the few candidates in float32, and selects among them."""
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Kernels are written in Triton's language, which has no annotations for tensors.
+
 from __future__ import annotations
 
 import os
@@ -140,7 +143,7 @@ class Batch:
 
 
 @triton.jit
-def _keep_largest(values, offsets, kept, n, k, ROWS: tl.constexpr, ROOM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _keep_largest(values, offsets, kept, n, k, ROWS: tl.constexpr, ROOM: tl.constexpr):
     """Marks the k largest positive values of each row; among equal values the first are taken.
 
     Finds the k-th largest bit by bit: positive float32 numbers are ordered as their bits are, read as integers.

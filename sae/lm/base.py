@@ -1,4 +1,4 @@
-"""What the pipeline needs of a language model, whatever runs it. Weights are used as they are (nothing folded)."""
+"""The interface of a language model. Weights are used as they are: nothing is folded or centred."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ Splice = Callable[[Tensor], Tensor]
 
 
 class ModelError(ValueError):
-    """A model cannot be found, read or hooked; the message names what exists."""
+    """A model cannot be found, opened or hooked; the message says what is available."""
 
 
 class Captured(Exception):
-    """Ends a forward pass at the last activation asked for, so that nothing after it is computed."""
+    """Ends a forward pass once the last requested activation is there, so that nothing after it is computed."""
 
 
 class Catch(dict[str, Tensor]):
-    """Activations by hook point, ended by `Captured` once all are there; copies, since a model may go on in place."""
+    """Activations by hook point. Raises `Captured` at the last one; the others are copied, because models may continue
+    in place."""
 
     def __init__(self, wanted: Sequence[str]) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class Catch(dict[str, Tensor]):
 
 
 class LanguageModel(ABC):
-    """What the pipeline needs of a model. Guard concurrent use with `lock`: hooks live on the module."""
+    """What every model offers. Hold `lock` while using one from several threads: hooks belong to the module."""
 
     id: str
     kind: str
@@ -74,22 +75,22 @@ class LanguageModel(ABC):
     def _logits(
         self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """`logits`, differentiable in what `splice` returns."""
+        """As `logits`, but differentiable with respect to what `splice` returns."""
 
     @abstractmethod
     def to_residual(self, hook_point: str) -> Float[Tensor, "d_in d_model"] | None:
         """The linear map from `hook_point` into the residual stream (W_out for hook_post); None means identity."""
 
     def downstream(self, hook_point: str) -> Callable[[Tensor, Tensor], Tensor]:
-        """`(x, resid) → logits`, row by row: what the model computes from `hook_point` on, resid being hook_resid_mid.
+        """`(x, resid) → logits` for single positions: what the model computes after `hook_point`, given hook_resid_mid.
 
-        Raises: ModelError where other positions or layers come in after the hook point.
+        Raises: ModelError if the rest of the model needs other positions.
         """
-        raise ModelError(f"{self.id}: only a native one-layer model goes on from a hook point row by row.")
+        raise ModelError(f"{self.id}: end-to-end training needs a native one-layer model (one made by sae pretrain).")
 
     @abstractmethod
     def unembedding(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model d_vocab"], bool]:
-        """Final norm weight, W_U, and whether the norm subtracts the mean (LayerNorm) or not (RMS)."""
+        """The final norm's weight, W_U, and whether the norm subtracts the mean (LayerNorm, not RMSNorm)."""
 
     @property
     @abstractmethod
@@ -98,19 +99,19 @@ class LanguageModel(ABC):
     @property
     @abstractmethod
     def norm_eps(self) -> float:
-        """What the final norm adds to the variance."""
+        """The ε that the final norm adds to the variance."""
 
     @torch.inference_mode()
     def logits(
         self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Next-token logits; with `splice`, the activations x at `hook_point` are replaced by splice(x)."""
+        """Next-token logits; with `splice`, the activations x at `hook_point` are replaced by `splice(x)`."""
         return self._logits(tokens, hook_point, splice)
 
     def gradient(
         self, tokens: Int[Tensor, "batch pos"], hook_point: str, objective: Callable[[Tensor], Tensor]
     ) -> tuple[Float[Tensor, "batch pos d_in"], Float[Tensor, "batch pos d_in"]]:
-        """x at `hook_point`, and the gradient there of `objective(logits)`, a scalar."""
+        """The activations at `hook_point`, and the gradient there of the scalar `objective(logits)`."""
         leaves: list[Tensor] = []
 
         def leaf(x: Tensor) -> Tensor:
@@ -122,14 +123,14 @@ class LanguageModel(ABC):
         return leaves[0].detach(), found
 
     def identity(self) -> dict[str, Any]:
-        """What stores and dictionaries record of the model; `store.common.same_model` compares it."""
+        """What stores and dictionaries record about the model; `store.common.same_model` compares two of these."""
         return {"id": self.id, "kind": self.kind, "sha256": self.weights_sha256}
 
     @torch.inference_mode()
     def token_losses(
         self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
     ) -> Float[Tensor, "batch next"]:
-        """Cross-entropy in nats of each token but the first, given those before it."""
+        """Cross-entropy, in nats, of each token except the first, given the tokens before it."""
         logits = self.logits(tokens, hook_point, splice)[:, :-1]
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), tokens[:, 1:].flatten().long().to(logits.device), reduction="none"
@@ -159,20 +160,21 @@ class LanguageModel(ABC):
 
 
 def layer_of(hook_point: str) -> int:
+    """The layer of a TransformerLens hook name. Raises: ModelError if the name has none."""
     match = re.match(r"blocks\.(\d+)\.", hook_point)
     if not match:
-        raise ModelError(f"hook point {hook_point!r} names no layer (blocks.<layer>.…).")
+        raise ModelError(f"hook point {hook_point!r} has no layer; expected a name such as blocks.0.mlp.hook_post.")
     return int(match[1])
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
-    """A JSON object from disk. Raises: ModelError naming the file."""
+    """A JSON object from a file. Raises: ModelError if it is missing or is not a JSON object."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ModelError(f"{path}: no such file; a model directory needs one.") from error
+        raise ModelError(f"{path}: no such file. A model directory needs one.") from error
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object.")
+        raise ModelError(f"{path}: expected a JSON object, got {type(content).__name__}.")
     return content

@@ -1,4 +1,4 @@
-"""Models that TransformerLens runs: the only door to transformer_lens, whose import takes seconds."""
+"""Models that TransformerLens runs. Only this module imports transformer_lens, inside functions: it takes seconds."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ LEGACY_HUB_IDS = {
     "gelu-2l": "NeelNanda/GELU_2L512W_C4_Code",
     "attn-only-1l": "NeelNanda/Attn_Only_1L512W_C4_Code",
 }
-# What the bridge computes with beside its parameters; the rest of its settings follows from these, or is a name.
-DECISIVE = (
+# Settings that change what the bridge computes from its parameters. Its other settings follow from these or are names.
+DECISIVE_SETTINGS = (
     "n_heads",
     "n_key_value_heads",
     "act_fn",
@@ -39,7 +39,7 @@ DECISIVE = (
 
 
 class BridgeModel(LanguageModel):
-    """Any model TransformerLens opens (a Hugging Face directory, a hub id, gelu-1l and kin)."""
+    """Any model that TransformerLens opens: a Hugging Face directory, a hub id, gelu-1l and its relatives."""
 
     kind = "transformer-bridge"
 
@@ -47,9 +47,11 @@ class BridgeModel(LanguageModel):
         self.module = bridge.eval().requires_grad_(False)
         self.id = model_id
         parameters = sha256_of_parameters(bridge)
-        self.weights_sha256 = sha256_of_model(parameters, {name: getattr(bridge.cfg, name, None) for name in DECISIVE})
+        self.weights_sha256 = sha256_of_model(
+            parameters, {name: getattr(bridge.cfg, name, None) for name in DECISIVE_SETTINGS}
+        )
         if bridge.tokenizer is None:
-            raise ModelError(f"{model_id} comes without a tokenizer; put its tokenizer.json into the directory.")
+            raise ModelError(f"{model_id} has no tokenizer. Put its tokenizer.json into the model's directory.")
         self.tokenizer = bridge.tokenizer.backend_tokenizer
         self.tokenizer.encode_special_tokens = True
         bos = bridge.tokenizer.bos_token_id
@@ -62,7 +64,7 @@ class BridgeModel(LanguageModel):
 
     def hook_width(self, hook_point: str) -> int:
         if hook_point not in self._widths:
-            # No axis but that of the positions has this length, so that an attention pattern is known for one.
+            # Only the position axis has this length, so `capture_all` recognises attention patterns and refuses them.
             probe = torch.zeros((1, min(int(self.module.cfg.n_heads) + 1, self.context_tokens)), dtype=torch.long)
             self._widths[hook_point] = int(self.capture(probe, hook_point).shape[-1])
         return self._widths[hook_point]
@@ -71,7 +73,7 @@ class BridgeModel(LanguageModel):
     def capture_all(
         self, tokens: Int[Tensor, "batch pos"], hook_points: Sequence[str]
     ) -> dict[str, Float[Tensor, "batch pos _"]]:
-        # Raised inside the hook, because `stop_at_layer` does nothing on a one-layer model.
+        # `Captured` is raised inside the hook, because `stop_at_layer` has no effect on a one-layer model.
         caught = Catch(hook_points)
 
         def look(value: Tensor, hook: Any, name: str) -> Tensor:
@@ -82,11 +84,11 @@ class BridgeModel(LanguageModel):
             self._run(tokens, [(name, partial(look, name=name)) for name in caught.wanted])
         for name in caught.wanted:
             if name not in caught:
-                raise ModelError(f"{self.id}: the hook point {name!r} exists but was never reached.")
+                raise ModelError(f"{self.id}: the hook point {name!r} exists but the forward pass never reached it.")
             if caught[name].shape[:2] != tokens.shape or caught[name].ndim < 3:
                 raise ModelError(
-                    f"{self.id}: {name!r} gives {list(caught[name].shape)} for {list(tokens.shape)} tokens; "
-                    "a dictionary needs [batch, pos, …], one vector for each token."
+                    f"{self.id}: {name!r} has shape {list(caught[name].shape)} for {list(tokens.shape)} tokens; "
+                    "a dictionary needs [batch, pos, …], one vector per token."
                 )
         return {name: value.flatten(2).float() for name, value in caught.items()}
 
@@ -94,7 +96,8 @@ class BridgeModel(LanguageModel):
         self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
         if hook_point is None or splice is None:
-            return self.module(tokens.to(self.device), return_type="logits").float()
+            logits: Tensor = self.module(tokens.to(self.device), return_type="logits")
+            return logits.float()
 
         bypassed: list[Tensor] = []
 
@@ -108,8 +111,8 @@ class BridgeModel(LanguageModel):
 
         hooks: Hooks = [(hook_point, replace)]
         if hook_point.endswith(".hook_resid_mid"):
-            # The bridge's hook_resid_mid is the input of the MLP's norm: what is replaced there still flows on
-            # unchanged in the residual stream, so the difference is added where the stream leaves the block.
+            # The bridge's hook_resid_mid is only the input of the MLP's norm: replacing it leaves the residual stream
+            # itself unchanged. So the difference is added to the stream at the end of the block.
             block = hook_point.removesuffix("hook_resid_mid")
             held = self.module.hook_dict
             if held.get(hook_point) is not held.get(f"{block}ln2.hook_in", ""):
@@ -119,7 +122,8 @@ class BridgeModel(LanguageModel):
 
     def _run(self, tokens: Tensor, hooks: Hooks) -> Tensor:
         try:
-            return self.module.run_with_hooks(tokens.to(self.device), return_type="logits", fwd_hooks=hooks)
+            logits: Tensor = self.module.run_with_hooks(tokens.to(self.device), return_type="logits", fwd_hooks=hooks)
+            return logits
         except KeyError as error:
             hook_point = next((name for name, _ in hooks if name in str(error)), hooks[0][0])
             close = get_close_matches(hook_point, self.module.hook_dict, n=4)
@@ -128,7 +132,8 @@ class BridgeModel(LanguageModel):
 
     def to_residual(self, hook_point: str) -> Float[Tensor, "d_in d_model"] | None:
         if hook_point.endswith("mlp.hook_post"):
-            return self.module.W_out[layer_of(hook_point)].float()
+            W_out: Tensor = self.module.W_out[layer_of(hook_point)]
+            return W_out.float()
         return None
 
     @property
@@ -145,24 +150,24 @@ class BridgeModel(LanguageModel):
 
 
 def open_directory(path: Path, model_id: str, device: str) -> BridgeModel:
-    """A model in Hugging Face's layout. Raises: ModelError when there are no weights or it cannot be opened."""
+    """A model in Hugging Face's layout. Raises: ModelError if it has no weights or cannot be opened."""
     if not any([*path.glob("*.safetensors"), *path.glob("*.bin")]):
         raise ModelError(f"{path} has a config.json but no weights (*.safetensors).")
     try:
         bridge = _boot(str(path.resolve()), device)
-    except Exception as error:  # transformers and TransformerLens raise many kinds for one they cannot open
+    except Exception as error:  # transformers and TransformerLens raise many types of errors
         raise ModelError(f"model {str(path)!r} could not be opened: {error}") from error
     return BridgeModel(bridge, model_id)
 
 
 def open_hub(name: str, device: str) -> BridgeModel:
-    """A model of the hub. Raises: ModelError when it cannot be had."""
+    """A model from the Hugging Face hub. Raises: ModelError if it is not available."""
     from transformer_lens.model_bridge.sources import boot_tl_legacy
 
     legacy = LEGACY_HUB_IDS.get(name)
     try:
         bridge = boot_tl_legacy(legacy, device=device) if legacy else _boot(name, device)
-    except Exception as error:  # network, repository and format errors all mean: not to be had
+    except Exception as error:  # network, repository and format errors all mean: not available
         raise ModelError(f"model {name!r} could not be loaded from the hub: {error}") from error
     return BridgeModel(bridge, name)
 
@@ -181,8 +186,8 @@ def bridge_with(module: Transformer, device: torch.device) -> Any:
     config = TransformerBridgeConfig(**module.config.to_dict(), normalization_type="LN", seed=0, device=str(device))
     bridge = boot_native(config, device=str(device))
     state = dict(module.state_dict())
-    for name, held in bridge.state_dict().items():
+    for name, held in bridge.state_dict().items():  # type: ignore[no-untyped-call]
         if name not in state:  # the bridge's unembedding has a bias; ours is zero
             state[name] = torch.zeros_like(held)
-    bridge.load_state_dict(state)
+    bridge.load_state_dict(state)  # type: ignore[no-untyped-call]
     return bridge.eval()

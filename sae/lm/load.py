@@ -1,4 +1,4 @@
-"""From a name to a model."""
+"""Finds a model by its name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sae.lm.native import NativeModel
 
 
 def load_model(name: str | Path, *, device: str = "cpu") -> LanguageModel:
-    """Resolves an existing directory, then a shipped name, then a hub id.
+    """Opens an existing directory, else a shipped model, else a model of the Hugging Face hub.
 
-    Raises: ModelError when nothing is found, listing the shipped names.
+    Raises: ModelError if none is found; the message lists the shipped models.
     """
     path = Path(name)
     if path.is_dir():
@@ -24,13 +24,13 @@ def load_model(name: str | Path, *, device: str = "cpu") -> LanguageModel:
         return NativeModel(shipped[str(name)], str(name), device)
     if str(name) not in LEGACY_HUB_IDS and str(name).count("/") != 1:
         raise ModelError(
-            f"model {str(name)!r}: no such directory, and no shipped model of that name "
-            f"(shipped: {', '.join(sorted(shipped)) or 'none'}). Hub models are named owner/name."
+            f"model {str(name)!r}: no such directory, and no shipped model has this name "
+            f"(shipped: {', '.join(sorted(shipped)) or 'none'}). Models of the hub are named owner/name."
         )
     return open_hub(str(name), device)
 
 
 def shipped_models() -> dict[str, Path]:
-    """Names and directories of the models inside the package."""
+    """Names and directories of the models that are part of the package."""
     root = Path(str(files("sae.lm"))) / "shipped"
     return {p.parent.name: p.parent for p in sorted(root.glob("*/model.safetensors"))}

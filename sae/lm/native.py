@@ -1,4 +1,4 @@
-"""A `sae pretrain` model on the scaled-dot-product-attention path."""
+"""Models trained by `sae pretrain`, run by our own transformer, which is faster than TransformerLens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sae.text.tokenizer import load_tokenizer
 
 
 class NativeModel(LanguageModel):
-    """A `sae pretrain` model on the scaled-dot-product-attention path (equal to the bridge to 1e-5)."""
+    """A model trained by `sae pretrain`; its activations equal those of the bridge to 1e-5."""
 
     kind = "native-transformer"
 
@@ -78,9 +78,13 @@ class NativeModel(LanguageModel):
         self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
         if hook_point is None or splice is None:
-            return self.module(tokens.to(self.device))
-        self.hook_width(hook_point)
-        return self.module(tokens.to(self.device), lambda name, value: splice(value) if name == hook_point else value)
+            clean: Tensor = self.module(tokens.to(self.device))
+            return clean
+        self.hook_width(hook_point)  # raises for an unknown name
+        spliced: Tensor = self.module(
+            tokens.to(self.device), lambda name, value: splice(value) if name == hook_point else value
+        )
+        return spliced
 
     def to_residual(self, hook_point: str) -> Float[Tensor, "d_in d_model"] | None:
         self.hook_width(hook_point)
@@ -102,19 +106,23 @@ class NativeModel(LanguageModel):
 
     def downstream(self, hook_point: str) -> Callable[[Tensor, Tensor], Tensor]:
         if self.module.config.n_layers != 1 or hook_point != "blocks.0.mlp.hook_post":
-            raise ModelError(f"{self.id}: end to end goes from blocks.0.mlp.hook_post of one layer, not {hook_point}.")
+            raise ModelError(
+                f"{self.id}: end-to-end training needs a one-layer model and blocks.0.mlp.hook_post; got "
+                f"{self.module.config.n_layers} layers and {hook_point}."
+            )
 
-        @lru_cache  # rows may lie on another device than the model, whose weights are then copied there, once
+        @lru_cache  # copies the weights once to a device that has rows but not the model
         def on(device: torch.device) -> Transformer:
             here = next(self.module.parameters()).device
             return self.module if device == here else deepcopy(self.module).to(device)
 
         def logits(x: Tensor, resid: Tensor) -> Tensor:
             module = on(x.device)
-            return module.unembed(module.ln_final(resid + module.blocks[0].get_submodule("mlp.out")(x)))
+            result: Tensor = module.unembed(module.ln_final(resid + module.blocks[0].get_submodule("mlp.out")(x)))
+            return result
 
         return logits
 
     def bridge(self) -> Any:
-        """The same weights as a TransformerLens `TransformerBridge`: the slow twin, with every TransformerLens tool."""
+        """The same weights as a TransformerLens `TransformerBridge`: slower, but with every TransformerLens tool."""
         return bridge_with(self.module, self.device)

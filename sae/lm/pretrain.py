@@ -1,6 +1,6 @@
-"""`sae pretrain`: a byte-level BPE, then a small native transformer, on a CPU in under an hour.
+"""Trains a byte-level BPE tokenizer and a small native transformer, on a CPU in under an hour.
 
-Everything it needs to go on is in `state.safetensors`; the batch of a step is a pure function of (seed, step).
+`state.safetensors` holds everything needed to resume; the batch of a step is a pure function of (seed, step).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from store.common import HELD_OUT, TRAIN, atomic_write, write_json
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """How a native transformer is trained; `train_tokens` counts tokens seen, over as many epochs as it takes."""
+    """How a native transformer is trained; `train_tokens` counts every epoch of a text that is shorter."""
 
     train_tokens: int = 60_000_000
     batch_contexts: int = 32
@@ -59,9 +59,9 @@ class PretrainConfig:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of `h @ W.T` without ever holding all logits: their page faults cost more than the products.
+    """Mean cross-entropy of `h @ W.T`, computed in chunks of rows: allocating all logits costs more than the products.
 
-    Logits are bfloat16 products in float32 softmax; the gradients are formed chunk by chunk in the forward pass.
+    Logits are bfloat16 products, their softmax is float32; the forward pass computes the gradients, chunk by chunk.
     """
 
     CHUNK_ROWS = 512
@@ -91,7 +91,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (loss / rows).float()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_h, grad_W = ctx.saved_tensors
         scale = grad / ctx.rows
         return grad_h.float() * scale, grad_W * scale, None
@@ -101,13 +101,13 @@ def batch_loss(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> Float[Te
     """Mean next-token loss in nats of `tokens`, in bfloat16 autocast."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         h = model.final(tokens[:, :-1])
-    loss = ChunkedCrossEntropy.apply(h.flatten(0, 1), model.unembed.weight, tokens[:, 1:].flatten())
-    assert isinstance(loss, Tensor)
+    targets = tokens[:, 1:].flatten()
+    loss: Tensor = ChunkedCrossEntropy.apply(h.flatten(0, 1), model.unembed.weight, targets)  # type: ignore[no-untyped-call]
     return loss
 
 
 class TokenStream:
-    """All tokens of a split in one array, cut into contexts anew each epoch at a seeded offset."""
+    """All tokens of a split in one array; every epoch cuts it into contexts at another seeded offset."""
 
     def __init__(self, tokens: np.ndarray, context_tokens: int, batch_contexts: int, seed: int) -> None:
         self.tokens, self.context_tokens, self.seed = tokens, context_tokens, seed
@@ -116,8 +116,8 @@ class TokenStream:
         self.steps_per_epoch = contexts // batch_contexts
         if self.steps_per_epoch < 1:
             raise ValueError(
-                f"pretrain: {len(tokens):,} tokens do not fill one batch of {batch_contexts} contexts of "
-                f"{context_tokens} tokens. Give more text."
+                f"pretrain: the text has {len(tokens):,} tokens, too few for one batch of {batch_contexts} contexts "
+                f"of {context_tokens} tokens. Give more text or fewer contexts per batch."
             )
         self._epoch = -1
 
@@ -136,7 +136,7 @@ class TokenStream:
 
 
 def learning_rate(step: int, total_steps: int, config: PretrainConfig) -> float:
-    """Linear warm-up, then cosine to `final_lr_share` of the peak."""
+    """Linear warm-up, then cosine decay to `final_lr_share` of the peak."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     share = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
@@ -147,13 +147,13 @@ def learning_rate(step: int, total_steps: int, config: PretrainConfig) -> float:
 def pretrain(source: TextSource, out: Path, *, shape: TransformerConfig, config: PretrainConfig) -> Path:
     """Trains tokenizer and transformer into `out` (model.safetensors, tokenizer.json, config.json, metrics.jsonl).
 
-    Repeat the call after an interruption to go on exactly where the last checkpoint was.
+    After an interruption, the same call continues from the last checkpoint.
 
-    Raises: ValueError for too little text or when `out` holds a run with other settings; Interrupted on Ctrl-C.
+    Raises: ValueError for too little text, or if `out` holds a run with other settings; Interrupted on Ctrl-C.
     """
     settings = {"shape": shape.to_dict(), "train": asdict(config), "text_sha256": source.fingerprint}
     if shape.d_vocab > 1 << 16:
-        raise ValueError(f"pretrain: d_vocab = {shape.d_vocab:,} is more than the 65,536 tokens 16 bits can number.")
+        raise ValueError(f"pretrain: d_vocab = {shape.d_vocab:,}; tokens are stored in 16 bits, so at most 65,536.")
     claim(out, "pretrain.json", settings)
     tokens = {split: _token_file(source, out, split, shape, config) for split in (TRAIN, HELD_OUT)}
     model = Transformer(shape, seed=config.seed)
@@ -174,7 +174,7 @@ def pretrain(source: TextSource, out: Path, *, shape: TransformerConfig, config:
 def _token_file(
     source: TextSource, out: Path, split: str, shape: TransformerConfig, config: PretrainConfig
 ) -> np.ndarray:
-    """The split as one array `[BOS] doc [BOS] doc …`, tokenised once and kept beside the run."""
+    """The split as one array `[BOS] doc [BOS] doc …`, tokenised once and stored in the run's directory."""
     path = out / f"tokens-{split}.npy"
     if not path.exists():
         tokenizer_path = out / "tokenizer.json"
@@ -191,7 +191,8 @@ def _token_file(
                 parts += [bos, np.array(encoding.ids, dtype=np.uint16)]
         with atomic_write(path) as partial, partial.open("wb") as file:
             np.save(file, np.concatenate(parts) if parts else np.empty(0, np.uint16))
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    tokens: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return tokens
 
 
 def _texts_up_to(documents: Iterator[Document], characters: int) -> Iterator[str]:
@@ -224,7 +225,7 @@ def _train(model: Transformer, stream: TokenStream, held_out: np.ndarray, out: P
             step += 1
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"pretrain: the loss is {loss} at step {step}; lower lr (now {config.lr:g}) and restart."
+                    f"pretrain: the loss is {loss} at step {step}. Lower lr (now {config.lr:g}) and start a new run."
                 )
             bar.update(batch_tokens)
             if step % 50 == 0 or step == total_steps:
@@ -264,7 +265,7 @@ def _step(model: Transformer, optimizer: torch.optim.Optimizer, tokens: Tensor, 
         group["lr"] = lr
     loss = batch_loss(model, tokens)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
     return loss.item()
@@ -272,14 +273,14 @@ def _step(model: Transformer, optimizer: torch.optim.Optimizer, tokens: Tensor, 
 
 @torch.no_grad()
 def held_out_loss(model: Transformer, tokens: np.ndarray, *, max_contexts: int = 256) -> float:
-    """Mean loss in nats per token over the first `max_contexts` contexts of the held-out stream."""
+    """Mean loss, in nats per token, over the first `max_contexts` contexts of the held-out tokens."""
     width = model.config.n_ctx + 1
     count = min(max_contexts, len(tokens) // width)
     if not count:
         return math.nan
     rows = torch.from_numpy(np.asarray(tokens[: count * width]).astype(np.int64)).view(count, width)
     total = 0.0
-    for chunk in rows.split(16):
+    for chunk in rows.split(16):  # type: ignore[no-untyped-call]
         logits = model(chunk[:, :-1])
         total += F.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum").item()
     return total / (count * model.config.n_ctx)
@@ -291,7 +292,7 @@ def _save(model: Transformer, optimizer: torch.optim.Optimizer, names: list[str]
 
 
 def _restore(model: Transformer, optimizer: torch.optim.Optimizer, names: list[str], out: Path) -> int:
-    """Loads the last checkpoint, if there is one, and cuts metrics.jsonl to its step; returns the step."""
+    """Loads the last checkpoint, cuts metrics.jsonl to its step, and returns the step; 0 without a checkpoint."""
     if not (out / "state.safetensors").exists():
         (out / "metrics.jsonl").unlink(missing_ok=True)
         return 0

@@ -1,4 +1,4 @@
-"""What the model loses at each token when the activations at a hook are replaced by something else."""
+"""The model's loss at each token when the activations at a hook point are replaced."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae.lm import LanguageModel, Splice
 
-# Logits held at once: few enough to stay in the allocator's hands (a larger block is mapped anew each time).
+# Logits in memory at once. Few on a CPU: malloc returns larger blocks to the system and maps them again each time.
 LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
@@ -24,9 +24,9 @@ def replaced_losses(
     *,
     divergence_of: str,
 ) -> dict[str, Float[Tensor, "contexts pos"]]:
-    """Next-token cross-entropy in nats: `ce_clean`, and `ce_<name>` with x replaced at kept positions.
+    """Next-token cross-entropy in nats: `ce_clean`, and per replacement `ce_<name>` with x replaced at kept positions.
 
-    `kl` is KL(clean ‖ the replacement `divergence_of`). Each stands at the position that predicts; the last has 0.
+    `kl` is KL(clean ‖ with the replacement `divergence_of`). Values are at the predicting position; the last one is 0.
     """
     room = LOGITS_AT_ONCE.get(model.device.type, LOGITS_AT_ONCE["cpu"])
     at_once = max(1, room // (tokens.shape[1] * model.d_vocab))
@@ -46,8 +46,8 @@ def replaced_losses(
         clean = log_p(None)
         record("ce_clean", -clean.gather(-1, targets).squeeze(-1))
         for name, replacement in replacements.items():
-            part = replacement[here] if replacement.dim() == 3 else replacement
-            replaced = log_p(splice(keep[here], part))
+            chunk = replacement[here] if replacement.dim() == 3 else replacement
+            replaced = log_p(splice(keep[here], chunk))
             record(f"ce_{name}", -replaced.gather(-1, targets).squeeze(-1))
             if name == divergence_of:
                 record("kl", torch.linalg.vecdot(clean.exp(), clean - replaced))
@@ -55,7 +55,7 @@ def replaced_losses(
 
 
 def splice(keep: Bool[Tensor, "contexts pos"], replacement: Float[Tensor, "*contexts_pos d_in"]) -> Splice:
-    """Puts the replacement where tokens are kept; BOS and padding stay as they are."""
+    """A splice that replaces x where tokens are kept; BOS and padding stay as they are."""
     return lambda x: torch.where(keep[..., None].to(x.device), replacement.to(x.device), x)
 
 
@@ -65,7 +65,7 @@ def splice_identity_error(
     hook_point: str,
     x_hat: Float[Tensor, "contexts pos d_in"],
 ) -> float:
-    """max |loss(x̂ + (x − x̂)) − loss(x)|: near zero when the splice replaces what it should and nothing else."""
+    """max |loss(x̂ + (x − x̂)) − loss(x)|: near zero if the splice replaces the right activations and nothing else."""
     clean = model.token_losses(tokens)
     back = model.token_losses(tokens, hook_point, lambda x: x_hat.to(x.device) + (x - x_hat.to(x.device)))
     return (clean - back).abs().max().item()

@@ -1,7 +1,7 @@
-"""The native one-layer transformer in plain torch, with scaled-dot-product attention.
+"""The native transformer in plain torch, with scaled-dot-product attention.
 
-Its parameter names are those of TransformerLens' native bridge, so one safetensors file opens in both
-(`sae.lm.NativeModel` is the fast path, the bridge its slow twin). Shapes: batch, pos, d_model, d_mlp, d_vocab.
+Its parameters have the names of TransformerLens' native bridge, so both open the same safetensors file: the bridge has
+all TransformerLens tools, `sae.lm.NativeModel` is faster. Shapes: batch, pos, d_model, d_mlp, d_vocab.
 """
 
 from __future__ import annotations
@@ -62,24 +62,25 @@ class Attention(nn.Module):
             return projected.view(batch, pos, self.n_heads, self.d_head).transpose(1, 2)
 
         z = F.scaled_dot_product_attention(heads(self.q(x)), heads(self.k(x)), heads(self.v(x)), is_causal=True)
-        return self.o(z.transpose(1, 2).reshape(batch, pos, -1))
+        out: Tensor = self.o(z.transpose(1, 2).reshape(batch, pos, -1))
+        return out
 
     def pattern(self, x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "head dst src"]:
-        """softmax(q k / √d_head), causal: how much each head at `dst` reads from `src`."""
+        """softmax(q k / √d_head), causal: how much each head at position `dst` attends to position `src`."""
         q, k = (part(x).view(len(x), self.n_heads, self.d_head).transpose(0, 1) for part in (self.q, self.k))
-        scores = q @ k.transpose(1, 2) / self.d_head**0.5
+        scores: Tensor = q @ k.transpose(1, 2) / self.d_head**0.5
         later = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
         return scores.masked_fill(later, -torch.inf).softmax(-1)
 
     def through_ov(self, x: Float[Tensor, "*parts d_model"]) -> Float[Tensor, "head *parts d_model"]:
-        """What a head writes for each x it reads with weight 1, without the biases of v and o."""
+        """What each head writes to the residual stream for an x read with weight 1, without the biases of v and o."""
         by_head = (self.n_heads, self.d_head, -1)
         W_V, W_O = self.v.weight.view(by_head), self.o.weight.T.reshape(by_head)
         return torch.einsum("...m,hdm,hde->h...e", x, W_V, W_O)
 
 
 class Mlp(nn.Module):
-    """`out(act(in(x)))`; `post` is the hook point the dictionaries are trained on."""
+    """`out(act(in(x)))`; `post` computes `act(in(x))`, which dictionaries are trained on by default."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -93,14 +94,14 @@ class Mlp(nn.Module):
 
 
 def norm_scale(norm: nn.LayerNorm, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
-    """σ of a LayerNorm: √(variance + ε)."""
+    """σ of a LayerNorm at x: √(variance + ε)."""
     return (x.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
 
 
 def norm_part(
     norm: nn.LayerNorm, part: Float[Tensor, "*batch d"], scale: Float[Tensor, "*broadcast 1"]
 ) -> Float[Tensor, "*batch d"]:
-    """What a summand of x adds to LayerNorm(x) at the scale σ of x: linear in the part, the norm's bias left out."""
+    """What one summand of x adds to LayerNorm(x), given σ of x: linear in the summand, without the norm's bias."""
     return (part - part.mean(-1, keepdim=True)) / scale * norm.weight
 
 
@@ -162,18 +163,21 @@ class Transformer(nn.Module):
 
     def resid_pre(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.embed(tokens) + self.pos_embed(positions)
+        resid: Tensor = self.embed(tokens) + self.pos_embed(positions)
+        return resid
 
     def forward(self, tokens: Int[Tensor, "batch pos"], hook: Hook = no_hook) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits; `hook(name, value)` sees each hook point and returns the value to go on with."""
-        return self.unembed(self.final(tokens, hook))
+        """Logits; `hook(name, value)` is called at each hook point and returns the value to continue with."""
+        logits: Tensor = self.unembed(self.final(tokens, hook))
+        return logits
 
     def final(self, tokens: Int[Tensor, "batch pos"], hook: Hook = no_hook) -> Float[Tensor, "batch pos d_model"]:
         """The normalised residual stream that the unembedding reads."""
         resid = self.resid_pre(tokens)
         for block in self.blocks:
             resid = block(resid, hook)
-        return self.ln_final(resid)
+        normalised: Tensor = self.ln_final(resid)
+        return normalised
 
     @property
     def hook_widths(self) -> dict[str, int]:

@@ -195,7 +195,7 @@ def test_loading_refuses_what_is_no_dictionary(tmp_path: Path) -> None:
 
 COMPILE = """
 import torch
-from test_model import KINDS, random_sae
+from test_autoencoder import KINDS, random_sae
 
 x = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
 for activation, k in KINDS:
