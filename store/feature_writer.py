@@ -193,7 +193,6 @@ class FeatureWriter:
 
     def abandon(self) -> None:
         """Removes the unfinished index."""
-        self._coo.close()
         shutil.rmtree(self.partial, ignore_errors=True)
         self._release()
 
