@@ -24,17 +24,17 @@ class SAE(nn.Module):
     `act` is one of
     - `relu`: ReLU(pre);
     - `topk`: ReLU of the k largest of each row;
-    - `batchtopk`: while training, ReLU of the k · rows entries of the batch that lie highest above their feature's
-      threshold, or least below it; in `eval()`, as `jumprelu`;
+    - `batchtopk`: while training, ReLU of the k · rows entries of the batch with the largest pre − threshold; in
+      `eval()`, as `jumprelu`;
     - `jumprelu`: pre where pre > threshold, else 0 (a negative threshold counts as 0);
     - `gated`: ReLU(exp(r_mag) · (pre − b_enc) + b_mag) where pre > 0, else 0: b_enc is the gate's bias.
 
-    Without `pre_bias` nothing is subtracted from x. A transcoder has another `d_out` and, with `skip`, adds x W_skip.
+    Without `pre_bias` nothing is subtracted from x. A transcoder may have another `d_out`; `skip` adds x W_skip.
     Shapes: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae, d_out]`, `b_dec [d_out]`, and by activation
-    `threshold`, `r_mag`, `b_mag [d_sae]`; `W_skip [d_in, d_out]`. A feature is a row of W_dec, and in memory a row of
-    W_enc too (its columns are contiguous): what touches one feature reads one line.
+    `threshold`, `r_mag`, `b_mag [d_sae]`; `W_skip [d_in, d_out]`. A feature is a row of W_dec and a column of W_enc,
+    stored contiguously, so that reading one feature is one contiguous read.
     Units: x and f are in the model's own units.
-    Raises: ValueError for an unknown activation, one that takes k without 1 ≤ k ≤ d_sae, or a pre-bias of width d_out.
+    Raises: ValueError for an unknown activation, a missing k or one outside 1 … d_sae, or a pre-bias if d_out ≠ d_in.
     Source: Bricken et al. 2023, "Sparse autoencoder setup"; Gao et al. 2024 (arXiv 2406.04093), §2.3; Bussmann et al.
     2024 (arXiv 2412.06410); Rajamanoharan et al. 2024 (arXiv 2407.14435, 2404.16014); Dunefsky et al. 2024
     (arXiv 2406.11944) for transcoders.
@@ -71,7 +71,7 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         if activation == "jumprelu":
             self.threshold = nn.Parameter(torch.zeros(d_sae))
-        if activation == "batchtopk":  # estimated while training, not learned by gradient
+        if activation == "batchtopk":  # estimated during training, not learned by gradient
             self.register_buffer("threshold", torch.zeros(d_sae))
         if activation == "gated":
             self.r_mag, self.b_mag = nn.Parameter(torch.zeros(d_sae)), nn.Parameter(torch.zeros(d_sae))
@@ -81,18 +81,18 @@ class SAE(nn.Module):
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What the constructor takes: `SAE(**sae.shape)` has the same parameters."""
+        """The constructor's arguments: `SAE(**sae.shape)` has parameters of the same shapes."""
         return {name: getattr(self, name) for name in SHAPE}
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether it predicts another place's activations instead of x."""
+        """Whether it predicts the activations of another hook point instead of x."""
         elsewhere = "target_hook_point" in self.config or self.config.get("recipe") == "transcoder"
         return elsewhere or self.skip or self.d_out != self.d_in
 
     @property
     def rule(self) -> Rule:
-        """Which features are active, as the kernels know it."""
+        """The rule by which kernels select active features."""
         match self.activation:
             case "topk":
                 assert self.k is not None
@@ -106,17 +106,17 @@ class SAE(nn.Module):
 
     @property
     def input_bias(self) -> Float[Tensor, " d_in"]:
-        """What is subtracted from x: b_dec, or nothing."""
+        """What is subtracted from x: b_dec, or zero without a pre-bias."""
         return self.b_dec if self.pre_bias else self.b_enc.new_zeros(self.d_in)
 
     def pre_acts(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """`(x − b_dec) W_enc + b_enc`, dense."""
-        # With the pre-bias folded into the bias no gradient changes, and none as large as x is asked for.
+        # Folding b_dec into the bias leaves every gradient as it is and saves one of the size of x.
         bias = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
         return nn.functional.linear(x, self.W_enc.t(), bias)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Feature activations, dense and differentiable, but not by a threshold or gate: a recipe's loss does that."""
+        """Feature activations, dense and differentiable, without a gradient for thresholds (a loss adds that)."""
         pre = self.pre_acts(x)
         match rule := self.rule:
             case TopK(k):
@@ -134,7 +134,7 @@ class SAE(nn.Module):
     def magnitudes(
         self, pre: Float[Tensor, "*entries"], features: Int[Tensor, " nnz"] | None = None
     ) -> Float[Tensor, "*entries"]:
-        """How strong active features are, from their pre-activations: those of `features`, or of all in a row."""
+        """Activations of active features from their pre-activations; `features` says whose they are, None means all."""
         if self.activation != "gated":
             return pre
         chosen = slice(None) if features is None else features
@@ -153,26 +153,26 @@ class SAE(nn.Module):
         return pre.with_values(self.magnitudes(pre.values, pre.support.features.long()))
 
     def feature_acts(self, x: Float[Tensor, "rows d_in"], kernels: Kernels | None = None) -> FeatureActs:
-        """`encode_sparse` where that pays, else `encode`: in either form the same activations."""
+        """`encode_sparse`, or `encode_dense` if too many features are active: the same activations in either form."""
         return sparse_or_dense(lambda: self.encode_sparse(x, kernels), lambda: self.encode_dense(x))
 
     def encode_dense(self, x: Float[Tensor, "rows d_in"]) -> DenseActs:
-        """`encode`, with what it counts on the way."""
+        """`encode`; for ReLU together with sums and counts that cost nothing extra there."""
         if self.activation == "relu":
             return DenseActs(*dense.relu(x, self.W_enc, self.b_enc, self.input_bias))
         return DenseActs(self.encode(x))
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
-        """`f W_dec + b_dec`; what a transcoder's skip adds is not in it."""
+        """`f W_dec + b_dec`, without the skip connection of a transcoder."""
         return feature_acts @ self.W_dec + self.b_dec
 
     def output(self, acts: FeatureActs, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
-        """x̂ from the activations on x in either form, with what a skip adds."""
+        """x̂ from the activations on x, sparse or dense, including the skip connection."""
         x_hat = acts.decode(self.W_dec) + self.b_dec
         return x_hat + x @ self.W_skip if self.skip else x_hat
 
     def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """`decode(encode(x))`, with what a skip adds."""
+        """`decode(encode(x))`, including the skip connection."""
         x_hat = self.decode(self.encode(x))
         return x_hat + x @ self.W_skip if self.skip else x_hat
 
@@ -180,7 +180,7 @@ class SAE(nn.Module):
         return self.reconstruct(x)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the dictionary, parameters and the estimated threshold, without gradients."""
+        """All parameters and the estimated threshold, without gradients."""
         return {name: tensor.detach() for name, tensor in (*self.named_parameters(), *self.named_buffers())}
 
     def show_shape(self) -> str:
@@ -193,8 +193,8 @@ class SAE(nn.Module):
 def fold_scale(sae: SAE, scale: float, target_scale: float | None = None) -> SAE:
     """The dictionary that does on raw x what `sae` does on `scale`·x: biases and thresholds divided by `scale`.
 
-    The weights stay: decoder rows keep their norm and activations come out in the model's own units. Where the target
-    is not x but `target_scale`·y, these are y's units, and the encoder takes up the ratio of the two scales.
+    Weights stay, so decoder rows keep their norm, and activations are in the model's own units. If the target is
+    `target_scale`·y instead of x, activations are in y's units and the encoder is multiplied by scale / target_scale.
     """
     target_scale = target_scale or scale
     factors = {"W_enc": scale / target_scale, "W_skip": scale / target_scale}
@@ -204,9 +204,9 @@ def fold_scale(sae: SAE, scale: float, target_scale: float | None = None) -> SAE
 
 @torch.no_grad()
 def fold_decoder_norms(sae: SAE) -> SAE:
-    """The same function with unit decoder rows: f and its parameters take up each row's norm (a zero row keeps it).
+    """The same function with unit decoder rows: each row's norm moves into its activation. Zero rows stay zero.
 
-    Raises: ValueError for `topk`, where other features would then be the k largest.
+    Raises: ValueError for `topk`, because the k largest activations would then be those of other features.
     Source: Anthropic's April 2024 update: a feature's activation is f_i ‖d_i‖, its direction d_i / ‖d_i‖.
     """
     if sae.activation == "topk":
@@ -229,11 +229,11 @@ def _rescaled(sae: SAE, factors: Mapping[str, Tensor]) -> SAE:
 
 
 def refuse_transcoder(sae: SAE, verb: str, error: type[Exception] = ValueError) -> None:
-    """Raises `error` for a transcoder: W_dec is then no direction in what it reads, as `verb` takes it to be."""
+    """Raises `error` for a transcoder: `verb` needs decoder rows that are directions in the space of x."""
     if sae.is_transcoder:
         target = sae.config.get("target_hook_point") or "another place's activations"
         raise error(
             f"{verb}: this dictionary is a transcoder: it reads {sae.config.get('hook_point') or 'x'} and predicts "
-            f"{target}, so x̂ cannot stand where x was, nor its decoder be added there. Training, evaluation, the "
-            "index and native export know transcoders."
+            f"{target}, so its output and its decoder rows cannot be added where it reads. Transcoders work with "
+            "training, evaluation, the index and native export."
         )

@@ -25,7 +25,7 @@ def save(sae: SAE, directory: str | Path, config: Mapping[str, Any]) -> Path:
 def load(path: str | Path) -> SAE:
     """Opens a dictionary written by `save` (or `sae train`).
 
-    Raises: CheckpointError when the directory is none, is of a newer format, or its tensors do not fit.
+    Raises: CheckpointError if the directory holds no dictionary, a newer format, or tensors that do not fit its config.
     """
     directory = Path(path)
     config = read_config(directory)

@@ -1,7 +1,7 @@
-"""The operations a training step is made of: one interface, three implementations that agree.
+"""The operations of a training step: one interface, three backends that agree.
 
-`reference` is plain torch and the specification; `cpu` screens in bfloat16 and loops over active features in numba;
-`triton` does the same on a CUDA device. `ops` makes them differentiable.
+`reference` is plain torch and the specification; `cpu` screens in low precision and loops over active features in
+numba; `triton` does the same on a CUDA device. `autograd` makes them differentiable.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 
 BACKENDS = {"reference": "sae.kernels.reference", "cpu": "sae.kernels.cpu", "triton": "sae.kernels.triton_backend"}
 
-FASTEST = {"cpu": ("cpu", "numba"), "cuda": ("triton", "triton")}  # on a device: the kernels, and what they need
+FASTEST = {"cpu": ("cpu", "numba"), "cuda": ("triton", "triton")}  # device: its fastest kernels, the package they need
 
 
 def choose(name: str = "auto", device: str | torch.device = "cpu") -> ModuleType:
     """The kernels of that name; `auto` takes the fastest that run on the device.
 
-    The environment variable SAE_KERNELS stands in for `auto`. Raises: ValueError for a name that is none, or kernels
-    that cannot run here.
+    The environment variable SAE_KERNELS replaces `auto`. Raises: ValueError for an unknown name, or for kernels that
+    cannot run on this device.
     """
     name = os.environ.get("SAE_KERNELS") or "auto" if name == "auto" else name
     if name == "auto":
@@ -46,15 +46,15 @@ def choose(name: str = "auto", device: str | torch.device = "cpu") -> ModuleType
 
 
 def fastest(device: str | torch.device = "cpu") -> ModuleType:
-    """The fastest kernels that run on the device, whatever SAE_KERNELS says."""
+    """The fastest kernels that run on the device; ignores SAE_KERNELS."""
     name, needs = FASTEST.get(torch.device(device).type, ("reference", "torch"))
     return importlib.import_module(BACKENDS[name if _installed(needs) else "reference"])
 
 
 def device_named(name: str = "auto") -> torch.device:
-    """The device a dictionary is trained and run on: `auto` is a CUDA device where there is one.
+    """The device a dictionary is trained and run on: `auto` is a CUDA device if one is available, else the CPU.
 
-    Raises: ValueError for cuda where there is none, and for any other name.
+    Raises: ValueError for cuda without a CUDA device, and for any other name.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""The feature activations of a batch, sparse or dense: what losses are written over."""
+"""The feature activations of a batch, sparse or dense, behind one interface that losses use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sae.kernels.sparsity import NotSparse, PreparedEncoder, Rule, Support
 
 @dataclass(frozen=True)
 class SparseActs:
-    """Activations of the active features alone: `values [nnz]` on a support."""
+    """Activations of the active features only: `values [nnz]` on a support."""
 
     values: Float[Tensor, " nnz"]
     support: Support
@@ -52,7 +52,7 @@ class SparseActs:
         return (self.values.detach() > 0).sum(dtype=torch.float32)
 
     def of_feature(self, vector: Float[Tensor, " d_sae"]) -> Float[Tensor, " nnz"]:
-        """Each entry's own element of a vector that has one per feature."""
+        """The element of a per-feature vector for each entry."""
         return vector[self.support.features.long()]
 
     def with_values(self, values: Float[Tensor, " nnz"]) -> SparseActs:
@@ -65,7 +65,7 @@ class SparseActs:
         return self.where((features >= start) & (features < stop))
 
     def fired(self) -> Bool[Tensor, " d_sae"]:
-        # The entries at zero go to a feature that is none: choosing the others would wait for a GPU.
+        # Entries at zero mark an extra feature d_sae: filtering them out would synchronise with the GPU.
         d_sae = self.support.d_sae
         found = torch.zeros(d_sae + 1, dtype=torch.bool, device=self.values.device)
         found[self.support.features.long().masked_fill(self.values.detach() <= 0, d_sae)] = True
@@ -106,9 +106,9 @@ class SparseActs:
 
 @dataclass(frozen=True)
 class DenseActs:
-    """Activations as the matrix `values [rows, d_sae]`: cheaper while a good part of the features is active.
+    """Activations as the matrix `values [rows, d_sae]`: cheaper while many features are active.
 
-    Their sums over the rows and how many are positive come with them where what made them has counted on the way.
+    `sums` over rows and the number of `active` entries are set if the computation of the values counted them.
     """
 
     values: Float[Tensor, "rows d_sae"]
@@ -127,7 +127,7 @@ class DenseActs:
         return self.values.sum() if self.sums is None else self.sums.sum()
 
     def n_active(self) -> Float[Tensor, ""]:
-        # As float32, and not as truth values, whose sum PyTorch takes one by one.
+        # As float32: PyTorch sums booleans one by one.
         return (self.values.detach() > 0).float().sum() if self.active is None else self.active
 
     def of_feature(self, vector: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
@@ -145,7 +145,7 @@ class DenseActs:
         return (self.values.detach() > 0).any(0) if self.sums is None else self.sums.detach() > 0
 
     def sparse(self) -> SparseActs:
-        """The positive ones alone (no gradient flows)."""
+        """The positive entries only, without gradients."""
         active = self.values.detach() > 0
         return SparseActs(self.values.detach()[active], Support.of(active), choose(device=self.values.device))
 

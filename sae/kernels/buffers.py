@@ -1,4 +1,4 @@
-"""Memory of large tensors, used again once nobody holds it: touching pages anew costs more than the arithmetic."""
+"""Reuses the memory of large tensors that nobody holds any more: new pages cost more time than the arithmetic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POOLED_BYTES = 1 << 20
 
 @dataclass
 class Block:
-    """Memory, and a weak reference to what a tensor in it keeps alive."""
+    """Memory, and a weak reference to the array that every tensor in it keeps alive."""
 
     memory: np.ndarray
     holder: weakref.ref[np.ndarray]
@@ -27,12 +27,12 @@ _lock = Lock()
 
 
 def empty(*shape: int, like: Tensor) -> Tensor:
-    """`torch.empty`, in the memory of a tensor of as many bytes that is gone, where there is one.
+    """`torch.empty`, in the memory of a freed tensor of the same size in bytes if there is one.
 
-    Every alias of a tensor keeps its memory. Finding none gives the free memory of other sizes back to the system.
+    Every alias of a tensor keeps its memory. If none fits, free memory of other sizes is returned to the system.
     """
     n_bytes = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or n_bytes < POOLED_BYTES:  # PyTorch itself keeps a GPU's memory
+    if like.device.type != "cpu" or n_bytes < POOLED_BYTES:  # PyTorch pools GPU memory itself
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     with _lock:
         free = [block for block in _blocks if block.holder() is None]

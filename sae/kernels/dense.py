@@ -1,7 +1,7 @@
-"""The dense path, for the first steps of a dictionary that learns its sparsity: plain torch with a backward by hand.
+"""The dense path, for the first steps of a dictionary that learns its sparsity: plain torch, hand-written backward.
 
-Rows are taken in blocks that stay in cache between a product and what follows it; matrices as large as the activations
-live in reused memory; weight gradients are added in place. What remains is the five products and little else.
+Rows are processed in blocks that stay in the cache between a product and the operations on it; matrices as large as the
+activations use pooled memory; weight gradients are added in place. Little remains beside the five products.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from sae.kernels import buffers
 from sae.kernels.matmul import add_product_, factor, product
 
-ROWS = 512  # at once, on a CPU
+ROWS = 512  # in a block, on a CPU
 
 
 def relu(
@@ -109,7 +109,7 @@ def _blocks(matrix: Tensor) -> list[slice]:
 
 
 def _accumulator(weight: Tensor, needed: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Where a weight's gradient is summed, and what backward returns of it: nothing if that is the weight's own."""
+    """The tensor in which a weight's gradient is summed, and what backward returns: None if that is `weight.grad`."""
     if not needed:
         return None, None
     if weight.is_leaf and weight.grad is not None:
