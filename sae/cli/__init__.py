@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -92,12 +93,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _nobody_reads() -> bool:
     """Whether the reader of what we print has gone, as in `sae info PATH | head -1`; nothing more is printed then."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush at exit
-        return True
-    return False
+    watched = select.poll()
+    watched.register(sys.stdout, 0)  # errors are reported without being asked for
+    if not watched.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush at exit
+    return True
 
 
 def _refuse_shadowed_packages() -> None:
