@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae.kernels import activations, dense
+from sae.kernels import autograd, dense
 from sae.training import loop
 from sae.training.config import TrainConfig
 from sae.training.recipes import RECIPES, resolve
@@ -99,7 +99,7 @@ def run(
     )
     start: dict[str, Tensor] = {}
     ways = {"dense": 0, "sparse": 0}
-    begin, relu, encode = RECIPES[recipe].initialise, dense.relu, activations.encode
+    begin, relu, encode = RECIPES[recipe].initialise, dense.relu, autograd.encode
 
     def initialised(sae: Any, *args: Any) -> None:
         begin(sae, *args)
@@ -114,7 +114,7 @@ def run(
 
     monkeypatch.setitem(RECIPES, recipe, replace(RECIPES[recipe], initialise=initialised))
     monkeypatch.setattr(dense, "relu", counted("dense", relu))
-    monkeypatch.setattr(activations, "encode", counted("sparse", encode))
+    monkeypatch.setattr(autograd, "encode", counted("sparse", encode))
     rows = MadeUp()
     sae = loop.train(rows, out, config, kernels="cpu")
     scale = (D_IN / rows.sample(4096, config.seed).double().pow(2).sum(-1).mean()).sqrt().item()
