@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-import shape_checks  # noqa: F401  before `sae`: its modules are imported with their shapes checked
+import shape_checks  # before `sae`: its modules are imported with their shapes checked
 import torch
 from browser_sites import chromium, live_root, live_site, open_page, planted_root, planted_site, windows  # noqa: F401
 from fakes import made_up_documents, write_jsonl, write_model
@@ -17,6 +17,7 @@ from without_torch import no_waiting_for_the_disk, pytest_terminal_summary  # no
 from sae import pipeline
 from sae.lm import NativeModel
 
+check_shapes_again = shape_checks.check_shapes_again
 SEED = "MONOSEM_TEST_SEED"  # of what tests draw at random, such as the moment of a kill
 
 torch.set_num_threads(1)
