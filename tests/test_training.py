@@ -29,7 +29,7 @@ from sae.training import step as training_step
 from sae.training.config import TrainConfig
 from sae.training.loop import train
 from sae.training.recipes import RECIPES, resolve
-from sae.training.rows import Batch, ModelRows, TargetRows
+from sae.training.rows import BATCHES_AHEAD, Batch, ModelRows, TargetRows
 from sae.training.sparsity_penalty import LambdaController
 from sae.training.state import TrainState
 
@@ -319,9 +319,11 @@ def assert_same_run(out: Path, reference: Path) -> None:
     assert log_of(out) == log_of(reference)
 
 
-# Three steps apart: a run may have read one step ahead, and gone one step on, when the signal reaches it.
-APART = st.tuples(st.lists(st.integers(0, 18), min_size=1, max_size=3, unique=True), st.integers(0, 2)).map(
-    lambda drawn: [3 * n + drawn[1] for n in drawn[0]]
+# So far apart that no stop has been read before: a run may have read this many steps ahead of the one it is in when the
+# signal reaches it, and one more after it.
+APART_STEPS = BATCHES_AHEAD + 4
+APART = st.tuples(st.lists(st.integers(0, 7), min_size=1, max_size=3, unique=True), st.integers(0, 6)).map(
+    lambda drawn: [APART_STEPS * n + drawn[1] for n in drawn[0]]
 )
 
 

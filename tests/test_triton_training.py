@@ -136,7 +136,7 @@ def test_the_gpu_benchmark_says_so_where_there_is_no_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["bench_gpu.py"])
     assert bench_gpu.main() == 2
-    assert capsys.readouterr().err == "There is no CUDA device here, and this benchmark needs one.\n"
+    assert capsys.readouterr().err == "This benchmark needs a CUDA device, and none is available.\n"
 
 
 def test_the_roofline_is_the_slower_of_bytes_and_operations(bench_gpu: ModuleType) -> None:
