@@ -9,7 +9,7 @@ import streamlit as st
 from browser import dumps
 from browser.components import Group, draw_effects, draw_examples
 from browser.state import Page
-from browser.views.feature_examples import CONTEXTS
+from browser.views.feature_examples import choose_text_around
 
 HELP = (
     "This dictionary was imported from feature pages, which hold samples of the firings, not all of them. The groups "
@@ -23,23 +23,14 @@ def show(page: Page) -> None:
     """Draws the groups, underlined by the ablation losses that the dump has."""
     title, length = st.columns([0.5, 0.5], vertical_alignment="center")
     title.caption("Samples, not all firings", help=HELP)
-    window = length.segmented_control(
-        "Text around",
-        list(CONTEXTS),
-        default="medium",
-        key="around",
-        bind="query-params",
-        label_visibility="collapsed",
-        required=True,
-    )
-    before, after = CONTEXTS[str(window)]
+    before, after = choose_text_around(length)
     found = dumps.groups(page.index, page.feature, before=before, after=after)
     groups = [
         Group(name, f"{n:,} text{'s' if n != 1 else ''}" + (f", {len(shown)} shown" if len(shown) < n else ""), shown)
         for name, n, shown in found
     ]
     largest = max((float(e.acts.max()) for g in groups for e in g.examples), default=1.0)
-    key = f"{page.entry.id}:{page.feature}:{window}"
+    key = f"{page.entry.id}:{page.feature}:{before}"
     draw_examples(groups, largest or 1.0, bos=None, key="examples", effects_key=key)
     effects = dumps.effects(page.index, list(chain.from_iterable(group.examples for group in groups)))
     if effects.at:

@@ -9,6 +9,7 @@ from itertools import chain
 
 import numpy as np
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from browser import data, live
 from browser.components import Group, draw_effects, draw_examples
@@ -58,10 +59,9 @@ def show(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
     _underline(page, rows, values, groups, key, legend)
 
 
-def _settings() -> Sampling:
-    title, length, picked, seed, more = st.columns([0.13, 0.33, 0.2, 0.16, 0.18], vertical_alignment="center")
-    title.caption("Examples", help=HELP)
-    window = length.segmented_control(
+def choose_text_around(column: DeltaGenerator) -> tuple[int, int]:
+    """A control that says how many tokens to show before and after a firing."""
+    chosen = column.segmented_control(
         "Text around",
         list(CONTEXTS),
         default="medium",
@@ -70,6 +70,13 @@ def _settings() -> Sampling:
         label_visibility="collapsed",
         required=True,
     )
+    return CONTEXTS[str(chosen)]
+
+
+def _settings() -> Sampling:
+    title, length, picked, seed, more = st.columns([0.13, 0.33, 0.2, 0.16, 0.18], vertical_alignment="center")
+    title.caption("Examples", help=HELP)
+    text_around = choose_text_around(length)
     acts = picked.text_input(
         "Activations from … to",
         key="range",
@@ -114,7 +121,7 @@ def _settings() -> Sampling:
             help="Drag over the histogram of logit weights, or type two numbers.",
         )
     return Sampling(
-        *CONTEXTS[str(window)],
+        *text_around,
         int(draw),
         int(count),
         division == "rank",
