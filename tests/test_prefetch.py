@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
+from collections.abc import Iterator
+from queue import Queue
 
 import pytest
 from hypothesis import given
@@ -19,16 +20,25 @@ def test_every_piece_comes_once_and_in_order(items: list[int], pieces: int) -> N
 
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_the_reader_is_so_far_ahead_and_no_further(pieces: int) -> None:
-    begun: list[int] = []
-    found = read_ahead(lambda item: begun.append(item) or item, range(20), pieces=pieces)
-    for taken in range(5):
-        assert next(found) == taken
-        wanted = taken + 1 + pieces
-        deadline = time.monotonic() + 30
-        while len(begun) < wanted and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(0.01)  # for one more, if it were to come
-        assert begun == list(range(wanted))
+    """What can be read is what has been taken from `items`, which happens in the caller's own thread."""
+    taken_from_items: list[int] = []
+    begun: Queue[int] = Queue()
+
+    def items() -> Iterator[int]:
+        for item in range(20):
+            taken_from_items.append(item)
+            yield item
+
+    def read(item: int) -> int:
+        begun.put(item)
+        return item
+
+    found = read_ahead(read, items(), pieces=pieces)
+    for number in range(5):
+        assert next(found) == number
+        assert taken_from_items == list(range(number + 1 + pieces))
+    assert [begun.get(timeout=30) for _ in taken_from_items] == taken_from_items  # without another call
+    assert begun.empty()
 
 
 def test_who_stops_early_waits_for_one_piece() -> None:
