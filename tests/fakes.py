@@ -1,13 +1,17 @@
-"""A random native model with a real tokenizer, and made-up documents: everything the pipeline needs, in a second."""
+"""Fakes: a random native model with a real tokenizer, made-up documents and rows, a tracker; ready in a second."""
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
 from sae.jobs.checkpoint import write_tensors
@@ -15,6 +19,7 @@ from sae.lm.transformer import Transformer, TransformerConfig
 from sae.text.documents import Document
 from sae.text.sources import TextSource
 from sae.text.tokenizer import BOS, train_tokenizer
+from sae.training.rows import Batch
 from store.common import write_json
 
 SHAPE = TransformerConfig(d_model=16, d_mlp=32, n_heads=2, d_head=8, n_ctx=32, d_vocab=300)
@@ -95,3 +100,38 @@ def write_model(directory: Path, *, seed: int = 0, shape: TransformerConfig = SH
         directory / "config.json", {"kind": "native-transformer", "format": 1, **shape.to_dict(), "bos_token": BOS}
     )
     return directory
+
+
+class FewRows:
+    """Made-up rows near a few directions, the same on every call."""
+
+    d_in = 8
+
+    def batch(self, step: int) -> Batch:
+        return Batch(self.sample(16, step))
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        g = torch.Generator().manual_seed(seed)
+        noise = torch.randn(n, 8, generator=g)
+        return noise + 3 * torch.eye(8)[torch.randint(8, (n,), generator=g)]
+
+
+class FakeWandb(ModuleType):
+    """What `wandb.init` was asked for, and what each run of it was told."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.asked: list[dict[str, Any]] = []
+        self.told: list[list[tuple[int, Mapping[str, float]]]] = []
+        self.finished = 0
+
+    def init(self, **asked: Any) -> FakeWandb:
+        self.asked.append(asked)
+        self.told.append([])
+        return self
+
+    def log(self, values: Mapping[str, float], *, step: int) -> None:
+        self.told[-1].append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch._dynamo
+from fakes import FewRows
 
 import sae.cli
 import sae.lm.pretrain
@@ -16,19 +17,8 @@ import sae.pipeline.sweep
 import sae.pipeline.train  # noqa: F401
 from sae.kernels import choose
 from sae.training.recipes import RECIPES, resolve
-from sae.training.rows import Batch
 from sae.training.state import start
 from sae.training.step import train_step
-
-
-class FewRows:
-    d_in = 8
-
-    def batch(self, step: int) -> Batch:
-        return Batch(self.sample(16, step))
-
-    def sample(self, n: int, seed: int) -> torch.Tensor:
-        return torch.randn(min(n, 256), 8, generator=torch.Generator().manual_seed(seed))
 
 
 def load_compiled_loops() -> None:

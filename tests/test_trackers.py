@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from fakes import FakeWandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sae.cli import main
@@ -66,27 +66,6 @@ def test_tensorboard_reads_the_log(tmp_path: Path) -> None:
         events = read.Scalars(name)
         assert [event.step for event in events] == [entry["step"] for entry in log]
         assert [event.value for event in events] == pytest.approx([entry[name] for entry in log], rel=1e-6)
-
-
-class FakeWandb(ModuleType):
-    """What `wandb.init` was asked for, and what each run of it was told."""
-
-    def __init__(self) -> None:
-        super().__init__("wandb")
-        self.asked: list[dict[str, Any]] = []
-        self.told: list[list[tuple[int, Mapping[str, float]]]] = []
-        self.finished = 0
-
-    def init(self, **asked: Any) -> FakeWandb:
-        self.asked.append(asked)
-        self.told.append([])
-        return self
-
-    def log(self, values: Mapping[str, float], *, step: int) -> None:
-        self.told[-1].append((step, values))
-
-    def finish(self) -> None:
-        self.finished += 1
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import FewRows
 from test_kernels import random
-from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.inference import FrozenSAE
@@ -20,26 +20,11 @@ from sae.lm import NativeModel
 from sae.training import loop
 from sae.training import step as training_step
 from sae.training.recipes import resolve
-from sae.training.rows import Batch
 
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class FewRows:
-    """Made-up rows near a few directions, the same on every call."""
-
-    d_in = 8
-
-    def batch(self, step: int) -> Batch:
-        return Batch(self.sample(16, step))
-
-    def sample(self, n: int, seed: int) -> Tensor:
-        g = torch.Generator().manual_seed(seed)
-        noise = torch.randn(n, 8, generator=g)
-        return noise + 3 * torch.eye(8)[torch.randint(8, (n,), generator=g)]
 
 
 @pytest.mark.parametrize(
