@@ -68,7 +68,7 @@ def _explain_empty(root: Path) -> None:
 
 
 def _missing(entries: Mapping[str, SaeEntry], first: str) -> Missing | None:
-    """What the link that started this session names in vain; widgets bound to the URL would replace it silently."""
+    """The part of this session's link that does not exist; widgets bound to the URL would replace it silently."""
     asked, chosen = st.query_params, st.session_state
     name = asked.get("sae", first)
     if "sae" in asked and "sae" not in chosen:

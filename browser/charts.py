@@ -89,7 +89,7 @@ def training_chart(log: pd.DataFrame, name: str, resampled: list[int]) -> alt.La
 
 
 def density_chart(histogram: pd.DataFrame) -> alt.Chart:
-    """Features by log₁₀ density; ultra-low and dense ones in colours of their own."""
+    """Features by log₁₀ density; ultra-low and dense ones in separate colours."""
     colour = (
         alt.when("datum.high <= -5")
         .then(alt.value(VIOLET))

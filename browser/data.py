@@ -102,7 +102,7 @@ def _scan(root: Path, folder: Path, levels: int) -> Iterator[SaeEntry]:
 
 
 def _unfinished_config(folder: Path) -> dict[str, Any]:
-    """The configuration of an unfinished dictionary, from its train.json; {} if there is none."""
+    """The configuration of an unfinished dictionary, from its train.json; {} without that file."""
     claim = read_config(folder / "train.json")
     train, rows = claim.get("train"), claim.get("rows")
     if not isinstance(train, dict):

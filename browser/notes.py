@@ -42,7 +42,7 @@ class Notes:
         self.path = directory / NAME
 
     def get(self, feature: int) -> Note:
-        """The note of a feature; an empty one if there is none."""
+        """The note of a feature; an empty one if nothing was saved."""
         found = self._read("SELECT * FROM notes WHERE feature = ?", (feature,))
         return found[0] if found else Note(feature)
 

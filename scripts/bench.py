@@ -55,7 +55,7 @@ SWEPT_FROM = {"d_sae": 16384, "l0": K, "batch": BATCH_TOKENS}
 
 
 class Contender:
-    """One process that takes steps when it is told to."""
+    """One process that takes steps on request."""
 
     def __init__(self, who: str, command: list[str], cwd: Path | None = None) -> None:
         self.who = who

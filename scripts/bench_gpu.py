@@ -5,7 +5,7 @@
 
 Needs only torch, triton, numpy, safetensors and this source tree (and a peer's package if that peer is asked for). Rows
 are on the device. All contenders take turns in one run; a step is timed with CUDA events, from handing out the batch to
-the end of the optimiser, including bookkeeping. Without a CUDA device it says so and exits with status 2.
+the end of the optimiser, including bookkeeping. Without a CUDA device it prints a message and exits with status 2.
 
 The roofline is a bound from what every TopK step needs: the larger of bytes / bandwidth and operations / rate, both
 rates measured here (by a copy and a float16 product). Bytes: Adam reads four numbers for each weight and writes three,

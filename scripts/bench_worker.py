@@ -1,4 +1,4 @@
-"""Our trainer as a contender of `bench.py`: the real loop on batches in memory, which takes steps when told to.
+"""Our trainer as a contender of `bench.py`: the real loop on batches in memory, which takes steps on request.
 
     python scripts/bench_worker.py --variant topk --d-sae 16384      # then lines `run N` on stdin; answers are JSON
 
@@ -94,7 +94,7 @@ class Pace:
 
 
 def work(wanted: Work, out: Any) -> None:
-    """Trains until told to stop. Only the initialisation differs: it is quick, and for `relu-sparse` sparse."""
+    """Trains until it is stopped. Only the initialisation differs: it is quick, and for `relu-sparse` sparse."""
     pace, step = Pace(out), loop.train_step
 
     def paced_step(*args: Any) -> Any:

@@ -2,7 +2,7 @@
 
     python scripts/check_peers.py DIR [--peer NAME …] [--sae TRAINED_DIR …] [--torch SPEC] [--package NAME=SPEC …]
 
-Each peer gets an environment of its own in DIR, installed from PyPI once; DIR also keeps the files exchanged.
+Each peer gets its own environment in DIR, installed from PyPI once; DIR also keeps the files exchanged.
 Dictionaries of every activation, random and (--sae) trained, are exported; the peer's package loads them and computes
 activations on the same rows. Dictionaries that the package makes and saves are imported and computed by ours. Prints a
 table, one row per exchange, and writes it to DIR/table.md. A peer that cannot be installed is reported as not checked.

@@ -192,7 +192,7 @@ def fuzz(name: str, parser: Parser, sound: bytes, inputs: int, seed: int) -> tup
 
 
 def follow_coverage(name: str, inputs: int, seed: int) -> dict[str, Any]:
-    """Runs one parser under atheris in a process of its own. Raises: RuntimeError with what stopped it."""
+    """Runs one parser under atheris in a separate process. Raises: RuntimeError with its output if it stops early."""
     command = [sys.executable, str(Path(__file__).with_name("fuzz_coverage.py")), name, str(inputs), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True)
     ran = re.search(r"Done (\d+) runs in (\d+) second", done.stderr)

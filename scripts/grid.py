@@ -9,10 +9,10 @@
     python scripts/grid.py --json docs/measurements/grid.json --domains --l0 20   # the best features' F1 by domain
 
 `sae sweep` trains and evaluates the dictionaries (`sae train` and `sae eval` a transcoder); give sweeps with different
-settings directories of their own. This script takes directories that hold such dictionaries, at any depth, measures the
+settings separate directories. This script takes directories that hold such dictionaries, at any depth, measures the
 rest and adds one entry to the JSON as soon as it is complete. An entry of the same settings and rows is not measured
-again, so an interrupted command goes on where it stopped. On a machine with many cores, run one sweep per seed side by
-side with OMP_NUM_THREADS=1.
+again, so an interrupted command continues where it stopped. On a machine with many cores, run one sweep per seed in
+parallel, with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def name_of(run: Entry) -> str:
 
 
 def is_measured(run: Entry, entries: dict[str, Entry]) -> bool:
-    """Whether there is an entry of the same settings on the same rows."""
+    """Whether the file has an entry with the same settings and the same rows."""
     entry = entries.get(name_of(run))
     return entry is not None and all(entry[key] == run[key] for key in ("rows", "store_rows_sha256"))
 

@@ -30,7 +30,7 @@ def hardware(**more: Any) -> dict[str, Any]:
 
 
 def _torch() -> dict[str, Any]:
-    import torch  # here, not above: benchmarks set its environment first, and the store's scripts run without it
+    import torch  # not at the top: benchmarks set its environment first, and the store's scripts run without it
 
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), **gpu}

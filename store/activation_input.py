@@ -151,7 +151,7 @@ def _padded(array: np.ndarray, length: int, fill: int | bool) -> np.ndarray:
 def _check_finite(
     hook: str, rows: np.ndarray, stored: np.ndarray, dtype: str, first_context: int, seq_len: int
 ) -> None:
-    exponent = EXPONENT.get(dtype)  # all bits of the exponent are set in inf and NaN, and in no other value
+    exponent = EXPONENT.get(dtype)  # only inf and NaN have all bits of the exponent set
     finite = np.isfinite(stored) if exponent is None else (stored.view(np.uint16) & exponent) != exponent
     if finite.all():
         return

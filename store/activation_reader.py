@@ -183,7 +183,7 @@ class ActivationReader:
         return Totals(kept, total / kept, total_sq / kept)
 
     def fingerprint(self, split: str) -> str:
-        """SHA-256 over the markers of the written shards that have rows: other rows, another fingerprint."""
+        """SHA-256 over the markers of the written shards that have rows; it changes with the rows."""
         digest = hashlib.sha256()
         for shard, marker in self.markers(split).items():
             if marker.contexts:
@@ -222,7 +222,7 @@ class ActivationReader:
             for key, raw in there.items():
                 problems += [Problem(split, _shard_of(key), text, key) for text in self._verify_shard(split, key, raw)]
             missing = sorted(set(range(self.n_shards[split])) - {_shard_of(key) for key in there})
-            if missing and written:  # it was complete, so these existed
+            if missing and written:  # the store was complete, so these existed
                 problems += [
                     Problem(split, shard, f"{self.place.where(marker_key(split, shard))}: missing; {_REPAIR}")
                     for shard in missing
@@ -233,7 +233,7 @@ class ActivationReader:
                         None,
                         None,
                         f"{self.path}: {self.n_shards[split] - len(missing)} of {self.n_shards[split]} {split} shards "
-                        "are written; repeat the harvest to go on",
+                        "are written; repeat the harvest to continue",
                     )
                 )
         if not problems and not self.is_complete:
@@ -302,7 +302,7 @@ class ActivationReader:
         self._number(split, shard)
         key = marker_key(split, shard)
         if self.place.size(key) is None:
-            raise StoreError(f"{self.path}: {split} shard {shard} is not written; repeat the harvest to go on")
+            raise StoreError(f"{self.path}: {split} shard {shard} is not written; repeat the harvest to continue")
         return parse_marker(self.place.read(key), shard, self.place.where(key))
 
     def _usable_marker(self, split: str, shard: int) -> Marker | None:

@@ -93,7 +93,7 @@ class ActivationStore(ActivationReader):
             lines = "\n  ".join(found)
             raise StoreError(
                 f"{path} was made with other settings, and nothing in it was changed:\n  {lines}\n"
-                "Use the same settings to go on with it, or choose another output path."
+                "Use the same settings to continue it, or choose another output path."
             )
         return cls(place, wanted)
 
@@ -204,13 +204,13 @@ class ActivationStore(ActivationReader):
                     raise
                 raise DiskFull(
                     f"the disk of {self.path} is full ({error.strerror}). Every shard written before is complete and "
-                    "can be used as it is; make room and repeat the command to go on"
+                    "can be used as it is; make room and repeat the command to continue"
                 ) from error
             if self.ring_shards_per_lane is not None and split == TRAIN:
                 reach = self.ring_shards_per_lane * LANES
                 self._drop(shard - reach)
                 if self.place.size(marker_key(TRAIN, shard + reach)) is not None:
-                    self._drop(shard)  # outside the ring already: it was written again for its marker
+                    self._drop(shard)  # already outside the ring: it was written again for its marker only
         return marker
 
     def _write_files(self, number: int, given: ShardInput) -> dict[str, dict[str, int]]:
@@ -324,7 +324,7 @@ class ActivationStore(ActivationReader):
                 raise StoreError(
                     f"{self.path} is not complete: {len(missing)} of {self.n_shards[split]} "
                     f"{split} shards are not written (the first is {missing[0]}); "
-                    "repeat the harvest to go on"
+                    "repeat the harvest to continue"
                 )
         content = {
             "rows": {s: sum(m.rows for m in markers[s].values()) for s in SPLITS},

@@ -1,6 +1,6 @@
-"""Kept rows of an activation store in a shuffled order (`store.shuffle_plan`) that can be entered anywhere.
+"""Kept rows of an activation store in a shuffled order (`store.shuffle_plan`) that can be read from any step.
 
-Nothing is remembered from batch to batch, so step n of a resumed run gets the rows that step n of an unbroken run got.
+No batch depends on an earlier one, so step n of a resumed run gets the rows that step n of an unbroken run got.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ShuffledRows:
         """Plans the epochs of a split's written shards. Raises: StoreError if no row is kept.
 
         `memory_bytes` bounds the held rows (in the dtype on disk) with their permutation and contexts; the rows of one
-        shard are always held, and two more shards are in memory while they are read. `parts` counts only with
+        shard are always held, and two more shards are in memory while they are read. `parts` is used only with
         `pool_shards`.
         """
         if hook_point not in store.hook_points:

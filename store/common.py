@@ -40,7 +40,7 @@ class DocumentRecord(NamedTuple):
 
 
 def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two recorded identities ({"id", "kind", "sha256"}) are of one model, wherever it is: the hash decides."""
+    """Whether two recorded identities ({"id", "kind", "sha256"}) are of one model: the hash decides, not the path."""
     return bool(a.get("sha256")) and a["sha256"] == b.get("sha256")
 
 
@@ -51,7 +51,7 @@ def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary path to write; on success it is flushed to disk and renamed to `path`, on an error removed.
 
-    A reader sees the old file or the new one and nothing between, even after a kill or a loss of power. The directory
+    A reader sees either the old file or the new one, even after a kill or a loss of power. The directory
     must exist.
     """
     path = Path(path)
@@ -100,7 +100,7 @@ def fsync(path: str | os.PathLike[str]) -> None:
 def exclusive_lock(path: Path, what: str, *, wait_s: float = 0.0) -> Iterator[None]:
     """Holds the lock file `path`, which is removed at the end.
 
-    The lock is the kernel's (flock): it ends with its process in any case, so a lock file that was left behind locks
+    The kernel's lock (flock) ends with its process in any case, so a lock file that was left behind locks
     nothing. Raises: StoreError after `wait_s` seconds, saying which process is writing `what`.
     """
     deadline = time.monotonic() + wait_s

@@ -24,7 +24,7 @@ def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     """Writes one store with the rows of several that have the same model, hook points and context length.
 
     Documents get new numbers. Returns how many documents are in more than one store (by SHA-256). After a kill, repeat
-    the call to go on. Raises: StoreError showing what differs between them, or if one of them is not complete.
+    the call to continue. Raises: StoreError showing what differs between them, or if one of them is not complete.
     """
     stores = [_complete(path) for path in paths]
     if len(stores) < 2:

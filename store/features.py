@@ -2,7 +2,7 @@
 
 A page reads slices of one index, and works after the activation store is deleted. Row `r` is token `r % seq_len` of
 context `r // seq_len` of this index. Statistics are computed from the stored (float16) values, so that the largest
-stored value of a feature *is* its `stats/max`.
+stored value of a feature equals its `stats/max`.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class LocalPlace:
     def read_all(self, prefix: str) -> dict[str, bytes]:
         found = {}
         for file in sorted((self.path / prefix).glob("*.json")):
-            with contextlib.suppress(FileNotFoundError):  # its writer is replacing it
+            with contextlib.suppress(FileNotFoundError):  # its writer is just replacing it
                 found[file.relative_to(self.path).as_posix()] = file.read_bytes()
         return found
 

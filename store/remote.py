@@ -66,7 +66,7 @@ class RemotePlace:
             reason = str(error).strip().splitlines()[0]
             raise StoreError(
                 f"{self.where(key)}: cannot be reached ({reason}). Every shard written before is complete; "
-                "check the URL, the credentials and the network, then repeat the command to go on"
+                "check the URL, the credentials and the network, then repeat the command to continue"
             ) from error
 
     def read(self, key: str) -> bytes:

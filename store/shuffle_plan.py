@@ -1,9 +1,10 @@
-"""The order in which the kept rows of some shards are handed out: numbers alone, a pure function of a seed.
+"""The order in which the kept rows of some shards are returned, as row numbers: a pure function of a seed.
 
-An epoch comes pool by pool, and each pool is permuted with a seed of its own. If one pool holds all rows, the order is
-a uniform permutation. Where memory is short, a pool takes a random one of `parts` equal parts of many shards instead
-of all rows of a few: neighbours in the text then still come in different batches, at the price of reading each shard
-`parts` times an epoch. Shards are named by their place in the list of written shards.
+An epoch goes through pools of rows one after another, and each pool is permuted with its own seed. If one pool holds
+all rows, the order is a uniform permutation. If memory is short, a pool takes one random part (of `parts` equal parts)
+of each of many shards, instead of all rows of a few shards: neighbours in the text then still come in different
+batches, but each shard is read `parts` times per epoch. Shards are numbered by their place in the list of written
+shards.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 _SHARD_ORDER, _ROW_ORDER, _SAMPLE, _PART_ORDER = range(4)  # independent streams of one seed
-WELL_MIXED = 0.97  # wanted of the distinct contexts in a batch, as a share of a perfect shuffle's
+WELL_MIXED = 0.97  # how many distinct contexts a batch should have, as a share of those after a perfect shuffle
 MOST_PARTS = 16
-_FEWEST_ROWS = 8  # of a shard in a part
+_FEWEST_ROWS = 8  # rows of a shard in one part, at least
 
 
 class Pool(NamedTuple):

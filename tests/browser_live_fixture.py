@@ -1,4 +1,4 @@
-"""A root of the app where all is real and tiny: a model, its store, two dictionaries with index and comparison."""
+"""A root of the app with everything real and tiny: a model, its store, two dictionaries with index and comparison."""
 
 from __future__ import annotations
 

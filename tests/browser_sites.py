@@ -1,4 +1,4 @@
-"""Fixtures of the app's tests: roots to browse, servers on them and one Chromium, each made once a worker."""
+"""Fixtures of the app's tests: roots to browse, servers on them and one Chromium, each made once per worker."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def served(root: Path) -> Iterator[str]:
             assert server.poll() is None, "the server ended before it served"
         yield f"http://127.0.0.1:{port}/"
         server.terminate()
-        server.wait(30)  # before the pipe is closed: Streamlit says that it stops, and would hang if it could not
+        server.wait(30)  # before the pipe is closed: Streamlit prints that it stops, and would hang if it could not
 
 
 @pytest.fixture(scope="session")

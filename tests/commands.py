@@ -1,6 +1,6 @@
-"""The `sae` command in processes of its own, which can be killed: forked from one that has loaded it already.
+"""The `sae` command in separate processes, which can be killed: forked from a process that has loaded it already.
 
-Importing torch takes seconds, for each process again; a fork is the same program, and a kill stops it in the same way.
+Importing torch takes seconds in each new process; a fork is the same program, and a kill stops it in the same way.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Commands:
     def run(self, *arguments: object) -> int:
         process = self.start(*arguments)
         process.join(300)
-        assert process.exitcode is not None, f"sae {arguments} still runs:\n{self.log.read_text()[-2000:]}"
+        assert process.exitcode is not None, f"sae {arguments} is still running:\n{self.log.read_text()[-2000:]}"
         return process.exitcode
 
     def stop(
@@ -76,10 +76,10 @@ class Commands:
         deadline = time.monotonic() + 300
         while not when():
             assert process.is_alive(), f"sae {arguments} ended too early:\n{self.log.read_text()[-2000:]}"
-            assert time.monotonic() < deadline, f"sae {arguments} never got there:\n{self.log.read_text()[-2000:]}"
+            assert time.monotonic() < deadline, f"sae {arguments} missed the moment:\n{self.log.read_text()[-2000:]}"
             time.sleep(0.001)
         time.sleep(after_s)
-        assert process.is_alive(), f"sae {arguments} was done before the signal"
+        assert process.is_alive(), f"sae {arguments} ended before the signal"
         assert process.pid is not None
         os.kill(process.pid, number)
         process.join(300)

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for two GPUs, without one, and prints a line for each: `test_triton` runs it.
 
-A process of its own, because the tests' kernels are made for the interpreter. Numbers of type i64, which only very
-large inputs have, are left to the GPU.
+It runs in a separate process, because the tests' kernels are made for the interpreter. Numbers of type i64, which only
+very large inputs have, are left to the GPU.
 """
 
 from __future__ import annotations

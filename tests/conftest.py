@@ -35,7 +35,7 @@ def pytest_report_header() -> str:
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> random.Random:
-    """Random numbers of this test: another draw in every session, the same again with the seed that was printed."""
+    """Random numbers of this test: different in every session, the same again with the seed that was printed."""
     return random.Random(f"{os.environ[SEED]} {request.node.nodeid}")
 
 

@@ -60,7 +60,7 @@ def write_jsonl(path: Path, documents: list[Document]) -> Path:
 
 
 def random_transformer(seed: int = 0, shape: TransformerConfig = SHAPE) -> Transformer:
-    """Weights in which nothing is special: biases and norm weights random too, the residual stream not centred.
+    """Weights without special values: biases and norm weights are random too, the residual stream is not centred.
 
     Rounded to 16 bits, as a shipped model's are, so that it equals what is read back from disk.
     """

@@ -22,7 +22,7 @@ from sae.training.step import train_step
 
 
 def load_compiled_loops() -> None:
-    """Takes two steps of every recipe that rows alone are enough for."""
+    """Takes two steps of every recipe that needs nothing but rows."""
     for name, recipe in RECIPES.items():
         if not recipe.needs:
             given = {"k": 2} if "k" in recipe.settings else {}
@@ -34,5 +34,5 @@ def load_compiled_loops() -> None:
 
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():  # else the backward pass starts threads, which a fork does not have
+if not torch.cuda.is_available():  # otherwise the backward pass starts threads, which a fork does not inherit
     load_compiled_loops()

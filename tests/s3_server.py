@@ -1,4 +1,4 @@
-"""A real S3 server process on loopback (moto), which can be told to fail: `start` gives its address."""
+"""A real S3 server process on loopback (moto), which fails on request: `start` gives its address."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = ("500", "slow", "cut", "lost")
 
 
 class Faulty:
-    """WSGI middleware: a share of the requests is answered with 500, late, not at all, or after the deed was done."""
+    """WSGI middleware: a share of the requests is answered with 500, late, not at all, or only after it took effect."""
 
     def __init__(self, app: Callable[..., Iterable[bytes]], faults: Path) -> None:
         self.app, self.faults, self.rng = app, faults, random.Random(3)

@@ -1,4 +1,4 @@
-"""The closed form against a re-run of the model, and the re-run against a splice made by hand."""
+"""The closed form against a re-run of the model, and the re-run against a splice computed here."""
 
 from __future__ import annotations
 

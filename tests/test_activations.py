@@ -1,4 +1,4 @@
-"""The activation store: what is written comes back, and what is damaged never does."""
+"""The activation store: written data is read back, damaged data never is."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ POST = "blocks.0.mlp.hook_post"
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_waiting_for_the_disk():
-    """A kill does not lose what the kernel holds; only a power cut does, which is not tested."""
+    """A kill does not lose data in the kernel's buffers; only a power cut does, which is not tested."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
@@ -111,7 +111,7 @@ def test_what_is_read_is_what_zarr_reads(tmp_path, dtype) -> None:
         zarrs = np.asarray(zarr.open_array(str(store.path / name), mode="r")[shard])
         assert (ours.dtype, ours.shape) == (zarrs.dtype, zarrs.shape)
         assert np.array_equal(ours, zarrs)
-        ours[0] = 0  # a copy of its own
+        ours[0] = 0  # it is a copy
 
 
 def test_bfloat16_bits_are_stored_as_given(tmp_path) -> None:
@@ -143,7 +143,7 @@ def test_row_is_context_times_length_plus_position_heldout_first(tmp_path) -> No
 
 
 def test_shard_without_kept_rows_and_shard_without_text(tmp_path) -> None:
-    """Blocks that are all fill value must still be files, and an exhausted lane needs none."""
+    """Blocks that hold only the fill value must still be files; an exhausted lane needs no files."""
     store = make(tmp_path / "acts.zarr", n_shards={"heldout": 0, "train": 2})
     data = shard_data(store, "train", 0)
     blank = {name: np.zeros((CONTEXTS, SEQ), int) for name in ("tokens", "keep")}
@@ -360,7 +360,7 @@ def test_damage_is_never_read_as_data_and_is_repaired(tmp_path, damage, name) ->
     problems = store.verify()
     assert [(problem.split, problem.shard) for problem in problems] == [("train", 1)]
     assert str(file) in problems[0].text
-    if damage in (damage_truncate, damage_empty, damage_delete):  # size alone gives it away
+    if damage in (damage_truncate, damage_empty, damage_delete):  # the size alone shows it
         assert 1 not in store.markers("train")
         assert not store.is_complete
     else:
@@ -527,4 +527,4 @@ def test_a_kill_before_the_oldest_shard_goes_leaves_no_row_too_many_in_a_ring(tm
     with store.hold([0]):
         pass
     assert {shard: m.contexts for shard, m in store.markers("train").items()} == {0: 0, 1: 1, 64: 1}
-    assert store.marker("train", 0).cursor == {"at": 0}  # its place in the text stays
+    assert store.marker("train", 0).cursor == {"at": 0}  # its place in the text is kept

@@ -1,4 +1,4 @@
-"""Paths into a feature against brute force: one head's reading of one source is removed, all else held fixed."""
+"""Paths into a feature against brute force: one head's reading of one source is removed, all else stays fixed."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ for activation, k in KINDS:
 def test_a_dictionary_compiles_in_one_graph() -> None:
     """As part of a user's compiled model; without a C++ compiler, so that only the capture is tested.
 
-    In a process of its own: the shape checks of this one are Python that a graph cannot hold.
+    In a separate process, because the shape checks of this one are Python code that a graph cannot contain.
     """
     tests = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"}

@@ -1,4 +1,4 @@
-"""Shuffled batches: every kept row once an epoch, the same batch whoever asks and whenever."""
+"""Shuffled batches: every kept row once per epoch, and a batch is the same at every call and in every process."""
 
 import functools
 import os
@@ -23,7 +23,7 @@ ROW_BYTES = 2 * 4 + 16  # float32 [2], its place in the permutation and its cont
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_waiting_for_the_disk():
-    """A kill does not lose what the kernel holds; only a power cut does."""
+    """A kill does not lose data in the kernel's buffers; only a power cut does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
@@ -74,7 +74,7 @@ def build(
 
 @functools.cache
 def shared(shard_contexts: tuple[int, ...], seq_len: int) -> tuple[ActivationStore, np.ndarray]:
-    """Stores are read-only here and fsync is slow: one for each shape that is asked for."""
+    """Stores are read-only here and fsync is slow: one for each requested shape."""
     directory = tempfile.TemporaryDirectory()
     _directories.append(directory)  # removed with the process
     return build(Path(directory.name) / "acts.zarr", shard_contexts, seq_len)

@@ -70,7 +70,7 @@ def test_a_peer_without_its_environment_is_left_out(
     assert "| dictlearn | 0.500 | 0.500 | 0.500 | 8,192 | 1.00 | 0.750 | 1.00 | 1.00 |" in said.out
     assert [r["who"] for r in json.loads((tmp_path / "times").read_text())["results"]] == ["dictlearn"]
     python.unlink()
-    assert bench.main() == 0  # nobody is left to measure
+    assert bench.main() == 0  # no peer is left to measure
     assert capsys.readouterr().err.count("left out") == 2
 
 

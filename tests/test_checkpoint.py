@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and Adam's state taken out and put back."""
+"""Files written whole or not at all, and Adam's state saved and restored."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_json_is_written_whole_and_holds_no_nan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_adam_goes_on_as_if_it_had_not_stopped(tmp_path: Path, fused: bool) -> None:
+def test_adam_continues_as_if_it_had_not_stopped(tmp_path: Path, fused: bool) -> None:
     def start() -> tuple[list[torch.nn.Parameter], torch.optim.Adam]:
         g = torch.Generator().manual_seed(0)
         parameters = [torch.nn.Parameter(torch.randn(s, generator=g)) for s in ((3, 7), (5,))]

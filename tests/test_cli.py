@@ -67,7 +67,7 @@ def test_no_verb_prints_help_and_is_wrong_use(capsys: pytest.CaptureFixture[str]
 
 
 def test_import_and_help_load_nothing_heavy() -> None:
-    """`sae --help` is to answer at once: neither torch nor anything else that takes a second to import."""
+    """`sae --help` must answer at once: it imports neither torch nor anything else that takes a second."""
     program = (
         "import sys, sae, sae.cli\n"
         "try: sae.cli.main(['train', '--help'])\n"
@@ -241,7 +241,7 @@ def test_another_package_in_place_of_ours_is_refused(tmp_path: Path, name: str) 
     )
     assert done.returncode == 1
     assert f"the package {name!r} found at {tmp_path} is not monosem's" in done.stderr
-    assert "environment of its own" in done.stderr
+    assert "into its own environment" in done.stderr
 
 
 # --- the whole pipeline by its verbs ---------------------------------------------------------------------------------

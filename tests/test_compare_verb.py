@@ -80,7 +80,7 @@ def pipeline_weights(directory: Path) -> torch.Tensor:
 
 
 def test_two_models_that_share_a_tokenizer(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """B's activations come from running B's model on A's tokens; a dictionary matches itself in whichever store."""
+    """B's activations come from running B's model on A's tokens; a dictionary matches itself in either store."""
     out = runs.parent / "ab"
     assert main(["compare", str(runs / "a" / "s0"), str(runs / "b" / "s0"), "--out", str(out), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -133,7 +133,7 @@ def test_probes_find_planted_features_and_score_at_chance_on_shuffled_labels() -
     assert classes["one"]["k1"] == 1
     assert classes["two halves"]["k1"] == pytest.approx(0.75, abs=0.04)  # one half right, the rest by the bias
     assert classes["two halves"]["k5"] == 1
-    # Class 2 has no feature of its own: it is predicted where none of the features of classes 0 and 1 fires.
+    # Class 2 has no feature: it is predicted where no feature of classes 0 and 1 fires.
     assert classes["none"]["k1"] < 0.8 < classes["none"]["k5"]
     assert "absent" not in classes
     assert found["mean"]["k2"] == pytest.approx(np.mean([entry["k2"] for entry in classes.values()]))
@@ -170,7 +170,7 @@ def test_the_table_end_to_end(tmp_path: Path, tiny_store: Path, tiny_model_dir: 
     monkeypatch.setattr("sae.analysis.probing.MIN_TOKENS", 20)
     monkeypatch.setattr("sae.evaluation.domains.MIN_TOKENS", 20)
     monkeypatch.setattr("sae.analysis.baselines.ICA_ITERATIONS", 3)
-    monkeypatch.setattr(import_module("sae.pipeline.evaluate"), "SPREAD_SHARDS", 32)  # as many as are held out
+    monkeypatch.setattr(import_module("sae.pipeline.evaluate"), "SPREAD_SHARDS", 32)  # the same number as is held out
     monkeypatch.setattr("sae.analysis.absorption.MIN_TOKENS", 20)
     monkeypatch.setattr("sae.analysis.absorption.MIN_PROBE_ACCURACY", 0.5)
     (tmp_path / "acts.zarr").symlink_to(tiny_store)
@@ -200,4 +200,4 @@ def test_the_table_end_to_end(tmp_path: Path, tiny_store: Path, tiny_model_dir: 
     again = pipeline.controls(out, tokens=4096, train_tokens=5000, only=["shuffled_model"])
     assert again["measured"]["shuffled_model"] == measured["shuffled_model"]  # the weights came back in between
     assert main(["controls", str(out), "--only", "nothing"]) == 2
-    assert "there are random, pca" in capsys.readouterr().err
+    assert "choose from random, pca" in capsys.readouterr().err

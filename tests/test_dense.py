@@ -168,7 +168,7 @@ def test_auto_follows_the_processors_instructions(
 
 
 def test_an_unknown_name_of_products_is_refused() -> None:
-    with pytest.raises(ValueError, match="no matrix products 'fast'; there are auto, highest, medium, bf16"):
+    with pytest.raises(ValueError, match="no matrix products 'fast'; choose from auto, highest, medium, bf16"):
         matmul.choose("fast")
 
 

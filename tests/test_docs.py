@@ -1,4 +1,4 @@
-"""The documentation keeps its word: its commands run, its flags exist, its links lead somewhere, the site builds.
+"""The documentation is correct: its commands run, its flags exist, its links have targets, the site builds.
 
 Commands and Python blocks run at tiny sizes; TINY and FLAGS say what is replaced, NOT_RUN what is left out and why.
 """
@@ -30,7 +30,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")
 sys.path.insert(0, str(DOCS))
 import hooks  # noqa: E402
 
-# What is replaced in a command or a Python block before it runs: a pattern and what stands in its place.
+# What is replaced in a command or a Python block before it runs: a pattern and its replacement.
 TINY = {
     r"d_sae=4096, l0=20\)": "d_sae=64, l0=20, tokens=4_096)",
     r"\b(4096|16384)\b": "64",  # features
@@ -54,7 +54,7 @@ FLAGS = {
 # Commands that are not run, by a pattern, and the reason.
 NOT_RUN = {
     r"^bash scripts/": "makes an environment, runs all tests or starts servers",
-    r"^python scripts/": "each script has tests of its own",
+    r"^python scripts/": "each script has its own tests",
     r"^(git|cd|python3|pip) ": "installs",
     r"^sae browse": "starts a server; tests/test_browser_chromium.py does",
     r"--workers": "starts processes; tests/test_harvest_workers.py does",
@@ -62,7 +62,7 @@ NOT_RUN = {
     r"runs/more/|runs/both/": "needs two harvests; tests/test_store_upkeep.py merges stores",
     r"clean runs/mine --acts": "needs the index of every dictionary; tests/test_store_upkeep.py has them",
 }
-# Pages whose blocks need what the README's commands leave behind, in the order they run.
+# Pages with blocks that need the files made by the README's commands, in the order they run.
 AFTER_README = ["recipes", "formats", "store-guarantees", "your-own-text", "gpus-and-many-machines", "browser", "api"]
 
 
@@ -166,7 +166,7 @@ def test_every_sae_command_in_the_documentation_is_understood(monkeypatch: pytes
         except ValueError as error:
             pytest.fail(f"{where}: sae {' '.join(words)}: {error}")
         seen.add(words[0])
-    assert seen >= set(hooks.verbs()) - {"pretrain", "store"}, "a verb is nowhere shown"
+    assert seen >= set(hooks.verbs()) - {"pretrain", "store"}, "a verb is missing from the documentation"
 
 
 # Flags of other programs that pages name.
@@ -223,7 +223,7 @@ def test_every_metric_has_its_entry_with_its_version() -> None:
 
 
 def source_of(*rooms: str) -> str:
-    """The source of some rooms as one text, with strings that go on in the next line joined."""
+    """The source of some rooms as one text, with strings that continue on the next line joined."""
     files = [path for room in rooms for path in (ROOT / room).rglob("*.[ps][yh]")]
     return re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in files))
 

@@ -184,7 +184,7 @@ def test_every_figure_against_brute_force(tiny_model: NativeModel, kind: dict) -
 
 
 def test_domain_features_are_counted_on_kept_tokens(tiny_model: NativeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A feature made for one domain's rows, chosen on one text and judged on another, against a count by hand."""
+    """A feature made for one domain's rows, chosen on one text and judged on another, against a count made here."""
     monkeypatch.setattr("sae.evaluation.domains.MIN_TOKENS", 5)
     sae, blocks = random_sae(), make_blocks(tiny_model)
     block = whole(blocks)
@@ -334,7 +334,7 @@ def test_the_identity_check_notices_a_model_that_a_splice_disturbs(tiny_model: N
 
 @pytest.mark.parametrize("value", [0.0, 1e4])
 def test_rows_that_are_not_kept_change_no_figure(tiny_model: NativeModel, value: float) -> None:
-    """BOS and padding: their activations may be anything, no figure and no statistic moves."""
+    """BOS and padding: their activations may have any value; no figure and no statistic changes."""
     sae, blocks = random_sae(), make_blocks(tiny_model)
     result, stats = run(sae, tiny_model, blocks)
     changed = [b._replace(acts=torch.where(b.keep[..., None], b.acts, value)) for b in blocks]

@@ -28,7 +28,7 @@ PARAMETER_TOLERANCE, LOSS_TOLERANCE = 1e-2, 1e-5
 
 
 class MadeUp:
-    """Sums of a few of 40 directions, off-centre, in units of their own."""
+    """Sums of a few of 40 directions, off-centre, in units that training must rescale."""
 
     d_in = D_IN
 

@@ -16,7 +16,7 @@ import fault_injection as faults
 
 
 def write_without_fsync(path: str, rank: int, world: int) -> None:
-    """In a process of its own: a killed one loses nothing that it wrote; only a loss of power does."""
+    """For a separate process: a killed process loses nothing that it wrote; only a loss of power would."""
     os.fsync = lambda handle: None
     faults.write(path, rank, world)
 

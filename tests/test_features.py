@@ -283,5 +283,5 @@ def test_a_slice_touches_few_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("row", "value"):
         for chunk in (path / "firings" / name / "c").iterdir():
             if chunk.name not in needed:
-                chunk.write_bytes(b"broken")  # whoever reads it gets an error
+                chunk.write_bytes(b"broken")  # reading it is an error
     np.testing.assert_array_equal(FeatureIndex.open(path).firings(3)[0], rows)

@@ -1,4 +1,4 @@
-"""Several workers write the bytes of one; budgets and rings stop where they must; a full disk loses nothing."""
+"""Several workers write the same bytes as one; budgets and rings stop in time; a full disk loses nothing."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def disk_taken(path: Path) -> int:
     return int(subprocess.check_output(["du", "-s", "--block-size=1", str(path)]).split()[0])
 
 
-def test_a_disk_budget_stops_with_a_usable_store_and_goes_on_when_raised(
+def test_a_disk_budget_stops_with_a_usable_store_and_continues_when_raised(
     tmp_path: Path, tiny_store: Path, tiny_model_dir: Path, tiny_text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "acts.zarr"
@@ -181,7 +181,7 @@ def test_a_budget_too_small_for_anything_is_refused(tmp_path: Path, tiny_model: 
     assert not (tmp_path / "a.zarr").exists()
 
 
-def test_a_memory_budget_stops_with_a_usable_store_and_goes_on_when_raised(
+def test_a_memory_budget_stops_with_a_usable_store_and_continues_when_raised(
     tmp_path: Path, tiny_store: Path, tiny_model: NativeModel, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, looks = tmp_path / "acts.zarr", [0]
@@ -192,7 +192,7 @@ def test_a_memory_budget_stops_with_a_usable_store_and_goes_on_when_raised(
 
     with monkeypatch.context() as patch:
         patch.setattr(harvesting, "resident_bytes", growing)
-        with pytest.raises(harvesting.OutOfMemoryBudget, match=r"more than the 1,400 MB.*Raise --max-ram .*to go on"):
+        with pytest.raises(harvesting.OutOfMemoryBudget, match=r"more than the 1,400 MB.*--max-ram .*to continue"):
             pipeline.harvest(tiny_model, tiny_text, out, max_ram_bytes=14 * 10**8, **BUDGET)
     store = ActivationStore.open(out)
     assert len(store.markers(HELD_OUT)) + len(store.markers(TRAIN)) == looks[0] == 41
@@ -243,7 +243,7 @@ def test_sizes(text: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize("call", ["write_chunk", "write"])
-def test_a_disk_that_fills_up_loses_no_shard_and_says_how_to_go_on(
+def test_a_disk_that_fills_up_loses_no_shard_and_says_how_to_continue(
     call: str,
     tmp_path: Path,
     tiny_store: Path,
@@ -370,7 +370,7 @@ def test_a_marker_of_a_fallen_shard_is_mended_and_the_shard_stays_empty(
     assert contents(out) == sound
 
 
-def test_a_training_does_not_go_on_with_a_ring_that_moved_on(
+def test_a_training_does_not_continue_with_a_ring_that_moved_on(
     tmp_path: Path, tiny_model: NativeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ring = {"keep_rows": LANES * 32, "tokens": 4 * LANES * 32, "heldout_tokens": 64}
@@ -397,7 +397,7 @@ def test_a_ring_smaller_than_a_context_of_each_lane_is_refused(tmp_path: Path, t
 def test_the_writer_thread_reports_what_went_wrong(
     tmp_path: Path, tiny_model: NativeModel, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """float16 overflow in the middle of a harvest: named with the row and the way out; what came before stays."""
+    """float16 overflow in the middle of a harvest: the error names the row and the solution; earlier shards stay."""
     calls, real = [0], harvesting._activations
 
     def growing(*arguments: object) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Harvest: which row is which token, what a resumed harvest writes, and what happens when text or disk run out."""
+"""Harvest: the token of each row, the bytes of a resumed harvest, and too little text or disk space."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def filled_shards(store: ActivationStore, split: str) -> list[int]:
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 7, 40])
-def test_a_lane_goes_on_from_the_cursor_of_any_shard(shard_tokens: int) -> None:
+def test_a_lane_continues_from_the_cursor_of_any_shard(shard_tokens: int) -> None:
     """Without a model or a store: documents of 0 to 20 tokens, packed into the shards of lane 3."""
     rng = np.random.default_rng(1)
     documents = [rng.integers(0, 99, rng.integers(0, 21)).astype(np.uint32) for _ in range(30)]
@@ -225,7 +225,7 @@ def test_a_harvest_stopped_and_resumed_again_and_again_writes_the_same_bytes(
 
     for after in (1, 40, 90, 3):
         monkeypatch.setattr(harvesting, "harvest", lambda m, s, sink, n=after, **k: real(m, s, Stopping(sink, n), **k))
-        with pytest.raises(Interrupted, match="Repeat the command to go on"):
+        with pytest.raises(Interrupted, match="Repeat the command to continue"):
             harvest()
         stops += 1
         assert not ActivationStore.open(out).is_complete

@@ -42,7 +42,7 @@ def llama() -> Any:
 
 OUT, IN = "output", "input"
 Places = dict[str, tuple[Callable[[Any], Any], str]]
-# hook point → module of plain transformers, and whether it is what enters or what leaves it
+# hook point → module of plain transformers, and whether the activations are its input or its output
 FAMILIES: dict[str, tuple[Callable[[], Any], Places]] = {
     "gpt2": (
         gpt2,
@@ -180,4 +180,4 @@ def test_a_residual_stream_dictionary_of_a_hugging_face_gpt2_through_the_whole_p
     assert pipeline.describe(tmp_path / "d" / "features.zarr")["hook_point"] == hook
     assert pipeline.verify(store) == []
     (tmp_path / "model").rename(tmp_path / "moved")
-    pipeline.evaluate(tmp_path / "d", model=str(tmp_path / "moved"))  # the same weights elsewhere will do
+    pipeline.evaluate(tmp_path / "d", model=str(tmp_path / "moved"))  # the same weights, moved, are accepted

@@ -85,7 +85,7 @@ def test_every_activation_is_stored(built: Built) -> None:
 
 
 def test_logit_weights(built: Built) -> None:
-    """Centred residual direction, final norm's weight, unembedding, median at 0; no more and no less."""
+    """Centred residual direction, final norm's weight, unembedding, median at 0; nothing else."""
     sae, module = built.sae, built.model.module
     W_out = module.blocks[0].mlp.out.weight.double().numpy()  # [d_model, d_mlp]
     direction = sae.W_dec.double().numpy() @ W_out.T

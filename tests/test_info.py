@@ -1,4 +1,4 @@
-"""A feature in the terminal: what is said of it is in the index, and nothing in it moves the cursor."""
+"""A feature in the terminal: its description matches the index, and no token can control the terminal."""
 
 from __future__ import annotations
 

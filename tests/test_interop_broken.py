@@ -65,7 +65,7 @@ def test_a_configuration_that_is_not_a_json_object(foreign: Path, tmp_path: Path
 
 @pytest.mark.parametrize("make", [dictionary_learning, nanda, openai])
 def test_a_pickle_with_code_is_not_run(tmp_path: Path, make: Callable[..., Path]) -> None:
-    """A file that would create another one if it were unpickled; at the end the proof that it would."""
+    """A file that would create another one if it were unpickled; the end of the test proves that it would."""
     path = make(tmp_path / "peer", weights())
     file, witness = weights_of(path), tmp_path / "witness"
     command = f"open({str(witness)!r}, 'w').close()"
@@ -100,7 +100,7 @@ WRONG_SHAPES = {"W_enc": (D_IN, D_SAE + 1), "W_dec": (D_SAE, D_IN + 1), "b_enc":
 def test_tensors_that_do_not_fit_each_other(tmp_path: Path, peer: str, name: str) -> None:
     made = weights()
     made[name] = torch.ones(WRONG_SHAPES[name])
-    # a sparsify file has one number more to disagree with; without d_sae = 20 · 6 it is refused for the tensors alone
+    # a sparsify file also records d_sae; with d_sae = 20 · 6, only the tensors are a reason to refuse it
     said = refused(PEERS[peer](tmp_path / "peer", made), tmp_path / "out")
     assert any(word in said for word in ("do not fit", "in the configuration", "a transcoder"))
 
@@ -125,7 +125,7 @@ def test_integer_weights(tmp_path: Path) -> None:
 
 
 def test_a_tensor_too_many_or_too_few(tmp_path: Path) -> None:
-    """What is not understood may change what the dictionary does."""
+    """An unknown tensor may change what the dictionary computes."""
     path = dictionary_learning(tmp_path / "peer", weights())
     state = torch.load(path / "ae.pt", weights_only=True)
     torch.save(state | {"W_skip": torch.ones(2)}, path / "ae.pt")

@@ -90,7 +90,7 @@ def test_select_finds_what_the_rule_says_with_float32_values(kernels: ModuleType
 
 
 def test_screening_in_bfloat16_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values so close to each other that bfloat16 cannot tell them apart; the float32 product can."""
+    """Values so close to each other that bfloat16 cannot distinguish them; the float32 product can."""
     cpu = choose("cpu")
     d_in, d_sae, rows = 64, 300, 40
     g = torch.Generator().manual_seed(0)
@@ -149,7 +149,7 @@ def test_huge_biases_do_not_hide_what_is_active(
         pytest.skip("only the cpu kernels have a choice of screens")
     W_enc, _, _ = weights(33, 150)
     x = random(4, 20, 33)
-    for scale in (1024.0, 1e-6):  # of the product beside a bias of 1024
+    for scale in (1024.0, 1e-6):  # of the product next to a bias of 1024
         W_scaled = W_enc * scale
         product = x.double() @ W_scaled.double()
         bias = -product[0].float() if scale > 1 else torch.full((150,), -1024.0)
@@ -351,7 +351,7 @@ def test_choosing_kernels_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     pytest.importorskip("triton")
     assert choose("auto", "cuda").NAME == "triton"
-    with pytest.raises(ValueError, match="run on a CUDA device, the tensors are on cpu. Say --device cuda"):
+    with pytest.raises(ValueError, match="run on a CUDA device, the tensors are on cpu. Use --device cuda"):
         choose("triton", "cpu")
     monkeypatch.setenv("SAE_KERNELS", "triton")
     with pytest.raises(ValueError, match="run on a CUDA device"):

@@ -92,7 +92,7 @@ def test_without_a_target_lambda_is_as_given_after_its_warm_up() -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 50, 700, 1950])
-def test_it_goes_on_from_what_a_checkpoint_holds(stop: int) -> None:
+def test_it_continues_from_what_a_checkpoint_holds(stop: int) -> None:
     whole, plant = LambdaController.start(config(target_l0=5.0), 10.0), Plant()
     run(plant, whole, stop)
     assert set(whole.saved()) == {"coefficient", "mean_l0", "response", "annealing"}

@@ -47,7 +47,7 @@ def contexts(tiny_model: NativeModel, source: TextSource) -> Contexts:
 
 
 def live(contexts: Contexts, *, held_rows: int = 800, steps: int = 4000, hooks: Any = None, **options: Any) -> LiveRows:
-    """Float32 rows of 32 in a buffer of so many."""
+    """Float32 rows of width 32, in a buffer of this many rows."""
     options = {"dtype": "float32", "memory_bytes": held_rows * 32 * 4, "seed": 3, **options}
     return LiveRows(contexts, hooks or {"x": HOOK_POINT}, batch_tokens=BATCH, steps=steps, **options)
 
@@ -82,7 +82,7 @@ def places_in(rows: np.ndarray, among: np.ndarray) -> np.ndarray:
 
 
 def is_one_of_a_kind(rows: np.ndarray) -> np.ndarray:
-    """Which rows are unlike all others: contexts may begin with the same tokens."""
+    """Which rows are different from all others: contexts may begin with the same tokens."""
     along = rows @ np.random.default_rng(0).normal(size=rows.shape[1])
     order = np.argsort(along)
     gaps = np.diff(along[order], prepend=-np.inf, append=np.inf)

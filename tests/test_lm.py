@@ -1,4 +1,4 @@
-"""Models: the native path against TransformerLens, both against transformers, and what is said of a wrong one."""
+"""Models: the native path against TransformerLens, both against transformers, and the errors for a wrong one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def mixed(x: Tensor) -> Tensor:
 def test_native_logits_are_the_bridges(tiny_model: NativeModel, bridge: Any, tokens: Tensor) -> None:
     expected = bridge(tokens, return_type="logits")
     assert (tiny_model.logits(tokens) - expected).abs().max() <= TOLERANCE
-    assert expected.std() > 0.1  # the comparison is of something
+    assert expected.std() > 0.1  # not all zero
 
 
 @pytest.mark.parametrize("hook_point", HOOK_POINTS)
@@ -405,7 +405,7 @@ def test_the_hub_is_asked_for_the_right_model(
     monkeypatch.setattr(TransformerBridge, "boot_transformers", staticmethod(boot("boot_transformers")))
     model = load_model(name)
     assert wanted == [(door, asked)]
-    assert (model.id, model.bos_id) == (name, 7)  # no BOS of its own: the end of text stands for it
+    assert (model.id, model.bos_id) == (name, 7)  # without a BOS token, the end-of-text token is used
     assert len(model.weights_sha256) == 64
 
 

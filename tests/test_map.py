@@ -27,7 +27,7 @@ def test_pca_is_the_singular_value_decomposition() -> None:
 
 
 def test_clusters_are_the_planted_ones() -> None:
-    """More clusters are asked for than were planted: none may mix two."""
+    """More clusters than were planted are requested: no cluster may mix two planted ones."""
     unit, of = blobs(40, 5, 0.05)
     found = clusters(unit, seed=0)
     assert len(set(found.tolist())) <= n_clusters(200)

@@ -150,7 +150,7 @@ def test_drawing_many_contexts_in_groups_keeps_the_width(monkeypatch: pytest.Mon
 
 
 def grouped(sums: dict[str, np.ndarray]) -> list[dict]:
-    """Each context a group of its own."""
+    """Each context is a separate group."""
     each = np.arange(len(sums["rows"]))
     return metrics.by_group(sums, each, each, len(each), metrics.Bootstrap(len(each)))
 

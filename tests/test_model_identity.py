@@ -1,4 +1,4 @@
-"""A model is known by its parameters and what computes with them, wherever they lie; old records stay readable."""
+"""A model is identified by its parameters and what is computed with them, not by its path; old records are readable."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_what_computes_with_the_parameters_is_part_of_a_model(tmp_path: Path, ti
 
 @pytest.fixture
 def old_store(tmp_path: Path, tiny_model_dir: Path) -> Path:
-    """A store as version 0.1 wrote it: beside its model's hash it recorded that of the weight file."""
+    """A store as version 0.1 wrote it: besides its model's hash it recorded that of the weight file."""
     text = write_jsonl(tmp_path / "t.jsonl", made_up_documents(1200))
     out = pipeline.harvest(str(tiny_model_dir), text, tmp_path / "acts.zarr", **SIZE)
     settings = json.loads((out / "zarr.json").read_text())

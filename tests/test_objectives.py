@@ -315,7 +315,7 @@ def test_no_gradient_reaches_a_feature_that_is_off() -> None:
     assert gradient[:, 4].any()
 
 
-def test_lambda_zero_and_infinity_are_numbers_all_the_same() -> None:
+def test_lambda_zero_and_infinity_are_numbers() -> None:
     sae, x = dictionary("jumprelu"), rows()
     step = replace(context(settings("jumprelu"), sparse=True), coefficient=0.0)
     assert math.isfinite(RECIPES["jumprelu"].objective(sae, ScaledBatch(x, x), step).loss.item())

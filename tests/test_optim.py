@@ -93,7 +93,7 @@ def test_thresholds_move_by_their_own_rate_and_not_below_zero(kernels: str) -> N
         torch.testing.assert_close(parameter.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_adam_goes_on_from_its_saved_tensors() -> None:
+def test_adam_continues_from_its_saved_tensors() -> None:
     sae, optimizer = trained_sae()
     other = SAE(D_IN, D_SAE)
     other.load_state_dict(sae.state_dict())
@@ -257,7 +257,7 @@ def test_data_weights_are_rows_of_the_data_at_the_scale_that_reconstructs_best()
 def test_spread_rows_takes_each_direction_before_any_twice() -> None:
     corners = torch.eye(4).repeat_interleave(50, 0)  # four directions, fifty equal rows each
     chosen = spread_rows(corners, 10, torch.Generator().manual_seed(0))
-    assert sorted((chosen // 50).tolist()) == [0, 1, 2, 3]  # nothing is left at a distance after four
+    assert sorted((chosen // 50).tolist()) == [0, 1, 2, 3]  # after four, no row is left at a distance above 0
 
 
 def test_spread_rows_never_takes_a_zero_row() -> None:

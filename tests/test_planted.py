@@ -84,7 +84,7 @@ def test_thresholds_reach_the_l0_asked_for_at_a_moderate_lambda(tmp_path: Path) 
 def test_the_script_leaves_out_recipes_that_need_more_than_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))  # as when it is run: it imports its neighbours
+    monkeypatch.syspath_prepend(str(SCRIPTS))  # as when the script is run: it imports other scripts
     spec = importlib.util.spec_from_file_location("planted", SCRIPTS / "planted.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""Reading ahead: everything in order, never more than asked for ahead, nothing after the caller has stopped."""
+"""Reading ahead: all items in order, never further ahead than requested, nothing after the caller has stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_every_piece_comes_once_and_in_order(items: list[int], pieces: int) -> N
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
-def test_the_reader_is_so_far_ahead_and_no_further(pieces: int) -> None:
+def test_the_reader_is_never_further_ahead_than_asked(pieces: int) -> None:
     """What can be read is what has been taken from `items`, which happens in the caller's own thread."""
     taken_from_items: list[int] = []
     begun: Queue[int] = Queue()
@@ -41,7 +41,7 @@ def test_the_reader_is_so_far_ahead_and_no_further(pieces: int) -> None:
     assert begun.empty()
 
 
-def test_who_stops_early_waits_for_one_piece() -> None:
+def test_a_caller_that_stops_early_waits_for_one_piece() -> None:
     begun, go = [], threading.Event()
 
     def read(item: int) -> int:

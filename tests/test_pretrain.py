@@ -157,7 +157,7 @@ def test_a_run_leaves_a_loadable_model_and_learns(unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_after", [1, 7, 11])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(
+def test_an_interrupted_run_continues_to_the_same_bytes(
     tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
     out, taken, step = tmp_path / "lm", 0, module._step
@@ -219,7 +219,7 @@ module.pretrain(open_text({text}), Path({out}), shape=shape, config=PretrainConf
 """
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+def test_a_killed_run_continues_from_its_last_checkpoint(tmp_path: Path) -> None:
     """SIGKILL in step 9, a checkpoint after each step: the end is that of an unbroken run."""
     for i, document in enumerate(DOCUMENTS):
         (tmp_path / "text").mkdir(exist_ok=True)

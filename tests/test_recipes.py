@@ -122,7 +122,7 @@ def test_momentum_must_be_below_one() -> None:
         resolve("topk", beta1=1.0)
 
 
-def test_every_setting_is_told_where_it_is_wrong() -> None:
+def test_every_wrong_setting_is_named() -> None:
     """Each setting with a range refuses a value outside it, by its name and with the value."""
     wrong: dict[str, Any] = {"matmul": "quick", "beta1": -0.1, "p_end": 0.0, "resample_shares": (0.5, 1.0)}
     wrong |= {"prefix_shares": (0.5, 0.25, 1.0), "lr": 0.0} | dict.fromkeys(("d_sae", "tokens", "batch_tokens"), 0)

@@ -120,7 +120,7 @@ def test_failures_in_between_change_nothing(url: str, faults: Path, tmp_path: Pa
 def test_a_server_that_is_gone_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(remote, "RETRY", {**remote.RETRY, "max_retries": 1, "retry_timeout": timedelta(seconds=1)})
-    with pytest.raises(StoreError, match=r"s3://bucket/x.*cannot be reached .*repeat the command to go on"):
+    with pytest.raises(StoreError, match=r"s3://bucket/x.*cannot be reached .*repeat the command to continue"):
         ActivationStore.open("s3://bucket/x")
 
 
@@ -157,7 +157,7 @@ def test_owners_of_lanes_and_taking_over(url: str) -> None:
     assert list(store.markers("train")) == [0, 1]
 
 
-def test_who_lost_its_lane_marks_nothing_more(url: str) -> None:
+def test_a_worker_that_lost_its_lane_marks_nothing_more(url: str) -> None:
     store, other = make(url), ActivationStore.open(url)
     with store.hold():
         store.write_shard("train", 0, **shard_data(store, "train", 0))

@@ -1,4 +1,4 @@
-"""What a dictionary may be measured with: its own model by whatever name, and x̂ only where it stands for x."""
+"""A dictionary is measured with its own model under any name, and x̂ replaces x only at the hook point of x."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_nothing_puts_a_transcoders_output_where_its_input_was(
             verb()
     nowhere = "holds .*; the dictionary predicts" if kind == "another place" else "has no target_hook_point"
     for verb in (lambda: pipeline.evaluate(transcoder), lambda: pipeline.index(transcoder)):
-        with pytest.raises(pipeline.PipelineError, match=nowhere):  # its y is not in the store, or nobody knows where
+        with pytest.raises(pipeline.PipelineError, match=nowhere):  # of y: not in the store, or not recorded
             verb()
     assert main(["steer", str(transcoder), "--feature", "0", "--ablate"]) != 0
     assert "is a transcoder" in capsys.readouterr().err
@@ -87,11 +87,11 @@ def test_a_named_model_must_have_the_recorded_weights(tmp_path: Path, tiny_model
     shutil.copytree(other, moved)  # the recorded name, other weights
     config = load(ours).config
     renamed = save(load(ours), tmp_path / "renamed", config | {"model": config["model"] | {"id": str(moved)}})
-    with pytest.raises(pipeline.PipelineError, match="it has changed, or is another"):
+    with pytest.raises(pipeline.PipelineError, match="it has changed, or is a different model"):
         pipeline.open_pair(renamed)
 
 
-def test_end_to_end_goes_on_with_the_stores_model_or_not_at_all(tmp_path: Path, tiny_text: Path) -> None:
+def test_end_to_end_continues_with_the_stores_model_or_not_at_all(tmp_path: Path, tiny_text: Path) -> None:
     model = write_model(tmp_path / "model")
     places = ["blocks.0.hook_resid_mid", HOOK_POINT]
     store = pipeline.harvest(
@@ -123,5 +123,5 @@ def test_a_store_that_does_not_say_whose_activations_it_holds_is_refused(
     store = ActivationStore.open(tiny_store)
     del store.provenance["model"]
     monkeypatch.setattr(ActivationStore, "open", lambda _: store)
-    with pytest.raises(pipeline.PipelineError, match=r"acts\.zarr does not say whose activations it holds"):
+    with pytest.raises(pipeline.PipelineError, match=r"acts\.zarr does not say which model its activations come from"):
         resolve.store_of(SAE(4, 8), None, tiny_store)

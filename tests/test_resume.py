@@ -87,7 +87,7 @@ def training(store: Path, recipe: str, out: Path) -> list[object]:
 def unbroken(
     request: pytest.FixtureRequest, commands: Commands, store: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
-    """A recipe and its training in one go."""
+    """A recipe and its training without interruption."""
     out = tmp_path_factory.mktemp("unbroken") / "sae"
     assert commands.run(*training(store, request.param, out)) == 0
     return request.param, out
@@ -133,7 +133,7 @@ def assert_same_dictionary(out: Path, unbroken: Path) -> None:
 def test_harvest_killed_three_times_writes_the_same_bytes(
     commands: Commands, harvest: list[object], store: Path, tmp_path: Path, rng: random.Random
 ) -> None:
-    """Each kill lands a random number of shards after the harvest got going, and a random moment into the next one."""
+    """Each kill comes a random number of shards after the start, at a random moment of the next shard."""
     out = tmp_path / "acts.zarr"
     for _ in range(3):
         there = n_markers(out)
@@ -230,7 +230,7 @@ def test_a_log_cut_to_its_checkpoint_is_cut_whole_or_not_at_all(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_harvest_asked_to_stop_says_how_to_go_on(
+def test_a_harvest_asked_to_stop_says_how_to_continue(
     commands: Commands, harvest: list[object], store: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     out = tmp_path / "acts.zarr"
@@ -238,14 +238,14 @@ def test_a_harvest_asked_to_stop_says_how_to_go_on(
     status = commands.stop(number, lambda: n_markers(out) >= 20, *harvest, "--out", out)
     assert status == 130
     said = commands.log.read_bytes()[before:].decode()
-    assert f"every finished shard saved in {out}. Repeat the command to go on." in said
+    assert f"every finished shard saved in {out}. Repeat the command to continue." in said
     assert "Traceback" not in said
     assert commands.run(*harvest, "--out", out) == 0
     assert store_bytes(out) == store_bytes(store)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])  # Slurm: TERM, or --signal=USR1
-def test_training_asked_to_stop_saves_and_says_how_to_go_on(
+def test_training_asked_to_stop_saves_and_says_how_to_continue(
     commands: Commands, store: Path, unbroken: tuple[str, Path], tmp_path: Path, number: signal.Signals
 ) -> None:
     recipe, whole = unbroken
@@ -256,7 +256,7 @@ def test_training_asked_to_stop_saves_and_says_how_to_go_on(
     step = saved_step(out)
     assert 75 <= step < TRAIN_STEPS
     said = commands.log.read_bytes()[before:].decode()
-    assert f"stopped at step {step:,} of {TRAIN_STEPS:,}, saved in {out}. Repeat the command to go on." in said
+    assert f"stopped at step {step:,} of {TRAIN_STEPS:,}, saved in {out}. Repeat the command to continue." in said
     assert "Traceback" not in said
     assert commands.run(*command) == 0
     assert_same_dictionary(out, whole)
@@ -265,7 +265,7 @@ def test_training_asked_to_stop_saves_and_says_how_to_go_on(
 def test_the_command_itself_in_a_fresh_process_is_interrupted_the_same_way(
     tiny_model_dir: Path, tiny_model: NativeModel, tiny_text: Path, tmp_path: Path
 ) -> None:
-    """As a shell would: `sae harvest …`, Ctrl-C, and the same again; no fork of ours in between."""
+    """As in a shell: `sae harvest …`, Ctrl-C, and the same command again; not one of our forks."""
     whole = pipeline.harvest(tiny_model, tiny_text, tmp_path / "whole.zarr", tokens=2048, heldout_tokens=64)
     out = tmp_path / "acts.zarr"
     command = [
@@ -291,7 +291,7 @@ def test_the_command_itself_in_a_fresh_process_is_interrupted_the_same_way(
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
-    assert "Repeat the command to go on." in said
+    assert "Repeat the command to continue." in said
     assert "Traceback" not in said
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr

@@ -1,4 +1,4 @@
-"""Every script explains itself; the scripts without a test file of their own run here on tiny input."""
+"""Every script explains itself; scripts without a separate test file run here on tiny input."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ sys.exit(f"imported {sorted(loaded)}" if loaded else status)
 
 
 def run_python(program: str, *arguments: str) -> None:
-    """Runs a program in a process of its own, which has imported nothing yet."""
+    """Runs a program in a new process, which has imported nothing yet."""
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
     )

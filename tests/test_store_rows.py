@@ -1,4 +1,4 @@
-"""Training rows of a store: how well they are mixed is logged, memory decides how, ranks share them out."""
+"""Training rows of a store: the log says how well they are mixed, memory decides how, ranks divide them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_training_logs_how_well_its_batches_are_mixed(
     assert np.mean([entry["mixing"] for entry in entries]) >= 0.95
 
 
-def test_memory_decides_the_order_so_a_run_goes_on_with_the_same(tiny_store: Path, tmp_path: Path) -> None:
+def test_memory_decides_the_order_so_a_run_continues_with_the_same(tiny_store: Path, tmp_path: Path) -> None:
     command = [
         "train",
         "--acts",

@@ -112,7 +112,7 @@ def test_atomic_json_failure_leaves_the_old_file(tmp_path) -> None:
 
 
 def test_a_reader_of_the_old_file_keeps_it_whole(tmp_path) -> None:
-    """The new file takes the old one's name and not its bytes: no moment has half of each."""
+    """The new file replaces the old one's name, not its bytes: at no moment does a reader see half of each."""
     path = tmp_path / "a.json"
     atomic_json(path, [0] * 20)
     with open(path) as old:

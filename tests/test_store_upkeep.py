@@ -1,4 +1,4 @@
-"""Every damage is detected, named and repaired; leftovers go; stores are merged, cut and written as numpy files."""
+"""All damage is detected, named and repaired; leftovers are deleted; stores are merged, cut and written as numpy."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_clean_removes_leftovers_and_nothing_else(store: Path, capsys: pytest.Ca
     assert [p.name for p in store.parent.iterdir()] == ["acts.zarr"]
 
 
-def test_clean_takes_the_store_only_when_dictionaries_need_it_no_more(store: Path) -> None:
+def test_clean_deletes_the_store_only_when_no_dictionary_needs_it(store: Path) -> None:
     run = store.parent
     pipeline.train(store, run / "d", d_sae=16, tokens=512, config={"k": 2, "batch_tokens": 128}, hook_point=HOOK_POINT)
     with pytest.raises(PipelineError, match="sae index"):
@@ -266,7 +266,7 @@ def test_a_subset_has_some_hook_points_and_the_first_shards(store: Path, text: P
     assert np.array_equal(small.read_stored(TRAIN, 9, RESID), whole.read_stored(TRAIN, 9, RESID))
     marker_file(out).unlink()
     with pytest.raises(PipelineError, match="a merged or cut store does not"):
-        pipeline.repair(out, text=text)  # its shards need not bear the numbers that the text gave them
+        pipeline.repair(out, text=text)  # its shards may have other numbers than the text gave them
     assert len(small.markers(TRAIN)) == 9  # nothing was rebuilt
 
 

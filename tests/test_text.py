@@ -382,7 +382,7 @@ def test_a_document_too_long_to_tokenise_is_cut_and_its_parts_stay_together(
         parts = sorted(source.documents(), key=lambda d: int(d.id.split("#")[1]))
         assert "".join(part.text for part in parts) == whole
         assert max(len(part.text) for part in parts) <= 1000
-        assert {part.split for part in parts} == {split_of(whole)}  # never one half here and one half there
+        assert {part.split for part in parts} == {split_of(whole)}  # both parts are always in the same split
         assert all(part.text.endswith(joiner) for part in parts[:-1])
         assert len({part.id for part in parts}) == len(parts)
     assert (source.report.documents, source.report.long_documents) == (1, 1)

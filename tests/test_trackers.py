@@ -1,4 +1,4 @@
-"""Trackers are told what metrics.jsonl is told, once for each step, also of a run that was cut off and went on."""
+"""Trackers get the entries of metrics.jsonl, once for each step, also for a run that was cut off and resumed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def logged(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def cut_off_and_gone_on(out: Path, name: str) -> list[dict[str, Any]]:
+def cut_off_and_resumed(out: Path, name: str) -> list[dict[str, Any]]:
     """A run that logged up to step 150 when it was cut off, its last checkpoint earlier or none; the finished log."""
     tracked = trackers_named([name])
     with pytest.raises(PowerCut):
@@ -58,7 +58,7 @@ def cut_off_and_gone_on(out: Path, name: str) -> list[dict[str, Any]]:
 
 
 def test_tensorboard_reads_the_log(tmp_path: Path) -> None:
-    log = cut_off_and_gone_on(tmp_path, "tensorboard")
+    log = cut_off_and_resumed(tmp_path, "tensorboard")
     read = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
     read.Reload()
     assert set(read.Tags()["scalars"]) == set(log[0]) - {"step"}
@@ -79,7 +79,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
 
 def test_wandb_stays_offline_and_one_run(tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "mine"
-    log = cut_off_and_gone_on(out, "wandb")
+    log = cut_off_and_resumed(out, "wandb")
     assert [asked["mode"] for asked in wandb.asked] == ["offline", "offline"]
     assert len({asked["id"] for asked in wandb.asked}) == 1
     assert all(asked["resume"] == "allow" and asked["dir"] == str(out) for asked in wandb.asked)
@@ -111,7 +111,7 @@ def test_a_tracker_changes_nothing_and_hears_what_follows_the_checkpoint(tmp_pat
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "tracked" / name).read_bytes()
 
 
-def test_what_is_not_there_is_said_before_any_work(
+def test_a_missing_tracker_is_reported_before_any_work(
     tmp_path: Path, tiny_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)

@@ -345,7 +345,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(unbroken: dict, recipe
                 train(source, out, small(recipe))
             assert not (out / "sae.safetensors").exists()
         train(source, out, small(recipe))
-        assert sorted(set(seen)) == list(range(60))  # none left out; prefetched steps are read again
+        assert sorted(set(seen)) == list(range(60))  # no step is left out; prefetched steps are read again
         assert_same_run(out, unbroken[recipe])
 
 
@@ -475,7 +475,7 @@ def test_an_l0_is_missed_by_more_than_a_fifth(l0: float, missed: bool) -> None:
     assert bool(LambdaController(config, 1.0, mean_l0=l0).missed_target()) == missed
 
 
-def test_a_run_begun_before_a_setting_was_known_goes_on_as_it_began(tmp_path: Path) -> None:
+def test_a_run_begun_before_a_setting_was_known_continues_as_it_began(tmp_path: Path) -> None:
     """Its settings lack what was added later; it was begun with the default, and another value is refused."""
     for recipe in ("topk", "jumprelu"):
         train(rows(), tmp_path / recipe, small(recipe, threshold_lr_ratio=1.0))
@@ -551,7 +551,7 @@ def test_rows_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(
         tensors, header = read_tensors(tmp_path / "state.safetensors")
         assert header["step"] == bad_step
         assert all(t.isfinite().all() for t in tensors.values())
-    # with the rows repaired, the same call goes on to where an unbroken run ends
+    # with the rows repaired, the same call continues and ends as an unbroken run does
     train(rows(), tmp_path, small(recipe), save_minutes=0)
     assert_same_run(tmp_path, unbroken[recipe])
 

@@ -1,4 +1,4 @@
-"""A transcoder is measured where it writes: ŷ replaces y, and the index says what its features do there."""
+"""A transcoder is measured at its target hook point: ŷ replaces y, and the index describes its features there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only the Triton kernels promise; that they do what every backend does is in test_kernels.
+"""Tests for the Triton kernels only; test_kernels tests what all backends have in common.
 
 Without a GPU they run in Triton's interpreter, and are compiled for two GPUs to see that they can be.
 """
@@ -79,7 +79,7 @@ def test_what_is_not_finite_is_not_for_the_sparse_path() -> None:
 
 
 def test_the_screen_in_float16_changes_nothing() -> None:
-    """Values so close to each other that float16 cannot tell them apart; the float32 product can."""
+    """Values so close to each other that float16 cannot distinguish them; the float32 product can."""
     d_in, d_sae, rows = 64, 200, 10
     shared = random(0, 1, d_in)
     W_enc = (shared + 1e-4 * random(1, d_sae, d_in)).t()
@@ -94,7 +94,7 @@ def test_the_screen_in_float16_changes_nothing() -> None:
 
 
 def assert_chosen(pre: Tensor, rule: Rule, support: Support, values: Tensor) -> None:
-    """As the float64 product decides, but where float32's own rounding may."""
+    """As the float64 product decides, except where float32's rounding may decide otherwise."""
     dense, active, gap = support.dense(values), active_by_rule(pre, rule), 2e-6 * pre.abs().max()
     smallest = torch.where(active, pre, torch.inf)
     bar = smallest.amin(-1, keepdim=True) if isinstance(rule, TopK) else smallest.amin()

@@ -48,7 +48,7 @@ def test_the_trainer_does_with_them_what_it_does_with_the_reference(
     assert found["triton"].config["device"] == DEVICE
 
 
-def test_a_run_goes_on_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_continues_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, config = resolve("topk", d_sae=24, tokens=32, batch_tokens=16, k=3, resample_shares=())
     loop.train(FewRows(), tmp_path / "cpu", config, kernels="reference", device="cpu")
     with pytest.raises(ValueError, match="begun on cpu; on cuda the result would differ. Use --device cpu"):
@@ -83,7 +83,7 @@ def test_a_resumed_run_on_the_gpu_is_the_unbroken_one(tmp_path: Path, monkeypatc
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_model_goes_on_from_rows_on_another_device(tiny_model: NativeModel) -> None:
+def test_a_model_continues_from_rows_on_another_device(tiny_model: NativeModel) -> None:
     downstream = tiny_model.downstream("blocks.0.mlp.hook_post")
     widths = (tiny_model.hook_width(f"blocks.0.{hook}") for hook in ("mlp.hook_post", "hook_resid_mid"))
     x, resid = (random(number, 5, width) for number, width in enumerate(widths))
@@ -111,7 +111,7 @@ def test_a_placed_dictionary_answers_on_the_cpu_what_it_would_say_there(settings
 @pytest.fixture(scope="module")
 def bench_gpu() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "scripts")  # as when it is run: it imports its neighbours
+        patch.syspath_prepend(ROOT / "scripts")  # as when the script is run: it imports other scripts
         return importlib.import_module("bench_gpu")
 
 

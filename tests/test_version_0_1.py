@@ -1,4 +1,4 @@
-"""Files that version 0.1.0 wrote open unchanged, and what it left unfinished goes on.
+"""Files that version 0.1.0 wrote open unchanged, and its unfinished runs continue.
 
 `data/version-0.1.tar.xz` was made by that version (commit 5e7b10c): a tiny model, its text, a finished store, one that
 was cut off after 20 shards, nine dictionaries, five runs cut off at step 33 of 60, an evaluation and a feature index.
@@ -49,7 +49,7 @@ def test_the_store_opens_and_verifies(old: Path) -> None:
     assert store.verify() == []
 
 
-def test_the_harvest_that_was_cut_off_goes_on(
+def test_the_harvest_that_was_cut_off_continues(
     old: Path, model: NativeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(old / "run" / "cut.zarr", tmp_path / "cut.zarr")
@@ -80,7 +80,7 @@ def test_a_dictionary_opens_and_reconstructs_as_it_did(old: Path, recipe: str) -
 
 
 @pytest.mark.parametrize("recipe", CUT)
-def test_a_training_that_was_cut_off_goes_on(old: Path, recipe: str, tmp_path: Path) -> None:
+def test_a_training_that_was_cut_off_continues(old: Path, recipe: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(old / "run" / "acts.zarr", run / "acts.zarr")
     shutil.copytree(old / "run" / f"cut-{recipe}", run / f"cut-{recipe}")

@@ -20,7 +20,7 @@ _tokens, _lists, _effects, _histograms = map(declare, ("tokens", "lists", "effec
 
 @dataclass(frozen=True)
 class Group:
-    """Examples under one heading; `empty` is shown if there are none."""
+    """Examples under one heading; `empty` is the text shown without examples."""
 
     title: str
     note: str

@@ -1,1 +1,1 @@
-"""One module a view; each has `show(page)`."""
+"""One module per view; each has `show(page)`."""

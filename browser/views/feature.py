@@ -60,15 +60,17 @@ def _explain_silence(page: Page) -> None:
     if str(data.flags(page.index)[page.feature]) == "absent":
         explain(
             f"Feature {page.feature} is not in this dump",
-            "The imported feature pages have neither samples nor a density of it.",
+            "The imported feature pages hold neither samples nor a density of this feature.",
         )
     elif page.index.sampled:
-        explain(f"Feature {page.feature} is silent in all samples", "What the imported pages say about it is below.")
+        explain(
+            f"Feature {page.feature} is silent in all samples", "The data that the imported pages have on it is below."
+        )
     else:
         explain(
             f"Feature {page.feature} is dead",
             f"It fires on none of the {page.index.kept_tokens:,} tokens of this index, so there are no activations to "
-            "show. What its weights say is below.",
+            "show. Its logit weights and neighbours, which follow from its weights, are below.",
         )
 
 

@@ -30,7 +30,7 @@ HELP = (
     "rank into equal shares; examples are drawn uniformly from each. The share of |Δloss| is estimated from firings "
     "that were sampled when the index was built. Controls: random tokens on which the feature is silent. Hard "
     "negatives: silent tokens that look similar, either one of its usual tokens or a token on which its nearest "
-    "feature fires. The number beside the die is the random seed."
+    "feature fires. The number next to the die is the random seed."
 )
 
 

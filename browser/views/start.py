@@ -43,7 +43,7 @@ NEXT_STEP = {
 
 
 def show(root: Path, entries: Mapping[str, SaeEntry], *, in_place: bool = True) -> None:
-    """Draws the list. Without `in_place` a click loads the app anew, free of what the present link asked for."""
+    """Draws the list. Without `in_place` a click reloads the app, without the settings of the present link."""
 
     def opened(sae_id: str) -> None:
         state.open_dictionary(sae_id, _first_view(entries[sae_id]))

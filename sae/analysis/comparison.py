@@ -208,7 +208,7 @@ def _edge_cosines(pairs: FeaturePairs, a: SAE, b: SAE, same_space: bool) -> Floa
 def _logit_correlations(
     sae: SAE, other: SAE, best: Partners, of_sae: LogitWeights | None, of_other: LogitWeights | None
 ) -> Float64[np.ndarray, " d_sae"]:
-    """Pearson over the vocabulary of each feature's logit weights with its best partner's; NaN where there is none."""
+    """Pearson over the vocabulary of each feature's logit weights with its best partner's; NaN without a partner."""
     found = np.full(sae.d_sae, np.nan)
     if of_sae is None or of_other is None:
         return found
@@ -326,7 +326,7 @@ def _summary(a: Side, b: Side, seen: Seen, n_edges: int, same_space: bool) -> di
 
 
 def distribution(values: Float64[np.ndarray, " n"]) -> dict[str, Any]:
-    """Count, mean, quantiles and a histogram over −1 … 1 of the finite values; nulls where there is none."""
+    """Count, mean, quantiles and a histogram over −1 … 1 of the finite values; nulls if no value is finite."""
     known = values[np.isfinite(values)]
     quantiles = np.percentile(known, [5, 25, 50, 75, 95]) if len(known) else np.full(5, np.nan)
     histogram, _ = np.histogram(known, bins=40, range=(-1, 1))

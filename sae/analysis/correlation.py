@@ -32,7 +32,7 @@ class FeatureMoments:
     def of(cls, acts: sparse.csr_array) -> FeatureMoments:
         tokens, features = acts.shape
         values = acts.data.astype(np.float64)
-        # float64 also where there is no activation at all: numpy counts nothing in integers
+        # float64 also without any activation: numpy's counts of an empty array are integers
         sums = np.bincount(acts.indices, values, minlength=features).astype(np.float64)
         square_sums = np.bincount(acts.indices, values**2, minlength=features).astype(np.float64)
         firings = np.bincount(acts.indices, minlength=features)

@@ -13,7 +13,7 @@ from sae.analysis.correlation import FeatureMoments, PairBlock, pair_blocks
 from sae.analysis.matching import one_to_one
 
 MIN_FIRINGS = 10  # features with fewer are not analysed: a high correlation would mean nothing
-MATCH_FLOOR = 0.1  # pairs with a correlation up to here are not candidates for the matching
+MATCH_FLOOR = 0.1  # pairs with a correlation up to this value are not candidates for the matching
 EDGE_MASKED = 0.4
 MAX_EDGES = 1_000_000
 

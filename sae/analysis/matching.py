@@ -1,4 +1,4 @@
-"""Which direction of one dictionary corresponds to which of another: recovery of planted directions, matching."""
+"""Matches the directions of two dictionaries, and measures how many planted directions are recovered."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def recovery(learned: Float[Tensor, "n_learned d"], truth: Float[Tensor, "n_trut
     """How well learned directions recover a planted dictionary.
 
     mmcs_truth: mean over truths of the largest cosine with any learned direction (what the field calls MMCS).
-    mmcs_learned: mean over learned directions of the largest cosine with any truth; low when directions are learned
-    that are not planted.
+    mmcs_learned: mean over learned directions of the largest cosine with any truth; low if many learned
+    directions were not planted.
     mcc: mean over truths of the cosine in the one-to-one matching with the largest sum (Hungarian algorithm; a truth
     without partner counts 0), so that learning one truth twice gains nothing.
     recovered: share of truths whose partner has a cosine above 0.9.

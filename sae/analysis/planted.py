@@ -24,7 +24,7 @@ ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class PlantedRows:
-    """`x = Σ aᵢ dᵢ + noise`: n_truths random unit directions in d_in dimensions, on average `active` of them in a row.
+    """`x = Σ aᵢ dᵢ + noise`: n_truths random unit directions in d_in dimensions, on average `active` of them per row.
 
     Truth i is active with a probability ∝ decay^i (so some are rare), independently of the others, with a strength aᵢ
     uniform on 0 … 1. The noise is Gaussian with E‖noise‖² = noise². A source of rows for training: every batch is a

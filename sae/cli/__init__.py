@@ -53,7 +53,7 @@ VERBS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Exit status: 0 done, 1 a check failed, 2 wrong use or input, 130 interrupted."""
+    """Runs one verb. Exit status: 0 done, 1 a check failed, 2 wrong usage or input, 130 interrupted."""
     _refuse_shadowed_packages()
     parser = build_parser()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _nobody_reads() -> bool:
-    """Whether the reader of what we print has gone, as in `sae info PATH | head -1`; nothing more is printed then."""
+    """Whether the reader of our output has closed the pipe, as `sae info PATH | head -1` does; then printing stops."""
     watched = select.poll()
     watched.register(sys.stdout, 0)  # errors are reported without being asked for
     if not watched.poll(0):
@@ -110,5 +110,5 @@ def _refuse_shadowed_packages() -> None:
         if found != ours:
             sys.exit(
                 f"sae: the package {name!r} found at {found} is not monosem's (expected in {ours}). "
-                "Install monosem into an environment of its own (python -m venv DIR), without the other package."
+                "Install monosem into its own environment (python -m venv DIR), without the other package."
             )

@@ -20,6 +20,6 @@ def browse(verbs: Any) -> None:
 
 
 def _run_browse(args: argparse.Namespace) -> int:
-    # In a process of its own: `sae` is below `browser` and does not import it.
+    # In a separate process: `sae` is below `browser` and must not import it.
     command = [sys.executable, "-m", "browser.launch", args.root, "--port", str(args.port)]
     return subprocess.call(command + (["--no-open"] if args.no_open else []))

@@ -20,7 +20,7 @@ def clean(verbs: Any) -> None:
     verb.add_argument(
         "--acts",
         action="store_true",
-        help="delete the stores themselves; refused as long as a dictionary beside one has no feature index",
+        help="delete the stores themselves; refused while a dictionary next to one has no feature index",
     )
     verb.add_argument("--dry-run", action="store_true", help="list what would be deleted, and delete nothing")
 

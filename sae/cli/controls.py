@@ -24,7 +24,7 @@ def controls(verbs: Any) -> None:
         type=int,
         default=65_536,
         metavar="N",
-        help="held-out tokens to measure on; features are chosen on as many training tokens",
+        help="held-out tokens to measure on; features are chosen on the same number of training tokens",
     )
     verb.add_argument(
         "--train-tokens",

@@ -16,7 +16,7 @@ Handler = Callable[[argparse.Namespace], int]
 
 
 class Help(argparse.HelpFormatter):
-    """Adds the default to a flag's help, where there is one and the text does not say it."""
+    """Adds the default to a flag's help, if it has one and the text does not mention it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -27,7 +27,7 @@ class Help(argparse.HelpFormatter):
 
 
 class Renamed(argparse.Action):
-    """A flag of an earlier version: refused with the name it has now, which is its `const`."""
+    """A flag of an earlier version: refused, with its new name (`const`) in the message."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         parser.error(f"{self.option_strings[0]} is called {self.const} now.")
@@ -40,7 +40,7 @@ def add_verb(verbs: Any, name: str, handler: Handler, summary: str, *, example: 
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=f"Example: {example}" if example else None,
         formatter_class=Help,
-        allow_abbrev=False,  # a misspelt key of --config must not pass for a flag it begins
+        allow_abbrev=False,  # a misspelt key of --config must not be read as the abbreviation of a flag
     )
     verb.add_argument(
         "--config",
@@ -52,12 +52,12 @@ def add_verb(verbs: Any, name: str, handler: Handler, summary: str, *, example: 
 
 
 def add_device(verb: argparse.ArgumentParser, *, mps: bool = False) -> None:
-    """`mps` for what runs a language model only: dictionaries have no kernels for Apple's GPUs."""
+    """`mps` only for verbs that run nothing but a language model: dictionaries have no kernels for Apple's GPUs."""
     verb.add_argument(
         "--device",
         default="auto",
         choices=["auto", "cpu", "cuda", *(["mps"] if mps else [])],
-        help="where to compute; auto takes a CUDA device if there is one, else the CPU",
+        help="where to compute; auto uses a CUDA device if there is one, else the CPU",
     )
 
 
@@ -67,7 +67,7 @@ def add_kernels(verb: argparse.ArgumentParser) -> None:
         "--kernels",
         default="auto",
         choices=["auto", "cpu", "reference", "triton"],
-        help="implementation of the dictionary's operations; auto takes the environment variable SAE_KERNELS if it is "
+        help="implementation of the dictionary's operations; auto uses the environment variable SAE_KERNELS if it is "
         "set, else the fastest that runs on the device",
     )
 
@@ -143,7 +143,7 @@ def with_config_file(parser: argparse.ArgumentParser, arguments: list[str]) -> l
 
 
 def refuse_many_processes(verb: str) -> None:
-    """Raises: ValueError when torchrun started several: all would do the same work in one directory."""
+    """Raises: ValueError if torchrun started several processes: all would do the same work in one directory."""
     world = int(os.environ.get("WORLD_SIZE") or 1)
     if world > 1:
         raise ValueError(

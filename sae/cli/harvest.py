@@ -132,7 +132,7 @@ def _dtypes(given: list[str] | None, hook_points: list[str]) -> dict[str, str]:
 
 
 def _report_disk_budget(out: str | Path) -> None:
-    """Says how much of the plan fits into --max-disk, if not all of it."""
+    """Prints how much of the plan fits into --max-disk, if not all of it."""
     from sae import pipeline
 
     found = pipeline.describe(out)
@@ -140,7 +140,7 @@ def _report_disk_budget(out: str | Path) -> None:
         train = found["splits"]["train"]
         print(
             f"stopped at the disk budget: {train['shards_written']:,} of {train['shards']:,} training shards are "
-            "written and can be used as they are. Raise --max-disk and repeat the command to go on.",
+            "written and can be used as they are. Raise --max-disk and repeat the command to continue.",
             file=sys.stderr,
         )
 
@@ -169,7 +169,7 @@ def _run_workers(args: argparse.Namespace) -> int:
                 except subprocess.TimeoutExpired:
                     continue
     if stopped:
-        raise Interrupted(f"stopped with every finished shard saved in {args.out}. Repeat the command to go on.")
+        raise Interrupted(f"stopped with every finished shard saved in {args.out}. Repeat the command to continue.")
     failed = {rank: worker.returncode for rank, worker in enumerate(workers) if worker.returncode}
     for rank, status in failed.items():
         print(

@@ -34,7 +34,7 @@ def steer(verbs: Any) -> None:
         "--edit",
         action="append",
         metavar="FEATURE:MODE[:VALUE][:p99][:active]",
-        help="all about one change in one word: 12:set:5, 7:ablate, 9:add:2:p99 (in multiples of the 99th percentile "
+        help="one change written as one word: 12:set:5, 7:ablate, 9:add:2:p99 (in multiples of the 99th percentile "
         "instead of the maximum), 3:scale:0:active (only where the feature is active); may be repeated",
     )
     verb.add_argument("--prompt", default="", help="text to continue")

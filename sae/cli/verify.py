@@ -17,13 +17,11 @@ def verify(verbs: Any) -> None:
         example="sae verify runs/a/acts.zarr",
     )
     verb.add_argument("path", metavar="STORE", help="the activation store")
-    verb.add_argument("--repair", action="store_true", help="harvest the damaged shards again, and nothing else")
+    verb.add_argument("--repair", action="store_true", help="harvest only the damaged shards again")
     verb.add_argument(
         "--model", help=f"for --repair: the store's model, if it was moved ({MODEL}); its weights must be the same"
     )
-    add_text(
-        verb, required=False, help="for --repair: where the store's text is now, if not where it was; may be repeated"
-    )
+    add_text(verb, required=False, help="for --repair: the store's text, if it was moved; may be repeated")
     add_device(verb, mps=True)
 
 

@@ -64,7 +64,7 @@ class SAE(nn.Module):
         self.d_in, self.d_sae, self.activation, self.k = d_in, d_sae, activation, k
         self.d_out, self.pre_bias, self.skip = d_out or d_in, pre_bias, skip
         if pre_bias and self.d_out != d_in:
-            raise ValueError(f"b_dec has d_out = {self.d_out} entries, x has d_in = {d_in}: say pre_bias=False.")
+            raise ValueError(f"b_dec has d_out = {self.d_out} entries, x has d_in = {d_in}: set pre_bias=False.")
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).t())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, self.d_out))
@@ -111,7 +111,7 @@ class SAE(nn.Module):
 
     def pre_acts(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """`(x − b_dec) W_enc + b_enc`, dense."""
-        # Folding b_dec into the bias leaves every gradient as it is and saves one of the size of x.
+        # Folding b_dec into the bias changes no gradient and saves a tensor of the size of x.
         bias = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
         return nn.functional.linear(x, self.W_enc.t(), bias)
 
@@ -134,7 +134,7 @@ class SAE(nn.Module):
     def magnitudes(
         self, pre: Float[Tensor, "*entries"], features: Int[Tensor, " nnz"] | None = None
     ) -> Float[Tensor, "*entries"]:
-        """Activations of active features from their pre-activations; `features` says whose they are, None means all."""
+        """Activations of active features from their pre-activations; `features` are their numbers, None means all."""
         if self.activation != "gated":
             return pre
         chosen = slice(None) if features is None else features

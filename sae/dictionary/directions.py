@@ -1,4 +1,4 @@
-"""Directions: unit rows, each row's nearest neighbours, and rows that lie far apart."""
+"""Directions: unit rows, each row's nearest neighbours, and rows that are far from each other."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def cosines_with_others(unit_rows: Float[Tensor, "n d"], rows: Int[Tensor, " k"]
 
 
 def spread_rows(directions: Float[Tensor, "n d"], count: int, generator: torch.Generator) -> Int[Tensor, " chosen"]:
-    """Numbers of up to `count` unit rows that lie far apart: k-means++ seeding.
+    """Numbers of up to `count` unit rows that are far from each other: k-means++ seeding.
 
     Each row is drawn with P ∝ its cosine distance to the nearest row chosen so far; a zero row is never drawn. The
     result is shorter than `count` when no row is left at a distance above 0.

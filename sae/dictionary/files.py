@@ -46,7 +46,7 @@ def load(path: str | Path) -> SAE:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a dictionary. Raises: CheckpointError naming what is there instead."""
+    """config.json of a dictionary. Raises: CheckpointError naming what was found instead."""
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a dictionary: it has no config.json. `sae train` makes one.")

@@ -13,10 +13,10 @@ from sae.kernels.activations import SparseActs, sparse_or_dense
 
 
 class FrozenSAE:
-    """Encodes and decodes many batches with one dictionary, whose encoder is prepared for the kernels once.
+    """Encodes and decodes many batches with one dictionary; its encoder is prepared for the kernels once.
 
     The dictionary must not change while this object is in use: on the CPU the weights are shared, and the prepared
-    encoder would be of the old ones.
+    encoder would still hold the old ones.
     Raises: ValueError for a device that is not available, or kernels that do not run on it.
     """
 

@@ -49,8 +49,8 @@ class EvaluatedBlock(NamedTuple):
 class Accumulator(Protocol):
     """Adds up blocks and gives its part of eval.json: sections by name (`metrics`, `by_domain`, …).
 
-    Accumulators may share a section; their entries are then joined. To add a metric that is no ratio of sums over
-    tokens (for those see `metrics.METRICS`), write an accumulator and list it in `evaluate.evaluate`.
+    Accumulators may share a section; their entries are then joined. To add a metric that is not a ratio of sums over
+    tokens (such ratios are in `metrics.METRICS`), write an accumulator and list it in `evaluate.evaluate`.
     """
 
     def add(self, evaluated: EvaluatedBlock) -> None: ...

@@ -55,10 +55,10 @@ def evaluate(
     x is replaced at kept positions only. A prediction counts when the position that makes it and its target are kept.
     `hook_point`, the means and the donors belong to what is replaced: x, or y for a transcoder.
     `training` blocks choose each domain's feature; the held-out blocks judge it.
-    `donors` are training rows: resample ablation replaces each x by one of them, drawn at random.
+    `donors` are training rows: resample ablation replaces each x by one of these rows, drawn at random.
     The dictionary runs on `device`; statistics are counted on the CPU.
-    `ablated` (at first {}) collects the losses under ablation, so that the next dictionary at the same hook point and
-    blocks need not measure them again.
+    `ablated` (at first {}) collects the losses under ablation, so that they are not measured again for the next
+    dictionary at the same hook point and blocks.
     Raises: ValueError when there is no held-out token.
     """
     if kept_tokens < 1:
@@ -150,7 +150,7 @@ class SpliceCheck:
 
 
 def _joined(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The sections of all accumulators; entries of a section that several give are put together."""
+    """The sections of all accumulators; if several give the same section, their entries are joined."""
     sections: dict[str, Any] = {}
     for result in results:
         for name, section in result.items():

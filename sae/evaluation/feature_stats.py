@@ -122,7 +122,7 @@ def firing_summary(count: Integer[np.ndarray, " d_sae"], tokens: int) -> dict[st
     """dead_share and ultra_low_share, from how often each feature fired on `tokens` kept tokens."""
     density = count / max(1, tokens)
     dead = count == 0
-    enough = tokens * ULTRA_LOW_DENSITY > 1  # with fewer tokens a single firing is already above the bound
+    enough = tokens * ULTRA_LOW_DENSITY > 1  # with fewer tokens, one firing already gives a higher density
     return {
         "dead_share": {
             "value": float(dead.mean()),

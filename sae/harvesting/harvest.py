@@ -92,7 +92,7 @@ def harvest(
             _run_model(model, sink, split, text, write)
             if interrupt.requested:
                 raise Interrupted(
-                    f"stopped with every finished shard saved in {sink.path}. Repeat the command to go on."
+                    f"stopped with every finished shard saved in {sink.path}. Repeat the command to continue."
                 )
             _check_memory(max_ram_bytes, sink)
     if any(len(sink.markers(split)) < sink.n_shards[split] for split in SPLITS):
@@ -104,7 +104,7 @@ def harvest(
 def _shards_of_text(
     model: LanguageModel, source: TextSource, lanes: dict[tuple[str, int], Lane]
 ) -> Iterator[tuple[str, ShardText]]:
-    """Reads the documents in order, tokenises those that a lane still needs, and gives each missing shard's text."""
+    """Reads the documents in order, tokenises those that a lane still needs, and yields each missing shard's text."""
 
     def wanted() -> Iterator[tuple[int, Document]]:
         for number, document in enumerate(source.documents()):
@@ -155,7 +155,7 @@ def _check_memory(max_ram_bytes: int | None, sink: ShardSink) -> None:
         raise OutOfMemoryBudget(
             f"stopped at {held / 1e6:,.0f} MB of memory, more than the {max_ram_bytes / 1e6:,.0f} MB allowed; every "
             f"finished shard is saved in {sink.path} and ready for use. Raise --max-ram (or start fewer workers) "
-            "and repeat the command to go on."
+            "and repeat the command to continue."
         )
 
 

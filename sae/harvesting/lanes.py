@@ -1,4 +1,4 @@
-"""How text is dealt out: document i goes to lane i mod 64, and a lane packs its own documents into its own shards.
+"""How text is distributed: document i goes to lane i mod 64, and a lane packs its documents into its own shards.
 
 So a shard's bytes depend on the text alone: not on the number of workers, nor on where an earlier run was killed.
 """
@@ -82,7 +82,7 @@ def lanes_of(rank: int, world: int) -> range:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where reading goes on after a shard: at which document, and at which of its tokens (BOS included)."""
+    """Where reading continues after a shard: at which document, and at which of its tokens (BOS included)."""
 
     document: int = 0
     token: int = 0
@@ -120,8 +120,8 @@ class Lane:
 
     split: str
     shard_tokens: int
-    numbers: deque[int]  # of its shards from the cursor on
-    missing: set[int]  # those of `numbers` that are to be written; the text of the others is passed over
+    numbers: deque[int]  # its shards from the cursor on
+    missing: set[int]  # the shards of `numbers` to write; the text of the others is skipped
     cursor: Cursor = field(default_factory=Cursor)  # up to where documents were fed
     waiting: deque[Piece] = field(default_factory=deque)
     waiting_tokens: int = 0
@@ -132,7 +132,7 @@ class Lane:
         return not self.missing
 
     def feed(self, number: int, ids: np.ndarray, record: DocumentRecord) -> None:
-        """Appends a document; of the one at the cursor only what no earlier shard has taken."""
+        """Appends a document; of the document at the cursor, only the part that is in no earlier shard."""
         first = self.cursor.token if number == self.cursor.document else 0
         self.cursor = Cursor(number + 1)
         if len(ids) > first:
@@ -140,7 +140,7 @@ class Lane:
             self.waiting_tokens += len(ids) - first
 
     def shards(self, *, text_ended: bool = False) -> Iterator[ShardText]:
-        """The missing shards that the waiting tokens fill; once the text has ended all of them, the last ones empty."""
+        """The missing shards that the waiting tokens fill; at the end of the text all of them, the last ones empty."""
         while not self.full and (text_ended or self.waiting_tokens >= self.shard_tokens):
             text = self._take(self.numbers.popleft())
             if text.shard in self.missing:

@@ -42,7 +42,7 @@ def panels(
     Δloss is the change of the next token's loss when the feature is ablated (nats; > 0: the feature helped). Up to
     PER_INTERVAL firings are drawn from each interval `(lo, hi]`; `stats/delta_loss` weights the interval means by the
     number of firings in each interval.
-    Returns no panel where the closed form does not hold; the browser then runs the model for what it shows.
+    Returns no panel if there is no closed form; the browser then runs the model for the examples that it shows.
     """
     if not has_closed_form(model, hook_point):
         return {}

@@ -18,7 +18,7 @@ from sae.jobs.progress import progress
 
 SAMPLE_ROWS = 256
 LISTED = 10
-MIN_TOGETHER = 3  # sampled rows on which two features must both fire before either is listed for the other
+MIN_TOGETHER = 3  # sampled rows on which two features must both fire to be listed for each other
 CELLS_AT_ONCE = 1 << 22
 
 

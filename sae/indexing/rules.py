@@ -21,7 +21,7 @@ SIMPLER_BY = 0.05  # a later kind must beat an earlier kind by this much F1
 
 
 class Kind(NamedTuple):
-    """One kind of rule: what it sees at each row, and how often each thing it can see (a key) occurs.
+    """One kind of rule: the key (such as the token) that it sees at each row, and how often each key occurs.
 
     `key_of[r]` is the key at row r (-1: none), `tokens[key]` the two numbers that name it. `occurrences[half][key]`
     counts it in the even (half 0) and the odd contexts (half 1).

@@ -65,7 +65,7 @@ def take_tensors(
     """The tensors of a file under our names (`names`: ours → the peer's), as float32.
 
     Raises: InteropError for a tensor that is missing, holds anything but finite numbers, or is neither in `names` nor
-    `ignored`: what is not understood may change what the dictionary does.
+    `ignored`: an unknown tensor may change what the dictionary computes.
     """
     missing = sorted(set(names.values()) - tensors.keys())
     unknown = sorted(set(map(str, tensors.keys())) - set(names.values()) - set(ignored))
@@ -97,7 +97,7 @@ def _require_matrix(tensor: Tensor, name: str, where: Path) -> None:
 
 
 def rescale(tensors: dict[str, Tensor], factors: Mapping[str, Tensor | float]) -> None:
-    """Multiplies tensors by their factors in float64, in place; a tensor that is not there is skipped."""
+    """Multiplies tensors by their factors in float64, in place; a missing tensor is skipped."""
     for name, factor in factors.items():
         if name in tensors:
             tensors[name] = (tensors[name].double() * factor).float()

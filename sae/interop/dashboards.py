@@ -44,7 +44,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class DumpedFeature:
-    """What a dump says about one feature. What it does not say is nan (`density`, `max`), None or empty."""
+    """The data of one feature in a dump. Missing values are nan (`density`, `max`), None or empty."""
 
     feature: int
     texts: list[Text]

@@ -1,4 +1,4 @@
-"""Reads peers' files, which may be damaged or hostile: completely or not at all, and without running code in them."""
+"""Reads peers' files, which may be damaged or hostile: whole or not at all, and without running any code in them."""
 
 from __future__ import annotations
 

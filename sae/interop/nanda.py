@@ -1,4 +1,4 @@
-"""Neel Nanda's one-layer dictionaries (gelu-1l and kin): `25.pt` next to `25_cfg.json`."""
+"""Neel Nanda's one-layer dictionaries (gelu-1l and similar models): `25.pt` next to `25_cfg.json`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_me
 
 
 def detect(path: Path) -> bool:
-    """A .pt file without a configuration next to it; only its content tells more."""
+    """A .pt file without a configuration next to it; only reading it shows whether it is one of these."""
     return path.is_file() and path.suffix == ".pt" and not path.with_name(f"{path.stem}_cfg.json").is_file()
 
 

@@ -55,7 +55,7 @@ def identify(path: Path) -> Peer:
 
 
 def read(path: Path, format: str | None = None) -> SAE:
-    """The dictionary at `path`, in the format `format` or the one that its files show. Raises: InteropError."""
+    """The dictionary at `path`, in the format `format`, or else in that of its files. Raises: InteropError."""
     if format is None:
         return identify(path).read(path)
     if format not in PEERS:

@@ -21,7 +21,7 @@ from store.common import write_json
 NAME = "sae-lens"
 FILES = "cfg.json and sae_weights.safetensors"
 ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu", "gated": "gated"}
-# Without a version its loader takes an old path that loses hook_name. This layout is the one of version 6.0.
+# Without a version its loader uses old code that loses hook_name. This layout is the one of version 6.0.
 LAYOUT_VERSION = "6.0.0"
 UNKNOWN = "unknown"
 

@@ -58,7 +58,7 @@ def read(path: Path) -> SAE:
 
 
 def write(sae: SAE, out: Path) -> Path:
-    """Writes the layout into `out`. Raises: InteropError unless the activation is topk, the only one that it has."""
+    """Writes the layout into `out`. Raises: InteropError unless the activation is topk, the only one in sparsify."""
     assemble.require_exportable(
         sae.activation == "topk" and sae.pre_bias and sae.d_out == sae.d_in and not sae.skip,
         NAME,

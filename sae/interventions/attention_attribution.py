@@ -1,4 +1,4 @@
-"""What pushes a feature's pre-activation: source tokens through each head, and the direct path.
+"""Splits a feature's pre-activation into what comes from source tokens through each head and by the direct path.
 
 In the block of the dictionary's hook point, the pre-activation is linear in what enters the block once three things are
 held fixed: the attention pattern, the norms' scales, and which neurons of a ReLU are on. Then the parts sum to it

@@ -100,7 +100,7 @@ def splice_edits(
     feature_max: Float[np.ndarray, " d_sae"] | None = None,
     feature_p99: Float[np.ndarray, " d_sae"] | None = None,
 ) -> Splice:
-    """The splice `x → x + Σ (v − a) · W_dec`, v the edited activation: what the dictionary does not explain of x stays.
+    """The splice `x → x + Σ (v − a) · W_dec`, v the edited activation; what the dictionary leaves unexplained stays.
 
     The sum is over features. Several edits of one feature are made one after another and count once.
     Raises: ValueError for a transcoder, an unknown feature, or `set`/`add` on a feature whose unit is missing or 0 (it

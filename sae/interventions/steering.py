@@ -171,7 +171,7 @@ def _three_logits(
 ) -> tuple[Float[Tensor, " d_vocab"], list[Float[Tensor, " d_vocab"]], Float[Tensor, "text d_vocab"]]:
     """Next-token logits of the base model on the base text and on each steered text, and of the steered model there.
 
-    A steered text that still equals the base text needs no run of its own.
+    For a steered text that still equals the base text, the base model is not run again.
     """
     prompt_ids = results[0].prompt_ids
     texts = [prompt_ids + result.steered_ids for result in results]

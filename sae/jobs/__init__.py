@@ -1,1 +1,1 @@
-"""What every long job needs: checkpoints, a directory of its own, progress, trackers, a memory budget."""
+"""What every long job needs: checkpoints, its directory, progress, trackers, a memory budget."""

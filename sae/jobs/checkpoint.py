@@ -22,7 +22,7 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str
     """Writes `tensors` and the JSON `header` to `path`, whole or not at all (`store.common.atomic_write`)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One writer owns a directory, so the unfinished files of a killed one can go (version 0.1 named them .tmp).
+    # A directory has one writer, so unfinished files belong to a killed one: delete them (version 0.1 named them .tmp).
     for stale in (*path.parent.glob(f"{path.name}.*{PARTIAL_SUFFIX}"), *path.parent.glob(f".{path.name}.*.tmp")):
         stale.unlink(missing_ok=True)
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}

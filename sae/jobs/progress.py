@@ -60,4 +60,4 @@ def interruptible() -> Iterator[Interrupt]:
 
 
 class Interrupted(Exception):
-    """The job stopped on request with everything saved; the message says how to go on."""
+    """The job stopped on request with everything saved; the message says how to continue."""

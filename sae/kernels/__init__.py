@@ -28,18 +28,18 @@ def choose(name: str = "auto", device: str | torch.device = "cpu") -> ModuleType
         return fastest(device)
     kind = torch.device(device).type
     if name not in BACKENDS:
-        raise ValueError(f"no kernels {name!r}; there are auto, {', '.join(BACKENDS)}.")
+        raise ValueError(f"no kernels {name!r}; choose from auto, {', '.join(BACKENDS)}.")
     if name == "cpu" and kind != "cpu":
-        raise ValueError(f"the cpu kernels run on a CPU, the tensors are on {device}. Say --kernels auto.")
+        raise ValueError(f"the cpu kernels run on a CPU, the tensors are on {device}. Use --kernels auto.")
     if name == "cpu" and not _installed("numba"):
-        raise ValueError("the cpu kernels need numba: pip install numba, or say --kernels reference.")
+        raise ValueError("the cpu kernels need numba: pip install numba, or use --kernels reference.")
     if name == "triton" and not _installed("triton"):
         raise ValueError(
-            "the triton kernels need triton, which comes with torch for CUDA on Linux. Say --kernels auto."
+            "the triton kernels need triton, which comes with torch for CUDA on Linux. Use --kernels auto."
         )
     if name == "triton" and kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f"the triton kernels run on a CUDA device, the tensors are on {device}. Say --device cuda, or "
+            f"the triton kernels run on a CUDA device, the tensors are on {device}. Use --device cuda, or "
             "--kernels auto."
         )
     return importlib.import_module(BACKENDS[name])
@@ -61,7 +61,7 @@ def device_named(name: str = "auto") -> torch.device:
     if name not in ("cpu", "cuda"):
         raise ValueError(f"a dictionary runs on cpu or cuda, not on {name!r}.")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here (torch.cuda.is_available() is false). Say --device cpu.")
+        raise ValueError("there is no CUDA device here (torch.cuda.is_available() is false). Use --device cpu.")
     return torch.device(name)
 
 

@@ -127,7 +127,7 @@ class DenseActs:
         return self.values.sum() if self.sums is None else self.sums.sum()
 
     def n_active(self) -> Float[Tensor, ""]:
-        # As float32: PyTorch sums booleans one by one.
+        # As float32, because PyTorch's sum of booleans is slow.
         return (self.values.detach() > 0).float().sum() if self.active is None else self.active
 
     def of_feature(self, vector: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:

@@ -1,4 +1,4 @@
-"""Reuses the memory of large tensors that nobody holds any more: new pages cost more time than the arithmetic."""
+"""Reuses the memory of large tensors that are no longer used: new pages cost more time than the arithmetic."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ NAME = "cpu"
 # product wakes torch's threads, which then compete with those of the loops.
 SCREEN_VALUES, SCREEN_ROWS = 1 << 24, (1024, 4096)
 
-# A row has space for this share of the features, and for so many at least. If a row needs more, dense products pay.
+# A row has space for this share of the features, and for at least this number. If it needs more, dense is faster.
 MAX_ACTIVE_SHARE = 1 / 4
 MIN_ROW_SPACE = 64
 
@@ -108,7 +108,7 @@ def _select(x: Tensor, encoder: ScreeningEncoder, bias: Tensor, k: int, threshol
 
 @dataclass
 class Screen:
-    """The screening product of a batch and how far its values may lie from the exact ones (`screening_bound.md`, §4).
+    """The screening product of a batch, and how far its values may be from the exact ones (`screening_bound.md`, §4).
 
     `|exact − threshold − (screened + base)| ≤ x_norm · margin + rounding · |screened| + doubt`, where exact is the
     float32 pre-activation and base = bias − threshold; margin, base and doubt have one number per feature.
@@ -146,7 +146,7 @@ class Screen:
 
 
 def sum_rounding(d_in: int) -> float:
-    """What the sums of two float32 dot products of d_in terms may be off, as a share of ‖x‖ ‖w‖."""
+    """A bound on the error of the sums of two float32 dot products of d_in terms, as a share of ‖x‖ ‖w‖."""
     return (2.25 * d_in + 64) * FLOAT32_ROUNDING
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-GROUP = 32  # the largest sure value of this many features represents them in the search for a row's k-th largest
+GROUP = 32  # features in a group: its largest sure value represents it in the search for a row's k-th largest value
 LEAST = np.float32(-1e38)  # below any pre-activation, but finite, as `compiled_for_numbers` requires
 
 # Sums may be reordered so that they vectorise; NaN and infinity behave as IEEE says.
@@ -58,7 +58,7 @@ def choose(
 ):
     """Selects in rows start … stop − 1 of one screened block, whose row 0 is row `first` of x.
 
-    Of each feature the exact value minus its threshold lies in [sure, reach] = screened + base ± slack.
+    For each feature, the exact value minus its threshold is in [sure, reach] = screened + base ± slack.
     """
     n_groups, space = len(margin) // GROUP, features.shape[1]
     group_sure = np.empty(n_groups, np.float32)

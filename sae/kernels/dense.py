@@ -1,7 +1,7 @@
 """The dense path, for the first steps of a dictionary that learns its sparsity: plain torch, hand-written backward.
 
 Rows are processed in blocks that stay in the cache between a product and the operations on it; matrices as large as the
-activations use pooled memory; weight gradients are added in place. Little remains beside the five products.
+activations use pooled memory; weight gradients are added in place. Almost all of the time goes to the five products.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@
 
 `auto` never gives up float32 accuracy: it is `medium` on an x86 processor with AVX2 and nothing in `ROUNDING`, else
 `highest`. On a GPU it is `highest`: `medium` would allow TF32 there (relative error 5e-4). The rule reads no clock, so
-two runs of one command take the same products however busy the machine is. A run records its choice and keeps it when
+two runs of one command use the same products, however busy the machine is. A run records its choice and keeps it when
 resumed.
 The names are those of `torch.set_float32_matmul_precision`.
 """
@@ -41,16 +41,16 @@ _narrow = False  # whether `product` rounds its factors to bfloat16
 def choose(name: str, device: str | torch.device = "cpu") -> str:
     """`name`, or for `auto` the fastest products with float32 accuracy. Raises: ValueError for an unknown name."""
     if name not in NAMES:
-        raise ValueError(f"no matrix products {name!r}; there are {', '.join(NAMES)}.")
+        raise ValueError(f"no matrix products {name!r}; choose from {', '.join(NAMES)}.")
     if name != "auto":
         return name
     return "medium" if torch.device(device).type == "cpu" and _medium_is_float32() else "highest"
 
 
 def resumed(name: str, asked: str) -> str:
-    """The products a run began with, unless `auto` chose them on a processor where they are more accurate than here.
+    """The products that a run began with, except if `auto` chose them on a processor where they are more accurate.
 
-    Warns and returns `highest` then.
+    In that case warns and returns `highest`.
     """
     if asked == "auto" and name == "medium" and not _medium_is_float32():
         warnings.warn(

@@ -69,7 +69,7 @@ def narrowed(rows: Float[Tensor, "n d"]) -> Narrow:
 
 @triton.jit
 def _slack(x_norm, x_error, w_norm, w_error, doubt, rounding):
-    """How far the screened values of a block may lie from the exact ones (`screening_bound.md`, §4)."""
+    """How far the screened values of a block may be from the exact ones (`screening_bound.md`, §4)."""
     return (
         x_error[:, None] * w_norm[None, :] + x_norm[:, None] * (w_error + rounding * w_norm)[None, :] + doubt[None, :]
     )

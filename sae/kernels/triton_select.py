@@ -21,12 +21,12 @@ from sae.kernels.sparsity import Above, BatchTopK, NotSparse, PreparedEncoder, R
 from sae.kernels.triton_products import dots
 from sae.kernels.triton_screen import Narrow, _count, _list, _mark, _screen, narrowed
 
-# Dense products pay if some row has more candidates than this share of the features, and more than this number.
+# Dense is faster if some row has more candidates than this share of the features, and more than this number.
 DENSE_SHARE = 1 / 4
 DENSE_FEATURES = 1024
 KEPT_NUMBERS = 2**27  # screened values in memory at once: 256 MiB
 BLOCK_WORDS = 128  # words of 32 features each that one program works on
-GROUP = 32  # the largest sure value of this many features represents them in the search for a row's k-th largest
+GROUP = 32  # features in a group: its largest sure value represents it in the search for a row's k-th largest value
 
 # See screening_bound.md for these three.
 FLOAT16_ROUNDING, FLOAT16_SMALLEST = 2.0**-11, 2.0**-24
@@ -64,7 +64,7 @@ def select(
 
 
 class Bounds(NamedTuple):
-    """What `_slack` needs beside norms and errors."""
+    """The arguments of `_slack` besides norms and errors."""
 
     base: Float[Tensor, " d_sae"]  # bias − threshold
     doubt: Float[Tensor, " d_sae"]  # its rounding

@@ -46,7 +46,7 @@ class LanguageModel(ABC):
 
     id: str
     kind: str
-    weights_sha256: str  # of the parameters and what is computed with them, wherever they lie (`sae.lm.identity`)
+    weights_sha256: str  # of the parameters and what is computed with them, not of the files (`sae.lm.identity`)
     tokenizer: Tokenizer
     bos_id: int | None
     context_tokens: int

@@ -240,7 +240,7 @@ def _train(model: Transformer, stream: TokenStream, held_out: np.ndarray, out: P
                 saved = time.monotonic()
             if interrupt.requested and step < total_steps:
                 raise Interrupted(
-                    f"stopped at step {step:,} of {total_steps:,}, saved in {out}. Repeat the command to go on."
+                    f"stopped at step {step:,} of {total_steps:,}, saved in {out}. Repeat the command to continue."
                 )
 
 

@@ -44,15 +44,15 @@ def controls(
 ) -> dict[str, Any]:
     """Measures a dictionary and its controls (`sae.analysis.baselines`) on held-out tokens; writes controls.json.
 
-    Features for domains and probes are chosen on as many training tokens. The control `shuffled_model` is a dictionary
-    trained by the same recipe on `train_tokens` rows of a model with shuffled weights, and kept in `controls/`: repeat
-    the call to go on after an interruption. `report` is called with a forecast, a line of text.
+    Features for domains and probes are chosen on the same number of training tokens. The control `shuffled_model` is a
+    dictionary trained by the same recipe on `train_tokens` rows of a model with shuffled weights, and kept in
+    `controls/`: repeat the call to continue after an interruption. `report` is called with a forecast, a line of text.
     Raises: PipelineError if the store or the model is not the dictionary's; ValueError for an unknown control.
     """
     dictionary, directory = autoencoder(sae), Path(sae)
     wanted = list(only) if only is not None else list(baselines.MEANING)
     if unknown := [name for name in wanted if name not in baselines.MEANING]:
-        raise ValueError(f"controls: no control {unknown[0]!r}; there are {', '.join(baselines.MEANING)}.")
+        raise ValueError(f"controls: unknown control {unknown[0]!r}; choose from {', '.join(baselines.MEANING)}.")
     acts = store_of(dictionary, directory, store)
     lm = model_of(dictionary, model, device=device)
     setup = Setup(acts, lm, dictionary.config["hook_point"], tokens, device)

@@ -2,4 +2,4 @@
 
 
 class PipelineError(ValueError):
-    """The pieces given do not belong together, or there is no room for the work."""
+    """The given model, text, store and dictionary do not fit together, or disk or memory is too small."""

@@ -32,7 +32,7 @@ def evaluate(
     kernels: str = "auto",
     ablated: evaluation.Ablated | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a dictionary on the store's held-out split; writes eval.json and feature_stats.safetensors beside it.
+    """Evaluates a dictionary on the store's held-out split; writes eval.json and feature_stats.safetensors next to it.
 
     A dictionary given by its path names its store and model. A transcoder's ŷ takes the place of y, at its target hook
     point. To measure several dictionaries of one store and output hook point, pass each the same `ablated`, {} at

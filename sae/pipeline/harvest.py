@@ -89,7 +89,7 @@ def harvest(
     `max_disk_bytes`, and `max_ram_bytes` of this process, end the harvest early, with everything written ready for use;
     `keep_rows` keeps only the newest training rows. A model given by name runs on `device`. `report` is called with the
     forecast, a line of text.
-    Repeat the call to go on after an interruption: committed shards stay, and the result is the same byte for byte.
+    Repeat the call to continue after an interruption: committed shards stay, and the result is the same byte for byte.
     Raises: PipelineError when disk or memory is too small at the start; OutOfMemoryBudget and DiskFull later on;
     StoreError when `out` is another store, or another process writes one of these lanes; TextError for bad text.
     """

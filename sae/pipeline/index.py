@@ -31,7 +31,7 @@ def index(
     device: str = "auto",
     kernels: str = "auto",
 ) -> Path:
-    """Builds the feature index (`features.zarr` beside the dictionary) over `tokens` tokens, held-out ones first.
+    """Builds the feature index (`features.zarr` next to the dictionary) over `tokens` tokens, held-out ones first.
 
     A feature's effect on the output is that of its decoder row at the hook point of x̂ (a transcoder's target).
     Raises: PipelineError if the store or the model is not the dictionary's.

@@ -1,6 +1,6 @@
 """Describe an artefact, one feature of an index, or this machine.
 
-Only what names the machine's kernels imports torch: an artefact is described at once.
+Only the description of this machine imports torch; artefacts are described without it, so at once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def describe(path: str | Path | None = None) -> dict[str, Any]:
     """Describes a dictionary, an activation store, a feature index, a model, or a run that holds them.
 
     Without a path: this machine, and the kernels that `auto` chooses on it.
-    Raises: PipelineError for a path that is none of these, or a damaged config.json; StoreError for a damaged store.
+    Raises: PipelineError for a path that holds none of these, or a damaged config.json; StoreError for a damaged store.
     """
     if path is None:
         return dict(machine_facts())
@@ -133,8 +133,8 @@ def _describe_store(store: ActivationStore) -> dict[str, Any]:
 
 
 def _moments(store: ActivationStore, split: str, hook: str) -> dict[str, float]:
-    """Of the kept rows: ‖mean‖, mean ‖x‖², and the share of it that is variance around the mean, which a dictionary is
-    there to explain."""
+    """‖mean‖ and mean ‖x‖² of the kept rows, and the share of the latter that is variance around the mean: the part
+    that a dictionary has to explain."""
     totals = store.totals(split, hook)
     mean_sq = float((totals.mean**2).sum())
     return {
@@ -145,10 +145,10 @@ def _moments(store: ActivationStore, split: str, hook: str) -> dict[str, float]:
 
 
 def describe_feature(path: str | Path, feature: int) -> dict[str, Any]:
-    """What a feature fires on, raises and lowers: of the dictionary (or its features.zarr) at `path`.
+    """What a feature of the dictionary (or its features.zarr) at `path` fires on, raises and lowers.
 
     `examples` are the strongest firings, one for each context: activation, domain, text before, token, text after.
-    Text is made visible: a control character or part of a character stands as an escape.
+    Control characters and incomplete characters are shown as escapes.
     Raises: StoreError without an index; PipelineError for a feature that does not exist.
     """
     path = Path(path)
@@ -188,7 +188,7 @@ def _example(index: FeatureIndex, row: int, value: float) -> dict[str, Any]:
 
 
 def visible(raw: bytes) -> str:
-    r"""Bytes as text that a terminal shows and does not obey: `\n`, `\x1b`, `\u202e` and broken UTF-8 as escapes."""
+    r"""Bytes as text that cannot control a terminal: `\n`, `\x1b`, `\u202e` and broken UTF-8 as escapes."""
     text = raw.decode("utf-8", "backslashreplace")
     return "".join(
         each.encode("unicode_escape").decode() if unicodedata.category(each)[0] in "CZ" and each != " " else each

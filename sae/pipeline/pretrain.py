@@ -15,7 +15,7 @@ def pretrain(
 ) -> Path:
     """Trains a tokenizer and then a one-layer transformer on a text; returns the directory of the model.
 
-    Repeat the call to go on after an interruption: the result is the same bit for bit.
+    Repeat the call to continue after an interruption: the result is the same bit for bit.
     Raises: TextError for text that cannot be read; ValueError for settings other than those `out` was started with.
     """
     return pretraining.pretrain(

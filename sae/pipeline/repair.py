@@ -21,7 +21,7 @@ from store.common import HELD_OUT, TRAIN, same_model
 def repair(
     path: str | Path, *, model: LanguageModel | str | None = None, text: Text | None = None, device: str = "auto"
 ) -> tuple[list[str], list[str]]:
-    """Harvests again only what `verify` finds wrong; returns the problems found, and those that are left.
+    """Harvests again only what `verify` finds wrong; returns the problems found, and those that remain.
 
     The model and the text are those that the store names, unless given; their hashes must be those of the store.
     Raises: PipelineError listing what differs, before anything is changed; StoreError when nothing can be rebuilt.
@@ -55,7 +55,7 @@ def repair(
 def _as_harvested(
     store: ActivationStore, model: LanguageModel | str | None, text: Text | None, device: str
 ) -> tuple[LanguageModel, TextSource]:
-    derived = {"merged_from", "subset_of"} & store.provenance.keys()  # their shards are numbered anew
+    derived = {"merged_from", "subset_of"} & store.provenance.keys()  # their shards have new numbers
     if derived or "model" not in store.provenance or not (text or store.provenance.get("text_specs")):
         raise PipelineError(
             f"{store.path} does not say from which model and text it was harvested (a merged or cut store does not): "

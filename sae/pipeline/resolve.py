@@ -40,7 +40,7 @@ def opened(sae: SAE | str | Path) -> tuple[SAE, Path | None]:
 
 
 def autoencoder(directory: str | Path) -> SAE:
-    """A dictionary whose x̂ takes the place of its x. Raises: PipelineError for a transcoder."""
+    """A dictionary that reconstructs its own input. Raises: PipelineError for a transcoder."""
     sae = _load(directory)
     refuse_transcoder(sae, X_HAT_FOR_X, PipelineError)
     return sae
@@ -106,10 +106,12 @@ def _harvest_for(config: dict[str, Any], directory: Path | None) -> str:
 
 
 def _model_in(store: ActivationStore) -> dict[str, str]:
-    """The model whose activations a store holds, as it is recorded there."""
+    """The identity of a store's model, as the store records it."""
     found: dict[str, str] = store.provenance.get("model", {})
     if not found:
-        raise PipelineError(f"{store.path} does not say whose activations it holds. Make a store with `sae harvest`.")
+        raise PipelineError(
+            f"{store.path} does not say which model its activations come from. Make a store with `sae harvest`."
+        )
     return found
 
 
@@ -126,7 +128,7 @@ def model_of(
     if "sha256" in ours and not same_model(ours, lm.identity()):
         raise PipelineError(
             f"the dictionary was trained on {_named(ours)}, the model here is {_named(lm.identity())}: it has changed, "
-            "or is another. Name the right one with --model."
+            "or is a different model. Name the right one with --model."
         )
     if store and "sha256" not in ours:
         require_model_of(store, lm)
@@ -134,7 +136,7 @@ def model_of(
 
 
 def require_model_of(store: ActivationStore, lm: LanguageModel) -> None:
-    """Raises: PipelineError unless `lm` is the model whose activations the store holds."""
+    """Raises: PipelineError unless `lm` is the store's model."""
     theirs = _model_in(store)
     if not same_model(theirs, lm.identity()):
         raise PipelineError(
@@ -144,7 +146,7 @@ def require_model_of(store: ActivationStore, lm: LanguageModel) -> None:
 
 
 def model_in(store: ActivationStore) -> LanguageModel:
-    """The model whose activations a store holds. Raises: PipelineError when that name now has other weights."""
+    """Loads a store's model. Raises: PipelineError if the model of that name now has other weights."""
     held = _model_in(store)
     lm = load_model(held["id"])
     if not same_model(held, lm.identity()):

@@ -26,7 +26,7 @@ SHUFFLE_BYTES = 10**9  # default memory for rows
 class StoreRows:
     """Training rows from an activation store: x, and what else a recipe needs of the same tokens.
 
-    Each of `world` data-parallel ranks gets rows of its own; all ranks together see every kept row once per epoch.
+    Each of `world` data-parallel ranks gets its own rows; all ranks together see every kept row once per epoch.
     """
 
     def __init__(
@@ -156,6 +156,6 @@ def hook_point_of(store: ActivationStore, asked: str | None) -> str:
     if asked is None and len(names) == 1:
         return names[0]
     if asked not in names:
-        wrong = "none was named" if asked is None else f"got {asked!r}"
+        wrong = "no hook point was named" if asked is None else f"got {asked!r}"
         raise PipelineError(f"{store.path} holds the hook points {', '.join(names)}; {wrong}. Choose one of them.")
     return asked

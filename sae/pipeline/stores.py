@@ -1,6 +1,6 @@
 """Care for activation stores without a model: verify, clean, merge, subset, export as numpy arrays.
 
-The functions of `sae verify`, `sae clean` and `sae store`. They load without torch; `repair` has a module of its own.
+The functions of `sae verify`, `sae clean` and `sae store`. They load without torch; `repair` is in a separate module.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ merge_stores, subset_store = merge, subset
 def clean(path: str | Path, *, acts: bool = False, dry_run: bool = False) -> dict[str, int]:
     """Deletes what killed writers left in the activation stores at or under `path`; returns bytes by deleted path.
 
-    With `acts` the stores themselves are deleted, provided that every dictionary beside them has a feature index, which
-    needs no store. With `dry_run` nothing is deleted.
+    With `acts` the stores themselves are deleted, provided that every dictionary next to them has a feature index,
+    which needs no store. With `dry_run` nothing is deleted.
     Raises: StoreError when another process writes a store; PipelineError if there is no store, or a dictionary has no
     index.
     """

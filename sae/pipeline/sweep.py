@@ -73,7 +73,7 @@ def sweep(
 
     `config` overrides further settings of all recipes. Runs of one seed whose states fit into `max_ram_bytes` (default:
     half of the free memory) are trained in one pass over the rows, each bit for bit as if trained alone. Repeat the
-    call to go on after an interruption: finished runs stay. A run that diverges is recorded with the reason
+    call to continue after an interruption: finished runs stay. A run that diverges is recorded with the reason
     (diverged.json, and in the frontier) and not repeated: to try it again, delete its directory.
     Raises: ValueError for wrong settings, before any work; Interrupted on Ctrl-C or SIGTERM.
     """

@@ -43,7 +43,7 @@ def train(
     of a store, 4M of other rows). A transcoder needs a `target_hook_point` too. `keep` is the number of saved states
     kept on disk; `log_to` names trackers (`sae.jobs.trackers`). A store that fits into `max_ram_bytes` is shuffled
     exactly, a larger one in two levels.
-    Repeat the call to go on after an interruption: the result is the same bit for bit.
+    Repeat the call to continue after an interruption: the result is the same bit for bit.
     Raises: ValueError for wrong settings, before any work; Interrupted on Ctrl-C or SIGTERM.
     """
     aim = {} if l0 is None else {"target_l0": l0}

@@ -23,7 +23,7 @@ from pathlib import Path, PurePath
 from sae.text import synthetic
 from sae.text.documents import Document, TextReport
 
-# The project's own dependencies, without torch and transformers, whose text would outweigh all others.
+# The project's own dependencies, without torch and transformers: their text would outweigh all the rest.
 PACKAGES = (
     "numpy",
     "zarr",
@@ -80,7 +80,7 @@ def read(report: TextReport) -> Iterator[Document]:
 
 @cache
 def fingerprint() -> str:
-    """SHA-256 of all that decides the content: the rule, the Python version, each file, the generated part."""
+    """SHA-256 of everything that decides the content: the rule, the Python version, each file, the generated part."""
     python = ".".join(map(str, sys.version_info[:2]))
     digest = sha256(f"{RULE} {python} {synthetic.GENERATED_SHA256}\n".encode())
     for file in _installed_files(TextReport()):

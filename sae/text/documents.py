@@ -69,8 +69,8 @@ def _utf8(text: str) -> bytes:
 def shuffled(documents: Iterator[Document], *, window_bytes: int = 1 << 29) -> Iterator[Document]:
     """The documents in an order that depends only on their texts, window by window.
 
-    Sources are often sorted by topic (a corpus by domain, a directory by name), so that a budget smaller than the
-    source would see only its beginning. Within a window the order is that of a second hash: a fixed shuffle. Text of
+    Sources are often sorted by topic (a corpus by domain, a directory by name), and a budget smaller than the source
+    would see only its beginning. Within a window the order is that of a second hash: a fixed shuffle. Text of
     up to `window_bytes` (UTF-8 and overhead) is one window; longer text is shuffled in bounded memory.
     """
     window: list[tuple[bytes, Document]] = []

@@ -190,7 +190,7 @@ def _decoded(raw: bytes, name: str, report: TextReport) -> str:
 
 
 def read_jsonl(stream: BinaryIO, name: str, report: TextReport) -> Iterator[Document]:
-    """One document a line, from its "text" (and "id", "domain", "source"); broken lines are counted and skipped."""
+    """One document per line, from its "text" (and "id", "domain", "source"); broken lines are counted and skipped."""
     for number, line in enumerate(stream, start=1):
         where = f"{name}:{number}"
         if not line.strip():

@@ -108,7 +108,7 @@ class Adam:
 
 
 def _rows(name: str, tensor: Tensor) -> Tensor:
-    """A parameter as it lies in memory: a matrix with one row per feature for the encoder, one row for a vector."""
+    """A parameter in its order in memory: a matrix with one row per feature for the encoder, one row for a vector."""
     return tensor.t() if name == "W_enc" else tensor if tensor.dim() == 2 else tensor[None]
 
 

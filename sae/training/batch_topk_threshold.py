@@ -1,8 +1,8 @@
 """Batch-topk's thresholds while it trains: a level for all features, and a lift that lowers some of them.
 
 The state is one tensor, `threshold = level − lift`: inference uses it, and checkpoints hold it. Each update splits it
-into the two tensors, changes each by its own rule and joins them again. They are not kept apart between steps, because
-`(level − lift)` rounds: a run resumed from its checkpoint would then differ in the last bits from an unbroken one.
+into the two tensors, changes each by its own rule and joins them again. They are not stored separately between steps:
+`(level − lift)` rounds, so a run resumed from its checkpoint would differ in the last bits from an unbroken one.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def tied_(sae: SAE, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"]
 def from_data_(sae: SAE, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], config: TrainConfig) -> None:
     """Decoder rows spread over the data's directions, encoder = α · decoderᵀ, with the α that reconstructs best.
 
-    Every feature then has inputs of its own from the first step; under TopK, random rows lose to the first that learn.
+    So every feature has inputs from the first step; with random rows, TopK would select only the first to learn.
     b_dec is the geometric median of the targets. A JumpReLU's thresholds start at `threshold_init`, or, with
     `target_l0`, at the one value for which the sample has this L0.
     """

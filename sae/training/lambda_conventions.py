@@ -1,4 +1,4 @@
-"""λ in every convention in use."""
+"""λ in the conventions of this project, the papers and other tools."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from store.common import LANES, TRAIN
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SAMPLED_FROM = 4  # a sample of n rows is drawn from the first 4 n
 SPREAD_SHARE = 1 / 4  # of a run: a block spreads over at most this; filling the buffer then costs 1/8 of the rows
-SAMPLE_STREAM = 1  # a stream of random numbers apart from that of the shuffle plan
+SAMPLE_STREAM = 1  # a stream of random numbers, separate from that of the shuffle plan
 
 
 class LiveError(ValueError):
@@ -66,8 +66,8 @@ class LiveRows:
     `hooks` maps "x" to the hook point to read and, where a recipe needs them, "y" and "resid" to theirs.
     `batch(step)` is a pure function of (model, text, seed, step, `plan`). A step that does not follow the last one
     tokenises the text up to there again, and runs the model on the rows that would then wait in the buffer. A forward
-    pass gets the same contexts wherever reading began, so a resumed run is the same bit for bit if the machine computes
-    a pass the same each time. Rows wait in `dtype`, as in a store, on the model's device, in at most `memory_bytes`.
+    pass gets the same contexts wherever reading began, so a resumed run is the same bit for bit if the machine repeats
+    a pass exactly. Rows wait in `dtype`, as in a store, on the model's device, in at most `memory_bytes`.
     Raises: LiveError when the text has no training rows, or a row is not finite in `dtype`.
     """
 

@@ -63,7 +63,7 @@ def train(
 
 @dataclass(frozen=True)
 class Plan:
-    """One dictionary to train: where to, how, and where its rows come from."""
+    """One dictionary to train: its directory, its settings, and the origin of its rows."""
 
     out: Path
     config: TrainConfig
@@ -111,7 +111,7 @@ def train_together(
                     run = unfinished[0]
                     raise Interrupted(
                         f"stopped at step {run.state.step:,} of {run.config.steps:,}, saved in {run.out}. "
-                        "Repeat the command to go on."
+                        "Repeat the command to continue."
                     )
         return [run.diverged or run.finish() for run in runs]
 
@@ -162,7 +162,7 @@ class Run:
         return self.state.step < self.config.steps and not self.diverged
 
     def advance(self, batch: Batch, rows: Rows, waited_s: float, saving: bool, keep: int) -> str:
-        """One step and what is due after it; returns the figures to show, if any. A run that diverges ends here."""
+        """One step, then what is due: a log line, saving, resampling. Returns figures to show; ends a diverged run."""
         shown = ""
         try:
             with matmul.using(self.state.matmul):

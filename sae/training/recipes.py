@@ -25,7 +25,7 @@ class Recipe:
     activation: str
     objective: objectives.Objective
     initialise: Initialise
-    resample: Resample | None = None  # gives dead features a new start
+    resample: Resample | None = None  # gives dead features new weights
     coefficient: str = ""  # the setting that holds λ; "": sparsity is k
     unit_norm: bool = True  # of decoder rows
     pre_bias: bool = True
@@ -125,8 +125,8 @@ RECIPES = {
             activation="topk",
             objective=objectives.topk,
             initialise=from_data_,
-            # AuxK alone loses features for good once the error is small: what they learn from it no longer ranks among
-            # the k largest. Reseeded in the middle of the k on an input that is reconstructed badly, they stay alive.
+            # With AuxK alone, dead features never return once the error is small: what they learn from it does not rank
+            # among the k largest. Reseeded to rank in the middle of the k on a badly reconstructed input, they stay.
             resample=reseed_,
             defaults={**K_WITH_AUX, "multi_k": 0, "resample_shares": (0.4, 0.55, 0.7, 0.8, 0.9)},
         ),

@@ -1,4 +1,4 @@
-"""Two ways to give dead features a new start: the paper's resampling, and reseeding for TopK."""
+"""Two ways to restart dead features: the paper's resampling, and reseeding for TopK."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def reseed_(
     losses: Float[Tensor, " n"],
     generator: torch.Generator,
 ) -> Int[Tensor, " n_placed"]:
-    """Makes dead TopK features rank among the k largest on badly reconstructed inputs; returns the rows chosen.
+    """Restarts dead TopK features: each ranks among the k largest on a badly reconstructed input. Returns these rows.
 
     P(row) ∝ loss, thinned to rows far from each other. The encoder column is the centred input x − b_dec, scaled so
     that on this input the feature ranks in the middle of the k active ones; the decoder row is the error x − x̂ at unit

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from store.common import read_ahead
 
-BATCHES_AHEAD = 3  # a running model makes two batches or none at a time: three waiting batches even that out
+BATCHES_AHEAD = 3  # a running model makes no batch or two at once: three waiting batches even that out
 
 Downstream = Callable[[Tensor, Tensor], Tensor]  # (x, resid) → logits, in the model's own units
 
@@ -57,13 +57,13 @@ class TargetRows(Rows, Protocol):
 
 @runtime_checkable
 class ModelRows(Rows, Protocol):
-    """Rows that may bring the rest of their model, as end-to-end training needs; their batches then have `resid`."""
+    """Rows that can come with the rest of their model, for end-to-end training; their batches then have `resid`."""
 
     downstream: Downstream | None
 
 
 def prefetched(rows: Rows, start: int, stop: int, *, pinned: bool = False) -> Iterator[tuple[Batch, float]]:
-    """The batches of steps start … stop − 1, read while earlier ones are worked on, and the seconds waited for each.
+    """The batches of steps start … stop − 1, read while earlier ones are processed, and the seconds waited for each.
 
     `pinned` puts x into page-locked memory, from which a GPU copies without blocking the program.
     """

@@ -1,9 +1,9 @@
 """A stream of rows in shuffled order: a plan of the batch each row goes to, and the buffer in which rows wait for it.
 
-Neighbours in a text are neighbours in its stream of rows, and a batch learns little from rows that are much alike. So
-the stream is cut into blocks of a batch's size, and the rows of block j are spread at random over the batches
-j … j + n − 1: a batch holds equally many rows of each of the n newest blocks. A buffer of (n − 1) / 2 batches thereby
-shuffles as well as one of n − 1 batches that is emptied and refilled, and every step reads as many rows as it returns.
+Neighbours in a text are neighbours in its stream of rows, and a batch of similar rows teaches little. So the stream is
+cut into blocks of a batch's size, and the rows of block j are spread at random over the batches j … j + n − 1: a batch
+holds equally many rows of each of the n newest blocks. So a buffer of (n − 1) / 2 batches shuffles as well as one of
+n − 1 batches that is emptied and refilled, and every step reads as many rows as it returns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 class ShufflePlan:
     """Spreads each block of `batch_rows` rows over the next `batches` batches: a pure function of the seed.
 
-    Block −1 fills the buffer at the start: it stands for the earlier blocks that batches 0 … n − 2 do not have.
+    Block −1 fills the buffer at the start: it replaces the earlier blocks, which batches 0 … n − 2 do not have.
     """
 
     batch_rows: int

@@ -9,11 +9,11 @@ from sae.training.config import TrainConfig
 MEAN_L0_STEPS = 10  # L0 is averaged over about this many steps before it is compared
 SEARCH_SHARES = (0.1, 0.95)  # of the run, in which λ is searched; before it λ rises, so that features find inputs
 GAIN, LARGEST_GAIN = 40.0, 0.1  # e-folds of λ over a run in which L0 is off by a factor of e; at most, in one step
-LEAD_STEPS = 40  # L0 is judged by where it will be in so many steps: features silenced by then seldom fire again
-RESPONSE = 0.5  # λ also responds at once to L0, by this power, which damps the search: L0 follows λ with a delay
-LARGEST_RATIO = 2.0  # L0 counts as off by at most this factor, either way
+LEAD_STEPS = 40  # the search uses the L0 expected after this many steps: silenced features rarely fire again
+RESPONSE = 0.5  # λ also responds to L0 at once, with this exponent; it damps the search: L0 follows λ with a delay
+LARGEST_RATIO = 2.0  # a larger deviation of L0 from the target, up or down, counts as this factor
 MET_WITHIN = 1.2  # the factor by which L0 may miss the target without a warning
-USUAL_L0 = 15.0  # about what a recipe's own λ leads to; L0 goes about as 1/λ
+USUAL_L0 = 15.0  # about the L0 that a recipe's own λ gives; L0 is roughly proportional to 1/λ
 
 
 class LambdaController:
@@ -41,7 +41,7 @@ class LambdaController:
 
     @classmethod
     def start(cls, config: TrainConfig, coefficient: float) -> LambdaController:
-        """λ as given; with a target L0, the search starts from the λ that is likely to lead there."""
+        """λ as given; with a target L0, the λ that is likely to give it: the search starts there."""
         return cls(config, coefficient * USUAL_L0 / config.target_l0 if config.target_l0 else coefficient)
 
     @property
@@ -64,7 +64,7 @@ class LambdaController:
         return exponent_at(self.step + 1, self.config)
 
     def update(self, l0: float) -> None:
-        """Moves λ after a step that had this L0, towards the λ at which L0 is the target; the next step is then due."""
+        """Takes the L0 of a step, moves λ towards the value that gives the target L0, and advances to the next step."""
         if self.searches:
             self._search(l0)
         self.step += 1
@@ -82,7 +82,7 @@ class LambdaController:
         return {name: getattr(self, name) for name in ("coefficient", "mean_l0", "response", "annealing")}
 
     def missed_target(self) -> str:
-        """A warning for a finished run whose L0 is not the target; empty where it is, or where there is no target."""
+        """A warning if a finished run has missed its target L0; empty if it met the target or has none."""
         if not self.searches or 1 / MET_WITHIN <= self.mean_l0 / self.config.target_l0 <= MET_WITHIN:
             return ""
         return (
@@ -94,7 +94,7 @@ class LambdaController:
     def _search(self, l0: float) -> None:
         start, stop = (share * self.config.steps for share in SEARCH_SHARES)
         off = self._off_target(l0)
-        if self.step < start and off < 0:  # undo the warm-up's next rise: L0 is on its way below the target
+        if self.step < start and off < 0:  # undo the warm-up's next rise, because L0 is about to fall below the target
             self.coefficient *= self._warmup(self.step) / self._warmup(self.step + 1)
         if self.step < stop and (self.step >= start or off < 0):
             self.response = math.exp(RESPONSE * off)

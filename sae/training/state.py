@@ -28,7 +28,7 @@ SCALE_ROWS, SCALE_ROWS_AT_ONCE = 65_536, 4096
 
 @dataclass
 class TrainState:
-    """Everything that changes while training; the functions that train hold no state of their own."""
+    """Everything that changes while training; the training functions themselves have no state."""
 
     sae: SAE  # on scaled inputs
     optimizer: Adam
@@ -37,10 +37,10 @@ class TrainState:
     penalty: LambdaController
     step: int = 0
     density: float = 1.0  # share of features active at the last step: decides between dense and sparse products
-    # {"step", "features": how many} of each event; resampled.jsonl, which may be long, says which
+    # {"step", "features": how many} of each event; resampled.jsonl, which may be long, lists the features
     resampled: list[dict[str, int]] = field(default_factory=list)
     target_scale: float = 0.0  # of y, where it is not x
-    downstream: Downstream | None = None  # not saved: the rows bring it
+    downstream: Downstream | None = None  # not saved: it comes with the rows
     matmul: str = "highest"  # how dense products are computed: chosen at the start, kept when the run resumes
 
     @property
@@ -48,7 +48,7 @@ class TrainState:
         return self.tokens_since_fired.device
 
     def dead(self, after_tokens: int) -> Bool[Tensor, " d_sae"]:
-        """Features that have not fired for so many tokens."""
+        """Features that have not fired for this many tokens."""
         return self.tokens_since_fired >= after_tokens
 
     def count_firings(self, acts: FeatureActs) -> None:

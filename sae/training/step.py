@@ -19,11 +19,11 @@ from sae.training.rows import Batch, Rows
 from sae.training.state import TrainState
 
 SPARSE_BELOW_DENSITY = 1 / 20  # at about this density the four sparse products cost as much as dense ones
-SEED_STRIDE = 1_000_003  # between runs of neighbouring seeds: their resampling events draw different rows
+SEED_STRIDE = 1_000_003  # between the random streams of neighbouring seeds, whose events draw different rows
 
 
 class Diverged(ValueError):
-    """The loss or the weights of a run are not finite although its rows are; its last checkpoint is kept."""
+    """The loss or the weights of a run are no longer finite, although its rows are; its last checkpoint is kept."""
 
 
 # --- a step ----------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def _context(state: TrainState, config: TrainConfig) -> StepContext:
         config,
         state.optimizer.kernels,
         state.penalty.value,
-        sparse=state.density < SPARSE_BELOW_DENSITY,  # the last step's: a resumed run decides as an unbroken one
+        sparse=state.density < SPARSE_BELOW_DENSITY,  # of the last step: a resumed run decides as an unbroken one
         dead=state.dead(config.dead_after_tokens),
         p=state.penalty.p,
         scale=state.scale,
@@ -78,7 +78,7 @@ def _context(state: TrainState, config: TrainConfig) -> StepContext:
 
 @torch.no_grad()
 def _keep_annealed_penalty(state: TrainState, acts: FeatureActs) -> None:
-    """Lets λ follow p, so that at the next step's p the penalty on these activations is what it was."""
+    """Rescales λ so that, with the p of the next step, the penalty on these activations stays the same."""
     p, next_p = state.penalty.p, state.penalty.next_p
     if next_p < p:
         state.penalty.keep_penalty(losses.lp_norm(acts, p).item(), losses.lp_norm(acts, next_p).item())

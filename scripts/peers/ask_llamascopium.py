@@ -1,4 +1,4 @@
-"""Llamascopium's side of scripts/check_peers.py. Only dictionaries of its own: we do not write its layout."""
+"""Llamascopium's side of scripts/check_peers.py. Only its own dictionaries are checked: we do not write its layout."""
 
 from __future__ import annotations
 
