@@ -117,7 +117,7 @@ class FewRows:
 
 
 class FakeWandb(ModuleType):
-    """What `wandb.init` was asked for, and what each run of it was told."""
+    """Records the arguments of `wandb.init` and the entries that each of its runs logs (`told`)."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
