@@ -63,12 +63,12 @@ def marker(raw: bytes) -> None:
 
 
 def jsonl(raw: bytes) -> None:
-    from sae.text.documents import TextReport
-    from sae.text.sources import read_jsonl
+    from sae.text.documents import Document, TextReport
+    from sae.text.files import read_jsonl
 
     report = TextReport()
     documents = list(read_jsonl(io.BytesIO(raw), "t.jsonl", report))
-    assert all(isinstance(document.text, str) for document in documents)
+    assert all(isinstance(document, Document) for document in documents)
     lines = sum(1 for line in io.BytesIO(raw) if line.strip())
     assert len(documents) + report.broken_lines == lines  # each line is a document or is counted
 

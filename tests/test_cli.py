@@ -111,7 +111,7 @@ def test_a_flag_that_repeats_replaces_the_files_list(tmp_path: Path, monkeypatch
     file.write_text('text = ["one", "two"]\nout = "o"\nhook-point = ["a", "b"]\n')
     opened: list[str] = []
 
-    def open_text(spec: str) -> None:
+    def open_text(spec: str, **_: object) -> None:
         opened.append(spec)
         raise sources.TextError("enough")
 

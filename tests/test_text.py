@@ -144,7 +144,7 @@ def test_a_directory_is_read_whole_and_other_files_are_counted(tmp_path: Path) -
     source = open_text(tmp_path)
     assert {d.id: d.text for d in source.documents()} == {"a.TXT": "one", "b/deep/two.md": "two"}
     assert source.report.ignored_files == 2
-    assert "2 files of other types ignored" in source.report.summary()
+    assert "2 files not read (1 .csv, 1 no suffix)" in source.report.summary()
 
 
 def test_documents_can_be_read_again_with_fresh_counts(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tables on disk as Parquet; the only module that imports pyarrow."""
+"""Tables on disk as Parquet."""
 
 from __future__ import annotations
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae.text.sources import TextSource
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 MODEL = "a model's directory, the name of a shipped model (such as tiny-relu-1l), or a hub id (owner/name)"
@@ -80,6 +84,23 @@ def add_text(verb: argparse.ArgumentParser, *, help: str = "", required: bool = 
         metavar="SOURCE",
         help=help or "a file, a directory, a dataset, or 'default' for the text on this machine; may be repeated",
     )
+
+
+def add_text_column(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--text-column",
+        metavar="NAME",
+        help="the column of tables, or the key of JSON lines, that holds the text (default: text, else the only one of "
+        "strings)",
+    )
+
+
+def print_text_read(source: TextSource) -> None:
+    """Says how much text a source gave, what was not read of it and why; nothing if no text was needed."""
+    if source.report.documents:
+        print(f"text read: {source.report.summary()}", file=sys.stderr)
+        for problem in source.report.first_problems:
+            print(f"  {problem}", file=sys.stderr)
 
 
 def add_dictionary(verb: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sae.cli.flags import MODEL, add_device, add_text, add_verb, size
+from sae.cli.flags import MODEL, add_device, add_text, add_text_column, add_verb, print_text_read, size
 
 
 def harvest(verbs: Any) -> None:
@@ -22,6 +22,7 @@ def harvest(verbs: Any) -> None:
     )
     verb.add_argument("--model", default="tiny-relu-1l", help=MODEL)
     add_text(verb)
+    add_text_column(verb)
     verb.add_argument(
         "--out", required=True, metavar="STORE", help="the store, e.g. runs/a/acts.zarr or s3://bucket/path"
     )
@@ -85,7 +86,7 @@ def _run_harvest(args: argparse.Namespace) -> int:
 
     hook_points = args.hook_point or [pipeline.DEFAULT_HOOK_POINT]
     dtypes = _dtypes(args.dtype, hook_points)
-    source = pipeline.source_of(args.text)
+    source = pipeline.source_of(args.text, text_column=args.text_column)
     out = pipeline.harvest(
         args.model,
         source,
@@ -104,10 +105,7 @@ def _run_harvest(args: argparse.Namespace) -> int:
         take_over=args.take_over,
         report=lambda line: print(line, file=sys.stderr),
     )
-    if source.report.documents:
-        print(f"text read: {source.report.summary()}", file=sys.stderr)
-        for problem in source.report.first_problems:
-            print(f"  {problem}", file=sys.stderr)
+    print_text_read(source)
     if args.max_disk is not None:
         _report_disk_budget(out)
     print(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sae.cli.flags import add_text, add_verb
+from sae.cli.flags import add_text, add_text_column, add_verb, print_text_read
 
 
 def pretrain(verbs: Any) -> None:
@@ -17,6 +17,7 @@ def pretrain(verbs: Any) -> None:
         example="sae pretrain --text default --out lm/tiny",
     )
     add_text(verb)
+    add_text_column(verb)
     verb.add_argument("--out", required=True, metavar="DIR", help="directory of the model, e.g. lm/tiny")
     verb.add_argument("--tokens", type=int, default=60_000_000, metavar="N", help="tokens to train on")
     verb.add_argument("--lr", type=float, default=4e-3, metavar="X", help="highest learning rate of the schedule")
@@ -40,5 +41,7 @@ def _run_pretrain(args: argparse.Namespace) -> int:
         d_model=args.d_model, d_mlp=args.d_mlp, n_heads=args.n_heads, n_ctx=args.n_ctx, d_vocab=args.d_vocab
     )
     config = PretrainConfig(train_tokens=args.tokens, lr=args.lr, batch_contexts=args.batch_contexts, seed=args.seed)
-    print(pipeline.pretrain(args.text, args.out, shape=shape, config=config))
+    source = pipeline.source_of(args.text, text_column=args.text_column)
+    print(pipeline.pretrain(source, args.out, shape=shape, config=config))
+    print_text_read(source)
     return 0

@@ -172,13 +172,15 @@ def context_length(lm: LanguageModel, asked: int | None) -> int:
     return seq_len
 
 
-def source_of(text: Text) -> TextSource:
-    """The text that a caller names, as one source."""
+def source_of(text: Text, *, text_column: str | None = None) -> TextSource:
+    """The text that a caller names, as one source; `text_column` names the column of tables that holds it.
+
+    Raises: TextError for a missing path, an unknown file type, or records in which no column holds the text.
+    """
     if isinstance(text, TextSource):
         return text
-    if isinstance(text, str | Path):
-        return open_text(text)
-    return combine([open_text(spec) for spec in text])
+    specs = [text] if isinstance(text, str | Path) else text
+    return combine([open_text(spec, column=text_column) for spec in specs])
 
 
 def provenance_of(lm: LanguageModel, source: TextSource) -> dict[str, Any]:
@@ -189,6 +191,7 @@ def provenance_of(lm: LanguageModel, source: TextSource) -> dict[str, Any]:
         "text": source.name,
         "text_specs": list(source.specs),
         "text_sha256": source.fingerprint,
+        **({} if source.column is None else {"text_column": source.column}),
         "bos": "one BOS before each document; BOS rows are stored and not kept",
         "weight_processing": "none",
         "held_out": "documents with blake2b(text) mod 20 == 0",

@@ -63,7 +63,7 @@ def _as_harvested(
         )
     chosen = model or store.provenance["model"]["id"]
     lm = chosen if isinstance(chosen, LanguageModel) else load_model(chosen, device=model_device(device))
-    source = source_of(text or store.provenance["text_specs"])
+    source = source_of(text or store.provenance["text_specs"], text_column=store.provenance.get("text_column"))
     ours = provenance_of(lm, source)
     decisive = ("tokenizer_sha256", "text_sha256", "bos", "weight_processing", "held_out")
     named = store.provenance["model"]

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any, Literal
+
+import numpy as np
 
 from store.common import HELD_OUT, TRAIN, DocumentRecord
 
 HELD_OUT_MODULUS = 20
 DOCUMENT_BYTES = 500  # overhead of a document in memory, which counts when they are short and many
+
+
+class TextError(ValueError):
+    """A text source cannot be read; the message says what was found and what is accepted."""
+
+
+# How a document becomes token ids.
+# "text": nothing in it is a special token, and BOS is put before it.
+# "special": special tokens in it are read as such, and BOS is put before it unless it begins with it.
+# "chat": as "special", with no BOS but that of the template.
+# "ids": its token ids are given, and used as they are.
+Form = Literal["text", "special", "chat", "ids"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +40,8 @@ class Document:
     domain: str
     source: str
     of: int | None = None
+    form: Form = "text"
+    ids: np.ndarray | None = field(default=None, compare=False)  # uint32; only of the form "ids"
 
     @property
     def digest(self) -> int:
@@ -34,6 +52,17 @@ class Document:
     def split(self) -> str:
         """ "heldout" or "train"."""
         return _split(self.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class RawDocument:
+    """A record whose text depends on the model: chat messages, or token ids (`sae.text.model_text` reads them)."""
+
+    id: str
+    kind: Literal["messages", "input_ids"]
+    content: list[Any]
+    domain: str
+    source: str
 
 
 def digest_of(text: str) -> int:
@@ -78,7 +107,7 @@ def shuffled(documents: Iterator[Document], *, window_bytes: int = 1 << 29) -> I
     for document in documents:
         raw = _utf8(document.text)
         window.append((blake2b(raw, digest_size=8, person=b"order").digest(), document))
-        held_bytes += len(raw) + DOCUMENT_BYTES
+        held_bytes += len(raw) + DOCUMENT_BYTES + (0 if document.ids is None else document.ids.nbytes)
         if held_bytes >= window_bytes:
             yield from _in_order(window)
             window, held_bytes = [], 0
@@ -98,10 +127,15 @@ class TextReport:
     empty: int = 0
     broken_lines: int = 0
     replaced_documents: int = 0
-    ignored_files: int = 0
+    not_read: Counter[str] = field(default_factory=Counter)  # files by the reason, such as ".csv"
     duplicates: int = 0
     long_documents: int = 0
     first_problems: list[str] = field(default_factory=list)
+
+    @property
+    def ignored_files(self) -> int:
+        """Number of files that were not read."""
+        return self.not_read.total()
 
     def note(self, problem: str) -> None:
         if len(self.first_problems) < 5:
@@ -111,12 +145,17 @@ class TextReport:
         parts = [f"{self.documents:,} documents, {self.text_bytes / 1e6:.1f} MB"]
         for count, what in (
             (self.empty, "empty"),
-            (self.broken_lines, "broken jsonl lines"),
+            (self.broken_lines, "broken jsonl lines or records without text"),
             (self.replaced_documents, "with undecodable bytes (shown as U+FFFD)"),
-            (self.ignored_files, "files of other types ignored"),
+            (self.ignored_files, f"files not read ({_counted(self.not_read)})"),
             (self.duplicates, "exact duplicates dropped"),
             (self.long_documents, "too long and cut into parts"),
         ):
             if count:
                 parts.append(f"{count:,} {what}")
         return "; ".join(parts)
+
+
+def _counted(reasons: Counter[str]) -> str:
+    """`3 .csv, 1 of the split test`, the most frequent first."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), key=lambda r: (-r[1], r[0])))

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from sae.text.compressed import COMPRESSION, opened
-from sae.text.documents import Document, TextReport, shuffled
+from sae.text.columns import NAMES, ColumnError, Kind, column_of, kinds_of
+from sae.text.documents import Document, RawDocument, TextReport, shuffled
+from sae.text.documents import TextError as TextError
+from sae.text.files import READABLE, Files, document_or_count, hash_of, list_files
 
-DOMAIN_OF_SUFFIX = {".txt": "text", ".md": "markdown", ".py": "python"}
-SUFFIXES = (*DOMAIN_OF_SUFFIX, ".jsonl")
 MAX_DOCUMENT_CHARACTERS = 1 << 22
 SAVED_DATASET = ("state.json", "dataset_dict.json")  # files that mark a directory written by datasets' save_to_disk
-
-
-class TextError(ValueError):
-    """A text source cannot be read; the message says what was found and what is accepted."""
 
 
 def _cut(text: str, start: int) -> int:
@@ -38,10 +32,12 @@ class TextSource:
     """A stream of documents that can be read again: each call of `documents()` gives the same shuffled order."""
 
     name: str
-    read: Callable[[TextReport], Iterator[Document]]
+    read: Callable[[TextReport], Iterator[Document | RawDocument]]
     fingerprint: str
     report: TextReport = field(default_factory=TextReport)
     specs: tuple[str, ...] = ()  # what to pass to `open_text` to open it again
+    column: str | None = None  # the column asked for
+    kinds: frozenset[Kind] = frozenset()  # what its records hold, if it has any
 
     def documents(self) -> Iterator[Document]:
         """Every non-empty document once, in a fixed shuffled order.
@@ -66,6 +62,10 @@ class TextSource:
 
     def _counted(self) -> Iterator[Document]:
         for document in self.read(self.report):
+            if isinstance(document, RawDocument):
+                raise TextError(
+                    f"{self.name} holds {NAMES[document.kind]}, which only a model's own tokenizer can read."
+                )
             if not document.text.strip():
                 self.report.empty += 1
                 self.report.note(f"{document.id} is empty")
@@ -85,32 +85,40 @@ class TextSource:
             raise TextError(f"no text found in {self.name} ({self.report.summary()}){problems}")
 
 
-def open_text(spec: str | Path) -> TextSource:
+def open_text(spec: str | Path, *, column: str | None = None) -> TextSource:
     """Opens `default`, a file, a directory, a local Hugging Face dataset, or the dataset `owner/name` of the hub.
 
-    Raises: TextError for a missing path or an unknown file type.
+    `column` names the column of tables, or the key of JSON lines, that holds the text; else it is "text", or the only
+    one that can be meant.
+    Raises: TextError for a missing path, an unknown file type, or records in which no column holds the text.
     """
-    return replace(_opened_source(spec), specs=(str(spec),))
+    source = replace(_opened_source(spec, column), specs=(str(spec),), column=column)
+    if column is not None:
+        source.fingerprint = sha256(f"{source.fingerprint}\0{column}".encode()).hexdigest()
+    return source
 
 
-def _opened_source(spec: str | Path) -> TextSource:
+def _opened_source(spec: str | Path, column: str | None) -> TextSource:
     if str(spec) == "default":
         from sae.text import default_corpus
 
         return TextSource("default", default_corpus.read, default_corpus.fingerprint())
     path = Path(spec)
-    if path.is_file():
-        return _files([path], path.parent, str(spec))
-    if path.is_dir():
-        if any((path / name).is_file() for name in SAVED_DATASET) or _has_parquet(path):
-            return _local_dataset(path)
-        return _files(sorted(p for p in path.rglob("*") if p.is_file()), path, str(spec))
+    if path.is_dir() and any((path / name).is_file() for name in SAVED_DATASET):
+        return _saved_dataset(path, column)
+    if path.is_dir() or path.is_file():
+        files = list_files(path, str(spec), column)
+        return TextSource(str(spec), files.read, files.fingerprint(), kinds=_kinds(files))
     if str(spec).count("/") == 1 and not str(spec).startswith((".", "/", "~")):
-        return _hub_dataset(str(spec))
+        return _hub_dataset(str(spec), column)
     raise TextError(
-        f"text source {str(spec)!r}: no such file or directory. Use a file or directory of "
-        f"{', '.join(SUFFIXES)} (also .xz, .gz, .zst), a dataset as owner/name, or 'default'."
+        f"text source {str(spec)!r}: no such file or directory. Use a file or directory of {READABLE}, a dataset as "
+        "owner/name, or 'default'."
     )
+
+
+def _kinds(files: Files) -> frozenset[Kind]:
+    return frozenset(column.kind for column in files.columns.values())
 
 
 def combine(sources: list[TextSource]) -> TextSource:
@@ -118,132 +126,40 @@ def combine(sources: list[TextSource]) -> TextSource:
     if len(sources) == 1:
         return sources[0]
 
-    def read(report: TextReport) -> Iterator[Document]:
+    def read(report: TextReport) -> Iterator[Document | RawDocument]:
         for source in sources:
             yield from source.read(report)
 
+    if len({source.column for source in sources}) > 1:
+        raise TextError(f"{' + '.join(source.name for source in sources)}: name one text column for all of them.")
     joined = sha256("\n".join(source.fingerprint for source in sources).encode())
     specs = tuple(spec for source in sources for spec in source.specs)
-    return TextSource(" + ".join(source.name for source in sources), read, joined.hexdigest(), specs=specs)
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def _kind(path: Path) -> str | None:
-    """The suffix that decides how a file is read, without that of compression; None for other types."""
-    suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSION:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
-
-
-def _files(paths: list[Path], root: Path, name: str) -> TextSource:
-    known = [path for path in paths if _kind(path)]
-    if not known:
-        found = ", ".join(sorted({path.suffix or "no suffix" for path in paths})) or "no files"
-        raise TextError(
-            f"no text files in {name}: found {found}, expected {', '.join(SUFFIXES)} (also .xz, .gz, .zst)."
-        )
-
-    def read(report: TextReport) -> Iterator[Document]:
-        report.ignored_files += len(paths) - len(known)
-        for path in known:
-            yield from _read_file(path, path.relative_to(root).as_posix(), report)
-
-    return TextSource(name, read, _hash_of(known, root))
-
-
-def _hash_of(paths: list[Path], root: Path) -> str:
-    """SHA-256 over the path of each file below `root` and its bytes."""
-    hashes = sha256()
-    for path in paths:
-        hashes.update(path.relative_to(root).as_posix().encode("utf-8", "surrogateescape") + b"\0")
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                hashes.update(block)
-    return hashes.hexdigest()
-
-
-def _read_file(path: Path, name: str, report: TextReport) -> Iterator[Document]:
-    kind = _kind(path)
-    try:
-        with opened(path) as stream:
-            if kind == ".jsonl":
-                yield from read_jsonl(stream, name, report)
-            else:
-                assert kind is not None
-                yield Document(name, _decoded(stream.read(), name, report), DOMAIN_OF_SUFFIX[kind], name)
-    except (lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        raise TextError(f"{path} cannot be read: {error}. Is the file complete?") from error
-
-
-def _decoded(raw: bytes, name: str, report: TextReport) -> str:
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return raw.decode("utf-16", errors="replace")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        report.replaced_documents += 1
-        report.note(f"{name}: byte {error.start:,} is not UTF-8")
-        return raw.decode("utf-8-sig", errors="replace")
-
-
-def read_jsonl(stream: BinaryIO, name: str, report: TextReport) -> Iterator[Document]:
-    """One document per line, from its "text" (and "id", "domain", "source"); broken lines are counted and skipped."""
-    for number, line in enumerate(stream, start=1):
-        where = f"{name}:{number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(_decoded(line, where, report))
-        except (ValueError, RecursionError) as error:
-            report.broken_lines += 1
-            report.note(f"{where}: {error}")
-            continue
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            report.broken_lines += 1
-            report.note(f'{where}: no string under "text"')
-            continue
-        yield _from_record(record, where, name)
-
-
-def _from_record(record: dict[str, Any], where: str, default_source: str) -> Document:
-    return Document(
-        str(record.get("id") or where),
-        record["text"],
-        str(record.get("domain") or "text"),
-        str(record.get("source") or default_source),
-    )
+    kinds = frozenset[Kind]().union(*(source.kinds for source in sources))
+    name = " + ".join(source.name for source in sources)
+    return TextSource(name, read, joined.hexdigest(), specs=specs, column=sources[0].column, kinds=kinds)
 
 
 # --- Hugging Face datasets -------------------------------------------------------------------------------------------
 
 
-def _has_parquet(path: Path) -> bool:
-    return any(path.rglob("*.parquet"))
-
-
-def _local_dataset(path: Path) -> TextSource:
+def _saved_dataset(path: Path, asked: str | None) -> TextSource:
     import datasets
 
-    files = sorted(p for p in path.rglob("*") if p.is_file())
     try:
-        if any((path / name).is_file() for name in SAVED_DATASET):
-            data: Any = datasets.load_from_disk(str(path))
-        else:
-            parquet = [str(p) for p in files if p.suffix == ".parquet"]
-            data = datasets.load_dataset("parquet", data_files=parquet, split="train", streaming=True)
+        data: Any = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises many types of error
         raise TextError(f"{path} looks like a saved dataset but cannot be opened: {error}") from error
+    others: list[str] = []
     if isinstance(data, dict):
         if "train" not in data:
             raise TextError(f"{path} has the splits {sorted(data)} and no 'train'. Use the directory of one split.")
+        others = sorted(data.keys() - {"train"})
         data = data["train"]
-    return TextSource(str(path), _records(data, path.name), _hash_of(files, path))
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    return _dataset(data, path.name, str(path), hash_of(files, path), asked, others)
 
 
-def _hub_dataset(name: str) -> TextSource:
+def _hub_dataset(name: str, asked: str | None) -> TextSource:
     import datasets
 
     try:
@@ -252,33 +168,38 @@ def _hub_dataset(name: str) -> TextSource:
         raise TextError(
             f"text source {name!r} is neither a path here nor a dataset that could be opened on the hub: {error}"
         ) from error
-    return TextSource(name, _records(data, name), f"hub:{name}:{getattr(data, '_fingerprint', '')}")
+    return _dataset(data, name, name, f"hub:{name}:{getattr(data, '_fingerprint', '')}", asked)
 
 
-def _records(data: Any, name: str) -> Callable[[TextReport], Iterator[Document]]:
-    """A reader of the column "text". Raises: TextError if there is no such column, as soon as that is known."""
+def _dataset(
+    data: Any, label: str, name: str, fingerprint: str, asked: str | None, other_splits: list[str] | None = None
+) -> TextSource:
+    """The rows of a dataset of Hugging Face's library. Raises: TextError when no column holds the text."""
+    try:
+        column = column_of(_kinds_in(data), asked)
+    except ColumnError as error:
+        raise TextError(f"dataset {label} {error}.") from error
+    except Exception as error:  # the connection is lost; each library has its own errors
+        raise TextError(f"dataset {label} cannot be read: {error}") from error
 
-    def require_text(columns: Iterable[str]) -> None:
-        if "text" not in columns:
-            raise TextError(f'dataset {name} has no column "text"; its columns are {sorted(columns)}.')
-
-    if getattr(data, "column_names", None) is not None:
-        require_text(data.column_names)
-
-    def read(report: TextReport) -> Iterator[Document]:
-        where = f"{name}#0"
+    def read(report: TextReport) -> Iterator[Document | RawDocument]:
+        report.not_read.update(f"split {split} of a data set" for split in other_splits or [])
+        where = f"{label}#0"
         try:
             for number, record in enumerate(data):
-                where = f"{name}#{number}"
-                require_text(record)
-                if isinstance(record["text"], str):
-                    yield _from_record(record, where, name)
-                else:
-                    report.broken_lines += 1
-                    report.note(f'{where}: no string under "text"')
+                where = f"{label}#{number}"
+                yield from document_or_count(record, column, where, label, report)
         except TextError:
             raise
         except Exception as error:  # a damaged file or a lost connection; each library has its own errors
-            raise TextError(f"dataset {name} cannot be read after {where}: {error}") from error
+            raise TextError(f"dataset {label} cannot be read after {where}: {error}") from error
 
-    return read
+    return TextSource(name, read, fingerprint, kinds=frozenset({column.kind}))
+
+
+def _kinds_in(data: Any) -> dict[str, Kind | None]:
+    if getattr(data, "features", None) is None:  # streamed, without a schema
+        return kinds_of(islice(data, 1))
+    from sae.text.parquet import kinds_of_schema
+
+    return kinds_of_schema(data.features.arrow_schema)
