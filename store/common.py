@@ -14,12 +14,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LANES = 64  # document i belongs to lane i % LANES, shard s of a split to lane s % LANES, for any number of workers
 HELD_OUT, TRAIN = "heldout", "train"
 SPLITS = (HELD_OUT, TRAIN)  # in the order of their shards in a store
+# How contexts begin, as a store's provenance says under "bos".
+BOS_BEFORE_DOCUMENTS = "one BOS before each document; BOS rows are stored and not kept"
+BOS_BEFORE_CONTEXTS = "one BOS at the start of each context and before each document; BOS rows are stored and not kept"
 PARTIAL_SUFFIX = ".partial"  # of unfinished files; version 0.1 let zarr write shards, with the same suffix
 
 Item = TypeVar("Item")
@@ -39,9 +46,65 @@ class DocumentRecord(NamedTuple):
     sha256: str  # of the text
 
 
+def contexts_begin_with_bos(provenance: Mapping[str, Any]) -> bool:
+    """Whether every context of a store, or of a live run, begins with BOS, as its provenance says."""
+    return bool(provenance.get("bos") == BOS_BEFORE_CONTEXTS)
+
+
 def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether two recorded identities ({"id", "kind", "sha256"}) are of one model: the hash decides, not the path."""
     return bool(a.get("sha256")) and a["sha256"] == b.get("sha256")
+
+
+@dataclass(frozen=True)
+class RowFilter:
+    """Which rows of kept tokens a dictionary leaves out of its training, its measurements and its edits.
+
+    Left out are the first `skip_positions` positions of each context, the tokens `skip_token_ids`, and, at each hook
+    point of `median_norms`, rows with ‖x‖ > `max_norm_multiple` · the median norm there (0: none). Where x̂ replaces x
+    in the model, such rows stay as they are.
+    """
+
+    skip_positions: int = 0
+    skip_token_ids: tuple[int, ...] = ()
+    max_norm_multiple: float = 0.0
+    median_norms: Mapping[str, float] = field(default_factory=dict)  # by hook point, of the training rows
+
+    @property
+    def max_norms(self) -> dict[str, float]:
+        """The largest ‖x‖ that is let through, by hook point."""
+        return {hook: self.max_norm_multiple * median for hook, median in self.median_norms.items()}
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it leaves no row out."""
+        return not (self.skip_positions or self.skip_token_ids or self.max_norm_multiple)
+
+    def keeps_tokens(self, tokens: np.ndarray) -> np.ndarray:
+        """Which of the tokens [..., position] positions and token ids leave in: bool, same shape."""
+        import numpy as np  # here, because this module is on the way to `sae --help`
+
+        return (np.arange(tokens.shape[-1]) >= self.skip_positions) & ~np.isin(tokens, self.skip_token_ids)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry "row_filter" of config.json."""
+        return {
+            "skip_positions": self.skip_positions,
+            "skip_token_ids": list(self.skip_token_ids),
+            "max_norm_multiple": self.max_norm_multiple,
+            "median_norms": dict(self.median_norms),
+        }
+
+    @classmethod
+    def of_json(cls, recorded: Mapping[str, Any] | None) -> RowFilter:
+        """The filter of a config.json; without an entry one that leaves no row out."""
+        found = recorded or {}
+        return cls(
+            found.get("skip_positions", 0),
+            tuple(found.get("skip_token_ids", ())),
+            found.get("max_norm_multiple", 0.0),
+            found.get("median_norms", {}),
+        )
 
 
 # --- whole files -----------------------------------------------------------------------------------------------------

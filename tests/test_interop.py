@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from sae import pipeline
 from sae.dictionary.autoencoder import ACTIVATIONS, SAE
 from sae.dictionary.files import load, save
-from sae.interop import registry
+from sae.interop import registry, saelens
 from sae.interop.files import InteropError
+from store.common import BOS_BEFORE_CONTEXTS, BOS_BEFORE_DOCUMENTS
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 D_IN, D_SAE, K = 12, 40, 5
@@ -84,7 +85,7 @@ def test_the_sae_lens_export_has_the_files_and_keys_its_loader_asks_for(dictiona
     assert metadata["hook_name"] == "blocks.0.mlp.hook_post"
     assert metadata["model_name"] == "tiny"
     assert metadata["dataset_path"] == "made up"
-    assert metadata["prepend_bos"] is True
+    assert metadata["prepend_bos"] is False  # its store says nothing of a BOS at the start of contexts
     tensors = load_file(out / "sae_weights.safetensors")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
         "W_enc": (D_IN, D_SAE),
@@ -93,6 +94,24 @@ def test_the_sae_lens_export_has_the_files_and_keys_its_loader_asks_for(dictiona
         "b_dec": (D_IN,),
     }
     assert all(t.dtype == torch.float32 for t in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        ({"store": {"text": "t", "bos": BOS_BEFORE_CONTEXTS}}, True),
+        ({"store": {"text": "t"}}, False),
+        ({"live": {"text": "t", "bos": BOS_BEFORE_CONTEXTS}}, True),
+        ({"live": {"text": "t", "bos": BOS_BEFORE_DOCUMENTS}}, False),
+        ({}, True),  # not known: their own default
+        ({"imported": {"config": {"prepend_bos": False}}}, False),
+        ({"imported": {"config": {"metadata": {"prepend_bos": False}}}}, False),
+    ],
+)
+def test_prepend_bos_is_true_to_the_contexts_of_training(origin: dict, expected: bool) -> None:
+    sae = SAE(D_IN, D_SAE)
+    sae.config = origin
+    assert saelens.config_of(sae)["metadata"]["prepend_bos"] is expected
 
 
 def test_the_exported_numbers_do_what_the_dictionary_does(dictionary: Path, tmp_path: Path) -> None:

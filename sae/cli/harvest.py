@@ -50,6 +50,12 @@ def harvest(verbs: Any) -> None:
         "--seq-len", type=int, metavar="N", help="tokens of a context (default: 256, or the model's limit if lower)"
     )
     verb.add_argument(
+        "--context-bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin every context with the model's BOS token (default: yes, but no for models of sae pretrain; a store "
+        "that exists keeps its rule)",
+    )
+    verb.add_argument(
         "--world",
         "--workers",
         type=int,
@@ -96,6 +102,7 @@ def _run_harvest(args: argparse.Namespace) -> int:
         dtype=dtypes,
         heldout_tokens=args.heldout_tokens,
         seq_len=args.seq_len,
+        context_bos=args.context_bos,
         device=args.device,
         max_disk_bytes=args.max_disk,
         max_ram_bytes=args.max_ram,

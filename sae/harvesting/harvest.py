@@ -18,7 +18,7 @@ from sae.jobs.memory import resident_bytes
 from sae.jobs.progress import Interrupted, interruptible, progress
 from sae.lm import LanguageModel
 from sae.text.documents import Document, record_of
-from sae.text.packing import FORWARD_TOKENS, packed, tokenised
+from sae.text.packing import FORWARD_TOKENS, packed, text_tokens, tokenised
 from sae.text.sources import TextSource
 from store.common import LANES, SPLITS, DocumentRecord
 
@@ -70,16 +70,18 @@ def harvest(
     lanes: Iterable[int] = range(LANES),
     only: Mapping[str, Container[int]] | None = None,
     max_ram_bytes: int | None = None,
+    context_bos: bool = False,
 ) -> bool:
     """Writes every shard of these lanes (and of `only`) that the sink lacks; its bytes depend on the text alone.
 
+    With `context_bos` every context begins with the model's BOS token.
     True once no shard of any lane is missing; then the store is finished.
     Raises, after the shards in hand are committed: Interrupted on Ctrl-C or SIGTERM; OutOfMemoryBudget when the process
     holds more than `max_ram_bytes`.
     """
     numbers = set(lanes)
     markers = {split: sink.markers(split) for split in SPLITS}
-    shard_tokens = sink.contexts_per_shard * sink.seq_len
+    shard_tokens = sink.contexts_per_shard * text_tokens(sink.seq_len, context_bos)
     ours = open_lanes(sink.n_shards, shard_tokens, markers, sorted(numbers), only)
     missing = sum(len(lane.missing) for lane in ours.values())
     done = sum(shard % LANES in numbers for split in SPLITS for shard in markers[split])
@@ -89,7 +91,7 @@ def harvest(
         _writing(sink, bar.update) as write,
     ):
         for split, text in _shards_of_text(model, source, ours):
-            _run_model(model, sink, split, text, write)
+            _run_model(model, sink, split, text, write, context_bos)
             if interrupt.requested:
                 raise Interrupted(
                     f"stopped with every finished shard saved in {sink.path}. Repeat the command to continue."
@@ -159,19 +161,20 @@ def _check_memory(max_ram_bytes: int | None, sink: ShardSink) -> None:
         )
 
 
-def _run_model(model: LanguageModel, sink: ShardSink, split: str, text: ShardText, write: Write) -> None:
+def _run_model(
+    model: LanguageModel, sink: ShardSink, split: str, text: ShardText, write: Write, context_bos: bool
+) -> None:
     """Computes a shard's activations and has them written."""
-    tokens, keep = packed(text.tokens, sink.seq_len, model.bos_id)
-    padding = (0, -len(text.numbers) % sink.seq_len)
-    rows = _activations(model, sink.hook_points, tokens)
+    contexts = packed(text.tokens, sink.seq_len, model.bos_id, context_bos=context_bos)
+    rows = _activations(model, sink.hook_points, contexts.tokens)
     write(
         len(text.tokens),
         split,
         text.shard,
         acts={hook: _rounded(rows[hook], dtype) for hook, dtype in sink.dtype.items()},
-        tokens=tokens,
-        keep=keep,
-        document=np.pad(text.numbers, padding, constant_values=-1).reshape(-1, sink.seq_len),
+        tokens=contexts.tokens,
+        keep=contexts.keep,
+        document=np.append(text.numbers, np.int32(-1))[contexts.place],
         documents=text.documents,
         cursor=asdict(text.cursor),
     )

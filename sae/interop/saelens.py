@@ -16,7 +16,7 @@ from sae.interop import assemble, files
 from sae.interop.files import InteropError
 from sae.interop.hooks import hook_point
 from sae.jobs.checkpoint import write_tensors
-from store.common import write_json
+from store.common import contexts_begin_with_bos, write_json
 
 NAME = "sae-lens"
 FILES = "cfg.json and sae_weights.safetensors"
@@ -71,7 +71,7 @@ def config_of(sae: SAE) -> dict[str, Any]:
             "model_name": sae.config.get("model", {}).get("id", UNKNOWN),
             "hook_name": sae.config.get("hook_point") or UNKNOWN,
             "hook_head_index": None,
-            "prepend_bos": True,
+            "prepend_bos": _prepends_bos(sae.config),
             "dataset_path": (sae.config.get("store") or sae.config.get("live") or {}).get("text", UNKNOWN),
             "training_tokens": trained.get("tokens"),
             "recipe": trained.get("recipe"),
@@ -81,6 +81,15 @@ def config_of(sae: SAE) -> dict[str, Any]:
     if sae.activation == "topk":
         config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     return config
+
+
+def _prepends_bos(config: Mapping[str, Any]) -> bool:
+    """Whether the contexts of training began with BOS; as SAELens does by default where that is not known."""
+    for origin in ("store", "live"):
+        if origin in config:
+            return contexts_begin_with_bos(config[origin])
+    theirs = assemble.section(assemble.section(config, "imported"), "config")
+    return bool({**theirs, **assemble.section(theirs, "metadata")}.get("prepend_bos", True))
 
 
 # --- read ------------------------------------------------------------------------------------------------------------

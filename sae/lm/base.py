@@ -93,6 +93,15 @@ class LanguageModel(ABC):
         """The final norm's weight, W_U, and whether the norm subtracts the mean (LayerNorm, not RMSNorm)."""
 
     @property
+    def context_bos(self) -> bool:
+        """Whether contexts of this model begin with BOS unless the user says otherwise: where it has one.
+
+        Llama, Gemma and Mistral were trained so. GPT-2, NeoX and Qwen were not, but in them, too, whatever stands first
+        gets a huge residual vector; a BOS there keeps it out of the rows.
+        """
+        return self.bos_id is not None
+
+    @property
     @abstractmethod
     def n_layers(self) -> int: ...
 

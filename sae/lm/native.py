@@ -97,6 +97,10 @@ class NativeModel(LanguageModel):
         return self.module.ln_final.weight, self.module.unembed.weight.T, True
 
     @property
+    def context_bos(self) -> bool:
+        return False  # `sae pretrain` cuts `[BOS] document [BOS] document …` anywhere
+
+    @property
     def n_layers(self) -> int:
         return self.module.config.n_layers
 

@@ -17,7 +17,16 @@ from sae.pipeline.errors import PipelineError
 from sae.pipeline.resolve import model_device
 from sae.text.sources import TextSource, combine, open_text
 from store.activations import ActivationStore, is_url
-from store.common import HELD_OUT, LANES, TRAIN, StoreError, same_model
+from store.common import (
+    BOS_BEFORE_CONTEXTS,
+    BOS_BEFORE_DOCUMENTS,
+    HELD_OUT,
+    LANES,
+    TRAIN,
+    StoreError,
+    contexts_begin_with_bos,
+    same_model,
+)
 
 DEFAULT_HOOK_POINT = "blocks.0.mlp.hook_post"
 BYTES_PER_VALUE = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -74,6 +83,7 @@ def harvest(
     dtype: str | Mapping[str, str] = "float16",
     heldout_tokens: int | None = None,
     seq_len: int | None = None,
+    context_bos: bool | None = None,
     device: str = "auto",
     rank: int = 0,
     world: int = 1,
@@ -85,6 +95,8 @@ def harvest(
 ) -> str | Path:
     """Streams the activations of `tokens` tokens (and a frozen held-out split) into a Zarr store at `out`.
 
+    `context_bos` begins every context with BOS (default: as the store at `out`; a new one so for every model with a BOS
+    token but those of `sae pretrain`, which were trained on contexts that begin anywhere).
     Worker `rank` of `world` fills its share of the 64 lanes; together they write the same bytes as one worker alone.
     `max_disk_bytes`, and `max_ram_bytes` of this process, end the harvest early, with everything written ready for use;
     `keep_rows` keeps only the newest training rows. A model given by name runs on `device`. `report` is called with the
@@ -96,7 +108,8 @@ def harvest(
     lm = load_model(model, device=model_device(device)) if isinstance(model, str) else model
     source = source_of(text)
     out = out if is_url(out) else Path(out)
-    seq_len = context_length(lm, seq_len)
+    context_bos = begins_with_bos(lm, _bos_recorded(out) if context_bos is None else context_bos)
+    seq_len = context_length(lm, seq_len, context_bos)
     lanes = lanes_of(rank, world)
     widths = {hook_point: lm.hook_width(hook_point) for hook_point in hook_points}
     dtypes = _dtypes(dtype, widths)
@@ -119,12 +132,14 @@ def harvest(
         contexts_per_shard=planned.contexts_per_shard,
         n_shards=planned.n_shards,
         dtype=dtypes,
-        provenance=_as_recorded(out, provenance_of(lm, source)),
+        provenance=_as_recorded(out, provenance_of(lm, source, context_bos)),
         ring_shards_per_lane=planned.ring_shards_per_lane,
     )
     if not store.is_complete:
         with store.hold(lanes, take_over=take_over):
-            harvesting.harvest(lm, source, store, lanes=lanes, only=only, max_ram_bytes=max_ram_bytes)
+            harvesting.harvest(
+                lm, source, store, lanes=lanes, only=only, max_ram_bytes=max_ram_bytes, context_bos=context_bos
+            )
     return out
 
 
@@ -162,9 +177,21 @@ def _within(planned: Plan, forecast: Forecast, max_disk_bytes: int | None) -> di
     return {HELD_OUT: range(planned.n_shards[HELD_OUT]), TRAIN: range(train)}
 
 
-def context_length(lm: LanguageModel, asked: int | None) -> int:
-    """Tokens of a context: as asked, else 256, or the model's limit if lower. Raises: PipelineError above the limit."""
+def begins_with_bos(lm: LanguageModel, asked: bool | None) -> bool:
+    """Whether contexts begin with BOS: as asked, else as suits the model. Raises: PipelineError without a BOS token."""
+    if asked and lm.bos_id is None:
+        raise PipelineError(f"{lm.id} has no BOS token to begin contexts with. Leave out --context-bos.")
+    return lm.context_bos if asked is None else asked
+
+
+def context_length(lm: LanguageModel, asked: int | None, context_bos: bool) -> int:
+    """Positions of a context: as asked, else 256, or the model's limit if lower.
+
+    Raises: PipelineError above the limit, or when there is only room for BOS.
+    """
     seq_len = asked or min(256, lm.context_tokens)
+    if context_bos and seq_len == 1:
+        raise PipelineError("seq_len = 1 leaves no room after the BOS of a context. Choose at least 2 tokens.")
     if seq_len > lm.context_tokens:
         raise PipelineError(
             f"seq_len = {seq_len} is longer than the context of {lm.id}. Choose at most {lm.context_tokens} tokens."
@@ -183,7 +210,7 @@ def source_of(text: Text, *, text_column: str | None = None) -> TextSource:
     return combine([open_text(spec, column=text_column) for spec in specs])
 
 
-def provenance_of(lm: LanguageModel, source: TextSource) -> dict[str, Any]:
+def provenance_of(lm: LanguageModel, source: TextSource, context_bos: bool) -> dict[str, Any]:
     """What determines a store's rows: model, tokenizer and text, each with its hash."""
     return {
         "model": lm.identity(),
@@ -192,10 +219,18 @@ def provenance_of(lm: LanguageModel, source: TextSource) -> dict[str, Any]:
         "text_specs": list(source.specs),
         "text_sha256": source.fingerprint,
         **({} if source.column is None else {"text_column": source.column}),
-        "bos": "one BOS before each document; BOS rows are stored and not kept",
+        "bos": BOS_BEFORE_CONTEXTS if context_bos else BOS_BEFORE_DOCUMENTS,
         "weight_processing": "none",
         "held_out": "documents with blake2b(text) mod 20 == 0",
     }
+
+
+def _bos_recorded(out: str | Path) -> bool | None:
+    """Whether the contexts of the store at `out` begin with BOS; None without a store."""
+    try:
+        return contexts_begin_with_bos(ActivationStore.open(out).provenance)
+    except StoreError:  # not made yet, or damaged, which is reported later
+        return None
 
 
 def _as_recorded(out: str | Path, provenance: dict[str, Any]) -> dict[str, Any]:

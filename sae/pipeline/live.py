@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sae.lm import LanguageModel, load_model
 from sae.pipeline.errors import PipelineError
-from sae.pipeline.harvest import DEFAULT_HOOK_POINT, Text, context_length, provenance_of, source_of
+from sae.pipeline.harvest import DEFAULT_HOOK_POINT, Text, begins_with_bos, context_length, provenance_of, source_of
 from sae.training.config import TrainConfig
 from sae.training.live_rows import Contexts, LiveRows
+from sae.training.loop import SETTINGS
 from sae.training.recipes import recipe_named
+from store.common import contexts_begin_with_bos
 
 
 @dataclass(frozen=True)
@@ -26,21 +30,26 @@ class Live:
     seq_len: int | None = None  # tokens of a context; by default as in a harvest
     max_ram_bytes: int = 1 << 30
     dtype: str = "float16"
+    context_bos: bool | None = None  # whether contexts begin with BOS; by default as in a harvest
 
 
 def live_rows(
-    live: Live, config: TrainConfig, hook_point: str | None, target_hook_point: str | None, device: str
+    live: Live, config: TrainConfig, hook_point: str | None, target_hook_point: str | None, device: str, out: Path
 ) -> tuple[LiveRows, dict[str, Any]]:
-    """The rows that a recipe trains on, and the record of where they come from, for config.json."""
+    """The rows that a recipe trains on, and the record of where they come from, for config.json.
+
+    A run that `out` holds keeps the rule by which its contexts begin.
+    """
     lm = load_model(live.model, device=device) if isinstance(live.model, str) else live.model
     source, hook = source_of(live.text), hook_point or DEFAULT_HOOK_POINT
-    seq_len = context_length(lm, live.seq_len)
+    context_bos = begins_with_bos(lm, _bos_recorded(out) if live.context_bos is None else live.context_bos)
+    seq_len = context_length(lm, live.seq_len, context_bos)
     needs = recipe_named(config.recipe).needs
     check_target(config.recipe, target_hook_point)
     hooks = {"x": hook} | ({"y": target_hook_point} if target_hook_point else {})
     hooks |= {"resid": resid_mid_of(hook)} if needs == "resid" else {}
     rows = LiveRows(
-        Contexts(lm, source, seq_len),
+        Contexts(lm, source, seq_len, context_bos),
         hooks,
         batch_tokens=config.batch_tokens,
         seed=config.seed,
@@ -49,13 +58,21 @@ def live_rows(
         dtype=live.dtype,
         downstream=lm.downstream(hook) if needs == "resid" else None,
     )
-    made_of = provenance_of(lm, source)
+    made_of = provenance_of(lm, source, context_bos)
     return rows, {
         "hook_point": hook,
         **({"target_hook_point": target_hook_point} if target_hook_point else {}),
         "model": made_of.pop("model"),
         "live": {**made_of, "seq_len": seq_len, "dtype": live.dtype, "mixed_batches": rows.plan.batches},
     }
+
+
+def _bos_recorded(out: Path) -> bool | None:
+    """Whether the contexts of the live run in `out` begin with BOS; None if it holds none."""
+    try:
+        return contexts_begin_with_bos(json.loads((out / SETTINGS).read_text())["rows"]["live"])
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged, which is reported later
+        return None
 
 
 def check_target(recipe: str, target_hook_point: str | None) -> None:

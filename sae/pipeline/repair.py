@@ -15,7 +15,7 @@ from sae.pipeline.resolve import model_device
 from sae.text.sources import TextSource
 from store.activation_input import differences
 from store.activations import ActivationStore
-from store.common import HELD_OUT, TRAIN, same_model
+from store.common import HELD_OUT, TRAIN, contexts_begin_with_bos, same_model
 
 
 def repair(
@@ -39,7 +39,8 @@ def repair(
         with store.hold():
             for problem in problems:
                 store.clear(problem)
-            harvesting.harvest(lm, source, store, only=bad)
+            context_bos = contexts_begin_with_bos(store.provenance)
+            harvesting.harvest(lm, source, store, only=bad, context_bos=context_bos)
         left = [problem.text for problem in store.verify()] + [
             f"{store.path}: {split} shard {shard} is whole again, but with other bytes than before: its activations "
             "differ in the last digits (harvested on another machine, or with another number of threads?)"
@@ -64,7 +65,7 @@ def _as_harvested(
     chosen = model or store.provenance["model"]["id"]
     lm = chosen if isinstance(chosen, LanguageModel) else load_model(chosen, device=model_device(device))
     source = source_of(text or store.provenance["text_specs"], text_column=store.provenance.get("text_column"))
-    ours = provenance_of(lm, source)
+    ours = provenance_of(lm, source, contexts_begin_with_bos(store.provenance))
     decisive = ("tokenizer_sha256", "text_sha256", "bos", "weight_processing", "held_out")
     named = store.provenance["model"]
     there = {"model_sha256": named["sha256"], **{k: store.provenance.get(k) for k in decisive}}

@@ -18,7 +18,7 @@ from sae.training.config import TrainConfig
 from sae.training.rows import Batch, Downstream
 from store.activations import ActivationStore
 from store.batches import ShuffledRows
-from store.common import TRAIN
+from store.common import TRAIN, contexts_begin_with_bos
 
 SHUFFLE_BYTES = 10**9  # default memory for rows
 
@@ -143,6 +143,7 @@ def provenance_of(
             "tokenizer_sha256": store.provenance["tokenizer_sha256"],
             "text": store.provenance["text"],
             "text_sha256": store.provenance["text_sha256"],
+            **({"bos": store.provenance["bos"]} if contexts_begin_with_bos(store.provenance) else {}),
             "kept_rows": store.totals(TRAIN, hook).kept_rows,
             "rows_sha256": store.fingerprint(TRAIN),  # a ring replaces its rows, in the same number
             "max_ram_bytes": max_ram_bytes,  # decides their order

@@ -55,7 +55,7 @@ def train(
         provenance: dict[str, Any] = {}
         if isinstance(rows, Live):
             where = str(device_named(device))
-            rows, provenance = live_rows(rows, resolved, hook_point, target_hook_point, where)
+            rows, provenance = live_rows(rows, resolved, hook_point, target_hook_point, where, Path(out))
         return loop.train(rows, out, resolved, provenance=provenance, **how)
     store = ActivationStore.open(rows)
     hook = hook_point_of(store, hook_point)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -26,12 +26,43 @@ class Tokenising(Protocol):
     def bos_id(self) -> int | None: ...
 
 
-def packed(tokens: np.ndarray, seq_len: int, bos_id: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens as contexts [n, seq_len], the last one padded, and a mask that is False on padding and BOS."""
-    padding = (0, -len(tokens) % seq_len)
-    filled = np.pad(np.ones(len(tokens), bool), padding).reshape(-1, seq_len)
-    contexts = np.pad(tokens, padding).reshape(-1, seq_len)
-    return contexts, filled & (contexts != (-1 if bos_id is None else bos_id))
+class Packed(NamedTuple):
+    """Contexts [n, seq_len]: token ids; `keep`, False on BOS and padding; `place`, each position's token in the text.
+
+    `place` is −1 on padding; a BOS that is not in the text has the place of the token after it.
+    """
+
+    tokens: np.ndarray
+    keep: np.ndarray
+    place: np.ndarray
+
+
+def text_tokens(seq_len: int, context_bos: bool) -> int:
+    """Tokens of the text in a context of `seq_len` positions, which may begin with a BOS."""
+    return seq_len - 1 if context_bos else seq_len
+
+
+def packed(tokens: np.ndarray, seq_len: int, bos_id: int | None, *, context_bos: bool = False) -> Packed:
+    """The tokens as contexts, the last one padded.
+
+    With `context_bos` each context is a BOS and `seq_len` − 1 tokens of the text. Where these begin with the BOS of a
+    document, that one is enough, and the last position is padding.
+    """
+    place = _places(len(tokens), text_tokens(seq_len, context_bos))
+    ids = np.append(tokens, 0).astype(tokens.dtype)  # the last one is the padding's
+    if context_bos:
+        place = np.concatenate([place[:, :1], place], axis=1)
+        doubled = ids[place[:, 0]] == bos_id
+        place[doubled] = np.pad(place[doubled, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    contexts = ids[place]
+    if context_bos:
+        contexts[:, 0] = bos_id
+    return Packed(contexts, (place >= 0) & (contexts != (-1 if bos_id is None else bos_id)), place)
+
+
+def _places(n: int, width: int) -> np.ndarray:
+    """0 … n − 1 in rows of this width; the last row is filled up with −1."""
+    return np.pad(np.arange(n), (0, -n % width), constant_values=-1).reshape(-1, width)
 
 
 def tokenised(

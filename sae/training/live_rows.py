@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae.kernels import matmul
 from sae.lm import LanguageModel
-from sae.text.packing import FORWARD_TOKENS, packed, tokenised
+from sae.text.packing import FORWARD_TOKENS, packed, text_tokens, tokenised
 from sae.text.sources import TextSource
 from sae.training.rows import Batch, Downstream
 from sae.training.shuffle_buffer import ShuffleBuffer, ShufflePlan
@@ -40,6 +40,7 @@ class Contexts:
     model: LanguageModel
     source: TextSource
     seq_len: int
+    context_bos: bool = False  # whether each begins with BOS
 
     def epoch(self) -> Iterator[tuple[Int[np.ndarray, "n seq_len"], np.ndarray]]:
         """Tokens and `keep` of the whole text once, one forward pass at a time."""
@@ -53,11 +54,15 @@ class Contexts:
         training = ((n, document) for n, document in enumerate(self.source.documents()) if document.split == TRAIN)
         for number, _, ids in tokenised(self.model, training):
             tokens = np.concatenate([waiting[number % LANES], ids])
-            whole = len(tokens) - len(tokens) % self.seq_len
+            whole = len(tokens) - len(tokens) % text_tokens(self.seq_len, self.context_bos)
             waiting[number % LANES] = tokens[whole:]
-            yield from zip(*packed(tokens[:whole], self.seq_len, self.model.bos_id), strict=True)
+            yield from self._contexts(tokens[:whole])
         for tokens in waiting:
-            yield from zip(*packed(tokens, self.seq_len, self.model.bos_id), strict=True)
+            yield from self._contexts(tokens)
+
+    def _contexts(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        found = packed(tokens, self.seq_len, self.model.bos_id, context_bos=self.context_bos)
+        yield from zip(found.tokens, found.keep, strict=True)
 
 
 class LiveRows:
