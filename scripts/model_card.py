@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ def sample(model: NativeModel, prompt: str, new_tokens: int, seed: int) -> str:
     return model.tokenizer.decode(ids)
 
 
-def measure(directory: Path, validation: str) -> dict:
+def measure(directory: Path, validation: str) -> dict[str, Any]:
     model = NativeModel(directory, str(directory))
     train = np.load(directory / "tokens-train.npy", mmap_mode="r", allow_pickle=False)
     bigram = Bigram(np.asarray(train), model.d_vocab)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,14 +70,39 @@ def test_native_splice_is_the_bridges_hook(
     assert (spliced - tiny_model.logits(tokens)).abs().max() > 0.01
 
 
-def test_a_two_layer_model_equals_its_bridge(tmp_path: Path, tokens: Tensor) -> None:
-    from dataclasses import replace
-
-    model = load_model(write_model(tmp_path / "two", shape=replace(SHAPE, n_layers=2, act_fn="gelu")))
+@pytest.mark.parametrize("act_fn", ["gelu", "solu_ln"])
+def test_a_two_layer_model_equals_its_bridge(tmp_path: Path, tokens: Tensor, act_fn: str) -> None:
+    model = load_model(write_model(tmp_path / "two", shape=replace(SHAPE, n_layers=2, act_fn=act_fn)))
     assert isinstance(model, NativeModel)
-    _, cache = model.bridge().run_with_cache(tokens, names_filter=["blocks.1.mlp.hook_post"])
-    assert (model.capture(tokens, "blocks.1.mlp.hook_post") - cache["blocks.1.mlp.hook_post"]).abs().max() <= TOLERANCE
+    logits, cache = model.bridge().run_with_cache(tokens, names_filter=["blocks.1.hook_mlp_out"])
+    assert (model.logits(tokens) - logits).abs().max() <= TOLERANCE
+    expected = cache["blocks.1.hook_mlp_out"]
+    difference = (model.capture(tokens, "blocks.1.hook_mlp_out") - expected).abs().max()
+    assert difference <= TOLERANCE * max(1, expected.abs().max())
     assert model.logit_weights(torch.eye(4, SHAPE.d_mlp), "blocks.1.mlp.hook_post").shape == (4, SHAPE.d_vocab)
+
+
+def test_solu_neurons_are_measured_after_the_layer_norm(tmp_path: Path, tokens: Tensor) -> None:
+    """hook_post is what W_out reads: LayerNorm(x · softmax(x)), in float64 by hand."""
+    model = load_model(write_model(tmp_path / "solu", shape=replace(SHAPE, act_fn="solu_ln")))
+    mlp = model.module.blocks[0].mlp
+    pre = getattr(mlp, "in")(model.capture(tokens, "blocks.0.mlp.hook_in")).double()
+    solu = pre * pre.exp() / pre.exp().sum(-1, keepdim=True)
+    centred = solu - solu.mean(-1, keepdim=True)
+    expected = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * mlp.ln.weight + mlp.ln.bias
+    assert (model.capture(tokens, "blocks.0.mlp.hook_post") - expected).abs().max() <= TOLERANCE
+
+
+def test_an_attention_only_model_equals_its_bridge(tmp_path: Path, tokens: Tensor) -> None:
+    model = load_model(write_model(tmp_path / "attn", shape=replace(SHAPE, n_layers=2, attn_only=True)))
+    hook_points = [f"blocks.{n}.{name}" for n in (0, 1) for name in ("hook_resid_pre", "hook_attn_out")]
+    assert set(hook_points) == {name for name in model.module.hook_widths if not name.endswith("hook_resid_post")}
+    logits, cache = model.bridge().run_with_cache(tokens, names_filter=hook_points)
+    assert (model.logits(tokens) - logits).abs().max() <= TOLERANCE
+    for hook_point in hook_points:
+        assert (model.capture(tokens, hook_point) - cache[hook_point]).abs().max() <= TOLERANCE
+    with pytest.raises(ModelError, match=r"no hook point 'blocks\.0\.mlp\.hook_post'"):
+        model.hook_width("blocks.0.mlp.hook_post")
 
 
 def test_splicing_the_identity_changes_nothing(tiny_model: NativeModel, tokens: Tensor) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
-from fakes import HOOK_POINT, made_up_documents, text_source, write_jsonl, write_model
+from fakes import HOOK_POINT, SHAPE, made_up_documents, text_source, write_jsonl, write_model
 from test_hf_harvest import saved
 
 from sae import pipeline
 from sae.jobs.checkpoint import read_tensors, write_tensors
 from sae.lm import NativeModel, load_model
+from sae.lm.identity import sha256_of_parameters
 from store.activations import ActivationStore
 from store.common import same_model
 
@@ -55,6 +57,18 @@ def test_what_computes_with_the_parameters_is_part_of_a_model(tmp_path: Path, ti
     same, float32, reshaped = (NativeModel(d, "m") for d in (tiny_model_dir, wide, other_heads))
     assert same.weights_sha256 == float32.weights_sha256  # 16 bits on disk or 32: the values are the same
     assert same.weights_sha256 != reshaped.weights_sha256  # the same numbers, other attention
+
+
+def test_settings_added_later_leave_the_identity_of_older_models_alone(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The hash by hand, over exactly the settings of version 0.1."""
+    model = NativeModel(tiny_model_dir, "m")
+    names = ("d_model", "d_mlp", "n_heads", "d_head", "n_layers", "n_ctx", "d_vocab", "act_fn")
+    settings = {name: json.loads((tiny_model_dir / "config.json").read_text())[name] for name in names}
+    parameters = sha256_of_parameters(model.module)
+    expected = sha256(json.dumps([parameters, settings], sort_keys=True).encode()).hexdigest()
+    assert model.weights_sha256 == expected
+    attention = NativeModel(write_model(tmp_path / "attn", shape=replace(SHAPE, attn_only=True)), "a")
+    assert attention.module.config.to_dict()["attn_only"] is True
 
 
 @pytest.fixture

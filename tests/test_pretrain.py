@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fakes import random_transformer
+from torch import Tensor
 from torch.nn import functional as F
 
 from sae.jobs.checkpoint import read_tensors
 from sae.jobs.progress import Interrupted
+from sae.lm import load_model
 from sae.lm import pretrain as module
+from sae.lm.held_out import held_out_contexts, held_out_loss, neuron_figures
 from sae.lm.pretrain import ChunkedCrossEntropy, PretrainConfig, TokenStream, learning_rate, pretrain
 from sae.lm.transformer import TransformerConfig
 from sae.text.documents import Document, TextReport
@@ -76,8 +81,63 @@ def test_batch_loss_is_the_next_token_loss() -> None:
         logits = model.double()(tokens[:, :-1])
         exact = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
         assert module.batch_loss(model.float(), tokens).item() == pytest.approx(exact, rel=4e-3)
-        flat = tokens.flatten().numpy().astype(np.uint16)
-        assert module.held_out_loss(model, flat) == pytest.approx(exact, rel=1e-5)
+        assert held_out_loss(model, tokens) == pytest.approx(exact, rel=1e-5)
+
+
+def test_held_out_contexts_are_spread_over_the_text() -> None:
+    tokens = np.arange(1_000, dtype=np.uint16)
+    contexts = held_out_contexts(tokens, 9, 5)
+    assert contexts[:, 0].tolist() == [0, 240, 490, 740, 990]
+    assert (contexts.diff(dim=1) == 1).all()
+    assert len(held_out_contexts(tokens, 9, 200)) == 100
+    assert held_out_contexts(tokens[:9], 9, 5).shape == (0, 10)
+    assert math.isnan(held_out_loss(module.Transformer(SHAPE), torch.empty(0, 10, dtype=torch.int64)))
+    assert neuron_figures(module.Transformer(SHAPE), torch.empty(0, 10, dtype=torch.int64)) == []
+
+
+@pytest.mark.parametrize("act_fn", ["relu", "solu_ln"])
+def test_neuron_figures_equal_a_loop_over_tokens(act_fn: str) -> None:
+    """Two layers, float64, the model's own modules called one after the other."""
+    shape = replace(SHAPE, n_layers=2, act_fn=act_fn)
+    model = random_transformer(4, shape).double()
+    with torch.no_grad():
+        getattr(model.blocks[1].mlp, "in").bias[:5] = -1e3  # dead with ReLU
+    contexts = torch.randint(300, (3, 17), generator=torch.Generator().manual_seed(0))
+
+    def posts_and_loss(layer: int, edit: Callable[[Tensor], Tensor]) -> tuple[Tensor, float]:
+        resid, found = model.resid_pre(contexts[:, :-1]), torch.empty(0)
+        for number, block in enumerate(model.blocks):
+            resid = resid + block.attn(block.ln1(resid))
+            post = block.mlp.post(block.ln2(resid))
+            if number == layer:
+                found, post = post, edit(post)
+            resid = resid + block.mlp.out(post)
+        log_p = model.unembed(model.ln_final(resid)).log_softmax(-1)
+        return found, -log_p.gather(-1, contexts[:, 1:, None]).mean().item()
+
+    def ten_largest(post: Tensor) -> Tensor:
+        rows = post.flatten(0, 1).clone()
+        for row in rows:
+            for place in sorted(range(len(row)), key=lambda i: abs(row[i].item()))[:-10]:
+                row[place] = 0.0
+        return rows.view_as(post)
+
+    figures = neuron_figures(model, contexts)
+    for layer in (0, 1):
+        x, clean = posts_and_loss(layer, lambda post: post)
+        zero, top10 = (posts_and_loss(layer, edit)[1] for edit in (torch.zeros_like, ten_largest))
+        rows = x.flatten(0, 1).tolist()
+        ratios = [sum(a * a for a in row) ** 2 / max(sum(a**4 for a in row), 1e-300) for row in rows]
+        assert figures[layer]["l0"] == pytest.approx(np.mean([sum(a != 0 for a in row) for row in rows]), abs=0.01)
+        assert figures[layer]["dead"] == pytest.approx(np.mean([not any(c) for c in zip(*rows, strict=True)]), abs=1e-4)
+        assert figures[layer]["participation_ratio"] == pytest.approx(np.mean(ratios), abs=0.01)
+        assert figures[layer]["ce_gap"] == pytest.approx(zero - clean, abs=1e-4)
+        expected = (zero - top10) / (zero - clean) if zero > clean else None
+        assert figures[layer]["score_zero_top10"] == (
+            expected if expected is None else pytest.approx(expected, abs=1e-3)
+        )
+    assert figures[1]["dead"] >= (5 / 32 if act_fn == "relu" else 0)
+    assert neuron_figures(random_transformer(0, replace(shape, attn_only=True)), contexts) == []
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
@@ -180,6 +240,58 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
         assert (out / name).read_bytes() == (unbroken / name).read_bytes(), name
 
 
+def test_copies_are_kept_at_the_chosen_tokens(tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kept copy equals the model of a run cut off there; an interruption changes none of them."""
+    config = replace(CONFIG, keep_at=(0, 200, 448, 768))
+    straight = pretrain(source(), tmp_path / "straight", shape=SHAPE, config=config)
+    assert (straight / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
+    kept = {path.name: load_model(path) for path in sorted((straight / "kept").iterdir())}
+    assert set(kept) == {"0-tokens", "200-tokens", "448-tokens", "768-tokens"}
+    expected = {"0-tokens": module.Transformer(SHAPE, seed=3).state_dict(), "768-tokens": load_model(straight).module}
+    initial, last = expected["0-tokens"], expected["768-tokens"].state_dict()
+    for name, tensor in kept["0-tokens"].module.state_dict().items():
+        assert torch.equal(tensor, initial[name].half().float())
+        assert torch.equal(kept["768-tokens"].module.state_dict()[name], last[name])
+
+    step, taken = module._step, 0
+
+    def step_then_ctrl_c(*args: object) -> float:
+        nonlocal taken
+        taken += 1
+        if taken == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_step", step_then_ctrl_c)
+    with pytest.raises(Interrupted):
+        pretrain(source(), tmp_path / "cut", shape=SHAPE, config=config)
+    for name, tensor in _parameters_in_state(tmp_path / "cut").items():  # step 4 is the first that has seen 200 tokens
+        assert torch.equal(kept["200-tokens"].module.state_dict()[name], tensor.half().float())
+    pretrain(source(), tmp_path / "cut", shape=SHAPE, config=config)
+    for name in kept:
+        file = f"kept/{name}/model.safetensors"
+        assert (tmp_path / "cut" / file).read_bytes() == (straight / file).read_bytes()
+    with pytest.raises(ValueError, match=r"keep_at is 800; expected 0 … train_tokens = 768"):
+        replace(CONFIG, keep_at=(800,))
+
+
+def test_the_blocks_learn_at_their_share_of_the_rate(tmp_path: Path) -> None:
+    """One step of AdamW without decay moves every weight by the learning rate (its first moments are the gradient)."""
+    config = replace(CONFIG, train_tokens=64, warmup_steps=1, weight_decay=0.0, lr=1e-3, block_lr_share=0.25)
+    out = pretrain(source(), tmp_path / "lm", shape=SHAPE, config=config)
+    start = module.Transformer(SHAPE, seed=3).state_dict()
+    for name, tensor in _parameters_in_state(out).items():
+        if name.endswith("attn.k.bias"):  # attention does not depend on it, so its gradient is rounding
+            continue
+        moved = (tensor - start[name]).abs().max().item()
+        assert moved == pytest.approx(2.5e-4 if name.startswith("blocks.") else 1e-3, rel=0.02), name
+
+
+def _parameters_in_state(out: Path) -> dict[str, Tensor]:
+    tensors, _ = read_tensors(out / "state.safetensors")
+    return {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+
+
 def test_a_finished_run_stays_as_it_is(unbroken: Path) -> None:
     before = {p.name: p.read_bytes() for p in unbroken.iterdir()}
     pretrain(source(), unbroken, shape=SHAPE, config=CONFIG)
@@ -200,7 +312,9 @@ def test_other_settings_are_refused_and_nothing_is_touched(unbroken: Path) -> No
 KILLED = """
 import sys, torch
 from pathlib import Path
+from sae.lm import load_model
 from sae.lm import pretrain as module
+from sae.lm.held_out import held_out_contexts, held_out_loss, neuron_figures
 from sae.text.sources import open_text
 from sae.lm.pretrain import PretrainConfig
 from sae.lm.transformer import TransformerConfig

@@ -73,7 +73,9 @@ def paths(model: LanguageModel, sae: SAE, ids: Sequence[int], *, feature: int, p
         heads = torch.einsum("hpsm,m->phs", written, into_attn).cpu()
         direct = (stream[:, -1] @ into_stream).cpu()
     names = ["token", "position"] if layer == 0 else ["residual stream"]
-    exact = block.mlp.act_fn is torch.nn.functional.relu or name in ("hook_attn_out", "hook_resid_mid")
+    exact = (
+        block.attn_only or block.mlp.act_fn is torch.nn.functional.relu or name in ("hook_attn_out", "hook_resid_mid")
+    )
     return Paths(names, direct, heads, pre_act - float(heads.sum() + direct.sum()), pre_act, exact)
 
 
@@ -107,16 +109,13 @@ def _pushes(
     encoder = sae.W_enc[:, feature].detach().to(resid_pre.device)
     attn_leaf, stream_leaf = (part.detach().clone().requires_grad_(True) for part in (attn_out, resid_pre))
     resid_mid = attn_leaf + stream_leaf
-    # LayerNorm at a fixed scale: only the gates of the neurons are then not linear
-    normed = norm_part(block.ln2, resid_mid, norm_scale(block.ln2, resid_mid.detach())) + block.ln2.bias
-    post = block.mlp.post(normed)
-    x = {
-        "hook_attn_out": attn_leaf,
-        "hook_resid_mid": resid_mid,
-        "mlp.hook_post": post,
-        "hook_mlp_out": block.mlp.out(post),
-        "hook_resid_post": resid_mid + block.mlp.out(post),
-    }[name]
-    found = torch.autograd.grad(x @ encoder, [attn_leaf, stream_leaf], allow_unused=True)
+    x = {"hook_attn_out": attn_leaf, "hook_resid_mid": resid_mid, "hook_resid_post": resid_mid}
+    if not block.attn_only:
+        # LayerNorm at a fixed scale: only the gates of the neurons are then not linear
+        normed = norm_part(block.ln2, resid_mid, norm_scale(block.ln2, resid_mid.detach())) + block.ln2.bias
+        post = block.mlp.post(normed)
+        mlp_out = block.mlp.out(post)
+        x |= {"mlp.hook_post": post, "hook_mlp_out": mlp_out, "hook_resid_post": resid_mid + mlp_out}
+    found = torch.autograd.grad(x[name] @ encoder, [attn_leaf, stream_leaf], allow_unused=True)
     into_attn, into_stream = (torch.zeros_like(attn_out) if g is None else g for g in found)
     return into_attn, into_stream

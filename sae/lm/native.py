@@ -29,10 +29,9 @@ class NativeModel(LanguageModel):
 
     def __init__(self, directory: Path, model_id: str, device: str = "cpu") -> None:
         config = read_json_file(directory / "config.json")
-        names = TransformerConfig.__dataclass_fields__
-        if missing := sorted({*names, "bos_token"} - config.keys()):
+        if missing := sorted({*TransformerConfig().to_dict(), "bos_token"} - config.keys()):
             raise ModelError(f"{directory}/config.json lacks {', '.join(missing)}.")
-        self.module = Transformer(TransformerConfig(**{k: config[k] for k in names}))
+        self.module = Transformer(TransformerConfig.from_dict(config))
         tensors, _ = read_tensors(directory / "model.safetensors")
         try:
             self.module.load_state_dict({name: t.float() for name, t in tensors.items()})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,25 +19,34 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from sae.jobs.checkpoint import adam_tensors, read_tensors, restore_adam, write_tensors
 from sae.jobs.directory import claim, cut_log
 from sae.jobs.progress import Interrupted, interruptible, progress
+from sae.lm.held_out import held_out_contexts, held_out_loss, neuron_figures
 from sae.lm.transformer import Transformer, TransformerConfig
 from sae.text.documents import Document
 from sae.text.sources import TextSource
 from sae.text.tokenizer import BOS, load_tokenizer, train_tokenizer
 from store.common import HELD_OUT, TRAIN, atomic_write, write_json
 
+LOSS_CONTEXTS, NEURON_CONTEXTS = 256, 64  # held-out contexts that the log measures
+SMALLEST = torch.finfo(torch.float32).tiny  # a probability below it counts as this: a loss of 87 nats
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """How a native transformer is trained; `train_tokens` counts every epoch of a text that is shorter."""
+    """How a native transformer is trained; `train_tokens` counts every epoch of a text that is shorter.
+
+    The blocks learn at `lr · block_lr_share`, the embeddings and the unembedding at `lr`. At the full rate neurons
+    become sparse: a few of them per token then carry all that the MLP does. `keep_at` are the token counts at which a
+    copy of the model is kept.
+    """
 
     train_tokens: int = 60_000_000
     batch_contexts: int = 32
     lr: float = 4e-3
+    block_lr_share: float = 1.0
     warmup_steps: int = 200
     final_lr_share: float = 0.05
     weight_decay: float = 0.1
@@ -45,13 +55,20 @@ class PretrainConfig:
     save_minutes: float = 3.0
     eval_steps: int = 500
     tokenizer_characters: int = 40_000_000
+    keep_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("train_tokens", "batch_contexts", "eval_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"pretrain: {name} must be at least 1, got {getattr(self, name)}.")
-        if not self.lr > 0:
-            raise ValueError(f"pretrain: lr must be positive, got {self.lr}.")
+        for name in ("lr", "block_lr_share"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"pretrain: {name} must be positive, got {getattr(self, name)}.")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"pretrain: weight_decay must not be negative, got {self.weight_decay}.")
+        for tokens in self.keep_at:
+            if not 0 <= tokens <= self.train_tokens:
+                raise ValueError(f"pretrain: keep_at is {tokens:,}; expected 0 … train_tokens = {self.train_tokens:,}.")
 
     @property
     def betas(self) -> tuple[float, float]:
@@ -80,9 +97,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             wanted = target[chunk, None]
             logits, p = half[: len(wanted)], wide[: len(wanted)]
             torch.mm(h_half[chunk], W_half.T, out=logits)
-            torch.log_softmax(p.copy_(logits), -1, out=p)
-            loss -= p.gather(1, wanted).sum(dtype=torch.float64)
-            p.exp_().scatter_add_(1, wanted, p.new_full(wanted.shape, -1.0))
+            torch.softmax(p.copy_(logits), -1, out=p)
+            loss -= p.gather(1, wanted).clamp_min(SMALLEST).log().sum(dtype=torch.float64)
+            p.scatter_add_(1, wanted, p.new_full(wanted.shape, -1.0))
             logits.copy_(p)
             torch.mm(logits, W_half, out=grad_h[chunk])
             grad_W += logits.T @ h_half[chunk]
@@ -152,20 +169,35 @@ def pretrain(source: TextSource, out: Path, *, shape: TransformerConfig, config:
     Raises: ValueError for too little text, or if `out` holds a run with other settings; Interrupted on Ctrl-C.
     """
     settings = {"shape": shape.to_dict(), "train": asdict(config), "text_sha256": source.fingerprint}
+    version_0_1 = {"train": {"block_lr_share": 1.0, "keep_at": ()}}
     if shape.d_vocab > 1 << 16:
         raise ValueError(f"pretrain: d_vocab = {shape.d_vocab:,}; tokens are stored in 16 bits, so at most 65,536.")
-    claim(out, "pretrain.json", settings)
+    claim(out, "pretrain.json", settings, absent=version_0_1)
     tokens = {split: _token_file(source, out, split, shape, config) for split in (TRAIN, HELD_OUT)}
     model = Transformer(shape, seed=config.seed)
     stream = TokenStream(tokens[TRAIN], shape.n_ctx, config.batch_contexts, config.seed)
     _train(model, stream, tokens[HELD_OUT], out, config)
+    write_model(model, out)
+    return out
+
+
+def write_model(model: Transformer, directory: Path) -> None:
+    """Writes the weights, in 16 bits, and config.json; with tokenizer.json beside them, `load_model` opens it."""
     write_tensors(
-        out / "model.safetensors",
+        directory / "model.safetensors",
         {name: tensor.half() for name, tensor in model.state_dict().items()},
         {"kind": "native-transformer"},
     )
-    write_json(out / "config.json", {"kind": "native-transformer", "format": 1, **shape.to_dict(), "bos_token": BOS})
-    return out
+    settings = {"kind": "native-transformer", "format": 1, **model.config.to_dict(), "bos_token": BOS}
+    write_json(directory / "config.json", settings)
+
+
+def _keep(model: Transformer, out: Path, tokens: int) -> None:
+    """A copy of the model as it is now, in a directory of its own."""
+    directory = out / "kept" / f"{tokens}-tokens"
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(out / "tokenizer.json", directory / "tokenizer.json")
+    write_model(model, directory)
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -213,6 +245,9 @@ def _train(model: Transformer, stream: TokenStream, held_out: np.ndarray, out: P
     total_steps = max(1, config.train_tokens // batch_tokens)
     names, optimizer = _optimizer(model, config)
     step = _restore(model, optimizer, names, out)
+    keep_steps = {-(-tokens // batch_tokens): tokens for tokens in sorted(config.keep_at, reverse=True)}
+    if step == 0 and 0 in keep_steps:
+        _keep(model, out, keep_steps[0])
     saved = time.monotonic()
     with (
         interruptible() as interrupt,
@@ -228,10 +263,12 @@ def _train(model: Transformer, stream: TokenStream, held_out: np.ndarray, out: P
                     f"pretrain: the loss is {loss} at step {step}. Lower lr (now {config.lr:g}) and start a new run."
                 )
             bar.update(batch_tokens)
+            if step in keep_steps:
+                _keep(model, out, keep_steps[step])
             if step % 50 == 0 or step == total_steps:
                 entry: dict[str, Any] = {"step": step, "tokens": step * batch_tokens, "loss": round(loss, 4), "lr": lr}
                 if step % config.eval_steps == 0 or step == total_steps:
-                    entry["held_out_loss"] = round(held_out_loss(model, held_out), 4)
+                    entry |= _held_out_figures(model, held_out)
                 log.write(json.dumps(entry) + "\n")
                 log.flush()
                 bar.set_postfix(loss=f"{loss:.3f}")
@@ -245,24 +282,30 @@ def _train(model: Transformer, stream: TokenStream, held_out: np.ndarray, out: P
 
 
 def _optimizer(model: Transformer, config: PretrainConfig) -> tuple[list[str], torch.optim.AdamW]:
-    named = list(model.named_parameters())
-    decayed = [(n, p) for n, p in named if p.ndim > 1]
-    plain = [(n, p) for n, p in named if p.ndim <= 1]
+    """AdamW with weight decay on matrices and the blocks' own learning rate, and the parameters' names in its order."""
+    groups: dict[tuple[bool, bool], dict[str, torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault((parameter.ndim <= 1, name.startswith("blocks.")), {})[name] = parameter
+    ordered = sorted(groups.items())
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for _, p in decayed], "weight_decay": config.weight_decay},
-            {"params": [p for _, p in plain], "weight_decay": 0.0},
+            {
+                "params": list(group.values()),
+                "weight_decay": 0.0 if is_vector else config.weight_decay,
+                "lr_share": config.block_lr_share if in_block else 1.0,
+            }
+            for (is_vector, in_block), group in ordered
         ],
         lr=config.lr,
         betas=config.betas,
         fused=True,
     )
-    return [n for n, _ in (*decayed, *plain)], optimizer
+    return [name for _, group in ordered for name in group], optimizer
 
 
 def _step(model: Transformer, optimizer: torch.optim.Optimizer, tokens: Tensor, lr: float, clip_norm: float) -> float:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_share"]
     loss = batch_loss(model, tokens)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -271,19 +314,11 @@ def _step(model: Transformer, optimizer: torch.optim.Optimizer, tokens: Tensor, 
     return loss.item()
 
 
-@torch.no_grad()
-def held_out_loss(model: Transformer, tokens: np.ndarray, *, max_contexts: int = 256) -> float:
-    """Mean loss, in nats per token, over the first `max_contexts` contexts of the held-out tokens."""
-    width = model.config.n_ctx + 1
-    count = min(max_contexts, len(tokens) // width)
-    if not count:
-        return math.nan
-    rows = torch.from_numpy(np.asarray(tokens[: count * width]).astype(np.int64)).view(count, width)
-    total = 0.0
-    for chunk in rows.split(16):  # type: ignore[no-untyped-call]
-        logits = model(chunk[:, :-1])
-        total += F.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum").item()
-    return total / (count * model.config.n_ctx)
+def _held_out_figures(model: Transformer, tokens: np.ndarray) -> dict[str, Any]:
+    """What the log says of the held-out tokens: the loss, and how sparse the neurons of each MLP layer are."""
+    contexts = held_out_contexts(tokens, model.config.n_ctx, LOSS_CONTEXTS)
+    neurons = neuron_figures(model, held_out_contexts(tokens, model.config.n_ctx, NEURON_CONTEXTS))
+    return {"held_out_loss": round(held_out_loss(model, contexts), 4)} | ({"neurons": neurons} if neurons else {})
 
 
 def _save(model: Transformer, optimizer: torch.optim.Optimizer, names: list[str], out: Path, step: int) -> None:

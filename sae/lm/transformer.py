@@ -6,7 +6,7 @@ all TransformerLens tools, `sae.lm.NativeModel` is faster. Shapes: batch, pos, d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,12 +15,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+
+def solu(x: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
+    """SoLU(x) = x · softmax(x). Source: Elhage et al. 2022, "Softmax Linear Units"."""
+    return x * x.softmax(-1)
+
+
+# `solu_ln`: TransformerLens' name for SoLU followed by a LayerNorm, as in the paper.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "solu_ln": solu}
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Shape of a native transformer; `n_ctx` is the context length in tokens."""
+    """Shape of a native transformer; `n_ctx` is the context length in tokens, `attn_only` leaves out the MLPs."""
 
     d_model: int = 128
     d_mlp: int = 512
@@ -30,17 +37,26 @@ class TransformerConfig:
     n_ctx: int = 256
     d_vocab: int = 8192
     act_fn: str = "relu"
+    attn_only: bool = False
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name != "act_fn" and (not isinstance(value, int) or value < 1):
+            if name not in ("act_fn", "attn_only") and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"transformer config: {name} must be a positive integer, got {value!r}")
         if self.act_fn not in ACTIVATIONS:
             known = ", ".join(sorted(ACTIVATIONS))
             raise ValueError(f"transformer config: act_fn must be one of {known}, got {self.act_fn!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields; those added after version 0.1 only where they differ from their default, because a model's
+        identity is a hash of this."""
+        return {k: v for k, v in asdict(self).items() if k != "attn_only" or v}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> TransformerConfig:
+        """The reverse of `to_dict`; other keys are ignored. Raises: KeyError for a missing field."""
+        added = {"attn_only": settings.get("attn_only", False)}
+        return cls(**{name: settings[name] for name in cls.__dataclass_fields__.keys() - added.keys()}, **added)
 
 
 class Attention(nn.Module):
@@ -61,7 +77,9 @@ class Attention(nn.Module):
         def heads(projected: Tensor) -> Tensor:  # [batch, n_heads, pos, d_head]
             return projected.view(batch, pos, self.n_heads, self.d_head).transpose(1, 2)
 
-        z = F.scaled_dot_product_attention(heads(self.q(x)), heads(self.k(x)), heads(self.v(x)), is_causal=True)
+        q, k, v = (heads(part(x)).to(x.dtype) for part in (self.q, self.k, self.v))
+        with torch.autocast(x.device.type, enabled=False):  # narrow heads: bfloat16 takes twice as long on a CPU
+            z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         out: Tensor = self.o(z.transpose(1, 2).reshape(batch, pos, -1))
         return out
 
@@ -80,17 +98,21 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """`out(act(in(x)))`; `post` computes `act(in(x))`, which dictionaries are trained on by default."""
+    """`out(act(in(x)))`; `post` computes `act(in(x))`, which dictionaries are trained on by default.
+
+    With SoLU, `post` includes the LayerNorm that follows it: neurons are measured after the norm, as `out` reads them.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.add_module("in", nn.Linear(config.d_model, config.d_mlp))
         self.out = nn.Linear(config.d_mlp, config.d_model)
         self.act_fn = ACTIVATIONS[config.act_fn]
+        self.ln = nn.LayerNorm(config.d_mlp) if config.act_fn == "solu_ln" else None
 
     def post(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_mlp"]:
-        pre: Tensor = self.get_submodule("in")(x)
-        return self.act_fn(pre)
+        post = self.act_fn(self.get_submodule("in")(x))
+        return post if self.ln is None else self.ln(post)
 
 
 def norm_scale(norm: nn.LayerNorm, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch 1"]:
@@ -113,19 +135,23 @@ def no_hook(name: str, value: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-LayerNorm block: attention, then MLP, both added to the residual stream."""
+    """Pre-LayerNorm block: attention, then the MLP if the model has one, both added to the residual stream."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.name = f"blocks.{layer}"
         self.ln1 = nn.LayerNorm(config.d_model)
         self.attn = Attention(config)
-        self.ln2 = nn.LayerNorm(config.d_model)
-        self.mlp = Mlp(config)
+        self.attn_only = config.attn_only
+        if not config.attn_only:
+            self.ln2 = nn.LayerNorm(config.d_model)
+            self.mlp = Mlp(config)
 
     def forward(self, resid: Tensor, hook: Hook = no_hook) -> Tensor:
         resid = hook(f"{self.name}.hook_resid_pre", resid)
         resid = resid + hook(f"{self.name}.hook_attn_out", self.attn(self.ln1(resid)))
+        if self.attn_only:
+            return hook(f"{self.name}.hook_resid_post", resid)
         resid = hook(f"{self.name}.hook_resid_mid", resid)
         normalised = hook(f"{self.name}.mlp.hook_in", self.ln2(resid))
         post = hook(f"{self.name}.mlp.hook_post", self.mlp.post(normalised))
@@ -182,16 +208,8 @@ class Transformer(nn.Module):
     @property
     def hook_widths(self) -> dict[str, int]:
         """Width of the activations at each hook point."""
-        widths: dict[str, int] = {}
-        for layer in range(self.config.n_layers):
-            for name in (
-                "hook_resid_pre",
-                "hook_attn_out",
-                "hook_resid_mid",
-                "mlp.hook_in",
-                "hook_mlp_out",
-                "hook_resid_post",
-            ):
-                widths[f"blocks.{layer}.{name}"] = self.config.d_model
-            widths[f"blocks.{layer}.mlp.hook_post"] = self.config.d_mlp
-        return widths
+        d_model, d_mlp = self.config.d_model, self.config.d_mlp
+        attention = {"hook_resid_pre": d_model, "hook_attn_out": d_model}
+        mlp = {"hook_resid_mid": d_model, "mlp.hook_in": d_model, "hook_mlp_out": d_model, "mlp.hook_post": d_mlp}
+        of_block = attention | ({} if self.config.attn_only else mlp) | {"hook_resid_post": d_model}
+        return {f"blocks.{n}.{name}": width for n in range(self.config.n_layers) for name, width in of_block.items()}
