@@ -1,10 +1,11 @@
-"""Measures a model of `sae pretrain` on a validation text: loss per domain, baselines, and a few samples.
+"""Measures a model of `sae pretrain` on a validation text: loss per domain, baselines, its neurons, and a few samples.
 
     python scripts/model_card.py LM_DIR --validation PATH [--json figures.json]
 
 Baselines are the model with its MLP zero-ablated, a unigram and an interpolated bigram. The latter two are counted on
 the model's training tokens (LM_DIR/tokens-train.npy); the bigram's weights are fitted by EM on
-LM_DIR/tokens-heldout.npy. Losses are in nats per token; BOS is never a target.
+LM_DIR/tokens-heldout.npy. Losses are in nats per token; BOS is never a target. The neurons' figures are those of
+`sae.lm.held_out`: on the validation text, and over training as the log has them.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ import numpy as np
 import torch
 
 from sae.lm import NativeModel
+from sae.lm.held_out import held_out_contexts, neuron_figures
+from sae.lm.transformer import no_hook
 from sae.text.sources import open_text
 
-HOOK_POINT = "blocks.0.mlp.hook_post"
+NEURON_CONTEXTS = 256
 
 
 class Bigram:
@@ -79,10 +82,14 @@ def windows(tokens: np.ndarray, numbers: np.ndarray, width: int) -> Iterator[tup
         )
 
 
+def without_mlps(name: str, value: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(value) if name.endswith("mlp.hook_post") else value
+
+
 @torch.inference_mode()
 def losses(model: NativeModel, contexts: np.ndarray, *, ablate: bool = False) -> np.ndarray:
     ids = torch.from_numpy(contexts.astype(np.int64))
-    logits = model.logits(ids[:, :-1], HOOK_POINT if ablate else None, torch.zeros_like if ablate else None)
+    logits = model.module(ids[:, :-1], without_mlps if ablate else no_hook)
     found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return found.numpy()
 
@@ -124,8 +131,27 @@ def measure(directory: Path, validation: str) -> dict[str, Any]:
             domain: {"tokens": int(sums["tokens"][i])} | {name: sums[name][i] / sums["tokens"][i] for name in names}
             for i, domain in enumerate(domains)
         },
+        "neurons": neuron_figures(model.module, held_out_contexts(tokens, model.context_tokens, NEURON_CONTEXTS)),
+        "training": training(directory / "metrics.jsonl"),
         "samples": {prompt: sample(model, prompt, 60, 0) for prompt in ("The ", "def ", "")},
     }
+
+
+def training(log: Path) -> list[dict]:
+    """The entries of the log that measured held-out text."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [entry for entry in entries if "held_out_loss" in entry]
+
+
+def print_neurons(found: dict) -> None:
+    """One table of the neurons on the validation text, and how they came to be so."""
+    columns = ("l0", "dead", "participation_ratio", "ce_gap", "score_zero_top10")
+    print(f"\n| tokens seen | held-out loss | layer | {' | '.join(columns)} |")
+    print(f"|---:|---:|---:|{'---:|' * len(columns)}")
+    rows = [(f"{entry['tokens']:,}", entry["held_out_loss"], entry.get("neurons", [])) for entry in found["training"]]
+    for tokens, loss, layers in [*rows, ("**validation text**", found["all"]["model"], found["neurons"])]:
+        for layer, neurons in enumerate(layers):
+            print(f"| {tokens} | {loss:.3f} | {layer} | " + " | ".join(str(neurons[name]) for name in columns) + " |")
 
 
 def main() -> int:
@@ -140,6 +166,7 @@ def main() -> int:
     for domain, row in rows.items():
         figures = (row[name] for name in ("model", "mlp_zero", "bigram", "unigram"))
         print(f"| {domain} | {row['tokens']:,} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |")
+    print_neurons(found)
     for prompt, text in found["samples"].items():
         print(f"\nprompt {prompt!r}:\n{text}")
     if args.json:
