@@ -123,6 +123,39 @@ def spliced_loss(model: NativeModel, block: Block, replacement: torch.Tensor | N
     return total / n, per_position
 
 
+def by_hand_of_units(model: NativeModel, block: Block, wanted: dict[str, float]) -> dict[str, float]:
+    """The figures of the layer's own units, token by token in float64, and the model's loss with the k largest."""
+    k = max(1, round(wanted["l0"]))
+    rows = block.acts.double().numpy()
+    largest = np.zeros_like(rows)
+    active, ratio, of_largest, error = [], [], [], 0.0
+    for c, p in np.ndindex(block.tokens.shape):
+        a = rows[c, p]
+        for unit in sorted(range(D_IN), key=lambda unit: -abs(a[unit]))[:k]:
+            largest[c, p, unit] = a[unit]
+        if block.keep[c, p]:
+            active.append(sum(value != 0 for value in a))
+            ratio.append(sum(a**2) ** 2 / sum(a**4))
+            of_largest.append(sum(value != 0 for value in largest[c, p]))
+            error += sum((a - largest[c, p]) ** 2)
+    kept = rows[block.keep.numpy()]
+    ce, _ = spliced_loss(model, block, torch.from_numpy(largest).float())
+    return {
+        "units_l0": np.mean(active),
+        "units_participation_ratio": np.mean(ratio),
+        "topk_units_l0": np.mean(of_largest),
+        "topk_units_fvu": error / ((kept - kept.mean(0)) ** 2).sum(),
+        "ce_units": ce,
+        "topk_units_delta_ce": ce - wanted["ce_clean"],
+        "ce_gain_over_units": ce - wanted["ce_sae"],
+        **{
+            f"topk_units_ce_loss_score_{name}": (wanted[f"ce_{name}"] - ce)
+            / (wanted[f"ce_{name}"] - wanted["ce_clean"])
+            for name in ("zero", "mean", "resample")
+        },
+    }
+
+
 @pytest.mark.parametrize("kind", [{}, {"activation": "topk", "k": 4}], ids=["relu", "topk"])
 def test_every_figure_against_brute_force(tiny_model: NativeModel, kind: dict) -> None:
     sae, blocks = random_sae(**kind), make_blocks(tiny_model)
@@ -157,6 +190,7 @@ def test_every_figure_against_brute_force(tiny_model: NativeModel, kind: dict) -
     for name in ("zero", "mean", "resample"):
         gap = wanted[f"ce_{name}"] - wanted["ce_clean"]
         wanted[f"ce_loss_score_{name}"] = (wanted[f"ce_{name}"] - wanted["ce_sae"]) / gap
+    wanted |= by_hand_of_units(tiny_model, block, wanted)
     found = values(result)
     assert found.pop("ultra_low_share") is None  # a feature that fires once in so few tokens is above the bound
     assert found.keys() == wanted.keys()
@@ -257,26 +291,32 @@ def test_losses_under_ablation_are_measured_once_for_several_dictionaries(
         tiny_model, "logits", lambda *a, **k: passes.append(a[1] if len(a) > 1 else None) or logits(*a, **k)
     )
     ablated: dict[int, dict[str, torch.Tensor]] = {}
+
+    def again(sae: SAE) -> dict:
+        return evaluate(
+            sae,
+            tiny_model,
+            blocks,
+            hook_point=HOOK_POINT,
+            heldout_mean=mean,
+            domains=DOMAINS,
+            train_mean=mean,
+            kept_tokens=int(whole(blocks).keep.sum()),
+            donors=donors(),
+            training=blocks,
+            ablated=ablated,
+        )[0]
+
     shared = []
     for sae in (random_sae(), identity()):
         passes.clear()
-        shared.append(
-            evaluate(
-                sae,
-                tiny_model,
-                blocks,
-                hook_point=HOOK_POINT,
-                heldout_mean=mean,
-                domains=DOMAINS,
-                train_mean=mean,
-                kept_tokens=int(whole(blocks).keep.sum()),
-                donors=donors(),
-                training=blocks,
-                ablated=ablated,
-            )[0]
-        )
-    # Each block as it is and with x̂, and twice for the check of the splice: nothing is ablated again.
-    assert len(passes) == 2 * len(blocks) + 2
+        shared.append(again(sae))
+    # Each block as it is, with x̂ and with its k largest units (of another k), and twice for the check of the splice:
+    # nothing is ablated again.
+    assert len(passes) == 3 * len(blocks) + 2
+    passes.clear()
+    again(identity())
+    assert len(passes) == 2 * len(blocks) + 2  # the same k: its losses are known too
     for sae, result in zip((random_sae(), identity()), shared, strict=True):
         assert result["metrics"] == run(sae, tiny_model, blocks)[0]["metrics"]
 

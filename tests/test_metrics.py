@@ -19,9 +19,25 @@ def sums_of(n_contexts: int = 40, rows_each: int = 25, seed: int = 0) -> tuple[d
         "l0": rng.integers(0, 9, (n_contexts, rows_each)),
         **{
             f"ce_{name}": rng.gamma(2, size, (n_contexts, rows_each))
-            for name, size in {"clean": 1.0, "sae": 1.2, "zero": 2.0, "mean": 1.9, "resample": 2.1}.items()
+            for name, size in {
+                "clean": 1.0,
+                "sae": 1.2,
+                "zero": 2.0,
+                "mean": 1.9,
+                "resample": 2.1,
+                "units": 1.3,
+            }.items()
         },
         "kl": rng.gamma(1, 0.1, (n_contexts, rows_each)),
+        **{
+            name: rng.gamma(size, 1.0, (n_contexts, rows_each))
+            for name, size in {
+                "units_l0": 9,
+                "units_participation": 5,
+                "topk_units_l0": 4,
+                "topk_units_error": 2,
+            }.items()
+        },
     }
     raw["x_hat"] = raw["x"] * 0.9 + rng.normal(0, 0.3, raw["x"].shape)
     x, x_hat = raw["x"], raw["x_hat"]
@@ -38,7 +54,7 @@ def sums_of(n_contexts: int = 40, rows_each: int = 25, seed: int = 0) -> tuple[d
         "kl": raw["kl"].sum(1),
         "norm": np.linalg.norm(x, axis=-1).sum(1),
         "norm_hat": np.linalg.norm(x_hat, axis=-1).sum(1),
-        **{name: raw[name].sum(1) for name in raw if name.startswith("ce_")},
+        **{name: raw[name].sum(1) for name in raw if name.startswith(("ce_", "units_", "topk_"))},
     }
     assert sums.keys() == set(metrics.SUMS)
     return sums, raw
@@ -48,7 +64,7 @@ def test_values_are_ratios_over_the_whole_data_set() -> None:
     sums, raw = sums_of()
     found = {name: entry["value"] for name, entry in metrics.summarise(sums, resamples=10).items()}
     x, x_hat = raw["x"].reshape(-1, 3), raw["x_hat"].reshape(-1, 3)
-    ce = {name: raw[f"ce_{name}"].mean() for name in ("clean", "sae", "zero", "mean", "resample")}
+    ce = {name: raw[f"ce_{name}"].mean() for name in ("clean", "sae", "zero", "mean", "resample", "units")}
     wanted = {
         "l0": raw["l0"].mean(),
         "fvu": ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
@@ -61,6 +77,16 @@ def test_values_are_ratios_over_the_whole_data_set() -> None:
         "ce_loss_score_zero": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
         "ce_loss_score_mean": (ce["mean"] - ce["sae"]) / (ce["mean"] - ce["clean"]),
         "ce_loss_score_resample": (ce["resample"] - ce["sae"]) / (ce["resample"] - ce["clean"]),
+        "units_l0": raw["units_l0"].mean(),
+        "units_participation_ratio": raw["units_participation"].mean(),
+        "topk_units_l0": raw["topk_units_l0"].mean(),
+        "topk_units_fvu": raw["topk_units_error"].sum() / ((x - x.mean(0)) ** 2).sum(),
+        "topk_units_delta_ce": ce["units"] - ce["clean"],
+        "ce_gain_over_units": ce["units"] - ce["sae"],
+        **{
+            f"topk_units_ce_loss_score_{name}": (ce[name] - ce["units"]) / (ce[name] - ce["clean"])
+            for name in ("zero", "mean", "resample")
+        },
     }
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():

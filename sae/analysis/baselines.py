@@ -31,7 +31,7 @@ MEANING = {
     "ica": f"FastICA ({ICA_ROWS:,} rows, {ICA_ITERATIONS} iterations, {ICA_VARIANCE:.1%} of the variance) with both "
     "signs, the k largest kept",
     "neurons": "the activations themselves: each neuron a feature (negative parts as features of their own)",
-    "neurons_topk": "the k largest neurons",
+    "neurons_topk": "the k largest neurons by absolute value, as in the metrics topk_units_… of sae eval",
     "shuffled_model": "the same recipe on the same model with the entries of every weight matrix shuffled",
 }
 

@@ -41,7 +41,29 @@ def eval_table(result: dict[str, Any]) -> str:
         lines.append(f"note: zero ablation costs only {gap} nats here, so the loss scores are noise")
     quantiles = "  ".join(f"{name} {value}" for name, value in result["l0"]["quantiles"].items())
     lines += ["", f"active features per token: {quantiles}"]
-    return "\n".join([*lines, "", *_domain_lines(result), "", *_a1_lines(result["beside_a1"])])
+    parts = [lines, _units_lines(result), _domain_lines(result), _a1_lines(result["beside_a1"])]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+BESIDE_UNITS = ("l0", "fvu", "delta_ce", "ce_loss_score_zero", "ce_loss_score_mean")
+
+
+def _units_lines(result: dict[str, Any]) -> list[str]:
+    """The dictionary next to as many of the layer's own units, and a sentence if it is not better."""
+    units, metrics = result["units"], result["metrics"]
+    l0, ratio = (_number(metrics[name]["value"]) for name in ("units_l0", "units_participation_ratio"))
+    lines = [
+        f"the layer's own units: {units['n_units']:,}, of which {l0} are not 0 per token; participation ratio {ratio}",
+        f"{'':22} {'dictionary':>10} {'largest units':>14}  k = {units['k']:,} units, the largest by absolute value",
+    ]
+    lines += [
+        f"{name:22} {_number(metrics[name]['value']):>10} {_number(metrics[f'topk_units_{name}']['value']):>14}"
+        for name in BESIDE_UNITS
+    ]
+    gain = metrics["ce_gain_over_units"]
+    low, high = (_number(end) for end in gain["ci95"])
+    lines.append(f"{'ce_gain_over_units':22} {_number(gain['value']):>10}  [{low}, {high}] {gain['formula']}")
+    return [*lines, f"note: {units['verdict']}"] if units["verdict"] else lines
 
 
 def _domain_lines(result: dict[str, Any]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from sae.kernels.activations import SparseActs
 
-Ablated = dict[int, dict[str, Tensor]]  # by block number: the losses under ablation, which no dictionary changes
+Ablated = dict[int, dict[str, Tensor]]  # by block number: losses that no dictionary changes (ablations, largest units)
 
 
 class Block(NamedTuple):
@@ -30,6 +32,16 @@ class Block(NamedTuple):
     def wanted(self) -> Float[Tensor, "contexts pos d_out"]:
         """What the dictionary should reconstruct: x, or y for a transcoder."""
         return self.acts if self.target is None else self.target
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks that can be read several times: each time from a new iterator."""
+
+    read: Callable[[], Iterator[Block]]
+
+    def __iter__(self) -> Iterator[Block]:
+        return self.read()
 
 
 class EvaluatedBlock(NamedTuple):

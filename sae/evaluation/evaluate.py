@@ -16,21 +16,24 @@ from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.inference import FrozenSAE
+from sae.dictionary.units import units_to_match
 from sae.evaluation import metrics
-from sae.evaluation.blocks import Ablated, Accumulator, Block, EvaluatedBlock
+from sae.evaluation.blocks import Ablated, Accumulator, Block, Blocks, EvaluatedBlock
 from sae.evaluation.domains import DomainCounts, DomainFeatures, DomainFirings
 from sae.evaluation.feature_stats import FeatureActivity
 from sae.evaluation.geometry import a1_match, geometry
+from sae.evaluation.own_units import UnitsBaseline, verdict
 from sae.evaluation.ratio_metrics import RatioMetrics
 from sae.jobs.progress import progress
 from sae.kernels import matmul
 from sae.lm import LanguageModel
 from sae.lm.splice import replaced_losses, splice_identity_error
 
-__all__ = ["Ablated", "Block", "evaluate"]
+__all__ = ["Ablated", "Block", "Blocks", "evaluate"]
 
 EVAL_FORMAT = 2  # 2: the domains' features are chosen on text spread over the whole store
 DONOR_SEED = 0
+ABLATED = tuple(f"ce_{name}" for name in metrics.ABLATIONS)
 
 
 @torch.inference_mode()
@@ -54,6 +57,7 @@ def evaluate(
 
     x is replaced at kept positions only. A prediction counts when the position that makes it and its target are kept.
     `hook_point`, the means and the donors belong to what is replaced: x, or y for a transcoder.
+    `blocks` are read twice: the second time x is replaced by its k largest units, k being the dictionary's L0.
     `training` blocks choose each domain's feature; the held-out blocks judge it.
     `donors` are training rows: resample ablation replaces each x by one of these rows, drawn at random.
     The dictionary runs on `device`; statistics are counted on the CPU.
@@ -61,6 +65,7 @@ def evaluate(
     dictionary at the same hook point and blocks.
     Raises: ValueError when there is no held-out token.
     """
+    assert iter(blocks) is not blocks, "the blocks are read twice, an iterator cannot be"
     if kept_tokens < 1:
         raise ValueError(
             "evaluation: the store has no held-out tokens. One document in twenty is held out, by its hash; "
@@ -69,8 +74,9 @@ def evaluate(
     placed = FrozenSAE(sae, device, kernels)
     runner = BlockRunner(placed, model, hook_point, train_mean, donors, ablated)
     activity = FeatureActivity(sae, kept_tokens)
+    ratios = RatioMetrics(domains, heldout_mean)
     accumulators: list[Accumulator] = [
-        RatioMetrics(domains, heldout_mean),
+        ratios,
         activity,
         DomainFeatures(domains, sae.d_sae, _domain_counts(placed, sae.d_sae, training, len(domains))),
         SpliceCheck(model, hook_point),
@@ -81,6 +87,12 @@ def evaluate(
             for accumulator in accumulators:
                 accumulator.add(evaluated)
             bar.update(int(block.keep.sum()))
+    k = units_to_match(ratios.l0, sae.d_out)
+    units = UnitsBaseline(model, hook_point, k, ablated)
+    with progress("eval, own units", kept_tokens, "tok") as bar, matmul.using(matmul.choose("auto", model.device)):
+        for block in blocks:
+            ratios.add_sums(block, units.sums(block))
+            bar.update(int(block.keep.sum()))
     sections = _joined(accumulator.result() for accumulator in accumulators)
     statistics, checks = activity.statistics, sections.pop("checks")
     score = sections["metrics"]["ce_loss_score_zero"]["value"]
@@ -89,6 +101,7 @@ def evaluate(
         "tokens": kept_tokens,
         **({"transcodes": {"x": sae.config.get("hook_point"), "y": hook_point}} if sae.is_transcoder else {}),
         **sections,
+        "units": verdict(sections["metrics"], k, sae.d_out),
         "decoder": geometry(sae.W_dec, statistics.count > 0),
         "beside_a1": a1_match(statistics.count, kept_tokens, statistics.largest, sae.W_dec, score),
         "checks": checks | _decoder_norms(sae) | _score_checks(sections["metrics"]),
@@ -122,14 +135,15 @@ class BlockRunner:
     def _losses(self, block: Block, x_hat: Float[Tensor, "contexts pos d_out"]) -> dict[str, Tensor]:
         """The losses with each replacement; those under ablation only if no earlier dictionary has measured them."""
         donated = self._donors[torch.from_numpy(self._draw.integers(len(self._donors), size=block.keep.shape))]
-        known = {} if self._ablated is None else self._ablated.get(self._block, {})
+        measured = (self._ablated or {}).get(self._block, {})
+        known = {name: measured[name] for name in ABLATED if name in measured}
         ablations = {"zero": torch.zeros_like(self._mean), "mean": self._mean, "resample": donated}
         replacements = {"sae": x_hat, **({} if known else ablations)}
         losses = known | replaced_losses(
             self._model, block.tokens, block.keep, self._hook_point, replacements, divergence_of="sae"
         )
         if self._ablated is not None:
-            self._ablated[self._block] = {f"ce_{name}": losses[f"ce_{name}"] for name in metrics.ABLATIONS}
+            self._ablated[self._block] = measured | {name: losses[name] for name in ABLATED}
         self._block += 1
         return losses
 

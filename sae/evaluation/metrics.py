@@ -49,8 +49,10 @@ CE = {
     "zero": "x replaced by 0",
     "mean": "x replaced by the mean training row",
     "resample": "x replaced by that of a training token drawn at random",
+    "units": "x replaced by its `units.k` largest units",
 }
 ABLATIONS = ("zero", "mean", "resample")
+UNITS_TRAP = "The other units are set to 0. Where they have a large mean, a baseline that keeps their mean is stronger."
 CE_TRAP = "Depends on the text: compare only values measured on the same held-out tokens."
 SCORE_TRAPS = {
     "zero": "Zero is far from any real x, so ce_zero is high and the score flatters; read it next to the score against "
@@ -69,10 +71,10 @@ def _ce(which: str) -> Metric:
     )
 
 
-def _score(ablation: str) -> Metric:
+def _score(ablation: str, which: str = "sae") -> Metric:
     return Metric(
-        f"(ce_{ablation} − ce_sae) / (ce_{ablation} − ce_clean); 1 is perfect",
-        lambda s: _ratio(s[f"ce_{ablation}"] - s["ce_sae"], s[f"ce_{ablation}"] - s["ce_clean"]),
+        f"(ce_{ablation} − ce_{which}) / (ce_{ablation} − ce_clean); 1 is perfect",
+        lambda s: _ratio(s[f"ce_{ablation}"] - s[f"ce_{which}"], s[f"ce_{ablation}"] - s["ce_clean"]),
         SCORE_TRAPS[ablation] + NOISE,
     )
 
@@ -115,6 +117,38 @@ METRICS: dict[str, Metric] = {
         "Counts every change of the distribution: delta_ce can be near 0 where kl is not.",
     ),
     **{f"ce_loss_score_{ablation}": _score(ablation) for ablation in ABLATIONS},
+    "units_l0": Metric(
+        "mean number of the layer's own units (the entries of x) that are not 0 per kept token",
+        lambda s: _ratio(s["units_l0"], s["rows"]),
+        "Counts every entry that is not exactly 0: in a residual stream or after a GELU, all of them. Read "
+        "units_participation_ratio there.",
+    ),
+    "units_participation_ratio": Metric(
+        "mean over kept tokens of (Σa²)² / Σa⁴, a the entries of x; 0 where all are 0 (Bell & Dean 1970)",
+        lambda s: _ratio(s["units_participation"], s["rows"]),
+        "How many units of equal size would be as concentrated: one very large unit makes it small, however many "
+        "others are active.",
+    ),
+    "topk_units_l0": Metric(
+        "mean number of the `units.k` largest units, by |a|, that are not 0 per kept token",
+        lambda s: _ratio(s["topk_units_l0"], s["rows"]),
+        "Lower than k where a token has fewer than k active units.",
+    ),
+    "topk_units_fvu": Metric(
+        "fvu with x̂ = the `units.k` largest units of x, by |a|; k is l0, rounded, at least 1",
+        lambda s: _ratio(s["topk_units_error"], s["variance"]),
+        UNITS_TRAP,
+    ),
+    "topk_units_delta_ce": Metric(
+        "ce_units − ce_clean, nats", lambda s: _ratio(s["ce_units"] - s["ce_clean"], s["predictions"]), UNITS_TRAP
+    ),
+    **{f"topk_units_ce_loss_score_{ablation}": _score(ablation, "units") for ablation in ABLATIONS},
+    "ce_gain_over_units": Metric(
+        "ce_units − ce_sae, nats: what the dictionary keeps beyond as many of the layer's own units",
+        lambda s: _ratio(s["ce_units"] - s["ce_sae"], s["predictions"]),
+        "Not above 0: the dictionary shows nothing that the units do not. It grows with the damage that the ablation "
+        "of the hook point does.",
+    ),
 }
 SUMS = {
     "rows": "1 for each kept token",
@@ -129,6 +163,10 @@ SUMS = {
     "norm_hat": "‖x̂‖",
     **{f"ce_{which}": f"next-token cross-entropy in nats, {what}" for which, what in CE.items()},
     "kl": "KL of the two next-token distributions, nats",
+    "units_l0": "number of units that are not 0",
+    "units_participation": "(Σa²)² / Σa⁴ of the units",
+    "topk_units_l0": "number of the k largest units that are not 0",
+    "topk_units_error": "‖x − its k largest units‖²",
 }
 
 

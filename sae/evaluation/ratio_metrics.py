@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from sae.evaluation import metrics
-from sae.evaluation.blocks import EvaluatedBlock
+from sae.evaluation.blocks import Block, EvaluatedBlock
 
 
 class RatioMetrics:
@@ -30,14 +30,31 @@ class RatioMetrics:
 
     def add(self, evaluated: EvaluatedBlock) -> None:
         domain = evaluated.block.domain
+        context, cells, _ = self._cells(domain)
+        self._context.append(context + self._n_contexts)
+        self._domain.append(cells % len(self.domains))
+        self._n_contexts += len(domain)
+        self.add_sums(evaluated.block, position_sums(evaluated, self._mean))
+
+    def add_sums(self, block: Block, values: Mapping[str, Float64[np.ndarray, "contexts pos"]]) -> None:
+        """Adds to some of the sums; a second pass goes over the same blocks in the same order."""
+        known = block.domain >= 0
+        _, cells, cell = self._cells(block.domain)
+        for name, each in values.items():
+            self._sums[name].append(np.bincount(cell, each[known], minlength=len(cells)))
+
+    def _cells(self, domain: Int[np.ndarray, "contexts pos"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The pairs of context and domain in a block: contexts, pairs as numbers, and each position's pair."""
         known = domain >= 0
         context = np.broadcast_to(np.arange(len(domain))[:, None], known.shape)[known]
         cells, cell = np.unique(context * len(self.domains) + domain[known], return_inverse=True)
-        self._context.append(cells // len(self.domains) + self._n_contexts)
-        self._domain.append(cells % len(self.domains))
-        self._n_contexts += len(domain)
-        for name, values in position_sums(evaluated, self._mean).items():
-            self._sums[name].append(np.bincount(cell, values[known], minlength=len(cells)))
+        return cells // len(self.domains), cells, cell
+
+    @property
+    def l0(self) -> float:
+        """The dictionary's L0 on the blocks so far; 0 without a token."""
+        rows = sum(part.sum() for part in self._sums["rows"])
+        return float(sum(part.sum() for part in self._sums["l0"]) / max(rows, 1))
 
     def result(self) -> dict[str, Any]:
         context, domain = (np.concatenate([np.empty(0, np.int64), *part]) for part in (self._context, self._domain))
@@ -57,18 +74,13 @@ class RatioMetrics:
 def position_sums(
     evaluated: EvaluatedBlock, heldout_mean: Float[Tensor, " d_out"]
 ) -> dict[str, Float64[np.ndarray, "contexts pos"]]:
-    """What each position adds to each of `metrics.SUMS`: zero where it does not count.
-
-    A position counts when it is kept; for the losses, when the token that it predicts is kept as well.
-    """
-    block, losses = evaluated.block, evaluated.losses
-    keep = block.keep
-    predicts = keep & torch.nn.functional.pad(keep[:, 1:], (0, 1))
+    """What each position adds to those of `metrics.SUMS` that a dictionary changes, or its losses."""
+    block = evaluated.block
     x, x_hat = block.wanted.double(), evaluated.x_hat.double()
     dot, norm, norm_hat = (x * x_hat).sum(-1), x.norm(dim=-1), x_hat.norm(dim=-1)
     of_rows = {
         "rows": torch.ones_like(dot),
-        "l0": evaluated.fired.support.offsets.diff().view(keep.shape).double(),
+        "l0": evaluated.fired.support.offsets.diff().view(block.keep.shape).double(),
         "error": (x - x_hat).pow(2).sum(-1),
         "variance": (x - heldout_mean.double()).pow(2).sum(-1),
         "cosine": dot / (norm * norm_hat).clamp_min(1e-12),
@@ -77,8 +89,19 @@ def position_sums(
         "norm": norm,
         "norm_hat": norm_hat,
     }
-    of_predictions = {"predictions": torch.ones_like(dot), **{name: loss.double() for name, loss in losses.items()}}
+    return counted(block, of_rows, {"predictions": torch.ones_like(dot), **evaluated.losses})
+
+
+def counted(
+    block: Block, of_rows: Mapping[str, Tensor], of_predictions: Mapping[str, Tensor]
+) -> dict[str, Float64[np.ndarray, "contexts pos"]]:
+    """The values at the positions that count, zero elsewhere.
+
+    A position counts when it is kept; for the losses, when the token that it predicts is kept as well.
+    """
+    keep = block.keep
+    predicts = keep & torch.nn.functional.pad(keep[:, 1:], (0, 1))
     return {
-        **{name: torch.where(keep, value, 0.0).numpy() for name, value in of_rows.items()},
-        **{name: torch.where(predicts, value, 0.0).numpy() for name, value in of_predictions.items()},
+        **{name: torch.where(keep, value, 0.0).double().numpy() for name, value in of_rows.items()},
+        **{name: torch.where(predicts, value, 0.0).double().numpy() for name, value in of_predictions.items()},
     }

@@ -22,15 +22,16 @@ def replaced_losses(
     hook_point: str,
     replacements: Mapping[str, Float[Tensor, "*contexts_pos d_in"]],
     *,
-    divergence_of: str,
+    divergence_of: str | None = None,
 ) -> dict[str, Float[Tensor, "contexts pos"]]:
-    """Next-token cross-entropy in nats: `ce_clean`, and per replacement `ce_<name>` with x replaced at kept positions.
+    """Next-token cross-entropy in nats: per replacement `ce_<name>` with x replaced at kept positions.
 
-    `kl` is KL(clean ‖ with the replacement `divergence_of`). Values are at the predicting position; the last one is 0.
+    With `divergence_of` also `ce_clean`, and `kl` = KL(clean ‖ with the replacement `divergence_of`). Values are at the
+    predicting position; the last one is 0.
     """
     room = LOGITS_AT_ONCE.get(model.device.type, LOGITS_AT_ONCE["cpu"])
     at_once = max(1, room // (tokens.shape[1] * model.d_vocab))
-    names = ["ce_clean", *(f"ce_{name}" for name in replacements), "kl"]
+    names = [*(f"ce_{name}" for name in replacements), *(("ce_clean", "kl") if divergence_of else ())]
     found = {name: torch.zeros(tokens.shape) for name in names}
     for start in range(0, len(tokens), at_once):
         here = slice(start, start + at_once)
@@ -43,13 +44,14 @@ def replaced_losses(
         def record(name: str, values: Tensor, here: slice = here) -> None:
             found[name][here, :-1] = values.cpu()
 
-        clean = log_p(None)
-        record("ce_clean", -clean.gather(-1, targets).squeeze(-1))
+        clean = log_p(None) if divergence_of else None
+        if clean is not None:
+            record("ce_clean", -clean.gather(-1, targets).squeeze(-1))
         for name, replacement in replacements.items():
             chunk = replacement[here] if replacement.dim() == 3 else replacement
             replaced = log_p(splice(keep[here], chunk))
             record(f"ce_{name}", -replaced.gather(-1, targets).squeeze(-1))
-            if name == divergence_of:
+            if clean is not None and name == divergence_of:
                 record("kl", torch.linalg.vecdot(clean.exp(), clean - replaced))
     return found
 

@@ -15,6 +15,7 @@ from sae.analysis.probing import Labelled, probe
 from sae.analysis.recorder import Recorder
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.inference import FrozenSAE
+from sae.dictionary.units import units_to_match
 from sae.evaluation import evaluate as evaluation
 from sae.lm import LanguageModel
 from sae.pipeline.evaluate import donors, eval_blocks, thinned
@@ -58,7 +59,7 @@ def controls(
     setup = Setup(acts, lm, dictionary.config["hook_point"], tokens, device)
     report(forecast(setup, dictionary, wanted, train_tokens))
     measured = {"dictionary": setup.measure(dictionary, learned=True)}
-    k = max(1, round(measured["dictionary"]["l0"] or 1))
+    k = units_to_match(measured["dictionary"]["l0"] or 1, dictionary.d_sae)
     rows = setup.training_rows(BASIS_ROWS)
     untrained = baselines.made_without_training(rows, dictionary.d_sae, k, seed, only=wanted)
     measured |= {name: setup.measure(control) for name, control in untrained.items()}
@@ -158,7 +159,7 @@ class Setup:
         found, _ = evaluation.evaluate(
             sae,
             self.model,
-            self.blocks(HELD_OUT),
+            evaluation.Blocks(lambda: self.blocks(HELD_OUT)),
             training=self.blocks(TRAIN),
             hook_point=self.hook_point,
             heldout_mean=(mean / self.kept_tokens).numpy(),

@@ -49,7 +49,7 @@ def evaluate(
     result, stats = evaluation.evaluate(
         dictionary,
         lm,
-        eval_blocks(acts, read, domains, HELD_OUT, sorted(acts.markers(HELD_OUT)), target),
+        evaluation.Blocks(lambda: eval_blocks(acts, read, domains, HELD_OUT, sorted(acts.markers(HELD_OUT)), target)),
         training=choosing_blocks(acts, read, domains),
         hook_point=replaced,
         heldout_mean=heldout.mean,
