@@ -41,11 +41,17 @@ class Contexts:
 
 @dataclass(frozen=True, eq=False)
 class Totals:
-    """Moments over kept rows: `mean` [d_in] in float64 and `mean_sq_norm` = mean of ‖x‖²."""
+    """Moments over kept rows: `mean` [d_in] in float64 and `mean_sq_norm` = mean of ‖x‖².
+
+    `units_l0` is the mean number of entries that are not 0, `units_participation_ratio` the mean of (Σa²)² / Σa⁴ over
+    the entries a of a row; both are None if a shard of version 0.1, which did not record them, is among them.
+    """
 
     kept_rows: int
     mean: np.ndarray
     mean_sq_norm: float
+    units_l0: float | None = None
+    units_participation_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ class ActivationReader:
         return dict(sorted(table.items()))
 
     def totals(self, split: str, hook_point: str) -> Totals:
-        """Mean and mean squared norm over the kept rows of the written shards.
+        """Moments over the kept rows of the written shards.
 
         Raises: StoreError if no row is kept.
         """
@@ -180,7 +186,12 @@ class ActivationReader:
         for marker in markers.values():
             total += marker.sum[hook_point]
             total_sq += marker.sum_sq[hook_point]
-        return Totals(kept, total / kept, total_sq / kept)
+        filled = [marker for marker in markers.values() if marker.kept_rows]
+        units = [marker.units[hook_point] for marker in filled if marker.units is not None]
+        if len(units) < len(filled):
+            return Totals(kept, total / kept, total_sq / kept)
+        active, participation = (sum(each) for each in zip(*units, strict=True))
+        return Totals(kept, total / kept, total_sq / kept, active / kept, participation / kept)
 
     def fingerprint(self, split: str) -> str:
         """SHA-256 over the markers of the written shards that have rows; it changes with the rows."""

@@ -33,7 +33,7 @@ from store.activation_reader import ActivationReader, Contexts, Problem, Totals
 from store.common import HELD_OUT, LANES, SPLITS, TRAIN, DocumentRecord, StoreError
 from store.places import Check, LocalPlace, Place
 from store.schema import FORMAT_VERSION, json_bytes
-from store.shards import Marker, kept_sums
+from store.shards import Marker, UnitSums, kept_sums
 
 __all__ = ["ActivationStore", "Contexts", "Problem", "Totals"]
 
@@ -233,10 +233,11 @@ class ActivationStore(ActivationReader):
             contexts=given.contexts,
             kept_rows=int(kept.sum()),
             files=files,
-            sum={hook: vector for hook, (vector, _) in sums.items()},
-            sum_sq={hook: scalar for hook, (_, scalar) in sums.items()},
+            sum={hook: found.sum for hook, found in sums.items()},
+            sum_sq={hook: found.sum_sq for hook, found in sums.items()},
             cursor=cursor,
             documents=given.documents,
+            units={hook: found.units for hook, found in sums.items()},
         )
 
     def forget(self, split: str, shard: int) -> None:
@@ -261,7 +262,15 @@ class ActivationStore(ActivationReader):
             return
         zero = {hook: np.zeros_like(vector) for hook, vector in marker.sum.items()}
         emptied = replace(
-            marker, rows=0, contexts=0, kept_rows=0, files={}, sum=zero, sum_sq=dict.fromkeys(zero, 0.0), documents={}
+            marker,
+            rows=0,
+            contexts=0,
+            kept_rows=0,
+            files={},
+            sum=zero,
+            sum_sq=dict.fromkeys(zero, 0.0),
+            documents={},
+            units=None if marker.units is None else dict.fromkeys(zero, UnitSums()),
         )
         key = marker_key(TRAIN, shard)
         self.place.write(key, json_bytes(emptied.to_json(), self.place.where(key)), replace=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,9 +21,19 @@ _CRC_BYTES = 4
 _SUM_ROWS = 1024  # rows converted to float64 at a time: decides the order of summation, so it must not change
 
 
+class UnitSums(NamedTuple):
+    """Of the units (entries) of kept rows: how many are not 0, and the sum of (Σa²)² / Σa⁴ of each row (0 if all 0)."""
+
+    active: int = 0
+    participation: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Marker:
-    """What is known of one complete shard. `sum` is Σx and `sum_sq` Σ‖x‖² over its kept rows, float64."""
+    """What is known of one complete shard. `sum` is Σx and `sum_sq` Σ‖x‖² over its kept rows, float64.
+
+    `units` is None in shards of version 0.1.
+    """
 
     shard: int
     rows: int
@@ -34,6 +44,7 @@ class Marker:
     sum_sq: dict[str, float]
     cursor: dict[str, Any]
     documents: dict[int, DocumentRecord]
+    units: dict[str, UnitSums] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object that is written to the marker file."""
@@ -48,6 +59,7 @@ class Marker:
                 for hook, vector in self.sum.items()
             },
             "sum_sq": self.sum_sq,
+            **({} if self.units is None else {"units": {hook: sums._asdict() for hook, sums in self.units.items()}}),
             "cursor": self.cursor,
             "documents": {str(n): list(document) for n, document in self.documents.items()},
         }
@@ -73,12 +85,21 @@ def parse_marker(raw: bytes, shard: int, where: object) -> Marker:
             sum_sq={str(hook): float(value) for hook, value in fields["sum_sq"].items()},
             cursor=dict(fields["cursor"]),
             documents={int(n): as_document(n, entry) for n, entry in fields["documents"].items()},
+            units={
+                str(hook): UnitSums(_count(entry["active"]), float(entry["participation"]))
+                for hook, entry in fields["units"].items()
+            }
+            if "units" in fields
+            else None,
         )
         if marker.shard != shard:
             raise ValueError(f"it is of shard {marker.shard}")
         if marker.kept_rows > marker.rows or bool(marker.contexts) != bool(marker.files):
             raise ValueError("its counts contradict each other")
-        if not all(np.isfinite([*marker.sum_sq.values(), *np.concatenate([np.zeros(1), *marker.sum.values()])])):
+        ratios = [sums.participation for sums in (marker.units or {}).values()]
+        if not all(
+            np.isfinite([*ratios, *marker.sum_sq.values(), *np.concatenate([np.zeros(1), *marker.sum.values()])])
+        ):
             raise ValueError("its sums are not finite")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StoreError(f"{where}: not a shard marker ({error!r})") from error
@@ -103,20 +124,34 @@ def files_present(place: Place, marker: Marker) -> bool:
     return all(place.size(name) == entry["bytes"] for name, entry in marker.files.items())
 
 
-def kept_sums(stored: np.ndarray, keep: np.ndarray, dtype: str) -> tuple[np.ndarray, float]:
-    """Σx [d_in] and Σ‖x‖² over the kept rows of `stored` [rows, d_in], of the values as stored.
+class RowSums(NamedTuple):
+    """Sums over kept rows: `sum` is Σx [d_in], `sum_sq` is Σ‖x‖²."""
+
+    sum: np.ndarray
+    sum_sq: float
+    units: UnitSums
+
+
+def kept_sums(stored: np.ndarray, keep: np.ndarray, dtype: str) -> RowSums:
+    """The sums over the kept rows of `stored` [rows, d_in], of the values as stored.
 
     Added in a fixed order (without BLAS, whose threads reorder sums), so that equal rows give equal bits.
     """
     total = np.zeros(stored.shape[1])
     total_sq = np.zeros(stored.shape[1])
+    active, participation = 0, 0.0
     for start in range(0, len(stored), _SUM_ROWS):
         part = slice(start, start + _SUM_ROWS)
         rows = decode(stored[part][keep[part]], dtype).astype(np.float64)
         total += rows.sum(axis=0)
+        active += np.count_nonzero(rows)
         np.square(rows, out=rows)
         total_sq += rows.sum(axis=0)
-    return total, math.fsum(total_sq.tolist())
+        squares = rows.sum(axis=1)
+        np.square(rows, out=rows)
+        fourth_powers = rows.sum(axis=1)
+        participation += float((squares**2 / np.where(fourth_powers > 0, fourth_powers, 1.0)).sum())
+    return RowSums(total, math.fsum(total_sq.tolist()), UnitSums(int(active), participation))
 
 
 class ShardedArray:

@@ -14,10 +14,10 @@ from test_evaluation import CONTEXTS, D_IN, SEQ_LEN, identity, kept_mean, make_b
 
 from sae.analysis import baselines
 from sae.dictionary.autoencoder import SAE
-from sae.dictionary.units import active_units, largest_units, participation_ratio, units_to_match
 from sae.evaluation.evaluate import Block, evaluate
 from sae.evaluation.own_units import ALREADY_SPARSE, NOT_BETTER, verdict
 from sae.lm import NativeModel
+from sae.lm.units import active_units, largest_units, participation_ratio, units_to_match
 
 
 @given(st.integers(0, 10_000), st.integers(1, 9), st.booleans())

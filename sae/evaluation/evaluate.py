@@ -16,7 +16,6 @@ from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.inference import FrozenSAE
-from sae.dictionary.units import units_to_match
 from sae.evaluation import metrics
 from sae.evaluation.blocks import Ablated, Accumulator, Block, Blocks, EvaluatedBlock
 from sae.evaluation.domains import DomainCounts, DomainFeatures, DomainFirings
@@ -28,6 +27,7 @@ from sae.jobs.progress import progress
 from sae.kernels import matmul
 from sae.lm import LanguageModel
 from sae.lm.splice import replaced_losses, splice_identity_error
+from sae.lm.units import units_to_match
 
 __all__ = ["Ablated", "Block", "Blocks", "evaluate"]
 

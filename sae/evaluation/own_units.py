@@ -8,11 +8,11 @@ import numpy as np
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from sae.dictionary.units import active_units, largest_units, participation_ratio
 from sae.evaluation.blocks import Ablated, Block
 from sae.evaluation.ratio_metrics import counted
 from sae.lm import LanguageModel
 from sae.lm.splice import replaced_losses
+from sae.lm.units import active_units, largest_units, participation_ratio
 
 AS_FAITHFUL = "at this L0 the layer's own units are as faithful"
 ALREADY_SPARSE = f"{AS_FAITHFUL}: its activations are already sparse"

@@ -15,9 +15,9 @@ from sae.analysis.probing import Labelled, probe
 from sae.analysis.recorder import Recorder
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.inference import FrozenSAE
-from sae.dictionary.units import units_to_match
 from sae.evaluation import evaluate as evaluation
 from sae.lm import LanguageModel
+from sae.lm.units import units_to_match
 from sae.pipeline.evaluate import donors, eval_blocks, thinned
 from sae.pipeline.resolve import autoencoder, model_of, store_of
 from sae.text.tokenizer import token_bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -99,8 +99,8 @@ def harvest(
     token but those of `sae pretrain`, which were trained on contexts that begin anywhere).
     Worker `rank` of `world` fills its share of the 64 lanes; together they write the same bytes as one worker alone.
     `max_disk_bytes`, and `max_ram_bytes` of this process, end the harvest early, with everything written ready for use;
-    `keep_rows` keeps only the newest training rows. A model given by name runs on `device`. `report` is called with the
-    forecast, a line of text.
+    `keep_rows` keeps only the newest training rows. A model given by name runs on `device`. `report` is called with
+    lines of text: the forecast, and at the end the L0 of what is stored.
     Repeat the call to continue after an interruption: committed shards stay, and the result is the same byte for byte.
     Raises: PipelineError when disk or memory is too small at the start; OutOfMemoryBudget and DiskFull later on;
     StoreError when `out` is another store, or another process writes one of these lanes; TextError for bad text.
@@ -140,7 +140,25 @@ def harvest(
             harvesting.harvest(
                 lm, source, store, lanes=lanes, only=only, max_ram_bytes=max_ram_bytes, context_bos=context_bos
             )
+    if world == 1 or store.is_complete:
+        for line in sparsity_of(store):
+            report(line)
     return out
+
+
+def sparsity_of(store: ActivationStore) -> Iterator[str]:
+    """For each hook point of a store, in words: how sparse its training rows are before any dictionary."""
+    if not any(marker.kept_rows for marker in store.markers(TRAIN).values()):
+        return
+    for hook, d_in in store.hook_points.items():
+        found = store.totals(TRAIN, hook)
+        if found.units_l0 is None:
+            yield f"{hook}: L0 not known, because version 0.1 wrote some of the rows"
+            continue
+        yield (
+            f"{hook}: L0 {found.units_l0:,.1f} of {d_in:,} units, participation ratio "
+            f"{found.units_participation_ratio:,.1f}. A dictionary shows more than the units at a lower L0"
+        )
 
 
 def _dtypes(dtype: str | Mapping[str, str], hooks: Mapping[str, int]) -> dict[str, str]:

@@ -132,15 +132,17 @@ def _describe_store(store: ActivationStore) -> dict[str, Any]:
     }
 
 
-def _moments(store: ActivationStore, split: str, hook: str) -> dict[str, float]:
+def _moments(store: ActivationStore, split: str, hook: str) -> dict[str, float | None]:
     """‖mean‖ and mean ‖x‖² of the kept rows, and the share of the latter that is variance around the mean: the part
-    that a dictionary has to explain."""
+    that a dictionary has to explain; L0 and participation ratio of the entries themselves."""
     totals = store.totals(split, hook)
     mean_sq = float((totals.mean**2).sum())
     return {
         "mean_norm": mean_sq**0.5,
         "mean_sq_norm": totals.mean_sq_norm,
         "variance_share": 1 - mean_sq / totals.mean_sq_norm if totals.mean_sq_norm else 0.0,
+        "units_l0": totals.units_l0,
+        "units_participation_ratio": totals.units_participation_ratio,
     }
 
 

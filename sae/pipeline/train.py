@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from sae.dictionary.autoencoder import SAE
 from sae.jobs.trackers import trackers_named
 from sae.kernels import device_named
+from sae.lm.units import active_units
 from sae.pipeline.live import Live, live_rows
 from sae.pipeline.rows import SHUFFLE_BYTES, hook_point_of, provenance_of, rows_for
 from sae.training import loop, recipes
@@ -16,6 +18,8 @@ from sae.training.config import TrainConfig
 from sae.training.rows import Rows
 from store.activations import ActivationStore
 from store.common import TRAIN
+
+UNITS_ROWS = 2048  # on which the L0 of the activations themselves is measured
 
 
 def train(
@@ -56,6 +60,7 @@ def train(
         if isinstance(rows, Live):
             where = str(device_named(device))
             rows, provenance = live_rows(rows, resolved, hook_point, target_hook_point, where, Path(out))
+        _warn_unless_sparser(rows, resolved, out)
         return loop.train(rows, out, resolved, provenance=provenance, **how)
     store = ActivationStore.open(rows)
     hook = hook_point_of(store, hook_point)
@@ -63,4 +68,21 @@ def train(
     _, resolved = recipes.resolve(recipe, tokens=tokens or 4 * kept_rows, **overrides)
     source = rows_for(store, hook, resolved, target_hook_point, max_ram_bytes)
     provenance = provenance_of(store, hook, out, target_hook_point, max_ram_bytes)
+    _warn_unless_sparser(source, resolved, out)
     return loop.train(source, out, resolved, provenance=provenance, **how)
+
+
+def _warn_unless_sparser(rows: Rows, config: TrainConfig, out: str | Path) -> None:
+    """Warns when the L0 asked for is not below that of x itself; a transcoder's features do not describe x."""
+    asked = config.k or config.target_l0
+    if not asked or recipes.recipe_named(config.recipe).needs == "y":
+        return
+    sample = rows.sample(UNITS_ROWS, config.seed)
+    own = active_units(sample).double().mean().item()
+    if asked >= own:
+        warnings.warn(
+            f"{out}: an L0 of {asked:g} was asked for, and the activations themselves have {own:.1f}: that many of "
+            f"their {sample.shape[1]:,} units are not 0 per row. A dictionary shows more than the units only at a "
+            "lower L0: choose a smaller --l0, or a hook point whose activations are denser.",
+            stacklevel=3,
+        )
