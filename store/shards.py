@@ -144,14 +144,14 @@ def kept_sums(stored: np.ndarray, keep: np.ndarray, dtype: str) -> RowSums:
         part = slice(start, start + _SUM_ROWS)
         rows = decode(stored[part][keep[part]], dtype).astype(np.float64)
         total += rows.sum(axis=0)
-        active += np.count_nonzero(rows)
+        active += int(np.count_nonzero(rows))
         np.square(rows, out=rows)
         total_sq += rows.sum(axis=0)
         squares = rows.sum(axis=1)
         np.square(rows, out=rows)
         fourth_powers = rows.sum(axis=1)
         participation += float((squares**2 / np.where(fourth_powers > 0, fourth_powers, 1.0)).sum())
-    return RowSums(total, math.fsum(total_sq.tolist()), UnitSums(int(active), participation))
+    return RowSums(total, math.fsum(total_sq.tolist()), UnitSums(active, participation))
 
 
 class ShardedArray:
