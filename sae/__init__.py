@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from sae.pipeline.harvest import harvest as harvest
     from sae.pipeline.index import index as index
     from sae.pipeline.live import Live as Live
+    from sae.pipeline.own_activations import store_activations as store_activations
     from sae.pipeline.train import train as train
 
 _HOME = {
@@ -38,6 +39,7 @@ _HOME = {
     "harvest": "sae.pipeline.harvest",
     "index": "sae.pipeline.index",
     "Live": "sae.pipeline.live",
+    "store_activations": "sae.pipeline.own_activations",
     "train": "sae.pipeline.train",
 }
 

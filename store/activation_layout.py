@@ -23,6 +23,7 @@ TEXT_ARRAYS: dict[str, tuple[type, int | bool]] = {  # name: dtype, what padding
 }
 METADATA = "zarr.json"
 COMPLETE = "complete.json"
+VOCABULARY = "vocabulary.json"  # of rows that came as arrays: what each token id stands for
 _FILE_OF_SHARD = re.compile(r"(?:.*/)?c/(\d+)/[^/]*")
 _FILE_OF_MARKER = re.compile(r"markers/(heldout|train)/(\d+)\.json[^/]*")
 

@@ -18,6 +18,7 @@ from store.activation_layout import (
     COMPLETE,
     METADATA,
     TEXT_ARRAYS,
+    VOCABULARY,
     acts_name,
     array_names,
     marker_key,
@@ -167,6 +168,11 @@ class ActivationReader:
                         f"{entry[0]!r}, an earlier shard {table[number][0]!r}; harvest again"
                     )
         return dict(sorted(table.items()))
+
+    def vocabulary(self) -> list[bytes]:
+        """The bytes that each token id stands for, in a store whose rows came as arrays."""
+        held = parse_json(self.place.read(VOCABULARY), self.place.where(VOCABULARY))
+        return [token.encode("latin-1") for token in held]
 
     def totals(self, split: str, hook_point: str) -> Totals:
         """Moments over the kept rows of the written shards.

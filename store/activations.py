@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from store.activation_layout import (
     COMPLETE,
     KIND,
     METADATA,
+    VOCABULARY,
     acts_name,
     array_names,
     marker_key,
@@ -288,6 +289,10 @@ class ActivationStore(ActivationReader):
             lane = self.lane_of(shard)
             if lane in lanes and marker.contexts and shard <= newest[lane] - self.ring_shards_per_lane * LANES:
                 self._drop(shard)
+
+    def write_vocabulary(self, vocabulary: Sequence[bytes]) -> None:
+        """Writes the bytes that each token id stands for, in a store whose rows have no tokenizer."""
+        self.place.write(VOCABULARY, json_bytes([token.decode("latin-1") for token in vocabulary], VOCABULARY))
 
     # ---- repair ----
 

@@ -27,6 +27,7 @@ SPLITS = (HELD_OUT, TRAIN)  # in the order of their shards in a store
 # How contexts begin, as a store's provenance says under "bos".
 BOS_BEFORE_DOCUMENTS = "one BOS before each document; BOS rows are stored and not kept"
 BOS_BEFORE_CONTEXTS = "one BOS at the start of each context and before each document; BOS rows are stored and not kept"
+ARRAYS = "arrays"  # kind of a recorded model whose activations came as arrays: it cannot be run here
 PARTIAL_SUFFIX = ".partial"  # of unfinished files; version 0.1 let zarr write shards, with the same suffix
 
 Item = TypeVar("Item")
@@ -105,6 +106,11 @@ class RowFilter:
             found.get("max_norm_multiple", 0.0),
             found.get("median_norms", {}),
         )
+
+
+def can_run(model: Mapping[str, Any]) -> bool:
+    """Whether a recorded identity is of a model that can be opened: not if its activations came as arrays."""
+    return model.get("kind") != ARRAYS
 
 
 # --- whole files -----------------------------------------------------------------------------------------------------

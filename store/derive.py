@@ -13,10 +13,11 @@ import numpy as np
 
 from store.activation_input import differences
 from store.activations import ActivationStore
-from store.common import SPLITS, StoreError, fsync
+from store.common import SPLITS, StoreError, can_run, fsync
 from store.schema import atomic_json, decode
 
-_SAME_ROWS = ("model", "tokenizer_sha256", "bos", "weight_processing", "held_out")  # provenance: what a row means
+# What a row means, in the provenance.
+_SAME_ROWS = ("model", "tokenizer_sha256", "bos", "weight_processing", "held_out", "rows")
 Shard = tuple[ActivationStore, str, int, int]  # store, split, shard, and what is added to its document numbers
 
 
@@ -177,6 +178,8 @@ def _write(
         provenance=provenance,
     )
     with made.hold():
+        if not can_run(like.provenance.get("model", {})):
+            made.write_vocabulary(like.vocabulary())
         for split, of_split in shards.items():
             written = made.markers(split)
             for number, (store, _, shard, offset) in enumerate(of_split):

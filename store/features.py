@@ -7,6 +7,7 @@ stored value of a feature equals its `stats/max`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -196,6 +197,21 @@ class FeatureIndex:
         context, position = divmod(int(row), self.seq_len)
         number = int(self._context("document", context)[position])
         return self.documents[number] if number >= 0 else DocumentRecord("", "", "", "")
+
+    @property
+    def rows(self) -> dict[str, Any] | None:
+        """How rows that came as arrays are shown: {"tokens": what a token id stands for, "images": their directory}.
+
+        None in an index of text.
+        """
+        found: dict[str, Any] | None = self.attributes.get("rows")
+        return found
+
+    def row_name(self, row: int) -> str:
+        """Where a row is in the array that it came from: `acts.npy[17, 42]` or `acts.npy[3391]`; "" for text."""
+        source = self.document_of(row).source if self.rows else ""
+        found = re.fullmatch(r"(.*)\[(\d+, )?(\d+):\d+\]", source, re.DOTALL)
+        return f"{found[1]}[{found[2] or ''}{int(found[3]) + row % self.seq_len}]" if found else ""
 
     @cached_property
     def _vocabulary(self) -> list[bytes]:

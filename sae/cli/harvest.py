@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sae.cli.flags import MODEL, add_device, add_text, add_text_column, add_verb, print_text_read, size
+from sae.cli.flags import MODEL, add_device, add_text_column, add_verb, print_text_read, size
+
+TOKENS = 2_000_000
+KINDS = ("token-ids", "tokenizer", "texts", "images", "labels", "keep")  # beside the rows of --from
 
 
 def harvest(verbs: Any) -> None:
@@ -17,16 +20,30 @@ def harvest(verbs: Any) -> None:
         verbs,
         "harvest",
         _run_harvest,
-        "run a model on text and write its activations into a store",
+        "run a model on text and write its activations into a store, or take activations from files",
         example="sae harvest --model tiny-relu-1l --text default --out runs/a/acts.zarr",
     )
-    verb.add_argument("--model", default="tiny-relu-1l", help=MODEL)
-    add_text(verb)
+    verb.add_argument(
+        "--model", help=f"{MODEL} (default: tiny-relu-1l); with --from: a name to record, the model is not opened"
+    )
+    verb.add_argument(
+        "--text",
+        "--from",
+        action=TextOrArrays,
+        metavar="SOURCE",
+        help="--text: a file, a directory, a dataset, or 'default' for the text on this machine; may be repeated. "
+        "--from [KIND=]PATH: instead of a model and a text, a file or directory of activations (.npy, .safetensors, "
+        "Zarr, .arrow, .parquet); repeated with KIND= for what lies beside them, for each row or sample: "
+        f"{', '.join(KINDS)}",
+    )
+    verb.set_defaults(arrays=None)
     add_text_column(verb)
     verb.add_argument(
         "--out", required=True, metavar="STORE", help="the store, e.g. runs/a/acts.zarr or s3://bucket/path"
     )
-    verb.add_argument("--tokens", type=int, default=2_000_000, metavar="N", help="training tokens, one row for each")
+    verb.add_argument(
+        "--tokens", type=int, metavar="N", help=f"training tokens, one row for each (default: {TOKENS:,})"
+    )
     verb.add_argument(
         "--heldout-tokens",
         type=int,
@@ -44,10 +61,15 @@ def harvest(verbs: Any) -> None:
         action="append",
         metavar="[NAME=]DTYPE",
         help="number format on disk: float16, bfloat16 or float32; NAME=DTYPE sets it for one hook point (default: "
-        "float16)",
+        "float16; with --from that of the arrays)",
     )
     verb.add_argument(
-        "--seq-len", type=int, metavar="N", help="tokens of a context (default: 256, or the model's limit if lower)"
+        "--seq-len",
+        "--rows-per-sample",
+        type=int,
+        metavar="N",
+        help="tokens of a context (default: 256, or the model's limit if lower); with --from: so many rows in turn "
+        "belong together, such as the patches of an image (default: as a 3-d array says, else unknown)",
     )
     verb.add_argument(
         "--context-bos",
@@ -84,7 +106,21 @@ def harvest(verbs: Any) -> None:
     add_device(verb, mps=True)
 
 
+class TextOrArrays(argparse.Action):
+    """The two kinds of source, of which a harvest has one: `--text` fills `text`, `--from` fills `arrays`."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        name = "arrays" if option_string == "--from" else "text"
+        setattr(namespace, name, [*(getattr(namespace, name) or []), values])
+
+
 def _run_harvest(args: argparse.Namespace) -> int:
+    if bool(args.arrays) == bool(args.text):
+        raise ValueError("name what to store: either --model NAME and --text SOURCE, or --from PATH (activations).")
+    if args.arrays:
+        return _store_arrays(args)
     rank = _number(args.rank, "RANK")
     if rank is None and (args.world or 1) > 1:
         return _run_workers(args)
@@ -94,10 +130,10 @@ def _run_harvest(args: argparse.Namespace) -> int:
     dtypes = _dtypes(args.dtype, hook_points)
     source = pipeline.source_of(args.text, text_column=args.text_column)
     out = pipeline.harvest(
-        args.model,
+        args.model or "tiny-relu-1l",
         source,
         args.out,
-        tokens=args.tokens,
+        tokens=TOKENS if args.tokens is None else args.tokens,
         hook_points=hook_points,
         dtype=dtypes,
         heldout_tokens=args.heldout_tokens,
@@ -117,6 +153,64 @@ def _run_harvest(args: argparse.Namespace) -> int:
         _report_disk_budget(out)
     print(out)
     return 0
+
+
+def _store_arrays(args: argparse.Namespace) -> int:
+    """Stores activations that come as arrays. Raises: ValueError for flags that are about running a model."""
+    running = (
+        "tokens",
+        "heldout_tokens",
+        "world",
+        "rank",
+        "max_disk",
+        "max_ram",
+        "keep_rows",
+        "text_column",
+        "context_bos",
+    )
+    for flag in running:
+        if getattr(args, flag) is not None:
+            raise ValueError(f"--{flag.replace('_', '-')} does not go with --from: all rows of the arrays are stored.")
+    from sae import pipeline
+
+    beside: dict[str, Any] = {}
+    paths = []
+    for item in args.arrays:
+        kind, equals, path = item.partition("=")
+        if not equals or kind not in KINDS:
+            paths.append(item)
+        elif kind in beside:
+            raise ValueError(f"--from {kind}= is given twice.")
+        else:
+            beside[kind] = path
+    if len(paths) != 1:
+        given = ", ".join(paths) or "none"
+        raise ValueError(
+            f"--from takes one path of activations (a directory may hold several files), got {given}. What lies beside "
+            f"them needs its kind: {', '.join(f'{kind}=PATH' for kind in KINDS)}."
+        )
+    hook_points = args.hook_point or []
+    out = pipeline.store_activations(
+        paths[0],
+        args.out,
+        hook_points=hook_points,
+        rows_per_sample=args.seq_len,
+        dtype=_array_dtypes(args.dtype or []),
+        **{kind.replace("-", "_"): path for kind, path in beside.items()},
+        **({"model": args.model} if args.model else {}),
+        report=lambda line: print(line, file=sys.stderr),
+    )
+    print(out)
+    return 0
+
+
+def _array_dtypes(given: list[str]) -> str | dict[str, str] | None:
+    """One dtype for all arrays, or those that are named."""
+    named = dict(item.split("=", 1) for item in given if "=" in item)
+    plain = [item for item in given if "=" not in item]
+    if named and plain:
+        raise ValueError("--dtype with --from: give one dtype for all arrays, or NAME=DTYPE for each.")
+    return named or (plain[-1] if plain else None)
 
 
 def _number(given: int | None, variable: str) -> int | None:

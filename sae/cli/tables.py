@@ -33,10 +33,15 @@ def eval_table(result: dict[str, Any]) -> str:
         lines.append(f"a transcoder from {read}: x in the formulas is its target y, the activations at {predicted}")
     lines += ["", f"{'metric':22} {'value':>9}  {'95% interval':20} formula"]
     for name in SHOWN:
-        entry = result["metrics"][name]
+        entry = result["metrics"].get(name)
+        if entry is None:
+            continue
         interval = "" if not entry["ci95"] else f"[{_number(entry['ci95'][0])}, {_number(entry['ci95'][1])}]"
         lines.append(f"{name:22} {_number(entry['value']):>9}  {interval:20} {entry['formula']}")
-    if result["checks"]["scores_are_noise"]:
+    if "ce_clean" not in result["metrics"]:
+        lines.append("not measured: the metrics of the model's losses (ce_…, delta_ce, kl); these activations came as")
+        lines.append("arrays, without a model that can be run")
+    if result["checks"].get("scores_are_noise"):
         gap = _number(result["checks"]["ablation_gap_nats"])
         lines.append(f"note: zero ablation costs only {gap} nats here, so the loss scores are noise")
     quantiles = "  ".join(f"{name} {value}" for name, value in result["l0"]["quantiles"].items())
@@ -59,8 +64,11 @@ def _units_lines(result: dict[str, Any]) -> list[str]:
     lines += [
         f"{name:22} {_number(metrics[name]['value']):>10} {_number(metrics[f'topk_units_{name}']['value']):>14}"
         for name in BESIDE_UNITS
+        if name in metrics
     ]
-    gain = metrics["ce_gain_over_units"]
+    gain = metrics.get("ce_gain_over_units")
+    if gain is None:  # activations that came without a model
+        return [*lines, f"note: {units['verdict']}"] if units["verdict"] else lines
     low, high = (_number(end) for end in gain["ci95"])
     lines.append(f"{'ce_gain_over_units':22} {_number(gain['value']):>10}  [{low}, {high}] {gain['formula']}")
     return [*lines, f"note: {units['verdict']}"] if units["verdict"] else lines
@@ -76,7 +84,7 @@ def _domain_lines(result: dict[str, Any]) -> list[str]:
         best = quality["best_feature"][domain]
         lines.append(
             f"{domain:20} {entry['tokens']:>9,} {_number(entry['l0']):>7} {_number(entry['fvu']):>8} "
-            f"{_number(entry['delta_ce']):>9} {_number(entry['ce_loss_score_zero']):>8} "
+            f"{_number(entry.get('delta_ce')):>9} {_number(entry.get('ce_loss_score_zero')):>8} "
             f"{_number(best and best['f1']):>8} {quality['pure_by_domain'][domain]:>5}"
         )
     return [

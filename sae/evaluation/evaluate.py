@@ -24,7 +24,7 @@ from sae.evaluation.geometry import a1_match, geometry
 from sae.evaluation.own_units import UnitsBaseline, verdict
 from sae.evaluation.ratio_metrics import RatioMetrics
 from sae.jobs.progress import progress
-from sae.kernels import matmul
+from sae.kernels import device_named, matmul
 from sae.lm import LanguageModel
 from sae.lm.splice import replaced_losses, splice_identity_error
 from sae.lm.units import units_to_match
@@ -39,7 +39,7 @@ ABLATED = tuple(f"ce_{name}" for name in metrics.ABLATIONS)
 @torch.inference_mode()
 def evaluate(
     sae: SAE,
-    model: LanguageModel,
+    model: LanguageModel | None,
     blocks: Iterable[Block],
     *,
     training: Iterable[Block],
@@ -59,6 +59,7 @@ def evaluate(
     `hook_point`, the means and the donors belong to what is replaced: x, or y for a transcoder.
     `blocks` are read twice: the second time x is replaced by its k largest units, k being the dictionary's L0.
     `training` blocks choose each domain's feature; the held-out blocks judge it.
+    Without a model, metrics of its losses are left out; those that depend on the rows alone are the same.
     `donors` are training rows: resample ablation replaces each x by one of these rows, drawn at random.
     The dictionary runs on `device`; statistics are counted on the CPU.
     `ablated` (at first {}) collects the losses under ablation, so that they are not measured again for the next
@@ -79,9 +80,10 @@ def evaluate(
         ratios,
         activity,
         DomainFeatures(domains, sae.d_sae, _domain_counts(placed, sae.d_sae, training, len(domains))),
-        SpliceCheck(model, hook_point),
+        *([SpliceCheck(model, hook_point)] if model else []),
     ]
-    with progress("eval", kept_tokens, "tok") as bar, matmul.using(matmul.choose("auto", model.device)):
+    place = model.device if model else device_named(device)
+    with progress("eval", kept_tokens, "tok") as bar, matmul.using(matmul.choose("auto", place)):
         for block in blocks:
             evaluated = runner.run(block)
             for accumulator in accumulators:
@@ -89,13 +91,14 @@ def evaluate(
             bar.update(int(block.keep.sum()))
     k = units_to_match(ratios.l0, sae.d_out)
     units = UnitsBaseline(model, hook_point, k, ablated)
-    with progress("eval, own units", kept_tokens, "tok") as bar, matmul.using(matmul.choose("auto", model.device)):
+    with progress("eval, own units", kept_tokens, "tok") as bar, matmul.using(matmul.choose("auto", place)):
         for block in blocks:
             ratios.add_sums(block, units.sums(block))
             bar.update(int(block.keep.sum()))
     sections = _joined(accumulator.result() for accumulator in accumulators)
-    statistics, checks = activity.statistics, sections.pop("checks")
-    score = sections["metrics"]["ce_loss_score_zero"]["value"]
+    statistics, checks = activity.statistics, sections.pop("checks", {})
+    score = sections["metrics"]["ce_loss_score_zero"]["value"] if model else None
+    scores = _score_checks(sections["metrics"]) if model else {}
     result = {
         "format": EVAL_FORMAT,
         "tokens": kept_tokens,
@@ -104,7 +107,7 @@ def evaluate(
         "units": verdict(sections["metrics"], k, sae.d_out),
         "decoder": geometry(sae.W_dec, statistics.count > 0),
         "beside_a1": a1_match(statistics.count, kept_tokens, statistics.largest, sae.W_dec, score),
-        "checks": checks | _decoder_norms(sae) | _score_checks(sections["metrics"]),
+        "checks": checks | _decoder_norms(sae) | scores,
     }
     return result, statistics.tensors()
 
@@ -115,7 +118,7 @@ class BlockRunner:
     def __init__(
         self,
         placed: FrozenSAE,
-        model: LanguageModel,
+        model: LanguageModel | None,
         hook_point: str,
         train_mean: Float[np.ndarray, " d_out"],
         donors: Float[Tensor, "n d_out"],
@@ -134,6 +137,8 @@ class BlockRunner:
 
     def _losses(self, block: Block, x_hat: Float[Tensor, "contexts pos d_out"]) -> dict[str, Tensor]:
         """The losses with each replacement; those under ablation only if no earlier dictionary has measured them."""
+        if self._model is None:
+            return {}
         donated = self._donors[torch.from_numpy(self._draw.integers(len(self._donors), size=block.keep.shape))]
         measured = (self._ablated or {}).get(self._block, {})
         known = {name: measured[name] for name in ABLATED if name in measured}

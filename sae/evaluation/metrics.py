@@ -150,6 +150,8 @@ METRICS: dict[str, Metric] = {
         "of the hook point does.",
     ),
 }
+# Those that need the model's losses, and are left out where the activations came without a model.
+OF_LOSSES = frozenset(name for name in METRICS if "ce" in name.split("_") or name == "kl")
 SUMS = {
     "rows": "1 for each kept token",
     "predictions": "1 for each kept token that is followed by a kept token",
@@ -168,6 +170,11 @@ SUMS = {
     "topk_units_l0": "number of the k largest units that are not 0",
     "topk_units_error": "‖x − its k largest units‖²",
 }
+
+
+def measurable(sums: Mapping[str, Any]) -> dict[str, Metric]:
+    """The metrics that these sums are enough for."""
+    return {name: metric for name, metric in METRICS.items() if "predictions" in sums or name not in OF_LOSSES}
 
 
 class Bootstrap:
@@ -191,7 +198,7 @@ class Bootstrap:
 
 
 def summarise(sums: Sums, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Every metric's value with its 95% bootstrap interval over contexts; `sums[name]` is [n_contexts]."""
+    """The value of each metric with its 95% bootstrap interval over contexts; `sums[name]` is [n_contexts]."""
     n_contexts = len(sums["rows"])
     intervals = _intervals(sums, np.arange(n_contexts), Bootstrap(n_contexts, resamples=resamples, seed=seed))
     whole = {name: per_context.sum() for name, per_context in sums.items()}
@@ -202,7 +209,7 @@ def summarise(sums: Sums, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[
             "formula": metric.formula,
             "version": metric.version,
         }
-        for name, metric in METRICS.items()
+        for name, metric in measurable(sums).items()
     }
 
 
@@ -218,7 +225,7 @@ def by_group(
         mine = group == index
         part = {name: values[mine] for name, values in sums.items()}
         whole = {name: values.sum() for name, values in part.items()}
-        values = {name: number(metric.of(whole)) for name, metric in METRICS.items()}
+        values = {name: number(metric.of(whole)) for name, metric in measurable(sums).items()}
         found.append(values | {"ci95": _intervals(part, context[mine], bootstrap)})
     return found
 
@@ -226,7 +233,7 @@ def by_group(
 def _intervals(sums: Sums, context: Int[np.ndarray, " n"], bootstrap: Bootstrap) -> dict[str, list[float | None]]:
     drawn = bootstrap.drawn(sums, context)
     found: dict[str, list[float | None]] = {}
-    for name, metric in METRICS.items():
+    for name, metric in measurable(sums).items():
         values = metric.of(drawn)
         defined = values[np.isfinite(values)]
         low, high = np.percentile(defined, [2.5, 97.5]) if len(defined) else (np.nan, np.nan)

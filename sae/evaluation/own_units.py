@@ -22,10 +22,10 @@ NOT_BETTER = f"{AS_FAITHFUL}: the dictionary is not better than as many of the l
 class UnitsBaseline:
     """The model's losses with x replaced by its k largest units, on one block after another.
 
-    Of the dictionaries that share `ablated`, those with the same k share the losses.
+    Of the dictionaries that share `ablated`, those with the same k share the losses. Without a model there are none.
     """
 
-    def __init__(self, model: LanguageModel, hook_point: str, k: int, ablated: Ablated | None) -> None:
+    def __init__(self, model: LanguageModel | None, hook_point: str, k: int, ablated: Ablated | None) -> None:
         self._model, self._hook_point, self._k = model, hook_point, k
         self._ablated: Ablated = {} if ablated is None else ablated
         self._block = 0
@@ -39,13 +39,16 @@ class UnitsBaseline:
             "topk_units_l0": active_units(largest),
             "topk_units_error": (x - largest.double()).pow(2).sum(-1),
         }
-        return counted(block, of_rows, {"ce_units": self._losses(block, largest)})
+        losses = {} if self._model is None else {"ce_units": self._losses(self._model, block, largest)}
+        return counted(block, of_rows, losses)
 
-    def _losses(self, block: Block, largest: Float[Tensor, "contexts pos d_out"]) -> Float[Tensor, "contexts pos"]:
+    def _losses(
+        self, model: LanguageModel, block: Block, largest: Float[Tensor, "contexts pos d_out"]
+    ) -> Float[Tensor, "contexts pos"]:
         known, name = self._ablated.setdefault(self._block, {}), f"ce_units_{self._k}"
         if name not in known:
             replacements = {name.removeprefix("ce_"): largest}
-            known |= replaced_losses(self._model, block.tokens, block.keep, self._hook_point, replacements)
+            known |= replaced_losses(model, block.tokens, block.keep, self._hook_point, replacements)
         self._block += 1
         return known[name]
 
@@ -56,8 +59,8 @@ def verdict(metrics: dict[str, dict[str, Any]], k: int, n_units: int) -> dict[st
     It is better if the 95% interval of ce_gain_over_units lies above 0; without losses, if its fvu is lower. The
     activations count as already sparse if their participation ratio is at most k.
     """
-    gain, ratio = metrics["ce_gain_over_units"], metrics["units_participation_ratio"]["value"]
-    if gain["value"] is None:
+    gain, ratio = metrics.get("ce_gain_over_units"), metrics["units_participation_ratio"]["value"]
+    if gain is None or gain["value"] is None:
         fvu, of_units = metrics["fvu"]["value"], metrics["topk_units_fvu"]["value"]
         as_faithful = fvu is not None and fvu >= of_units
     else:

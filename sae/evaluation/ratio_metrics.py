@@ -58,7 +58,9 @@ class RatioMetrics:
 
     def result(self) -> dict[str, Any]:
         context, domain = (np.concatenate([np.empty(0, np.int64), *part]) for part in (self._context, self._domain))
-        sums = {name: np.concatenate([np.empty(0), *parts]) for name, parts in self._sums.items()}
+        # Without a model nothing was added to the sums of its losses.
+        sums = {name: np.concatenate(parts) for name, parts in self._sums.items() if parts}
+        sums = sums or {name: np.empty(0) for name in metrics.SUMS}
         by_context = {name: np.bincount(context, part, minlength=self._n_contexts) for name, part in sums.items()}
         bootstrap = metrics.Bootstrap(self._n_contexts)
         groups = metrics.by_group(sums, context, domain, len(self.domains), bootstrap)
@@ -89,7 +91,9 @@ def position_sums(
         "norm": norm,
         "norm_hat": norm_hat,
     }
-    return counted(block, of_rows, {"predictions": torch.ones_like(dot), **evaluated.losses})
+    # Without a model there are no losses, and no predictions to count.
+    of_predictions = {"predictions": torch.ones_like(dot), **evaluated.losses} if evaluated.losses else {}
+    return counted(block, of_rows, of_predictions)
 
 
 def counted(

@@ -64,7 +64,7 @@ class IndexSink(Protocol):
 @torch.inference_mode()
 def index(
     sae: SAE,
-    model: LanguageModel,
+    model: LanguageModel | None,
     blocks: Iterable[IndexBlock],
     sink: IndexSink,
     *,
@@ -77,6 +77,7 @@ def index(
     """Encodes every block once, then adds the panels; returns the path of the index.
 
     `hook_point` is where the decoder writes: where x was read or, for a transcoder, its target.
+    Without a model there are no panels of its losses and logits.
     `resampled` gives the step of a feature's last resampling, stored as `stats/resampled_step` (-1: never).
     """
     correlation, placed = FeatureNeuronCorrelation(sae.d_sae, sae.d_in), FrozenSAE(sae, device, kernels)
@@ -94,11 +95,8 @@ def index(
             bar.update(block.tokens.size)
 
     def from_firings(firings: Firings) -> Panels:
-        return (
-            co_activation.panels(firings)
-            | rules.panels(firings)
-            | ablation_effects.panels(sae, model, firings, hook_point)
-        )
+        effects = ablation_effects.panels(sae, model, firings, hook_point) if model else {}
+        return co_activation.panels(firings) | rules.panels(firings) | effects
 
     panels = weight_panels(sae, model, hook_point) | correlation.panels()
     panels["stats/resampled_step"] = _resampled_step(sae.d_sae, resampled or {})
@@ -124,7 +122,7 @@ def _resampled_step(d_sae: int, resampled: Mapping[int, int]) -> Int[np.ndarray,
     return steps
 
 
-def weight_panels(sae: SAE, model: LanguageModel, hook_point: str) -> Panels:
+def weight_panels(sae: SAE, model: LanguageModel | None, hook_point: str) -> Panels:
     """The panels that follow from the weights alone: logit weights, neurons, nearest features, map.
 
     A transcoder has no `neurons/weight_*` (its decoder does not write to neurons of x) and no `stats/cos_enc_dec` (its
@@ -134,8 +132,9 @@ def weight_panels(sae: SAE, model: LanguageModel, hook_point: str) -> Panels:
     directions = unit(sae.W_dec)
     for rows in _chunks(sae.d_sae):
         W_dec = sae.W_dec[rows]
-        found = _logit_panels(model.logit_weights(W_dec.to(model.device), hook_point).cpu())
-        found |= _neighbour_panels(directions, rows)
+        found = _neighbour_panels(directions, rows)
+        if model:
+            found |= _logit_panels(model.logit_weights(W_dec.to(model.device), hook_point).cpu())
         if not sae.is_transcoder:
             found |= _neuron_panels(W_dec)
         for name, array in found.items():

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, for type checkers and editors
     from sae.pipeline.info import describe_feature as describe_feature
     from sae.pipeline.info import machine_facts as machine_facts
     from sae.pipeline.live import Live as Live
+    from sae.pipeline.own_activations import store_activations as store_activations
     from sae.pipeline.pretrain import pretrain as pretrain
     from sae.pipeline.repair import repair as repair
     from sae.pipeline.resolve import open_pair as open_pair
@@ -61,6 +62,7 @@ _PUBLIC = {  # by module
     "resolve": ("open_pair",),
     "rows": ("open_rows",),
     "steer": ("feature_max", "feature_units"),
+    "own_activations": ("store_activations",),
     "stores": ("clean", "export_numpy", "merge_stores", "subset_store", "verify"),
     "sweep": ("sweep",),
     "train": ("train",),

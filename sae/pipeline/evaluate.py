@@ -14,7 +14,7 @@ from sae.evaluation import evaluate as evaluation
 from sae.jobs.checkpoint import write_tensors
 from sae.lm import LanguageModel
 from sae.pipeline.errors import PipelineError
-from sae.pipeline.resolve import model_of, opened, output_hook_point, store_of
+from sae.pipeline.resolve import model_with, opened, output_hook_point, store_of
 from store.activations import ActivationStore
 from store.common import HELD_OUT, TRAIN, write_json
 
@@ -35,13 +35,14 @@ def evaluate(
     """Evaluates a dictionary on the store's held-out split; writes eval.json and feature_stats.safetensors next to it.
 
     A dictionary given by its path names its store and model. A transcoder's ŷ takes the place of y, at its target hook
-    point. To measure several dictionaries of one store and output hook point, pass each the same `ablated`, {} at
+    point. Where activations came as arrays there is no model to run, and the metrics of its losses are left out.
+    To measure several dictionaries of one store and output hook point, pass each the same `ablated`, {} at
     first: what does not depend on the dictionary is then computed once.
     Raises: PipelineError if the store or the model is not the dictionary's.
     """
     dictionary, directory = opened(sae)
     acts = store_of(dictionary, directory, store)
-    lm = model_of(dictionary, model, acts, device=device)
+    lm = model_with(dictionary, model, acts, device=device)
     read, replaced = dictionary.config["hook_point"], output_hook_point(dictionary)
     target = replaced if dictionary.is_transcoder else None
     heldout = acts.totals(HELD_OUT, replaced)

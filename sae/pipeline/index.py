@@ -12,7 +12,7 @@ import torch
 from sae.dictionary.autoencoder import SAE
 from sae.indexing import build as indexing
 from sae.lm import LanguageModel
-from sae.pipeline.resolve import model_of, opened, output_hook_point, store_of
+from sae.pipeline.resolve import model_with, opened, output_hook_point, store_of
 from sae.text.tokenizer import token_bytes
 from store.activation_reader import Contexts
 from store.activations import ActivationStore
@@ -33,12 +33,13 @@ def index(
 ) -> Path:
     """Builds the feature index (`features.zarr` next to the dictionary) over `tokens` tokens, held-out ones first.
 
-    A feature's effect on the output is that of its decoder row at the hook point of x̂ (a transcoder's target).
+    A feature's effect on the output is that of its decoder row at the hook point of x̂ (a transcoder's target). Where
+    activations came as arrays, there is no model, and the index has no logit weights and no Δloss.
     Raises: PipelineError if the store or the model is not the dictionary's.
     """
     dictionary, directory = opened(sae)
     acts = store_of(dictionary, directory, store)
-    lm = model_of(dictionary, model, acts, device=device)
+    lm = model_with(dictionary, model, acts, device=device)
     hook, written = dictionary.config["hook_point"], output_hook_point(dictionary)
     path = Path(out) if out else (directory or Path(".")) / "features.zarr"
     shards = first_shards(acts, tokens)
@@ -54,13 +55,14 @@ def index(
             "d_in": dictionary.d_in,
             "hook_point": hook,
             **({"target_hook_point": written} if dictionary.is_transcoder else {}),
-            "model": lm.id,
+            "model": lm.id if lm else acts.provenance["model"]["id"],
             "sae": directory.name if directory else dictionary.config.get("recipe", "sae"),
-            "bos": lm.bos_id,
+            "bos": lm.bos_id if lm else None,
+            **({} if lm else {"rows": acts.provenance["rows"]}),
             "heldout_contexts": sum(markers[split][shard].contexts for split, shard in shards if split == HELD_OUT),
             "provenance": {"store": acts.provenance, "recipe": dictionary.config.get("recipe")},
         },
-        vocabulary=token_bytes(lm.tokenizer),
+        vocabulary=token_bytes(lm.tokenizer) if lm else acts.vocabulary(),
         documents=documents,
     )
     blocks = _index_blocks(acts, hook, shards, renumbered)

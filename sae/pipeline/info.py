@@ -183,6 +183,10 @@ def describe_feature(path: str | Path, feature: int) -> dict[str, Any]:
 def _example(index: FeatureIndex, row: int, value: float) -> dict[str, Any]:
     window = index.window(row, BEFORE, AFTER)
     hit = window.position - window.start
+    if index.rows:  # rows of arrays have names, and their tokens may be numbers
+        document, token = index.document_of(row), visible(index.token_bytes(int(window.token_ids[hit])))
+        name = visible(f"{document.id}  {index.row_name(row)}  ".encode())
+        return {"activation": value, "domain": document.domain, "before": name, "token": token, "after": ""}
     tokens = [index.token_bytes(int(token)) for token in window.token_ids]
     parts = (tokens[:hit], tokens[hit : hit + 1], tokens[hit + 1 :])
     before, token, after = (visible(b"".join(part)) for part in parts)

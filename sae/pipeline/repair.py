@@ -15,7 +15,7 @@ from sae.pipeline.resolve import model_device
 from sae.text.sources import TextSource
 from store.activation_input import differences
 from store.activations import ActivationStore
-from store.common import HELD_OUT, TRAIN, contexts_begin_with_bos, same_model
+from store.common import HELD_OUT, TRAIN, can_run, contexts_begin_with_bos, same_model
 
 
 def repair(
@@ -33,6 +33,12 @@ def repair(
     bad = {
         split: {p.shard for p in problems if p.split == split and p.shard is not None} for split in (HELD_OUT, TRAIN)
     }
+    if any(bad.values()) and not can_run(store.provenance.get("model", {})):
+        markers = ", ".join(store.place.where(p.key) for p in problems if p.key)
+        raise PipelineError(
+            f"{store.path} was made from arrays, which are read again to repair it: delete {markers} and repeat the "
+            "command that made it (sae harvest --from). It writes these shards again, and nothing else."
+        )
     if any(bad.values()):
         lm, source = _as_harvested(store, model, text, device)
         sums = {(split, shard): store.recorded_files(split, shard) for split in bad for shard in bad[split]}

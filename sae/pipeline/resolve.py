@@ -15,7 +15,7 @@ from sae.kernels import device_named
 from sae.lm import LanguageModel, load_model
 from sae.pipeline.errors import PipelineError
 from store.activations import ActivationStore
-from store.common import same_model
+from store.common import can_run, same_model
 
 X_HAT_FOR_X = "controls, comparison and steering"  # they put x̂ in the place of x
 
@@ -83,7 +83,8 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
         asked = Path(os.path.normpath(directory / held))
     store = ActivationStore.open(asked)
     ours, theirs = sae.config.get("model", {}), _model_in(store)
-    if "sha256" in ours and not same_model(ours, theirs):  # an imported dictionary may have no hash
+    unlike = not can_run(ours) and ours != theirs  # activations that came as arrays: the name is all there is
+    if unlike or ("sha256" in ours and not same_model(ours, theirs)):  # an imported dictionary may have no hash
         raise PipelineError(
             f"{store.path} holds activations of {_named(theirs)}, the dictionary was trained on {_named(ours)}. "
             "Harvest that model's activations first."
@@ -113,6 +114,23 @@ def _model_in(store: ActivationStore) -> dict[str, str]:
             f"{store.path} does not say which model its activations come from. Make a store with `sae harvest`."
         )
     return found
+
+
+def model_with(
+    sae: SAE, asked: LanguageModel | str | None, store: ActivationStore, *, device: str = "cpu"
+) -> LanguageModel | None:
+    """`model_of`; None where the store's activations came as arrays, so that no model can be run.
+
+    Raises: PipelineError also for a model that is asked for in that case.
+    """
+    if can_run(_model_in(store)):
+        return model_of(sae, asked, store, device=device)
+    if asked is not None:
+        raise PipelineError(
+            f"{store.path} holds activations that came as arrays, so nothing ties them to a model that could be run. "
+            "Leave --model out: what needs a model is then left out, too."
+        )
+    return None
 
 
 def model_of(
@@ -148,6 +166,8 @@ def require_model_of(store: ActivationStore, lm: LanguageModel) -> None:
 def model_in(store: ActivationStore) -> LanguageModel:
     """Loads a store's model. Raises: PipelineError if the model of that name now has other weights."""
     held = _model_in(store)
+    if not can_run(held):
+        raise PipelineError(f"{store.path} holds activations that came as arrays; this recipe has to run their model.")
     lm = load_model(held["id"])
     if not same_model(held, lm.identity()):
         raise PipelineError(
@@ -159,13 +179,19 @@ def model_in(store: ActivationStore) -> LanguageModel:
 
 def _named(model: Mapping[str, Any]) -> str:
     """A model's recorded identity, for a message."""
-    return f"{model.get('id')} (weights {model['sha256'][:12]}…)"
+    sha256 = model.get("sha256")
+    return f"{model.get('id')} (weights {sha256[:12]}…)" if sha256 else f"{model.get('id')} (as arrays)"
 
 
 def _named_model(sae: SAE, asked: str | None, device: str) -> LanguageModel:
     ours = sae.config.get("model", {})
     if asked is None and "id" not in ours:
         raise PipelineError("this dictionary does not say which model it belongs to; name one with --model.")
+    if asked is None and not can_run(ours):
+        raise PipelineError(
+            "this dictionary was trained on activations that came as arrays (sae harvest --from), without a model that "
+            "can be run here. Training, eval, index, browse and export work without one."
+        )
     return load_model(asked or ours["id"], device=device)
 
 

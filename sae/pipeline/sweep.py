@@ -138,7 +138,7 @@ def _outcome(directory: Path) -> dict[str, Any]:
         return {"diverged": reason, "lambda": None, **dict.fromkeys(MEASURED)}
     metrics = json.loads((directory / "eval.json").read_text())["metrics"]
     config = json.loads((directory / "config.json").read_text())
-    return {"lambda": config["lambda"]["scaled"], **{name: metrics[name]["value"] for name in MEASURED}}
+    return {"lambda": config["lambda"]["scaled"], **{name: metrics.get(name, {}).get("value") for name in MEASURED}}
 
 
 def _done(directory: Path) -> bool:
