@@ -77,6 +77,13 @@ def test_a_dictionary_from_text_and_the_features_of_its_domains(
     assert lines.keys() == {"domain", "prose", "dna", "numbers"}
     assert len(lines["dna"]) == len(lines["prose"]) + 1  # only DNA has one of the paper's proxies
     assert all(0 <= float(share) <= 1 for share in lines["dna"][3:6])
+    results, drawing = tmp_path / "rules.json", tmp_path / "rules.svg"
+    options = ("--firings", "20", "--tokens", "4096", "--json", results, "--svg", drawing)
+    assert run(monkeypatch, "rules", tmp_path / "topk-48-s0", *options) == 0
+    measured = json.loads(results.read_text())["topk-48-s0"]["measured"]
+    assert measured.keys() == {"features", "neurons", "pca", "ica", "random"}
+    assert all(found["scored"] + found["silent"] <= found["units"] for found in measured.values())
+    assert drawing.read_text().count("<polyline") == 5
 
 
 def test_a_models_card_knows_its_baselines(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int, Integer
 
 from sae.evaluation.domains import f1
 from sae.indexing.firings import Firings, rows_of, systematic_sample
@@ -49,7 +49,7 @@ def panels(firings: Firings, *, seed: int = 0) -> dict[str, np.ndarray]:
     token, or the domain's number and -1 (-1: unused). `label/score` [d_sae, 3]: held-out precision, recall, F1.
     """
     d_sae, seq_len = len(firings.ptr) - 1, firings.tokens.shape[1]
-    kinds = _kinds(firings)
+    kinds = kinds_of_rule(firings.tokens, firings.keep, firings.domain)
     kind, keys = np.full(d_sae, -1, np.int8), np.full((d_sae, MAX_KEYS, 2), -1, np.int32)
     score = np.zeros((d_sae, 3), np.float32)
     rng = np.random.default_rng(seed)
@@ -107,21 +107,25 @@ def _learn(
     return ids[: last + 1], float(scores[last])
 
 
-def _kinds(firings: Firings) -> list[Kind]:
-    """The four kinds of rule over the text of the index, in the order of KINDS."""
-    tokens = firings.tokens.astype(np.int64)
-    keep, n_tokens = firings.keep, int(tokens.max(initial=0)) + 1
+def kinds_of_rule(
+    tokens: Integer[np.ndarray, "contexts seq_len"],
+    keep: Bool[np.ndarray, "contexts seq_len"],
+    domain: Integer[np.ndarray, "contexts seq_len"],
+) -> list[Kind]:
+    """The four kinds of rule over a text, in the order of KINDS."""
+    tokens = tokens.astype(np.int64)
+    n_tokens = int(tokens.max(initial=0)) + 1
     previous = np.full_like(tokens, -1)
     previous[:, 1:] = np.where(keep[:, :-1], tokens[:, :-1], -1)
     pair = np.where(previous >= 0, previous * n_tokens + tokens, -1)
     pairs_seen, pair_key = np.unique(pair, return_inverse=True)
     pair_key = np.where(pair.reshape(-1) >= 0, pair_key.reshape(-1), -1).reshape(pair.shape)
-    every_token, every_domain = np.arange(n_tokens), np.arange(int(firings.domain.max(initial=0)) + 1)
+    every_token, every_domain = np.arange(n_tokens), np.arange(int(domain.max(initial=0)) + 1)
     keys_and_names = [
         (tokens, _names(None, every_token)),
         (previous, _names(every_token, None)),
         (pair_key, _names(pairs_seen // n_tokens, pairs_seen % n_tokens)),
-        (firings.domain, _names(every_domain, None)),
+        (domain, _names(every_domain, None)),
     ]
     return [_kind(np.where(keep, key, -1).astype(np.int32), names) for key, names in keys_and_names]
 
