@@ -78,8 +78,9 @@ class FilteredStore(ActivationReader):
         return replace(
             marker,
             kept_rows=int(keep.sum()),
-            sum={hook: vector for hook, (vector, _) in sums.items()},
-            sum_sq={hook: scalar for hook, (_, scalar) in sums.items()},
+            sum={hook: found.sum for hook, found in sums.items()},
+            sum_sq={hook: found.sum_sq for hook, found in sums.items()},
+            units={hook: found.units for hook, found in sums.items()},
         )
 
 
