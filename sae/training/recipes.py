@@ -112,6 +112,7 @@ RECIPES = {
                 # Adam moves a threshold by its learning rate, however large λ is. An L0 of 2 needs thresholds of
                 # about 10, which a short run cannot reach at lr itself: a search would raise λ without effect.
                 "threshold_lr_ratio": 16.0,
+                "min_density": 0.0,
                 "beta1": 0.0,
                 "penalty_warmup_share": 0.1,
             },

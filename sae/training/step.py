@@ -15,6 +15,7 @@ from sae.training.batch_topk_threshold import update_thresholds_
 from sae.training.config import TrainConfig
 from sae.training.objectives import ScaledBatch, StepContext
 from sae.training.recipes import Recipe, recipe_named
+from sae.training.revival import raise_silent_biases_
 from sae.training.rows import Batch, Rows
 from sae.training.state import TrainState
 
@@ -46,6 +47,9 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     state.density = active.item() / state.sae.d_sae
     if recipe.activation == "batchtopk":
         update_thresholds_(state.sae.threshold, state.sae.b_enc, outcome.acts, state.step, config)
+    elif config.min_density:
+        sae, rows = state.sae, outcome.acts.n_rows
+        raise_silent_biases_(sae.b_enc, sae.threshold, state.tokens_since_fired, rows, config.min_density)
     _keep_annealed_penalty(state, outcome.acts)
     state.penalty.update(active.item())
     state.step += 1
