@@ -102,6 +102,23 @@ def test_a_models_card_knows_its_baselines(
     assert "| **all** |" in capsys.readouterr().out
 
 
+def test_a_search_over_pretraining_settings(
+    tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = "d_model=16,d_mlp=32,n_heads=2,d_head=8,n_ctx=16,d_vocab=300,batch_contexts=4"
+    tried = (f"{shape},lr=0.01", f"{shape},lr=0.01,n_layers=2")
+    options = ["--text", tiny_text, "--tokens", "640", "--json", tmp_path / "search.json"]
+    options += [part for text in tried for part in ("--try", text)]
+    assert run(monkeypatch, "pretrain_search", tmp_path / "runs", *options) == 0
+    found = json.loads((tmp_path / "search.json").read_text())
+    assert [len(found[text]["neurons"]) for text in tried] == [1, 2]
+    assert all(found[text]["tokens"] == 640 for text in tried)
+    assert capsys.readouterr().out.count("n_layers=2") == 2
+    with pytest.raises(ValueError, match="no setting 'learning'"):
+        run(monkeypatch, "pretrain_search", tmp_path / "none", "--text", tiny_text, "--try", "learning=1")
+    assert not (tmp_path / "none").exists()
+
+
 def test_python_sources_of_a_smaller_size_are_some_of_a_larger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, library = script("python_sources"), tmp_path / "library"
     for number in range(40):
