@@ -159,6 +159,13 @@ def _show(view: str, page: Page) -> None:
             "and then indexed on your own text.",
         )
         return
+    if VIEWS[view].needs_model and not entry.has_model:
+        explain(
+            f"{VIEWS[view].title} runs the model, and {entry.id} has none",
+            "It was trained on activations that came as arrays (sae harvest --from). The other views show what they "
+            "say: which rows each feature fires on, and how the dictionary was trained and measured.",
+        )
+        return
     if VIEWS[view].needs_index:
         try:
             last = page.index.d_sae - 1

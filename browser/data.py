@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from browser.pictures import Picture, picture_of
 from browser.tokens import Piece, label, pieces
-from store.common import DocumentRecord
+from store.common import DocumentRecord, can_run
 from store.features import FeatureIndex
 
 DUMP = "feature-dump"  # kind of a dictionary imported from feature pages: an index of samples, no weights
@@ -45,6 +47,12 @@ class SaeEntry:
         return self.config.get("kind") == DUMP
 
     @property
+    def has_model(self) -> bool:
+        """Whether its model can be run: not if its activations came as arrays."""
+        model = self.config.get("model")
+        return can_run(model if isinstance(model, dict) else {})
+
+    @property
     def unfinished(self) -> bool:
         """Whether training has started and not finished."""
         return bool(self.config.get("unfinished"))
@@ -68,6 +76,8 @@ class Example:
     shown: list[list[Piece]]
     acts: np.ndarray
     document: DocumentRecord
+    row_name: str = ""  # of rows that came as arrays: their place there
+    picture: Picture | None = None
 
 
 @dataclass(frozen=True)
@@ -266,6 +276,7 @@ def examples(
         # Three more tokens on the left: a character may begin there, as it has up to four bytes.
         lead = index.tokens_at(window.context)[max(0, window.start - 3) : window.start]
         raw = [index.token_bytes(int(t)) for t in (*lead, *window.token_ids)]
+        numbered = (index.rows or {}).get("tokens") in ("positions", "nothing")
         found.append(
             Example(
                 row=row,
@@ -274,12 +285,21 @@ def examples(
                 start=window.start,
                 hit=row - first_row,
                 token_ids=window.token_ids,
-                shown=pieces(raw)[len(lead) :],
+                shown=_row_numbers(index, first_row, len(acts)) if numbered else pieces(raw)[len(lead) :],
                 acts=acts,
                 document=index.document_of(row),
+                row_name=index.row_name(row),
+                picture=picture_of(index, window.context),
             )
         )
     return found
+
+
+def _row_numbers(index: FeatureIndex, first_row: int, n: int) -> list[list[Piece]]:
+    """Rows without tokens, as the last number of their place in the array."""
+    found = re.search(r"(\d+)\]$", index.row_name(first_row))
+    first = int(found[1]) if found else first_row
+    return [[("text", f"{number} ")] for number in range(first, first + n)]
 
 
 def activation_histogram(values: np.ndarray, bins: int = 44) -> pd.DataFrame:

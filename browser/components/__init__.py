@@ -83,19 +83,18 @@ def draw_examples(groups: Sequence[Group], maximum: float, *, bos: int | None, k
 
     `draw_effects` with the same `effects_key` underlines them later.
     """
-    vocabulary = Vocabulary()
+    vocabulary, pictures = Vocabulary(), dict[str, int]()  # a data URL is sent once, and named by its number
     payload = [
         {
             "title": group.title,
             "note": group.note,
             "empty": group.empty,
-            "examples": [_example(example, vocabulary) for example in group.examples],
+            "examples": [_example(example, vocabulary) | _picture(example, pictures) for example in group.examples],
         }
         for group in groups
     ]
-    _tokens(
-        data={"key": effects_key, "max": maximum, "bos": bos, "vocab": vocabulary.entries, "groups": payload}, key=key
-    )
+    data = {"key": effects_key, "max": maximum, "bos": bos, "vocab": vocabulary.entries, "groups": payload}
+    _tokens(data=data | {"pictures": list(pictures)}, key=key)
 
 
 def draw_effects(
@@ -208,4 +207,13 @@ def _example(example: Example, vocabulary: Vocabulary) -> dict[str, Any]:
         "where": document.domain,
         "doc": f"{document.id} · {document.source}" if document.source else document.id,
         "context": example.context,
+        "row": example.row_name,
     }
+
+
+def _picture(example: Example, pictures: dict[str, int]) -> dict[str, Any]:
+    picture = example.picture
+    if picture is None:
+        return {}
+    number = pictures.setdefault(picture.url, len(pictures))
+    return {"picture": number, "grid": picture.grid, "leading": picture.leading}

@@ -2,7 +2,8 @@
 // Token text goes through textContent only; an element's textContent equals its token exactly.
 // data: {key, max, bos, vocab: [[id, [[kind, text], …]], …],
 //        groups: [{title, note, empty, examples: [{v: [vocab index], a: [activation], start, hit,
-//                  value, where, doc, context, plain, dim, first}]}]}
+//                  value, where, doc, context, row, plain, dim, first, picture, grid, leading}]}],
+//        pictures: [data URL]}
 function drawExample(data, example, e, g, drawn) {
   const line = element("div", example.plain ? "example plain" : "example");
   if (!example.plain) line.append(element("span", "value", number(example.value)));
@@ -30,6 +31,33 @@ function drawExample(data, example, e, g, drawn) {
   line.append(text);
   if (!example.plain) line.append(element("span", "where", example.where));
   return line;
+}
+
+// An image with its patches as cells of a square grid, coloured by activation; other rows of the sample come below it.
+function drawPicture(data, example, e, g, drawn) {
+  const figure = element("figure", "picture");
+  const frame = element("div", "frame");
+  const image = element("img");
+  image.src = data.pictures[example.picture];
+  image.alt = "";
+  frame.append(image);
+  const grid = element("div", "grid"), others = element("div", "others");
+  grid.style.gridTemplateColumns = `repeat(${example.grid || 1}, 1fr)`;
+  example.v.forEach((_, i) => {
+    const position = example.start + i;
+    const cell = element("span", i === example.hit ? "tok cell hit" : "tok cell");
+    cell.dataset.at = g + "," + e + "," + i;
+    drawn.set(cell.dataset.at, cell);
+    const act = example.a[i];
+    if (act > 0) cell.style.setProperty("--p", (0.15 + 0.85 * Math.min(1, act / data.max)).toFixed(3));
+    (example.grid && position >= example.leading ? grid : others).append(cell);
+  });
+  frame.append(grid);
+  figure.append(frame, others);
+  const caption = element("figcaption", "value", number(example.value));
+  caption.append(element("span", "where", example.row.replace(/^.*(?=\[)/, "")));
+  figure.append(caption);
+  return figure;
 }
 
 // Underlines what ablation changes, once effects.js has brought it for these very examples.
@@ -86,7 +114,8 @@ function fillTip(tip, data, at, effects) {
     if (value === undefined || value === null || value === "") return;
     list.append(element("dt", "", name), element("dd", "", String(value)));
   };
-  add("token id", id);
+  if (example.row) add("row", example.row);
+  else add("token id", id);
   add("position", example.start + i);
   if (example.a) add("activation", number(example.a[i]) +
     (example.a[i] > 0 ? "  (" + Math.round((100 * example.a[i]) / data.max) + " % of max)" : ""));
@@ -109,7 +138,12 @@ export default function (component) {
     head.append(element("span", "title", group.title), element("span", "note", group.note));
     section.append(head);
     if (!group.examples.length) section.append(element("div", "none", group.empty));
-    group.examples.forEach((example, e) => section.append(drawExample(data, example, e, g, tokens)));
+    const pictures = element("div", "pictures");
+    group.examples.forEach((example, e) => {
+      if (example.picture === undefined) section.append(drawExample(data, example, e, g, tokens));
+      else pictures.append(drawPicture(data, example, e, g, tokens));
+    });
+    if (pictures.childNodes.length) section.append(pictures);
     drawn.append(section);
   });
   drawn.append(tip);

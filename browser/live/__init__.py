@@ -35,6 +35,8 @@ def load(entry: SaeEntry) -> Live:
             f"{entry.id} has no sae.safetensors, so its dictionary cannot be run. Train it again, or copy the file "
             "back into its directory."
         )
+    if not entry.has_model:
+        raise LiveError(f"The activations of {entry.id} came as arrays, without a model that could be run.")
     model = entry.config.get("model")
     model = model if isinstance(model, dict) else {}
     name, sha256 = str(model.get("id", "")), str(model.get("sha256", ""))
@@ -59,7 +61,7 @@ def warm(entry: SaeEntry) -> None:
 
     Errors are ignored here: the page that needs the model reports them.
     """
-    if entry.path in _warmed or not (entry.path / "sae.safetensors").is_file():
+    if entry.path in _warmed or not entry.has_model or not (entry.path / "sae.safetensors").is_file():
         return
     _warmed.add(entry.path)
     threading.Thread(target=_warm, args=(entry,), daemon=True, name="warm").start()

@@ -76,10 +76,11 @@ def _explain_silence(page: Page) -> None:
 
 def _tools(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
     """Panels that are computed only when opened."""
-    text = st.expander("Try a text", key="own-text", on_change="rerun")
-    if text.open:
-        with text:
-            feature_text.show(page)
+    if page.entry.has_model:
+        text = st.expander("Try a text", key="own-text", on_change="rerun")
+        if text.open:
+            with text:
+                feature_text.show(page)
     if not len(rows):
         return
     specific = st.expander("Activation specificity", key="specificity", on_change="rerun")
@@ -159,7 +160,9 @@ def _histograms(page: Page, values: np.ndarray) -> None:
         ]
         draw_histograms([chart for chart in charts if chart.bars], key="histograms", on_range=lambda *_: None)
         return
-    acts, logits = data.activation_histogram(values), data.logit_histogram(page.index, page.feature)
+    acts, logits = data.activation_histogram(values), pd.DataFrame()
+    if page.index.has("logits/histogram"):  # not where activations came without a model
+        logits = data.logit_histogram(page.index, page.feature)
     help_ = LOGIT_WEIGHT + " Drag over the histogram to see firings that such tokens follow."
     charts = [
         _histogram("range", acts, "Activations", "firings", HELP["activations"], log=True),

@@ -56,7 +56,8 @@ def show(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
     legend = st.empty()
     legend.caption("Orange: activation.")
     draw_examples(groups, float(values.max()), bos=page.index.attributes.get("bos"), key="examples", effects_key=key)
-    _underline(page, rows, values, groups, key, legend)
+    if page.entry.has_model:
+        _underline(page, rows, values, groups, key, legend)
 
 
 def choose_text_around(column: DeltaGenerator) -> tuple[int, int]:
@@ -141,9 +142,11 @@ def parse_range(text: str) -> tuple[float, float] | None:
 def groups_of(page: Page, rows: np.ndarray, values: np.ndarray, how: Sampling) -> list[Group]:
     """All groups of examples, in the order of the page."""
     index, seed = page.index, how.seed
+    images = bool((index.rows or {}).get("images"))
+    before, after = CONTEXTS["whole"] if images else (how.before, how.after)  # all patches of an image
 
     def around(wanted: np.ndarray) -> list[data.Example]:
-        return data.examples(index, rows, values, wanted, before=how.before, after=how.after)
+        return data.examples(index, rows, values, wanted, before=before, after=after)
 
     groups = []
     if how.acts is not None:
