@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae.dictionary.autoencoder import SAE, fold_decoder_norms, fold_scale
+from sae.dictionary.autoencoder import SAE, fold_decoder_norms, fold_scale, refuse_row_scale
 from sae.dictionary.files import load, save
+from sae.dictionary.inference import FrozenSAE
 from sae.jobs.checkpoint import CheckpointError
 from sae.kernels import choose
 
@@ -175,7 +176,7 @@ def test_loading_refuses_what_is_no_dictionary(tmp_path: Path) -> None:
     save(random_sae("relu", None), tmp_path, {})
     good = json.loads(config.read_text())
     config.write_text(json.dumps(good | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99; this version reads up to 1"):
+    with pytest.raises(CheckpointError, match="format 99; this version reads up to 2"):
         load(tmp_path)
     config.write_text(json.dumps(good | {"d_sae": 12}))
     with pytest.raises(CheckpointError, match=r"does not fit config\.json"):
@@ -216,3 +217,64 @@ def test_a_dictionary_compiles_in_one_graph() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{activation} {k}" for activation, k in KINDS]
+
+
+# --- row norms, of other tools' dictionaries -------------------------------------------------------------------------
+
+
+def scaled_rows(x: torch.Tensor, row_norm: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The normalised rows, and the scale and shift that undo it, in float64, as the other tools define them."""
+    x = x.double()
+    mean, nothing = x.mean(-1, keepdim=True), torch.zeros(len(x), 1, dtype=torch.float64)
+    if row_norm == "layer_norm":
+        std = ((x - mean) ** 2).sum(-1, keepdim=True).div(x.shape[-1] - 1).sqrt()
+        return (x - mean) / (std + 1e-5), std, mean
+    if row_norm == "unit_mean_square":
+        size = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        return x / size, size, nothing
+    return x, nothing + 1, mean
+
+
+@pytest.mark.parametrize(("activation", "k"), KINDS)
+@pytest.mark.parametrize("row_norm", ["mean", "layer_norm", "unit_mean_square"])
+def test_a_row_norm_is_applied_before_and_undone_after(
+    tmp_path: Path, activation: str, k: int | None, row_norm: str
+) -> None:
+    sae = random_sae(activation, k, row_norm=row_norm)
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(5)) * 3 + 1
+    rows, scale, shift = scaled_rows(x, row_norm)
+    f = activations(sae, rows)
+    x_hat = scale * (f @ sae.W_dec.double() + sae.b_dec.double()) + shift
+    save(sae, tmp_path, {})
+    assert json.loads((tmp_path / "config.json").read_text())["format"] == 2  # version 0.1 would ignore the row norm
+    for found in (sae, load(tmp_path)):
+        acts = found.feature_acts(x, choose())
+        frozen_acts, frozen_x_hat = FrozenSAE(found, "cpu").reconstruct(x)
+        for encoded in (found.encode(x), acts.sparse().dense(), frozen_acts.dense()):
+            assert (encoded - f).abs().max() <= 2e-5 * f.abs().max()
+        for decoded in (found.reconstruct(x), found.output(acts, x), frozen_x_hat):
+            assert (decoded - x_hat).abs().max() <= 2e-5 * x_hat.abs().max()
+
+
+def test_a_row_of_zeros_stays_finite_under_any_row_norm() -> None:
+    for row_norm in ("mean", "layer_norm", "unit_mean_square"):
+        assert torch.isfinite(random_sae("relu", None, row_norm=row_norm)(torch.zeros(2, 4))).all()
+
+
+def test_a_dictionary_without_a_row_norm_is_saved_as_before(tmp_path: Path) -> None:
+    save(random_sae("relu", None), tmp_path, {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["format"] == 1
+    assert "row_norm" not in config
+
+
+def test_what_needs_units_of_x_is_refused_when_rows_are_scaled_one_by_one() -> None:
+    scaled = random_sae("relu", None, row_norm="layer_norm")
+    with pytest.raises(ValueError, match="cannot be folded"):
+        fold_scale(scaled, 2.0)
+    with pytest.raises(ValueError, match="steering: this dictionary normalises each row"):
+        refuse_row_scale(scaled, "steering")
+    refuse_row_scale(random_sae("relu", None, row_norm="mean"), "steering")  # adds decoder rows in units of x
+    for wrong in ({"row_norm": "batch"}, {"row_norm": "mean", "d_out": 3, "pre_bias": False}):
+        with pytest.raises(ValueError, match="row_norm must be one of mean, layer_norm, unit_mean_square"):
+            SAE(4, 11, **wrong)

@@ -41,10 +41,11 @@ def load(entry: SaeEntry) -> Live:
     model = model if isinstance(model, dict) else {}
     name, sha256 = str(model.get("id", "")), str(model.get("sha256", ""))
     found = _load(entry.id, str(entry.path), name, weights.stat().st_mtime_ns)
-    from sae.dictionary.autoencoder import refuse_transcoder
+    from sae.dictionary.autoencoder import refuse_row_scale, refuse_transcoder
     from store.common import same_model
 
     refuse_transcoder(found.sae, entry.id, LiveError)
+    refuse_row_scale(found.sae, entry.id, LiveError)
     if sha256 and not same_model(model, found.model.identity()):
         raise LiveError(
             f"The language model {name!r} has changed since {entry.id} was trained: its weights are "

@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae.dictionary.row_norm import ROW_NORMS, normalised, restored
 from sae.kernels import choose, dense
 from sae.kernels.activations import DenseActs, FeatureActs, SparseActs, sparse_or_dense
 from sae.kernels.autograd import Kernels
 from sae.kernels.sparsity import Above, BatchTopK, PreparedEncoder, Rule, TopK
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
-SHAPE = ("d_in", "d_sae", "activation", "k", "d_out", "pre_bias", "skip")
+SHAPE = ("d_in", "d_sae", "activation", "k", "d_out", "pre_bias", "skip", "row_norm")
 
 
 class SAE(nn.Module):
@@ -30,11 +31,15 @@ class SAE(nn.Module):
     - `gated`: ReLU(exp(r_mag) · (pre − b_enc) + b_mag) where pre > 0, else 0: b_enc is the gate's bias.
 
     Without `pre_bias` nothing is subtracted from x. A transcoder may have another `d_out`; `skip` adds x W_skip.
+    With a `row_norm` (dictionaries of other tools only), each row is normalised before, and x̂ scaled back after, as
+    `sae.dictionary.row_norm` says; activations are then in units of the normalised rows, and `decode` gives x̂ before
+    it is scaled back.
     Shapes: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae, d_out]`, `b_dec [d_out]`, and by activation
     `threshold`, `r_mag`, `b_mag [d_sae]`; `W_skip [d_in, d_out]`. A feature is a row of W_dec and a column of W_enc,
     stored contiguously, so that reading one feature is one contiguous read.
     Units: x and f are in the model's own units.
-    Raises: ValueError for an unknown activation, a missing k or one outside 1 … d_sae, or a pre-bias if d_out ≠ d_in.
+    Raises: ValueError for an unknown activation or row_norm, a missing k or one outside 1 … d_sae, or a pre-bias or a
+    row_norm if d_out ≠ d_in.
     Source: Bricken et al. 2023, "Sparse autoencoder setup"; Gao et al. 2024 (arXiv 2406.04093), §2.3; Bussmann et al.
     2024 (arXiv 2412.06410); Rajamanoharan et al. 2024 (arXiv 2407.14435, 2404.16014); Dunefsky et al. 2024
     (arXiv 2406.11944) for transcoders.
@@ -55,6 +60,7 @@ class SAE(nn.Module):
         d_out: int | None = None,
         pre_bias: bool = True,
         skip: bool = False,
+        row_norm: str | None = None,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -65,6 +71,12 @@ class SAE(nn.Module):
         self.d_out, self.pre_bias, self.skip = d_out or d_in, pre_bias, skip
         if pre_bias and self.d_out != d_in:
             raise ValueError(f"b_dec has d_out = {self.d_out} entries, x has d_in = {d_in}: set pre_bias=False.")
+        if row_norm is not None and (row_norm not in ROW_NORMS or self.d_out != d_in or d_in < 2):
+            raise ValueError(
+                f"row_norm must be one of {', '.join(ROW_NORMS)}, for rows of 2 or more values that are reconstructed; "
+                f"got {row_norm!r}, d_in = {d_in} and d_out = {self.d_out}."
+            )
+        self.row_norm = row_norm
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).t())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, self.d_out))
@@ -91,6 +103,11 @@ class SAE(nn.Module):
         return elsewhere or self.skip or self.d_out != self.d_in
 
     @property
+    def scales_rows(self) -> bool:
+        """Whether each row is divided by a scale of its own, so that no activation has a fixed size in units of x."""
+        return self.row_norm in ("layer_norm", "unit_mean_square")
+
+    @property
     def rule(self) -> Rule:
         """The rule by which kernels select active features."""
         match self.activation:
@@ -113,7 +130,7 @@ class SAE(nn.Module):
         """`(x − b_dec) W_enc + b_enc`, dense."""
         # Folding b_dec into the bias changes no gradient and saves a tensor of the size of x.
         bias = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
-        return nn.functional.linear(x, self.W_enc.t(), bias)
+        return nn.functional.linear(normalised(x, self.row_norm), self.W_enc.t(), bias)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Feature activations, dense and differentiable, without a gradient for thresholds (a loss adds that)."""
@@ -149,6 +166,7 @@ class SAE(nn.Module):
         Raises: NotSparse if too many features are active.
         """
         kernels = kernels or choose(device=x.device)
+        x = normalised(x, self.row_norm)
         pre = SparseActs.pre_activations(kernels, x, self.W_enc, self.b_enc, self.input_bias, self.rule, prepared)
         return pre.with_values(self.magnitudes(pre.values, pre.support.features.long()))
 
@@ -159,21 +177,23 @@ class SAE(nn.Module):
     def encode_dense(self, x: Float[Tensor, "rows d_in"]) -> DenseActs:
         """`encode`; for ReLU together with sums and counts that cost nothing extra there."""
         if self.activation == "relu":
-            return DenseActs(*dense.relu(x, self.W_enc, self.b_enc, self.input_bias))
+            return DenseActs(*dense.relu(normalised(x, self.row_norm), self.W_enc, self.b_enc, self.input_bias))
         return DenseActs(self.encode(x))
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
-        """`f W_dec + b_dec`, without the skip connection of a transcoder."""
+        """`f W_dec + b_dec`, without the skip connection of a transcoder and before a `row_norm` is undone."""
         return feature_acts @ self.W_dec + self.b_dec
 
     def output(self, acts: FeatureActs, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
         """x̂ from the activations on x, sparse or dense, including the skip connection."""
-        x_hat = acts.decode(self.W_dec) + self.b_dec
-        return x_hat + x @ self.W_skip if self.skip else x_hat
+        return self._output(acts.decode(self.W_dec) + self.b_dec, x)
 
     def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """`decode(encode(x))`, including the skip connection."""
-        x_hat = self.decode(self.encode(x))
+        """`decode(encode(x))`, including the skip connection and with the `row_norm` undone."""
+        return self._output(self.decode(self.encode(x)), x)
+
+    def _output(self, x_hat: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]) -> Tensor:
+        x_hat = restored(x_hat, x, self.row_norm)
         return x_hat + x @ self.W_skip if self.skip else x_hat
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
@@ -195,7 +215,10 @@ def fold_scale(sae: SAE, scale: float, target_scale: float | None = None) -> SAE
 
     Weights stay, so decoder rows keep their norm, and activations are in the model's own units. If the target is
     `target_scale`·y instead of x, activations are in y's units and the encoder is multiplied by scale / target_scale.
+    Raises: ValueError for a dictionary that scales each row by itself: its activations have no units of x.
     """
+    if sae.scales_rows:
+        raise ValueError(f"row_norm = {sae.row_norm}: a scale of all rows cannot be folded into this dictionary.")
     target_scale = target_scale or scale
     factors = {"W_enc": scale / target_scale, "W_skip": scale / target_scale}
     factors |= dict.fromkeys(("b_enc", "b_dec", "b_mag", "threshold"), 1 / target_scale)
@@ -236,4 +259,13 @@ def refuse_transcoder(sae: SAE, verb: str, error: type[Exception] = ValueError) 
             f"{verb}: this dictionary is a transcoder: it reads {sae.config.get('hook_point') or 'x'} and predicts "
             f"{target}, so its output and its decoder rows cannot be added where it reads. Transcoders work with "
             "training, evaluation, the index and native export."
+        )
+
+
+def refuse_row_scale(sae: SAE, verb: str, error: type[Exception] = ValueError) -> None:
+    """Raises `error` if rows are scaled one by one: `verb` adds multiples of decoder rows, which need units of x."""
+    if sae.scales_rows:
+        raise error(
+            f"{verb}: this dictionary normalises each row of activations by itself (row_norm = {sae.row_norm}), so an "
+            "activation has no fixed size in the model. Evaluation, the index and SAELens export work."
         )

@@ -11,14 +11,16 @@ from sae.dictionary.autoencoder import SAE, SHAPE
 from sae.jobs.checkpoint import CheckpointError, read_tensors, write_tensors
 from store.common import write_json
 
-FORMAT = 1
+FORMAT = 2  # of a dictionary with a row_norm, which version 0.1 would ignore; all others are format 1
 
 
 def save(sae: SAE, directory: str | Path, config: Mapping[str, Any]) -> Path:
     """Writes `sae.safetensors` and then `config.json` (kind, format, shape, and what `config` adds)."""
     directory = Path(directory)
-    write_tensors(directory / "sae.safetensors", sae.tensors(), {"kind": "sae", "format": FORMAT})
-    write_json(directory / "config.json", {**config, "kind": "sae", "format": FORMAT, **sae.shape})
+    head = {"kind": "sae", "format": 1 if sae.row_norm is None else FORMAT}
+    shape = {name: value for name, value in sae.shape.items() if name != "row_norm" or value is not None}
+    write_tensors(directory / "sae.safetensors", sae.tensors(), head)
+    write_json(directory / "config.json", {**config, **head, **shape})
     return directory
 
 

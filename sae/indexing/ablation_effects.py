@@ -42,9 +42,10 @@ def panels(
     Δloss is the change of the next token's loss when the feature is ablated (nats; > 0: the feature helped). Up to
     PER_INTERVAL firings are drawn from each interval `(lo, hi]`; `stats/delta_loss` weights the interval means by the
     number of firings in each interval.
-    Returns no panel if there is no closed form; the browser then runs the model for the examples that it shows.
+    Returns no panel if there is no closed form; the browser then runs the model for the examples that it shows. Nor for
+    a dictionary that scales each row: what a feature adds to the model then depends on the row.
     """
-    if not has_closed_form(model, hook_point):
+    if sae.scales_rows or not has_closed_form(model, hook_point):
         return {}
     assert isinstance(model, NativeModel)
     sampled, counts = _sample(firings, np.random.default_rng(seed))

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.dictionary.autoencoder import SAE
+from sae.dictionary.autoencoder import SAE, refuse_row_scale
 from sae.lm import LanguageModel, ModelError, NativeModel, layer_of
 from sae.lm.transformer import Block, norm_part, norm_scale
 
@@ -52,6 +52,7 @@ def paths(model: LanguageModel, sae: SAE, ids: Sequence[int], *, feature: int, p
     Raises: ModelError unless the model is native, and for a hook point before attention; ValueError for a feature or
     position that does not exist.
     """
+    refuse_row_scale(sae, "paths")
     layer, name = layer_of(hook_point), hook_point.partition(".")[2].partition(".")[2]
     if name not in HOOKS:
         raise ModelError(f"{hook_point} comes before attention, so no head of its block pushes its features.")

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.dictionary.autoencoder import SAE, refuse_transcoder
+from sae.dictionary.autoencoder import SAE, refuse_row_scale, refuse_transcoder
+from sae.dictionary.row_norm import restored
 from sae.interventions.ablation import only_final_norm_reads
 from sae.lm import LanguageModel
 
@@ -49,7 +50,8 @@ def inspect(model: LanguageModel, sae: SAE, ids: Sequence[int], *, hook_point: s
         )[0].cpu()
     acts = sae.encode(x)
     positions, features = torch.nonzero(acts, as_tuple=True)
-    error = (x - x_hat).double().pow(2).sum(-1) / (x - sae.input_bias).double().pow(2).sum(-1).clamp_min(1e-12)
+    without_features = restored(sae.input_bias.expand_as(x), x, sae.row_norm)
+    error = (x - x_hat).double().pow(2).sum(-1) / (x - without_features).double().pow(2).sum(-1).clamp_min(1e-12)
     first = torch.full((1,), torch.nan)
     return Inspection(
         list(ids),
@@ -94,9 +96,10 @@ def attribute(
     Exact if `only_final_norm_reads`: `a · (r − mean r) · w_ln / σ · (W_U[:, token] − mean W_U)` with r the feature's
     direction in the residual stream and σ the final norm's scale at `position`; otherwise gradient × activation over
     all positions. The mean over the vocabulary is subtracted because it cancels in the softmax.
-    Raises: ValueError when position or token does not exist, or for a transcoder.
+    Raises: ValueError when position or token does not exist, for a transcoder, or if each row is scaled by itself.
     """
     refuse_transcoder(sae, "attribution")
+    refuse_row_scale(sae, "attribution")
     if not 0 <= position < len(ids):
         raise ValueError(f"attribution: position {position} is outside the prompt's 0 … {len(ids) - 1}.")
     if not 0 <= token < model.d_vocab:

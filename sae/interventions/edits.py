@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.dictionary.autoencoder import SAE, refuse_transcoder
+from sae.dictionary.autoencoder import SAE, refuse_row_scale, refuse_transcoder
 from sae.lm import Splice
 
 MODES = ("set", "add", "scale", "ablate")
@@ -129,6 +129,7 @@ def splice_edits(
 
 def _check(sae: SAE, edits: Sequence[Edit], units: dict[str, Float[np.ndarray, " d_sae"]]) -> None:
     refuse_transcoder(sae, "steering")
+    refuse_row_scale(sae, "steering")
     for name, values in units.items():
         if len(values) != sae.d_sae:
             raise ValueError(
