@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -134,6 +135,74 @@ def nanda(path: Path, w: Tensors, **settings: Any) -> Path:
     return path / "25.pt"
 
 
+def llama_scope(path: Path, w: Tensors, *, norm: float = 7.0, threshold: float = 0.4, **settings: Any) -> Path:
+    """The first release: one threshold, and an average norm by which activations were scaled."""
+    d_in, d_sae = w["W_enc"].shape
+    tensors = {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"]}
+    tensors |= {"decoder.weight": w["W_dec"].T, "decoder.bias": w["b_dec"]}
+    _tensors(path / "checkpoints" / "final.safetensors", tensors)
+    config = {
+        "d_model": d_in,
+        "d_sae": d_sae,
+        "expansion_factor": 8,
+        "hook_point_in": "blocks.19.hook_resid_post",
+        "hook_point_out": "blocks.19.hook_resid_post",
+        "act_fn": "jumprelu",
+        "jump_relu_threshold": threshold,
+        "norm_activation": "dataset-wise",
+        "dataset_average_activation_norm": {"in": norm, "out": norm},
+        "use_decoder_bias": True,
+        "apply_decoder_bias_to_pre_encoder": False,
+        "sparsity_include_decoder_norm": True,
+        "top_k": 50,
+        "init_encoder_with_decoder_transpose": True,
+        "decoder_exactly_fixed_norm": False,
+        "init_decoder_norm": 0.5,
+    }
+    _json(path / "hyperparams.json", config | settings)
+    return path
+
+
+JUMPRELU = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+
+
+def gemma_scope(path: Path, w: Tensors) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    np.savez(path / "params.npz", **{name: w[name].numpy() for name in JUMPRELU})
+    return path
+
+
+def gemma_scope_2(path: Path, w: Tensors, **settings: Any) -> Path:
+    _tensors(path / "params.safetensors", {name.lower(): w[name] for name in JUMPRELU})
+    config = {
+        "hf_hook_point_in": "model.layers.17.output",
+        "hf_hook_point_out": "model.layers.17.output",
+        "width": w["W_enc"].shape[1],
+        "model_name": "google/gemma-3-4b-pt",
+        "architecture": "jump_relu",
+        "l0": 150,
+        "affine_connection": False,
+        "type": "sae",
+    }
+    _json(path / "config.json", config | settings)
+    return path
+
+
+def goodfire(path: Path, w: Tensors, name: str = "Llama-3.1-8B-Instruct-SAE-l19.pth") -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    state = {"encoder_linear.weight": w["W_enc"].T, "encoder_linear.bias": w["b_enc"]}
+    state |= {"decoder_linear.weight": w["W_dec"].T, "decoder_linear.bias": w["b_dec"]}
+    torch.save(state, path / name)
+    return path / name
+
+
+def qwen_scope(path: Path, w: Tensors, repository: str = f"SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}") -> Path:
+    (path / repository).mkdir(parents=True, exist_ok=True)
+    state = {"W_enc": w["W_enc"].T, "b_enc": w["b_enc"], "W_dec": w["W_dec"].T, "b_dec": w["b_dec"]}
+    torch.save(state, path / repository / "layer5.sae.pt")
+    return path / repository / "layer5.sae.pt"
+
+
 def openai(path: Path, w: Tensors, activation: str = "ReLU") -> Path:
     path.mkdir(parents=True, exist_ok=True)
     settings = {"k": K, "postact_fn": "ReLU"} if activation == "TopK" else {}
@@ -157,6 +226,11 @@ PEERS: dict[str, Callable[[Path, Tensors], Path]] = {
     "dictionary-learning": dictionary_learning,
     "sparsify": lambda path, w: sparsify(path / "layers.3.mlp", w),
     "llamascopium": llamascopium,
+    "llama-scope": llama_scope,
+    "gemma-scope": gemma_scope,
+    "gemma-scope-2": gemma_scope_2,
+    "goodfire": goodfire,
+    "qwen-scope": qwen_scope,
     "nanda": nanda,
     "openai": openai,
 }

@@ -8,7 +8,19 @@ from typing import Any
 
 from sae.cli.flags import MODEL, add_verb
 
-IMPORT_FORMATS = ("sae-lens", "dictionary-learning", "sparsify", "llamascopium", "nanda", "openai")
+IMPORT_FORMATS = (
+    "sae-lens",
+    "dictionary-learning",
+    "sparsify",
+    "llamascopium",
+    "llama-scope",
+    "gemma-scope",
+    "gemma-scope-2",
+    "goodfire",
+    "qwen-scope",
+    "nanda",
+    "openai",
+)
 DUMP_FORMATS = ("sae-dashboard", "paper")  # feature pages without weights
 
 
@@ -34,20 +46,30 @@ def import_dictionary(verbs: Any) -> None:
     verb.add_argument(
         "--hook-point", metavar="NAME", help="where in the model it reads (default: as recorded in the files)"
     )
+    verb.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="SETTING",
+        help="leave out this setting of the other tool's configuration, which is otherwise refused or folded; this is "
+        "recorded; may repeat",
+    )
 
 
 def _run_import(args: argparse.Namespace) -> int:
     from sae import pipeline
 
     if args.format in DUMP_FORMATS:
-        if args.model or args.hook_point:
-            raise ValueError("--model and --hook-point are for dictionaries; feature pages are imported as they are.")
+        if args.model or args.hook_point or args.ignore:
+            raise ValueError(
+                "--model, --hook-point and --ignore are for dictionaries; feature pages are imported as they are."
+            )
         pipeline.import_dump(args.source, args.out, format=args.format)
         print(args.out)
         return 0
 
     sae = pipeline.import_dictionary(
-        args.source, args.out, format=args.format, model=args.model, hook_point=args.hook_point
+        args.source, args.out, format=args.format, model=args.model, hook_point=args.hook_point, ignore=args.ignore
     )
     place = f"{sae.config['model'].get('id', 'an unnamed model')} at {sae.config['hook_point']}"
     print(f"{sae.config['imported']['format']}: {sae.show_shape()}, of {place}", file=sys.stderr)

@@ -20,7 +20,8 @@ def save(sae: SAE, directory: str | Path, config: Mapping[str, Any]) -> Path:
     head = {"kind": "sae", "format": 1 if sae.row_norm is None else FORMAT}
     shape = {name: value for name, value in sae.shape.items() if name != "row_norm" or value is not None}
     write_tensors(directory / "sae.safetensors", sae.tensors(), head)
-    write_json(directory / "config.json", {**config, **head, **shape})
+    rest = {name: value for name, value in config.items() if name != "row_norm"}
+    write_json(directory / "config.json", {**rest, **head, **shape})
     return directory
 
 

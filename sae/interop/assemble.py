@@ -103,6 +103,13 @@ def rescale(tensors: dict[str, Tensor], factors: Mapping[str, Tensor | float]) -
             tensors[name] = (tensors[name].double() * factor).float()
 
 
+def shift_encoder(tensors: dict[str, Tensor], shift: Tensor) -> None:
+    """Adds `shift` [d_sae] to what the encoder's weights give, in float64, in place: to every bias after them."""
+    tensors["b_enc"] = (tensors["b_enc"].double() + shift).float()
+    if "b_mag" in tensors:  # a gated dictionary scales its shared encoder by exp(r_mag) in the second path
+        tensors["b_mag"] = (tensors["b_mag"].double() + tensors["r_mag"].double().exp() * shift).float()
+
+
 def shape_of(tensors: Mapping[str, Tensor], where: Path) -> dict[str, int]:
     """d_in, d_sae and d_out, from the shapes of W_enc and W_dec. Raises: InteropError unless both are matrices."""
     for name in ("W_enc", "W_dec"):

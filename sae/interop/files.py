@@ -8,6 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +61,34 @@ def read_pt(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InteropError(f"{path}: expected a dictionary of tensors, got {type(content).__name__}.")
     return content
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """The arrays of a `.npz` file as tensors; arrays of objects are pickles and are not read.
+
+    Raises: InteropError when the file is incomplete or holds anything but numbers.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(np.array(archive[name])) for name in archive.files}
+    except Exception as error:  # a damaged file can raise anything while it is read
+        raise InteropError(f"{path} is not a complete .npz file of numbers ({str(error)[:200]}).") from error
+
+
+def names_in_pt(path: Path) -> set[str]:
+    """The names in a file of `torch.save`, without reading its tensors; none if it cannot be read."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # a damaged file, or one of the old layout: the reader says what is wrong
+        return set()
+    return set(map(str, content)) if isinstance(content, dict) else set()
+
+
+def only_pt(path: Path) -> Path | None:
+    """The file at `path`, or the only one in that directory, if it ends in .pt or .pth and has no configuration."""
+    found = [path] if path.is_file() else [each for each in sorted(path.iterdir()) if each.suffix in (".pt", ".pth")]
+    alone = len(found) == 1 and found[0].suffix in (".pt", ".pth")
+    return found[0] if alone and not found[0].with_name(f"{found[0].stem}_cfg.json").is_file() else None
 
 
 def write_pt(path: Path, tensors: Mapping[str, Tensor]) -> None:

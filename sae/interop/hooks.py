@@ -26,6 +26,7 @@ _SHORT = {  # TransformerLens' own short names of a block's activations
     "pre": "mlp.hook_pre",
     "mlp_post": "mlp.hook_post",
     "mlp_pre": "mlp.hook_pre",
+    **{name: f"attn.hook_{name}" for name in "qkvz"},
 }
 _TRANSFORMER_LENS = re.compile(r"(?:(?:blocks\.\d+|ln_final)\.(?:[\w.]*\.)?)?hook_\w+")
 

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from sae.interop.files import InteropError
 
 PREFIX = "hub:"
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".npz")
 _SPEC = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<inside>[^@]+?))?/?(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -41,7 +42,8 @@ def files_of(files: Sequence[str], inside: str) -> list[str]:
     path = PurePosixPath(inside)
     stem = path.with_suffix("") if path.suffix == ".pt" else path
     alone = {str(path), f"{stem}.pt", f"{stem}_cfg.json"}
-    return [file for file in files if file in alone or PurePosixPath(file).parent == path]
+    folders = (path, path / "checkpoints") if f"{path / 'hyperparams.json'}" in files else (path,)
+    return [file for file in files if file in alone or PurePosixPath(file).parent in folders]
 
 
 def _place(root: Path, inside: str) -> Path:
@@ -50,6 +52,6 @@ def _place(root: Path, inside: str) -> Path:
 
 
 def _listing(files: Sequence[str]) -> str:
-    folders = sorted({str(PurePosixPath(file).parent) for file in files if file.endswith((".safetensors", ".pt"))})
+    folders = sorted({str(PurePosixPath(file).parent) for file in files if file.endswith(_WEIGHTS)})
     shown = ", ".join(folders[:12]) + (", …" if len(folders) > 12 else "")
-    return f"Directories with weights: {shown}." if folders else "It holds no .safetensors and no .pt file."
+    return f"Directories with weights: {shown}." if folders else f"It holds none of {', '.join(_WEIGHTS)}."

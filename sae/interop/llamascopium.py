@@ -1,9 +1,13 @@
-"""Llamascopium's layout (formerly Language-Model-SAEs): `config.json` and `sae_weights.safetensors`."""
+"""Llamascopium's layout (formerly Language-Model-SAEs): `config.json` and `sae_weights.safetensors`.
+
+Source: OpenMOSS/Language-Model-SAEs, `config.py`, `sae.py`, `models/sparse_dictionary.py`; its package 2.0.0b34.
+Llama Scope's first release has another layout: `sae.interop.llama_scope`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
-from sae.interop import assemble, files
+from sae.interop import assemble, files, settings
 from sae.interop.files import InteropError
 from sae.interop.hooks import hook_point
 
@@ -24,47 +28,65 @@ _PLACES = tuple(
     for ending in ("safetensors", "pt")
 )
 _NORM = "dataset_average_activation_norm."
+_NEW = {"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D", "b_dec": "b_D"}
+_OLD = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "decoder.bias"}
+_HANDLED = settings.names("""
+    act_fn apply_decoder_bias_to_pre_encoder d_model d_sae force_unit_decoder_norm hook_point_in hook_point_out
+    model_name norm_activation sae_type sparsity_include_decoder_norm top_k use_decoder_bias use_glu_encoder
+""")
+_HARMLESS = settings.names("""
+    device dtype expansion_factor jumprelu_threshold_grad_scale jumprelu_threshold_window
+    sae_pretrained_name_or_path sparsity_threshold_for_triton_spmm_kernel strict_loading use_triton_kernel version
+""")
 
 
 def detect(path: Path) -> bool:
     return (path / "config.json").is_file() and any((path / place).is_file() for place in _PLACES)
 
 
-def read(path: Path) -> SAE:
-    """The dictionary of a directory written by Llamascopium: no pre-bias; a constant input scale is folded in.
+def read(path: Path, ignore: Collection[str] = ()) -> SAE:
+    """The dictionary of a directory written by Llamascopium; a constant input scale is folded in.
 
-    Raises: InteropError when it is damaged, not a plain SAE, or activates features depending on the rest of the batch.
+    Raises: InteropError when it is damaged, not a plain SAE, activates features depending on the rest of the batch, or
+    has settings that are not known here.
     """
     where = path / "config.json"
-    config = files.read_json(where)
+    original = files.read_json(where)
+    config = settings.without(original, ignore)
     act_fn = config.get("act_fn", "relu")
     _refuse_other_semantics(config, act_fn, where)
     held = _weights(path)
     place = assemble.first_text(config, "hook_point_in")
-    norm = held.get(f"{_NORM}{place}")
-    names = {"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D"}
-    names |= {"b_dec": "b_D"} if config.get("use_decoder_bias", True) else {}
-    names |= {"threshold": "activation_function.log_jumprelu_threshold"} if act_fn == "jumprelu" else {}
+    names = dict(_OLD if "encoder.weight" in held else _NEW)
+    if not config.get("use_decoder_bias", True):
+        del names["b_dec"]
+    if act_fn == "jumprelu":
+        long = "activation_function.log_jumprelu_threshold"
+        names["threshold"] = long if long in held else "log_jumprelu_threshold"
     tensors = assemble.take_tensors(held, names, where, ignored=[name for name in held if name.startswith(_NORM)])
+    if "encoder.weight" in held:
+        assemble.transpose(tensors, ("W_enc", "W_dec"), where)
     shape = assemble.shape_of(tensors, where)
-    assemble.require_sizes(config, {"d_model": shape["d_in"]}, where)
+    assemble.require_sizes(config, {"d_model": shape["d_in"], "d_sae": shape["d_sae"]}, where)
     tensors.setdefault("b_dec", torch.zeros(shape["d_out"]))
     if act_fn == "jumprelu":
         tensors["threshold"] = tensors["threshold"].exp()
-    notes = _fold(tensors, config, act_fn, norm, where)
+    token_wise = config.get("norm_activation", "dataset-wise") == "token-wise"
+    notes = _fold(tensors, config, act_fn, held.get(f"{_NORM}{place}"), where)
     return assemble.dictionary(
         where,
         tensors,
         {
             "activation": act_fn,
             "k": assemble.positive_int(config, "top_k", where) if act_fn == "topk" else None,
-            "pre_bias": False,
+            "pre_bias": bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
+            "row_norm": "unit_mean_square" if token_wise else None,
         },
         peer=NAME,
         kind=act_fn,
         hook_point=hook_point(place),
         model=assemble.first_text(config, "model_name"),
-        config=config,
+        config=original,
         notes=notes,
     )
 
@@ -79,6 +101,7 @@ def _weights(path: Path) -> dict[str, Any]:
 
 
 def _refuse_other_semantics(config: Mapping[str, Any], act_fn: object, where: Path) -> None:
+    settings.refuse_unknown(config, _HANDLED | _HARMLESS, where)
     kind = config.get("sae_type", "sae")
     assemble.require(kind == "sae", where, f"its sae_type is {kind!r}; only sae can be read.")
     assemble.require(
@@ -94,9 +117,9 @@ def _refuse_other_semantics(config: Mapping[str, Any], act_fn: object, where: Pa
     )
     normalization = config.get("norm_activation", "dataset-wise")
     assemble.require(
-        normalization in ("dataset-wise", "inference"),
+        normalization in ("dataset-wise", "inference", "token-wise"),
         where,
-        f"it normalises activations separately for every {normalization}; ours takes them unchanged.",
+        f"how it normalises activations depends on more than the row (norm_activation = {normalization!r}).",
     )
 
 

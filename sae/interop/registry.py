@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from sae.dictionary.autoencoder import SAE
-from sae.interop import dictionary_learning, llamascopium, nanda, openai, saelens, sparsify
+from sae.interop import (
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    goodfire,
+    llama_scope,
+    llamascopium,
+    nanda,
+    openai,
+    qwen_scope,
+    saelens,
+    settings,
+    sparsify,
+)
 from sae.interop.files import InteropError
 
 
@@ -20,8 +34,8 @@ class Peer(Protocol):
     def detect(self, path: Path) -> bool:
         """Whether the files at `path` (a directory, or one file) have the names of this peer's files."""
 
-    def read(self, path: Path) -> SAE:
-        """The dictionary at `path`. Raises: InteropError."""
+    def read(self, path: Path, ignore: Collection[str] = ()) -> SAE:
+        """The dictionary at `path`, without the settings named in `ignore`. Raises: InteropError."""
 
 
 @runtime_checkable
@@ -33,7 +47,8 @@ class Writer(Peer, Protocol):
 
 
 WRITERS: dict[str, Writer] = {peer.NAME: peer for peer in (saelens, dictionary_learning, sparsify)}
-PEERS: dict[str, Peer] = {**WRITERS, **{peer.NAME: peer for peer in (llamascopium, nanda, openai)}}
+_READ_ONLY = (llamascopium, llama_scope, gemma_scope, gemma_scope_2, goodfire, qwen_scope, nanda, openai)
+PEERS: dict[str, Peer] = {**WRITERS, **{peer.NAME: peer for peer in _READ_ONLY}}
 
 
 def identify(path: Path) -> Peer:
@@ -54,12 +69,20 @@ def identify(path: Path) -> Peer:
     )
 
 
-def read(path: Path, format: str | None = None) -> SAE:
-    """The dictionary at `path`, in the format `format`, or else in that of its files. Raises: InteropError."""
-    if format is None:
-        return identify(path).read(path)
-    if format not in PEERS:
+def read(path: Path, format: str | None = None, ignore: Collection[str] = ()) -> SAE:
+    """The dictionary at `path`, in the format `format`, or else in that of its files.
+
+    `ignore` names settings of its configuration to leave out, as if they were not there; the dictionary records them.
+    Raises: InteropError.
+    """
+    if format is not None and format not in PEERS:
         raise InteropError(f"format must be one of {', '.join(PEERS)}; got {format!r}.")
-    if not path.exists():
+    if format is not None and not path.exists():
         raise InteropError(f"{path}: no such file or directory.")
-    return PEERS[format].read(path)
+    peer = identify(path) if format is None else PEERS[format]
+    sae = peer.read(path, frozenset(ignore))
+    imported = sae.config["imported"]
+    settings.require_mentioned(imported["config"], ignore)
+    if ignore:
+        imported["ignored"] = sorted(ignore)
+    return sae

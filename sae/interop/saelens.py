@@ -5,16 +5,18 @@ Its package is not used: it needs an older transformer-lens and cannot share our
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
-from sae.interop import assemble, files
+from sae.interop import assemble, files, saelens_settings, settings
 from sae.interop.files import InteropError
 from sae.interop.hooks import hook_point
+from sae.interop.processed_model import fold_centring
 from sae.jobs.checkpoint import write_tensors
 from store.common import contexts_begin_with_bos, write_json
 
@@ -24,6 +26,9 @@ ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "j
 # Without a version its loader uses old code that loses hook_name. This layout is the one of version 6.0.
 LAYOUT_VERSION = "6.0.0"
 UNKNOWN = "unknown"
+WHITENING = "activation_whitening.safetensors"
+_FACTORS = ("scaling_factor", "finetuning_scaling_factor")
+_NORMALIZE = {"layer_norm": "layer_norm", "unit_mean_square": "constant_norm_rescale"}  # our row norms
 
 _PLAIN = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 _TENSORS = {  # ours → theirs, by architecture; the last two are checkpoints saved during training
@@ -64,13 +69,14 @@ def config_of(sae: SAE) -> dict[str, Any]:
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": sae.pre_bias,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
+        "normalize_activations": _NORMALIZE.get(str(sae.row_norm), "none"),
+        "reshape_activations": "hook_z" if str(sae.config.get("hook_point")).endswith(".hook_z") else "none",
         "metadata": {
             "sae_lens_version": LAYOUT_VERSION,
             "model_name": sae.config.get("model", {}).get("id", UNKNOWN),
             "hook_name": sae.config.get("hook_point") or UNKNOWN,
             "hook_head_index": None,
+            "model_from_pretrained_kwargs": {"center_writing_weights": sae.row_norm == "mean"},
             "prepend_bos": _prepends_bos(sae.config),
             "dataset_path": (sae.config.get("store") or sae.config.get("live") or {}).get("text", UNKNOWN),
             "training_tokens": trained.get("tokens"),
@@ -99,50 +105,62 @@ def detect(path: Path) -> bool:
     return (path / "cfg.json").is_file() and (path / "sae_weights.safetensors").is_file()
 
 
-def read(path: Path) -> SAE:
+def read(path: Path, ignore: Collection[str] = ()) -> SAE:
     """The dictionary of a directory written by SAELens (of any version), or by `write`.
 
-    Raises: InteropError when it is damaged, or does what ours cannot: normalisation per token, a single attention
-    head, a transcoder.
+    Raises: InteropError when it is damaged, does what ours cannot (a single attention head, a transcoder), or has
+    settings that are not known here.
     """
     where = path / "cfg.json"
-    config = files.read_json(where)
-    metadata = assemble.section(config, "metadata")
-    architecture, k = _architecture(config, where)
-    _refuse_other_semantics(config, metadata, where)
+    original = files.read_json(where)
+    config = settings.without(original, ignore)
+    known = saelens_settings.flat(config)
+    saelens_settings.refuse_other_semantics(config, known, where)
+    architecture, k = _architecture(known, where)
     held = files.read_safetensors(path / "sae_weights.safetensors")
-    _refuse_fine_tuned(held, where)
-    tensors = assemble.take_tensors(held, _TENSORS[architecture], where, ignored=("scaling_factor",))
+    tensors = assemble.take_tensors(held, _TENSORS[architecture], where, ignored=_FACTORS)
     shape = assemble.shape_of(tensors, where)
-    assemble.require_sizes(config, {"d_in": shape["d_in"], "d_sae": shape["d_sae"]}, where)
-    notes = _fold(tensors, config, path)
+    assemble.require_sizes(known, {"d_in": shape["d_in"], "d_sae": shape["d_sae"]}, where)
+    pre_bias = bool(known.get("apply_b_dec_to_input", True))
+    row_norm = saelens_settings.row_norm(known, where)
+    centred = saelens_settings.is_centred(config, known, where, ignore) and row_norm != "layer_norm"
+    assemble.require(
+        not (centred and row_norm),
+        where,
+        "it scales each row without its mean to a constant norm (center_writing_weights and constant_norm_rescale).",
+    )
+    notes = saelens_settings.remarks(known, centred_unsaid=centred and "model_from_pretrained_kwargs" not in known)
+    notes += _fold_factors(tensors, held, known, where)
+    notes += _fold_scales(tensors, known, architecture, path)
+    notes += _fold_whitening(tensors, known, path, pre_bias=pre_bias)
+    if centred:
+        notes.append(fold_centring(tensors, pre_bias=pre_bias))
     if "batchtopk" in architecture:  # one threshold for all features
         tensors["threshold"] = tensors["threshold"].expand(shape["d_sae"])
     activation = {"standard": "relu", "matryoshka_batchtopk": "batchtopk"}.get(architecture, architecture)
-    ours = assemble.section(metadata, assemble.OWN_CONFIG)
+    ours = assemble.section(assemble.section(config, "metadata"), assemble.OWN_CONFIG)
     if activation == "jumprelu" and ours.get("activation") == "batchtopk":
         activation, k = "batchtopk", assemble.positive_int(ours, "k", where)
-    place = assemble.first_text(metadata, "hook_name") or assemble.first_text(config, "hook_name", "hook_point")
-    model = assemble.first_text(metadata, "model_name") or assemble.first_text(config, "model_name")
+    model = assemble.first_text(known, "model_name")
     sae = assemble.dictionary(
         where,
         tensors,
-        {"activation": activation, "k": k, "pre_bias": bool(config.get("apply_b_dec_to_input", True))},
+        {"activation": activation, "k": k, "pre_bias": pre_bias, "row_norm": "mean" if centred else row_norm},
         peer=NAME,
         kind=architecture,
-        hook_point=hook_point(place),
+        hook_point=hook_point(assemble.first_text(known, "hook_name")),
         model=None if model == UNKNOWN else model,
-        config=config,
+        config=original,
         notes=notes,
     )
     return assemble.restore_own_config(sae, ours)
 
 
-def _architecture(config: Mapping[str, Any], where: Path) -> tuple[str, int | None]:
+def _architecture(known: Mapping[str, Any], where: Path) -> tuple[str, int | None]:
     """Its architecture and k, also in the form that versions before 6 wrote."""
-    architecture = config.get("architecture", "standard")
-    activation = assemble.first_text(config, "activation_fn", "activation_fn_str") or "relu"
-    settings = {**assemble.section(config, "activation_fn_kwargs"), **config}
+    architecture = known.get("architecture", "standard")
+    activation = assemble.first_text(known, "activation_fn") or "relu"
+    found = {**assemble.section(known, "activation_fn_kwargs"), **known}
     if activation == "topk" and architecture in ("standard", "topk"):
         architecture = "topk"
     else:
@@ -152,43 +170,54 @@ def _architecture(config: Mapping[str, Any], where: Path) -> tuple[str, int | No
     if not isinstance(architecture, str) or architecture not in _TENSORS:
         raise InteropError(f"{where}: unknown architecture {architecture!r}; known are {', '.join(_TENSORS)}.")
     if architecture in ("batchtopk", "matryoshka_batchtopk"):  # its k is an average, possibly a fraction
-        settings["k"] = max(1, round(settings["k"])) if isinstance(settings.get("k"), float) else settings.get("k")
-    return architecture, assemble.positive_int(settings, "k", where) if "topk" in architecture else None
+        found["k"] = max(1, round(found["k"])) if isinstance(found.get("k"), float) else found.get("k")
+    return architecture, assemble.positive_int(found, "k", where) if "topk" in architecture else None
 
 
-def _refuse_other_semantics(config: Mapping[str, Any], metadata: Mapping[str, Any], where: Path) -> None:
-    known = {**metadata, **config}
-    place = assemble.first_text(known, "hook_name", "hook_point") or ""
-    normalize = known.get("normalize_activations")
+def _fold_factors(
+    tensors: dict[str, Tensor], held: Mapping[str, Tensor], known: Mapping[str, Any], where: Path
+) -> list[str]:
+    """Folds the factors of a fine-tuned decoder into it: `(f · factor) W_dec` = `f (factor · W_dec)`.
+
+    Versions before 3 had no setting and always applied `scaling_factor`; a factor of 1 says nothing.
+    """
+    found = [held[name] for name in _FACTORS if name in held]
+    said = known.get("finetuning_scaling_factor")
+    if not found or all(bool((factor == 1).all()) for factor in found):
+        assemble.require(
+            bool(found) or settings.is_off(said),
+            where,
+            "its activations were rescaled by fine-tuning (finetuning_scaling_factor), and the factors are not in the "
+            "file.",
+        )
+        return []
+    factor = found[0]
+    assemble.require(len(found) == 1, where, f"it holds both {' and '.join(_FACTORS)}; which applies is not known.")
     assemble.require(
-        normalize in (None, False, "none", True, "expected_average_only_in"),
+        said is not False,
         where,
-        f"it normalises each token's activations separately ({normalize!r}); ours takes them unchanged.",
+        "it holds factors of a fine-tuned decoder (scaling_factor), and its configuration says that none is used "
+        "(finetuning_scaling_factor = false). If they are used: --ignore finetuning_scaling_factor.",
     )
     assemble.require(
-        known.get("reshape_activations") in (None, "none") and not place.endswith("hook_z"),
+        factor.shape == tensors["b_enc"].shape and bool(torch.isfinite(factor).all()),
         where,
-        "it joins the heads of hook_z into one vector, and our stores hold the model's activations unchanged.",
+        f"its scaling_factor must be {len(tensors['b_enc']):,} finite numbers.",
     )
-    assemble.require(known.get("hook_head_index") is None, where, "it reads a single attention head.")
-    target = assemble.first_text(known, "hook_name_out")
-    assemble.require(target in (None, place), where, f"it is a transcoder: it reads {place} and predicts {target}.")
+    assemble.rescale(tensors, {"W_dec": factor.double()[:, None]})
+    return ["factors of a fine-tuned decoder (scaling_factor) folded into W_dec"]
 
 
-def _refuse_fine_tuned(held: Mapping[str, Tensor], where: Path) -> None:
-    factor = held.get("scaling_factor")
-    assemble.require(
-        factor is None or bool((factor == 1).all()),
-        where,
-        "its activations are rescaled after fine-tuning (scaling_factor), and ours have no such factor.",
-    )
-
-
-def _fold(tensors: dict[str, Tensor], config: Mapping[str, Any], path: Path) -> list[str]:
+def _fold_scales(tensors: dict[str, Tensor], known: Mapping[str, Any], architecture: str, path: Path) -> list[str]:
     """Folds the scales that SAELens applies at run time into the weights; returns notes on what it did."""
     notes = []
-    rescaled = bool(config.get("rescale_acts_by_decoder_norm"))
-    if config.get("normalize_activations") in (True, "expected_average_only_in"):
+    rescaled = not settings.is_off(known.get("rescale_acts_by_decoder_norm"))
+    assemble.require(
+        not rescaled or "topk" in architecture,
+        path / "cfg.json",
+        f"rescale_acts_by_decoder_norm belongs to topk and batchtopk, and this is {architecture}.",
+    )
+    if known.get("normalize_activations") in (True, "expected_average_only_in"):
         scale = _input_scale(path)
         assemble.rescale(tensors, {"W_enc": scale, "W_dec": 1 / scale, "b_dec": 1 / scale})
         if rescaled:  # its thresholds are in units of activation times decoder norm, which has just been divided
@@ -211,3 +240,28 @@ def _input_scale(path: Path) -> float:
             "with SAELens (fold_activation_norm_scaling_factor), save, and import that."
         )
     return float(scale)
+
+
+def _fold_whitening(tensors: dict[str, Tensor], known: Mapping[str, Any], path: Path, *, pre_bias: bool) -> list[str]:
+    """Folds `z = (x − mean) M` and `x̂ = ẑ M⁻¹ + mean` into the weights. Source: arXiv 2511.13981."""
+    if known.get("normalize_activations") != "covariance_whitening":
+        return []
+    where, d_in = path / WHITENING, tensors["W_enc"].shape[0]
+    assemble.require(
+        where.is_file(),
+        path / "cfg.json",
+        f"it was trained on whitened activations, and their statistics ({WHITENING}) are not next to it.",
+    )
+    names = {name: name for name in ("mean", "matrix", "inverse_matrix")}
+    found = {name: t.double() for name, t in assemble.take_tensors(files.read_safetensors(where), names, where).items()}
+    shapes = {"mean": (d_in,), "matrix": (d_in, d_in), "inverse_matrix": (d_in, d_in)}
+    assemble.require(
+        all(tuple(found[name].shape) == shape for name, shape in shapes.items()), where, f"its shapes must be {shapes}."
+    )
+    W_enc = found["matrix"] @ tensors["W_enc"].double()
+    if not pre_bias:  # with one, the new b_dec subtracts the mean from the input
+        assemble.shift_encoder(tensors, -found["mean"] @ W_enc)
+    tensors["W_enc"] = W_enc.float()
+    tensors["W_dec"] = (tensors["W_dec"].double() @ found["inverse_matrix"]).float()
+    tensors["b_dec"] = (tensors["b_dec"].double() @ found["inverse_matrix"] + found["mean"]).float()
+    return ["whitening of the activations (covariance_whitening) folded into the weights"]

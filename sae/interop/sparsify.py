@@ -1,11 +1,15 @@
-"""sparsify's layout: `cfg.json` and `sae.safetensors` in a directory named after the Hugging Face module it reads."""
+"""sparsify's layout: `cfg.json` and `sae.safetensors` in a directory named after the Hugging Face module it reads.
+
+Source: EleutherAI/sparsify, `config.py` and `sparse_coder.py` (sae.py before 1.0); its package 1.0.0 and 1.3.3.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from sae.dictionary.autoencoder import SAE
-from sae.interop import assemble, files
+from sae.interop import assemble, files, settings
 from sae.interop.hooks import hook_point
 from sae.jobs.checkpoint import write_tensors
 from store.common import write_json
@@ -14,19 +18,28 @@ NAME = "sparsify"
 FILES = "cfg.json and sae.safetensors"
 
 _TENSORS = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
+_HANDLED = settings.names("""
+    activation d_in k num_latents signed skip_connection transcode
+""") | {assemble.OWN_CONFIG}
+_HARMLESS = settings.names("""
+    expansion_factor init_b_dec_as_zeros multi_topk normalize_decoder
+""")  # of the training only
 
 
 def detect(path: Path) -> bool:
     return (path / "cfg.json").is_file() and (path / "sae.safetensors").is_file()
 
 
-def read(path: Path) -> SAE:
+def read(path: Path, ignore: Collection[str] = ()) -> SAE:
     """The dictionary of one hookpoint's directory. Its hook point is the directory's name, e.g. `layers.3.mlp`.
 
-    Raises: InteropError when it is damaged, a transcoder, or of another activation than the k largest.
+    Raises: InteropError when it is damaged, a transcoder, of another activation than the k largest, or has settings
+    that are not known here.
     """
     where = path / "cfg.json"
-    config = files.read_json(where)
+    original = files.read_json(where)
+    config = settings.without(original, ignore)
+    settings.refuse_unknown(config, _HANDLED | _HARMLESS, where)
     assemble.require(
         not config.get("transcode"), where, "it is a transcoder: it predicts activations of another hook point."
     )
@@ -52,7 +65,7 @@ def read(path: Path) -> SAE:
         kind="topk",
         hook_point=hook_point(path.resolve().name),
         model=assemble.first_text(assemble.section(assemble.section(config, assemble.OWN_CONFIG), "model"), "id"),
-        config=config,
+        config=original,
     )
     return assemble.restore_own_config(sae, assemble.section(config, assemble.OWN_CONFIG))
 
@@ -60,9 +73,10 @@ def read(path: Path) -> SAE:
 def write(sae: SAE, out: Path) -> Path:
     """Writes the layout into `out`. Raises: InteropError unless the activation is topk, the only one in sparsify."""
     assemble.require_exportable(
-        sae.activation == "topk" and sae.pre_bias and sae.d_out == sae.d_in and not sae.skip,
+        sae.activation == "topk" and sae.pre_bias and sae.d_out == sae.d_in and not sae.skip and sae.row_norm is None,
         NAME,
-        f"it takes the k largest features of x − b_dec; this dictionary is {sae.show_shape()}.",
+        f"it takes the k largest features of x − b_dec; this dictionary is {sae.show_shape()}"
+        + (f" of normalised rows ({sae.row_norm})." if sae.row_norm else "."),
     )
     ours = sae.tensors()
     tensors = {theirs: ours[name].t() if name == "W_enc" else ours[name] for name, theirs in _TENSORS.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from sae.dictionary.autoencoder import SAE
@@ -38,11 +39,14 @@ def import_dictionary(
     format: str | None = None,
     model: str | None = None,
     hook_point: str | None = None,
+    ignore: Collection[str] = (),
 ) -> SAE:
     """Reads another tool's dictionary and writes it into `out` as ours, ready for eval, index, browse and steer.
 
     `source` is a directory, a file, or `hub:owner/repo[/path][@revision]`. `model` and `hook_point` add or correct what
-    the files do not say; a model that is named is opened, checked, and recorded with the hash of its weights.
+    the files do not say; a model that is named is opened, checked, and recorded with the hash of its weights. `ignore`
+    names settings of the other tool's configuration to leave out, which is recorded; without it, a setting that is not
+    known here is refused.
     Raises: InteropError for files that are damaged or have no equivalent here; PipelineError for an `out` that holds
     files, an unknown hook point, or a model whose activations there have another width.
     """
@@ -50,7 +54,7 @@ def import_dictionary(
     refuse_filled(out, "import")
     named = str(source)
     path = hub.fetch(named) if named.startswith(hub.PREFIX) else Path(source)
-    sae = registry.read(path, format)
+    sae = registry.read(path, format, ignore)
     place = hook_point or sae.config["hook_point"]
     if place is None:
         raise PipelineError(
