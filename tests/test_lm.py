@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import HOOK_POINT, SHAPE, random_transformer, write_model
+from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from sae.lm import BridgeModel, ModelError, NativeModel, load_model
@@ -390,7 +391,11 @@ def test_a_hugging_face_directory_that_cannot_be_opened_is_a_model_error(tmp_pat
     (tmp_path / "config.json").write_text('{"model_type": "no-such-family", "architectures": ["Nothing"]}')
     with pytest.raises(ModelError, match="no weights"):
         load_model(tmp_path)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 2, "vocab_size": 3}
+    config = {"model_type": "no-such-family", "architectures": ["Nothing"]} | sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="could not be opened"):
         load_model(tmp_path)
 
@@ -403,7 +408,7 @@ def _fake_bridge() -> Any:
 
     class Fake(torch.nn.Linear):
         tokenizer = SimpleNamespace(
-            backend_tokenizer=SimpleNamespace(encode_special_tokens=False), bos_token_id=None, eos_token_id=7
+            backend_tokenizer=Tokenizer(models.WordLevel({"a": 0, "b": 7})), bos_token_id=None, eos_token_id=7
         )
         cfg = SimpleNamespace(n_ctx=32, d_vocab=300, device="cpu")
 

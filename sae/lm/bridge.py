@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice, layer_of
 from sae.lm.identity import sha256_of_model, sha256_of_parameters
+from sae.lm.model_directory import require_whole
 from sae.lm.transformer import Transformer
 
 Hooks = list[tuple[str, Callable[..., Tensor]]]
@@ -50,9 +52,7 @@ class BridgeModel(LanguageModel):
         self.weights_sha256 = sha256_of_model(
             parameters, {name: getattr(bridge.cfg, name, None) for name in DECISIVE_SETTINGS}
         )
-        if bridge.tokenizer is None:
-            raise ModelError(f"{model_id} has no tokenizer. Put its tokenizer.json into the model's directory.")
-        self.tokenizer = bridge.tokenizer.backend_tokenizer
+        self.tokenizer = _tokenizer_of(bridge, model_id)
         self.tokenizer.encode_special_tokens = True
         bos = bridge.tokenizer.bos_token_id
         self.bos_id = bridge.tokenizer.eos_token_id if bos is None else bos
@@ -149,12 +149,36 @@ class BridgeModel(LanguageModel):
         return self.module.ln_final.weight.float(), self.module.W_U.float(), centred
 
 
+def _tokenizer_of(bridge: Any, model_id: str) -> Tokenizer:
+    """The model's tokenizer. Raises: ModelError if it has none, another kind, or one that is not this model's."""
+    if bridge.tokenizer is None:
+        raise ModelError(f"{model_id} has no tokenizer. Put its tokenizer.json into the model's directory.")
+    tokenizer = getattr(bridge.tokenizer, "backend_tokenizer", None)
+    if not isinstance(tokenizer, Tokenizer):
+        raise ModelError(
+            f"{model_id}: its tokenizer is of a kind that cannot be read here ({type(bridge.tokenizer).__name__}); a "
+            "tokenizer.json is needed. Convert it with transformers' AutoTokenizer and save_pretrained."
+        )
+    ids, rows = tokenizer.get_vocab(with_added_tokens=False).values(), int(bridge.cfg.d_vocab)
+    if not ids:
+        raise ModelError(
+            f"{model_id}: its tokenizer's vocabulary is empty. Copy the model's own tokenizer.json into its directory."
+        )
+    if max(ids) >= rows:
+        raise ModelError(
+            f"{model_id}: its tokenizer has token ids up to {max(ids):,}, and the model embeds {rows:,} tokens: it is "
+            "another model's tokenizer. Copy the model's own tokenizer.json into its directory."
+        )
+    return tokenizer
+
+
 def open_directory(path: Path, model_id: str, device: str) -> BridgeModel:
-    """A model in Hugging Face's layout. Raises: ModelError if it has no weights or cannot be opened."""
-    if not any([*path.glob("*.safetensors"), *path.glob("*.bin")]):
-        raise ModelError(f"{path} has a config.json but no weights (*.safetensors).")
+    """A model in Hugging Face's layout. Raises: ModelError if a part of it is missing or it cannot be opened."""
+    require_whole(path)
     try:
         bridge = _boot(str(path.resolve()), device)
+    except ModelError:
+        raise
     except Exception as error:  # transformers and TransformerLens raise many types of errors
         raise ModelError(f"model {str(path)!r} could not be opened: {error}") from error
     return BridgeModel(bridge, model_id)
@@ -167,6 +191,8 @@ def open_hub(name: str, device: str) -> BridgeModel:
     legacy = LEGACY_HUB_IDS.get(name)
     try:
         bridge = boot_tl_legacy(legacy, device=device) if legacy else _boot(name, device)
+    except ModelError:
+        raise
     except Exception as error:  # network, repository and format errors all mean: not available
         raise ModelError(f"model {name!r} could not be loaded from the hub: {error}") from error
     return BridgeModel(bridge, name)
@@ -175,7 +201,26 @@ def open_hub(name: str, device: str) -> BridgeModel:
 def _boot(name: str, device: str) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    return TransformerBridge.boot_transformers(name, device=device)
+    return TransformerBridge.boot_transformers(name, device=device, model_class=_WholeWeights())
+
+
+class _WholeWeights:
+    """Loads a model as TransformerLens does, and refuses one whose file lacks weights: they would be random numbers."""
+
+    def from_pretrained(self, name: str, **settings: Any) -> Any:
+        """The Hugging Face model. Raises: ModelError naming the weights that are missing or of another shape."""
+        from transformer_lens.model_bridge.sources.transformers import source
+
+        kind = source.determine_architecture_from_hf_config(source.AutoConfig.from_pretrained(name))
+        loader = source.get_hf_model_class_for_architecture(kind)
+        model, report = loader.from_pretrained(name, output_loading_info=True, **settings)
+        if missing := sorted(map(str, report.get("missing_keys", ()))):
+            shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6:,} more" if len(missing) > 6 else "")
+            raise ModelError(
+                f"model {name!r} has no weights for {shown}, which {kind} needs. If all are missing, config.json is "
+                "another model's; otherwise the file is incomplete: download or save the model again."
+            )
+        return model
 
 
 def bridge_with(module: Transformer, device: torch.device) -> Any:
