@@ -63,8 +63,8 @@ def _require_sizes(config: dict[str, Any], path: Path) -> None:
     for what, names in _SIZES.items():
         if not any(name in config for name in names) and not ("heads" in what and without_heads):
             raise ModelError(
-                f"{path}/config.json lacks {what} ({', '.join(names[:3])} …). Copy the model's own config.json into the "
-                "directory."
+                f"{path}/config.json lacks {what} ({', '.join(names[:3])} …). Copy the model's own config.json "
+                "into the directory."
             )
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, for type checkers and editors
     from sae.pipeline.exchange import IMPORT_FORMATS as IMPORT_FORMATS
     from sae.pipeline.exchange import export as export
     from sae.pipeline.exchange import import_dictionary as import_dictionary
+    from sae.pipeline.export_pages import PAGE_FORMATS as PAGE_FORMATS
+    from sae.pipeline.export_pages import export_pages as export_pages
     from sae.pipeline.harvest import DEFAULT_HOOK_POINT as DEFAULT_HOOK_POINT
     from sae.pipeline.harvest import Forecast as Forecast
     from sae.pipeline.harvest import forecast_harvest as forecast_harvest
@@ -53,6 +55,7 @@ _PUBLIC = {  # by module
     "errors": ("PipelineError",),
     "evaluate": ("evaluate",),
     "exchange": ("EXPORT_FORMATS", "IMPORT_FORMATS", "export", "import_dictionary"),
+    "export_pages": ("PAGE_FORMATS", "export_pages"),
     "harvest": ("DEFAULT_HOOK_POINT", "Forecast", "forecast_harvest", "harvest", "source_of"),
     "index": ("index",),
     "info": ("describe", "describe_feature", "machine_facts"),
