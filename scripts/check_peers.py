@@ -4,8 +4,9 @@
 
 Each peer gets its own environment in DIR, installed from PyPI once; DIR also keeps the files exchanged.
 Dictionaries of every activation, random and (--sae) trained, are exported; the peer's package loads them and computes
-activations on the same rows. Dictionaries that the package makes and saves are imported and computed by ours. Prints a
-table, one row per exchange, and writes it to DIR/table.md. A peer that cannot be installed is reported as not checked.
+activations on the same rows. Dictionaries that the package makes and saves are imported and computed by ours. Feature
+pages are read by SAEDashboard's own classes. Prints a table, one row per exchange, and writes it to DIR/table.md. A peer
+that cannot be installed is reported as not checked.
 Exit status: 0 if all checked peers agree, 1 if one differs, 2 if none could be checked.
 """
 
@@ -19,6 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +28,9 @@ from sae.dictionary.autoencoder import SAE
 from sae.dictionary.files import load
 from sae.interop import registry
 from sae.interop.files import InteropError
+from sae.pipeline import PAGE_FORMATS, export_pages
+from store.common import DocumentRecord
+from store.features import FeatureWriter
 
 SIDES = Path(__file__).resolve().parent / "peers"
 D_IN, D_SAE, K, ROWS = 24, 96, 6, 512
@@ -41,6 +46,7 @@ class Peer:
     side: str
     pinned: tuple[str, ...] = ()  # versions that pip must choose, or the package does not import
     uninstalled: tuple[str, ...] = ()  # dependencies with which the package does not import
+    alone: bool = False  # whether what is asked of the package needs numpy only, and not its many dependencies
 
 
 PEERS = {
@@ -58,6 +64,7 @@ PEERS = {
         "ask_llamascopium.py",
         pinned=("transformer-lens<4",),  # it imports HookedTransformer, which 4.0 removed
     ),
+    "sae-dashboard": Peer("sae-dashboard", "sae-dashboard", "ask_sae_dashboard.py", alone=True),
     "openai": Peer("openai", "git+https://github.com/openai/sparse_autoencoder", "ask_openai.py"),
 }
 
@@ -102,7 +109,11 @@ def environment(directory: Path, peer: Peer, package: str, torch_spec: str) -> t
     shutil.rmtree(directory, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", directory], check=True)
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    done = subprocess.run([*pip, "install", "--retries", "1", *wanted], capture_output=True, text=True)
+    installs = [["--no-deps", package], ["numpy"]] if peer.alone else [wanted]
+    for arguments in installs:
+        done = subprocess.run([*pip, "install", "--retries", "1", *arguments], capture_output=True, text=True)
+        if done.returncode:
+            break
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "rror" in line] or ["pip failed"]
         return None, lines[-1].strip()
@@ -161,8 +172,7 @@ def rows_for(sae: SAE) -> torch.Tensor:
 
 
 def computed(sae: SAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    acts = sae.encode(x)
-    return acts, sae.decode(acts)
+    return sae.encode(x), sae.reconstruct(x)
 
 
 def compare(peer: str, direction: str, case: str, sae: SAE, x: torch.Tensor, answers: dict[str, torch.Tensor]) -> Row:
@@ -181,6 +191,8 @@ def check(name: str, python: Path, work: Path, ours: dict[str, SAE]) -> tuple[li
     """Every exchange with one peer, and the versions it reports."""
     peer = PEERS[name]
     shutil.rmtree(work, ignore_errors=True)
+    if peer.layout in PAGE_FORMATS:
+        return check_pages(name, python, work)
     (work / "exported").mkdir(parents=True)
     rows: list[Row] = []
     for case, sae in ours.items() if peer.layout in registry.WRITERS else ():
@@ -200,6 +212,51 @@ def check(name: str, python: Path, work: Path, ours: dict[str, SAE]) -> tuple[li
     for directory in sorted(p for p in (work / "made").glob("[!.]*") if p.is_dir()):
         rows.append(imported(name, directory, peer.layout))
     return rows, f"{versions['version']} (torch {versions['torch']}, Python {versions['python']})"
+
+
+def check_pages(name: str, python: Path, work: Path) -> tuple[list[Row], str]:
+    """Feature pages, read by the peer into its own classes: what those hold must be what was written."""
+    index = made_up_index(work / "features.zarr")
+    directory = export_pages(index, work / "pages" / "made up")
+    done = subprocess.run([python, SIDES / PEERS[name].side, work], capture_output=True, text=True)
+    if done.returncode:
+        return [Row(name, "–", "–", problem=f"its side failed: {done.stderr.strip().splitlines()[-1]}")], "?"
+    ours = [json.loads(file.read_text()) for file in sorted(directory.glob("batch-*.json"))]
+    theirs = json.loads(directory.with_name(f"{directory.name}.read.json").read_text())
+    row = Row(name, "write", f"{sum(len(batch['features']) for batch in ours)} feature pages", 0.0, 0.0)
+    versions = json.loads(done.stdout.strip().splitlines()[-1])
+    if ours != theirs:
+        row = Row(name, "write", row.case, problem="the peer reads something else than was written")
+    return [row], f"{versions['version']} (Python {versions['python']})"
+
+
+def made_up_index(path: Path) -> Path:
+    """A feature index of random firings over random tokens, some of them bytes of incomplete characters."""
+    rng = np.random.default_rng(0)
+    contexts, seq_len, d_sae = 20, 32, 70
+    vocabulary = [f" token{i}".encode() for i in range(200)] + [bytes([0xC3]), "é".encode(), b"<script>"]
+    writer = FeatureWriter(
+        path,
+        d_sae=d_sae,
+        seq_len=seq_len,
+        n_contexts=contexts,
+        attributes={"d_in": 8, "hook_point": "blocks.3.hook_resid_post", "model": "gpt2-small", "sae": "made up"},
+        vocabulary=vocabulary,
+        documents=[DocumentRecord("a", "made up", "prose", "0" * 64)],
+    )
+    tokens = rng.integers(0, len(vocabulary), (contexts, seq_len))
+    keep = np.ones(tokens.shape, bool)
+    keep[:, 0] = False
+    acts = rng.exponential(1.0, (contexts * seq_len, d_sae)) * (rng.random((contexts * seq_len, d_sae)) < 0.05)
+    acts[~keep.reshape(-1)] = 0.0
+    rows, features = np.nonzero(acts)
+    writer.append(0, tokens, keep, np.zeros(tokens.shape, np.int64), rows, features, acts[rows, features])
+    top = rng.integers(0, len(vocabulary), (d_sae, 20)).astype(np.int32)
+    values = rng.normal(size=(d_sae, 20)).astype(np.float32)
+    sides = {
+        f"logits/{side}_{part}": array for side in ("top", "bottom") for part, array in (("id", top), ("value", values))
+    }
+    return writer.finish(sides)
 
 
 def written(name: str, directory: Path, sae: SAE) -> Row:

@@ -185,7 +185,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(
     def torn(*_: Any, **__: Any) -> dict[str, Any]:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(sys.modules["sae.pipeline.export_pages"], "settings_json", torn)
+    monkeypatch.setattr(sys.modules["sae.pipeline.pages"], "settings_json", torn)
     with pytest.raises(OSError, match="no space left"):
         pipeline.export_pages(indexed, tmp_path / "out")
     assert not (tmp_path / "out").exists()

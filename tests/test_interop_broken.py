@@ -23,7 +23,7 @@ from sae.jobs.checkpoint import CheckpointError
 def weights_of(path: Path) -> Path:
     """The file with the tensors of a dictionary made by `foreign_files`."""
     directory = path if path.is_dir() else path.parent
-    return next(p for p in directory.iterdir() if p.suffix in (".safetensors", ".pt"))
+    return next(p for p in sorted(directory.rglob("*")) if p.suffix in (".safetensors", ".pt", ".pth", ".npz"))
 
 
 @pytest.fixture(params=sorted(PEERS))
@@ -135,7 +135,7 @@ def test_a_tensor_too_many_or_too_few(tmp_path: Path) -> None:
     assert "it lacks bias" in refused(path, tmp_path / "out")
 
 
-@pytest.mark.parametrize("architecture", ["temporal", "", None, 7, ["standard"], {"a": 1}])
+@pytest.mark.parametrize("architecture", ["convolutional", "", None, 7, ["standard"], {"a": 1}])
 def test_an_unknown_architecture(tmp_path: Path, architecture: object) -> None:
     path = saelens(tmp_path / "peer", weights())
     config = json.loads((path / "cfg.json").read_text()) | {"architecture": architecture}

@@ -265,8 +265,8 @@ def test_relu_with_a_tied_pre_bias_in_one_file(tmp_path: Path, w: dict, w64: dic
 
 
 def test_nanda_by_directory_and_by_file(tmp_path: Path, w: dict) -> None:
-    one = nanda(tmp_path, w, act="mlp_out", layer=0)
-    assert registry.read(tmp_path).config["hook_point"] == "blocks.0.hook_mlp_out"
+    one = nanda(tmp_path, w, act="pre", layer=0)
+    assert registry.read(tmp_path).config["hook_point"] == "blocks.0.mlp.hook_pre"
     for name in ("47.pt", "47_cfg.json"):
         (tmp_path / name).write_bytes((tmp_path / name.replace("47", "25")).read_bytes())
     with pytest.raises(InteropError, match=r"several dictionaries \(25.pt, 47.pt\); give the path of one file"):

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from sae.lm import ModelError, load_model
+from sae.lm import BridgeModel, ModelError, load_model
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -177,18 +178,10 @@ def test_a_tokenizer_that_is_missing_or_not_this_models(copy: Path, damage: Call
     assert said in refused(copy)
 
 
-def test_a_tokenizer_without_a_fast_form_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class SlowTokenizer:
-        bos_token_id = eos_token_id = pad_token_id = 0
+def test_a_tokenizer_without_a_fast_form_is_refused() -> None:
+    class Opened(torch.nn.Linear):
+        tokenizer = SimpleNamespace(bos_token_id=0, eos_token_id=0)  # as those written in Python
+        cfg = SimpleNamespace(n_ctx=32, d_vocab=300, device="cpu")
 
-    from sae.lm import bridge
-
-    boot = bridge._boot
-
-    def slow(name: str, device: str) -> Any:
-        made = boot(name, device)
-        made.tokenizer = SlowTokenizer()
-        return made
-
-    monkeypatch.setattr(bridge, "_boot", slow)
-    assert "cannot be read here (SlowTokenizer)" in refused(copy)
+    with pytest.raises(ModelError, match=r"a kind that cannot be read here \(SimpleNamespace\)"):
+        BridgeModel(Opened(2, 2), "slow")

@@ -111,10 +111,20 @@ def shift_encoder(tensors: dict[str, Tensor], shift: Tensor) -> None:
 
 
 def shape_of(tensors: Mapping[str, Tensor], where: Path) -> dict[str, int]:
-    """d_in, d_sae and d_out, from the shapes of W_enc and W_dec. Raises: InteropError unless both are matrices."""
+    """d_in, d_sae and d_out, from W_enc and W_dec. Raises: InteropError unless all tensors have shapes that fit."""
     for name in ("W_enc", "W_dec"):
         _require_matrix(tensors[name], name, where)
     d_in, d_sae = tensors["W_enc"].shape
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(tensors, (d_sae,))
+    expected |= {"W_enc": (d_in, d_sae), "W_dec": (d_sae, *tensors["W_dec"].shape[1:])}
+    expected |= {"b_dec": tuple(tensors["W_dec"].shape[1:])} if "b_dec" in tensors else {}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.ndim or name != "threshold"}
+    if wrong := {name: shape for name, shape in found.items() if shape != expected[name]}:
+        name, shape = next(iter(wrong.items()))
+        raise InteropError(
+            f"{where}: the tensors do not fit each other: W_enc is {(d_in, d_sae)}, so {name} must be "
+            f"{expected[name]}; got {shape}."
+        )
     return {"d_in": d_in, "d_sae": d_sae, "d_out": tensors["W_dec"].shape[1]}
 
 

@@ -49,7 +49,7 @@ def read_pt(path: Path) -> dict[str, Any]:
     Raises: InteropError when the file is incomplete, holds code or objects, or is not a dictionary.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _loaded(path)
     except OSError as error:
         raise InteropError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # a damaged file can raise anything while it is read
@@ -63,13 +63,17 @@ def read_pt(path: Path) -> dict[str, Any]:
     return content
 
 
+def _loaded(path: Path, *, mmap: bool = False) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
 def read_npz(path: Path) -> dict[str, Tensor]:
     """The arrays of a `.npz` file as tensors; arrays of objects are pickles and are not read.
 
     Raises: InteropError when the file is incomplete or holds anything but numbers.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: torch.from_numpy(np.array(archive[name])) for name in archive.files}
     except Exception as error:  # a damaged file can raise anything while it is read
         raise InteropError(f"{path} is not a complete .npz file of numbers ({str(error)[:200]}).") from error
@@ -78,7 +82,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
 def names_in_pt(path: Path) -> set[str]:
     """The names in a file of `torch.save`, without reading its tensors; none if it cannot be read."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = _loaded(path, mmap=True)
     except Exception:  # a damaged file, or one of the old layout: the reader says what is wrong
         return set()
     return set(map(str, content)) if isinstance(content, dict) else set()

@@ -211,8 +211,9 @@ class _WholeWeights:
         """The Hugging Face model. Raises: ModelError naming the weights that are missing or of another shape."""
         from transformer_lens.model_bridge.sources.transformers import source
 
-        kind = source.determine_architecture_from_hf_config(source.AutoConfig.from_pretrained(name))
-        loader = source.get_hf_model_class_for_architecture(kind)
+        theirs: Any = source  # the steps by which TransformerLens itself chooses the class
+        kind = theirs.determine_architecture_from_hf_config(theirs.AutoConfig.from_pretrained(name))
+        loader = theirs.get_hf_model_class_for_architecture(kind)
         model, report = loader.from_pretrained(name, output_loading_info=True, **settings)
         if missing := sorted(map(str, report.get("missing_keys", ()))):
             shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6:,} more" if len(missing) > 6 else "")

@@ -21,8 +21,6 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, for type checkers and editors
     from sae.pipeline.exchange import IMPORT_FORMATS as IMPORT_FORMATS
     from sae.pipeline.exchange import export as export
     from sae.pipeline.exchange import import_dictionary as import_dictionary
-    from sae.pipeline.export_pages import PAGE_FORMATS as PAGE_FORMATS
-    from sae.pipeline.export_pages import export_pages as export_pages
     from sae.pipeline.harvest import DEFAULT_HOOK_POINT as DEFAULT_HOOK_POINT
     from sae.pipeline.harvest import Forecast as Forecast
     from sae.pipeline.harvest import forecast_harvest as forecast_harvest
@@ -34,6 +32,8 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, for type checkers and editors
     from sae.pipeline.info import machine_facts as machine_facts
     from sae.pipeline.live import Live as Live
     from sae.pipeline.own_activations import store_activations as store_activations
+    from sae.pipeline.pages import PAGE_FORMATS as PAGE_FORMATS
+    from sae.pipeline.pages import export_pages as export_pages
     from sae.pipeline.pretrain import pretrain as pretrain
     from sae.pipeline.repair import repair as repair
     from sae.pipeline.resolve import open_pair as open_pair
@@ -55,11 +55,11 @@ _PUBLIC = {  # by module
     "errors": ("PipelineError",),
     "evaluate": ("evaluate",),
     "exchange": ("EXPORT_FORMATS", "IMPORT_FORMATS", "export", "import_dictionary"),
-    "export_pages": ("PAGE_FORMATS", "export_pages"),
     "harvest": ("DEFAULT_HOOK_POINT", "Forecast", "forecast_harvest", "harvest", "source_of"),
     "index": ("index",),
     "info": ("describe", "describe_feature", "machine_facts"),
     "live": ("Live",),
+    "pages": ("PAGE_FORMATS", "export_pages"),
     "pretrain": ("pretrain",),
     "repair": ("repair",),
     "resolve": ("open_pair",),

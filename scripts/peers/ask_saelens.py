@@ -113,10 +113,55 @@ def make_old(name: str, seed: int, **more: object) -> None:
         "prepend_bos": True,
         "context_size": 128,
         "dataset_path": "x",
+        "model_from_pretrained_kwargs": {"center_writing_weights": False},
         **more,
     }
     (directory / "cfg.json").write_text(json.dumps(config))
     write_answers(directory, SAE.load_from_disk(str(directory), device="cpu"), seed)
+
+
+def make_centred(name: str, seed: int) -> None:
+    """Of a model whose writing weights were centred: it computes on rows without their mean, which x̂ gets back."""
+    metadata = SAEMetadata(
+        model_name="gpt2-small", hook_name=HOOK, model_from_pretrained_kwargs={"center_writing_weights": True}
+    )
+    sae = StandardSAE(StandardSAEConfig(**(settings() | {"metadata": metadata})))
+    fill(sae, seed)
+    directory = sides.place(name)
+    sae.save_model(directory)
+    x = sides.rows(seed, sae.b_dec.detach()) + 1.0
+    mean = x.mean(-1, keepdim=True)
+    with torch.no_grad():
+        acts = sae.encode(x - mean)
+        sides.write(directory, {"x": x, "acts": acts, "x_hat": sae.decode(acts) + mean})
+
+
+def make_whitened(name: str, seed: int) -> None:
+    """Trained on whitened activations, with the statistics in another file; the answers are those after folding."""
+    sae = StandardSAE(StandardSAEConfig(**settings(normalize_activations="covariance_whitening")))
+    fill(sae, seed)
+    directory = sides.place(name)
+    sae.save_model(directory)
+    g = torch.Generator().manual_seed(seed)
+    mean, matrix = torch.randn(sides.D_IN, generator=g), torch.eye(sides.D_IN) + 0.1 * torch.randn(24, 24, generator=g)
+    inverse = torch.linalg.inv(matrix).contiguous()
+    statistics = {"mean": mean, "matrix": matrix, "inverse_matrix": inverse}
+    save_file(statistics, str(directory / "activation_whitening.safetensors"))
+    sae.fold_activation_whitening(mean, matrix, inverse)
+    write_answers(directory, sae, seed)
+
+
+def make_of_heads(name: str, seed: int) -> None:
+    """It joins the heads of hook_z itself; our rows are joined already."""
+    metadata = SAEMetadata(model_name="gpt2-small", hook_name="blocks.3.attn.hook_z")
+    sae = StandardSAE(StandardSAEConfig(**(settings(reshape_activations="hook_z") | {"metadata": metadata})))
+    fill(sae, seed)
+    directory = sides.place(name)
+    sae.save_model(directory)
+    x = sides.rows(seed, sae.b_dec.detach())
+    with torch.no_grad():
+        acts = sae.encode(x.view(len(x), 3, 8))
+        sides.write(directory, {"x": x, "acts": acts, "x_hat": sae.decode(acts).flatten(1)})
 
 
 if __name__ == "__main__":
@@ -134,4 +179,16 @@ if __name__ == "__main__":
     make_scaled("standard, input scale", 12, 0.3)
     make_old("standard before 6.0", 13)
     make_old("topk before 6.0", 15, activation_fn_str="topk", activation_fn_kwargs={"k": sides.K})
+    for number, normalize in enumerate(("layer_norm", "constant_norm_rescale")):
+        make(
+            f"standard, {normalize}",
+            StandardSAE(StandardSAEConfig(**settings(normalize_activations=normalize))),
+            16 + number,
+        )
+        make(
+            f"topk, {normalize}", TopKSAE(TopKSAEConfig(**settings(k=6, normalize_activations=normalize))), 18 + number
+        )
+    make_centred("standard, centred writing weights", 20)
+    make_whitened("standard, whitened", 21)
+    make_of_heads("standard, heads of hook_z", 22)
     sides.report("sae-lens")

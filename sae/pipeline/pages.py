@@ -58,20 +58,19 @@ def export_pages(sae: str | Path, out: str | Path, *, features: Iterable[int] | 
 
 def _write(index: FeatureIndex, numbers: Sequence[int], out: Path, seed: int) -> None:
     model = index.attributes.get("model", "unknown")
-    named = {
-        "model": str(model.get("id", "unknown")) if isinstance(model, dict) else str(model),
-        "layer": layer_of(str(index.attributes.get("hook_point"))) or 0,
-        "name": str(index.attributes.get("sae", "sae")),
-    }
+    model = str(model.get("id", "unknown")) if isinstance(model, dict) else str(model)
+    layer, name = layer_of(str(index.attributes.get("hook_point"))) or 0, str(index.attributes.get("sae", "sae"))
     dataset = str(index.attributes.get("provenance", {}).get("store", {}).get("text", "unknown"))
     sizes = {"contexts": index.n_contexts, "context_tokens": index.seq_len}
     with progress("export", len(numbers), "feature") as bar:
         for number, start in enumerate(range(0, len(numbers), FEATURES_A_FILE)):
             part = numbers[start : start + FEATURES_A_FILE]
             pages = [feature_json(page(index, feature, seed), dataset=dataset, **sizes) for feature in part]
-            _write_json(out / f"batch-{number}.json", batch_json(pages, **named))
+            _write_json(out / f"batch-{number}.json", batch_json(pages, model=model, layer=layer, name=name))
             bar.update(len(part))
-    told = settings_json(dataset=dataset, contexts=index.n_contexts, tokens=index.seq_len, **named)
+    told = settings_json(
+        model=model, layer=layer, name=name, dataset=dataset, contexts=index.n_contexts, tokens=index.seq_len
+    )
     _write_json(out / "run_settings.json", told)
 
 
