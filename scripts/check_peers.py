@@ -5,8 +5,8 @@
 Each peer gets its own environment in DIR, installed from PyPI once; DIR also keeps the files exchanged.
 Dictionaries of every activation, random and (--sae) trained, are exported; the peer's package loads them and computes
 activations on the same rows. Dictionaries that the package makes and saves are imported and computed by ours. Feature
-pages are read by SAEDashboard's own classes. Prints a table, one row per exchange, and writes it to DIR/table.md. A peer
-that cannot be installed is reported as not checked.
+pages are read by SAEDashboard's own classes. Prints a table, one row per exchange, and writes it to DIR/table.md. A
+peer that cannot be installed is reported as not checked.
 Exit status: 0 if all checked peers agree, 1 if one differs, 2 if none could be checked.
 """
 

@@ -180,14 +180,9 @@ if __name__ == "__main__":
     make_old("standard before 6.0", 13)
     make_old("topk before 6.0", 15, activation_fn_str="topk", activation_fn_kwargs={"k": sides.K})
     for number, normalize in enumerate(("layer_norm", "constant_norm_rescale")):
-        make(
-            f"standard, {normalize}",
-            StandardSAE(StandardSAEConfig(**settings(normalize_activations=normalize))),
-            16 + number,
-        )
-        make(
-            f"topk, {normalize}", TopKSAE(TopKSAEConfig(**settings(k=6, normalize_activations=normalize))), 18 + number
-        )
+        told = settings(normalize_activations=normalize)
+        make(f"standard, {normalize}", StandardSAE(StandardSAEConfig(**told)), 16 + number)
+        make(f"topk, {normalize}", TopKSAE(TopKSAEConfig(**told, k=6)), 18 + number)
     make_centred("standard, centred writing weights", 20)
     make_whitened("standard, whitened", 21)
     make_of_heads("standard, heads of hook_z", 22)
