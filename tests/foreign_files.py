@@ -155,9 +155,23 @@ def llama_scope(path: Path, w: Tensors, *, norm: float = 7.0, threshold: float =
         "apply_decoder_bias_to_pre_encoder": False,
         "sparsity_include_decoder_norm": True,
         "top_k": 50,
+        "use_glu_encoder": False,
+        "device": "cuda:0",
+        "seed": 42,
+        "dtype": "torch.bfloat16",
+        "bias_init_method": "all_zero",
         "init_encoder_with_decoder_transpose": True,
         "decoder_exactly_fixed_norm": False,
         "init_decoder_norm": 0.5,
+        "init_encoder_norm": None,
+        "lp": 1,
+        "l1_coefficient": 8e-05,
+        "l1_coefficient_warmup_steps": 78125,
+        "k_warmup_steps": 78125,
+        "use_batch_norm_mse": True,
+        "use_ghost_grads": False,
+        "tp_size": 1,
+        "ddp_size": 1,
     }
     _json(path / "hyperparams.json", config | settings)
     return path

@@ -127,10 +127,17 @@ def test_a_release_whose_file_lacks_the_setting_is_recognised_by_its_shape(tmp_p
         "d_sae": 8,
         "model_name": "gpt2-small",
         "hook_point": "blocks.8.hook_resid_pre",
-        "activation_fn_str": "relu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "prepend_bos": True,
+        "hook_point_layer": 8,
+        "hook_point_head_index": None,
+        "dataset_path": "Skylion007/openwebtext",
+        "context_size": 128,
+        "total_training_tokens": 300_000_000,
+        "feature_sampling_method": None,
+        "expansion_factor": 32,
+        "l1_coefficient": 8e-5,
+        "lr_scheduler_name": "constantwithwarmup",
+        "use_ghost_grads": True,
+        "run_name": "24576-L1-8e-05-LR-0.0004",
     }
     (path / "cfg.json").write_text(json.dumps(old))
     sae = registry.read(path)

@@ -31,10 +31,11 @@ _HANDLED = settings.names("""
     use_decoder_bias use_glu_encoder
 """)
 _HARMLESS = settings.names("""
-    ddp_size decoder_bias_init_method decoder_exactly_fixed_norm device dtype expansion_factor
-    ghost_grads_per_feature init_decoder_norm init_encoder_norm init_encoder_with_decoder_transpose l1_coefficient
-    l1_coefficient_warmup_steps lp remove_gradient_parallel_to_decoder_directions run_name
-    sae_pretrained_name_or_path seed strict_loading tp_size use_batch_norm_mse use_ghost_grads
+    bias_init_method ddp_size decoder_bias_init_method decoder_exactly_fixed_norm decoder_exactly_unit_norm device
+    dtype expansion_factor ghost_grads_per_feature init_decoder_norm init_encoder_norm
+    init_encoder_with_decoder_transpose k_warmup_steps l1_coefficient l1_coefficient_warmup_steps lp
+    remove_gradient_parallel_to_decoder_directions run_name sae_pretrained_name_or_path seed strict_loading tp_size
+    use_batch_norm_mse use_ghost_grads
 """)
 
 

@@ -35,8 +35,11 @@ _HANDLED = settings.names("""
     model_name norm_activation sae_type sparsity_include_decoder_norm top_k use_decoder_bias use_glu_encoder
 """)
 _HARMLESS = settings.names("""
-    device dtype expansion_factor jumprelu_threshold_grad_scale jumprelu_threshold_window
-    sae_pretrained_name_or_path sparsity_threshold_for_triton_spmm_kernel strict_loading use_triton_kernel version
+    bias_init_method ddp_size decoder_bias_init_method decoder_exactly_fixed_norm decoder_exactly_unit_norm device
+    dtype expansion_factor init_decoder_norm init_encoder_norm init_encoder_with_decoder_transpose
+    jump_relu_threshold jumprelu_threshold_grad_scale jumprelu_threshold_window k_warmup_steps l1_coefficient
+    l1_coefficient_warmup_steps lp sae_pretrained_name_or_path seed sparsity_threshold_for_triton_spmm_kernel
+    strict_loading tp_size use_batch_norm_mse use_ghost_grads use_triton_kernel version
 """)
 
 
