@@ -101,6 +101,9 @@ _ATTRIBUTES: dict[str, Callable[[Any], bool]] = {
     "dtype": lambda v: isinstance(v, dict) and all(isinstance(d, str) for d in v.values()),
     "n_shards": lambda v: isinstance(v, dict) and set(v) == set(SPLITS) and all(_count(n, 0) for n in v.values()),
     "provenance": lambda v: isinstance(v, dict),
+    "text_lanes": lambda v: (  # recorded only where a split has another number than 64
+        v is None or (isinstance(v, dict) and set(v) == set(SPLITS) and all(_count(n, 1) for n in v.values()))
+    ),
 }
 
 

@@ -80,6 +80,8 @@ class ActivationReader:
         self.dtype: dict[str, str] = attributes["dtype"]
         self.n_shards: dict[str, int] = attributes["n_shards"]
         self.provenance: dict[str, Any] = attributes["provenance"]
+        self.ring_shards_per_lane: int | None = attributes.get("ring_shards_per_lane")
+        self.text_lanes: dict[str, int] = attributes.get("text_lanes", dict.fromkeys(SPLITS, LANES))
         self._arrays: dict[str, ShardedArray] = {}
 
     @property
@@ -96,6 +98,14 @@ class ActivationReader:
     def rows_per_shard(self) -> int:
         """Rows of a full shard, kept or not."""
         return self.contexts_per_shard * self.seq_len
+
+    def asked_rows(self, split: str) -> int:
+        """Rows of a split in a store whose every shard is full; of a ring, those that it keeps at once."""
+        self._check_split(split)
+        shards = self.n_shards[split]
+        if split == TRAIN and self.ring_shards_per_lane is not None:
+            shards = min(shards, self.ring_shards_per_lane * LANES)
+        return shards * self.rows_per_shard
 
     @property
     def shard_bytes(self) -> int:

@@ -50,7 +50,6 @@ class ActivationStore(ActivationReader):
 
     def __init__(self, place: Place, attributes: dict[str, Any]) -> None:
         super().__init__(place, attributes)
-        self.ring_shards_per_lane: int | None = attributes.get("ring_shards_per_lane")
         self._held: dict[int, Check] = {}
 
     @classmethod
@@ -65,11 +64,13 @@ class ActivationStore(ActivationReader):
         dtype: str | Mapping[str, str],
         provenance: dict[str, Any],
         ring_shards_per_lane: int | None = None,
+        text_lanes: Mapping[str, int] | None = None,
     ) -> ActivationStore:
         """Creates an empty store, or opens an existing one with the same settings.
 
         `hook_points` is {name: d_in}, `n_shards` {"heldout": n, "train": n}, `dtype` one of float16, bfloat16, float32,
         or one for each hook point. A ring keeps only the newest `ring_shards_per_lane` training shards of each lane.
+        `text_lanes` is how many lanes the text of each split was dealt to, 64 unless given.
         Raises: StoreError naming every setting that differs from those of an existing store, which is not changed.
         """
         place = open_place(path)
@@ -86,6 +87,8 @@ class ActivationStore(ActivationReader):
         }
         if ring_shards_per_lane is not None:
             settings["ring_shards_per_lane"] = ring_shards_per_lane
+        if text_lanes is not None and set(text_lanes.values()) != {LANES}:  # version 0.1 knew no other number
+            settings["text_lanes"] = dict(text_lanes)
         wanted = check_settings(settings)
         if place.is_vacant():
             place.create(metadata_files(wanted), [f"markers/{split}" for split in SPLITS])
@@ -207,11 +210,8 @@ class ActivationStore(ActivationReader):
                     f"the disk of {self.path} is full ({error.strerror}). Every shard written before is complete and "
                     "can be used as it is; make room and repeat the command to continue"
                 ) from error
-            if self.ring_shards_per_lane is not None and split == TRAIN:
-                reach = self.ring_shards_per_lane * LANES
-                self._drop(shard - reach)
-                if self.place.size(marker_key(TRAIN, shard + reach)) is not None:
-                    self._drop(shard)  # already outside the ring: it was written again for its marker only
+            if self.ring_shards_per_lane is not None and split == TRAIN and marker.contexts:
+                self._make_room_for(shard, self.ring_shards_per_lane * LANES)
         return marker
 
     def _write_files(self, number: int, given: ShardInput) -> dict[str, dict[str, int]]:
@@ -277,14 +277,23 @@ class ActivationStore(ActivationReader):
         self.place.write(key, json_bytes(emptied.to_json(), self.place.where(key)), replace=True)
         self._delete_files(TRAIN, shard)
 
+    def _make_room_for(self, shard: int, reach: int) -> None:
+        """Empties the shard that leaves the ring when one with rows is written. At the end of the text none leaves."""
+        older = self._usable_marker(TRAIN, shard - reach) if shard >= reach else None
+        if self.place.size(marker_key(TRAIN, shard + reach)) is not None or (older and not older.contexts):
+            self._drop_expired({self.lane_of(shard)})  # it was written again, out of order
+        else:
+            self._drop(shard - reach)
+
     def _drop_expired(self, lanes: set[int]) -> None:
         """Empties shards that have left the ring and whose writer was killed before it could do so."""
         if self.ring_shards_per_lane is None:
             return
         newest: dict[int, int] = {}
         markers = self.markers(TRAIN)  # ascending
-        for shard in markers:
-            newest[self.lane_of(shard)] = shard
+        for shard, marker in markers.items():
+            if marker.contexts:  # one without text drives no other out
+                newest[self.lane_of(shard)] = shard
         for shard, marker in markers.items():
             lane = self.lane_of(shard)
             if lane in lanes and marker.contexts and shard <= newest[lane] - self.ring_shards_per_lane * LANES:
@@ -341,6 +350,7 @@ class ActivationStore(ActivationReader):
                     "repeat the harvest to continue"
                 )
         content = {
+            "asked_rows": {s: self.asked_rows(s) for s in SPLITS},
             "rows": {s: sum(m.rows for m in markers[s].values()) for s in SPLITS},
             "kept_rows": {s: sum(m.kept_rows for m in markers[s].values()) for s in SPLITS},
             "sha256": self._markers_sha256(markers),

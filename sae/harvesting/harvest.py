@@ -13,13 +13,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from sae.harvesting.lanes import Lane, ShardText, open_lanes
+from sae.harvesting.lanes import EmptySplit, Lane, ShardText, open_lanes
 from sae.jobs.memory import resident_bytes
 from sae.jobs.progress import Interrupted, interruptible, progress
 from sae.lm import LanguageModel
 from sae.text.documents import Document, record_of
 from sae.text.packing import FORWARD_TOKENS, packed, text_tokens, tokenised
 from sae.text.sources import TextSource
+from sae.text.splits import DIVIDED, SplitRule
 from store.common import LANES, SPLITS, DocumentRecord
 
 SHARDS_IN_HAND = 4  # in memory at once: one being computed, one waiting, one being written, and its encoded form
@@ -33,6 +34,7 @@ class ShardSink(Protocol):
     dtype: dict[str, str]
     contexts_per_shard: int
     n_shards: dict[str, int]
+    text_lanes: dict[str, int]
 
     @property
     def path(self) -> Path | str: ...
@@ -67,6 +69,7 @@ def harvest(
     source: TextSource,
     sink: ShardSink,
     *,
+    rule: SplitRule = DIVIDED,
     lanes: Iterable[int] = range(LANES),
     only: Mapping[str, Container[int]] | None = None,
     max_ram_bytes: int | None = None,
@@ -74,15 +77,15 @@ def harvest(
 ) -> bool:
     """Writes every shard of these lanes (and of `only`) that the sink lacks; its bytes depend on the text alone.
 
-    With `context_bos` every context begins with the model's BOS token.
+    With `context_bos` every context begins with the model's BOS token; `rule` divides the text between the splits.
     True once no shard of any lane is missing; then the store is finished.
     Raises, after the shards in hand are committed: Interrupted on Ctrl-C or SIGTERM; OutOfMemoryBudget when the process
-    holds more than `max_ram_bytes`.
+    holds more than `max_ram_bytes`; EmptySplit, in place of finishing, when a split has no kept row.
     """
     numbers = set(lanes)
     markers = {split: sink.markers(split) for split in SPLITS}
     shard_tokens = sink.contexts_per_shard * text_tokens(sink.seq_len, context_bos)
-    ours = open_lanes(sink.n_shards, shard_tokens, markers, sorted(numbers), only)
+    ours = open_lanes(sink.n_shards, shard_tokens, markers, numbers, only, sink.text_lanes)
     missing = sum(len(lane.missing) for lane in ours.values())
     done = sum(shard % LANES in numbers for split in SPLITS for shard in markers[split])
     with (
@@ -90,7 +93,7 @@ def harvest(
         progress("harvest", (missing + done) * shard_tokens, "tok", initial=done * shard_tokens) as bar,
         _writing(sink, bar.update) as write,
     ):
-        for split, text in _shards_of_text(model, source, ours):
+        for split, text in _shards_of_text(model, source, rule, ours, sink.text_lanes):
             _run_model(model, sink, split, text, write, context_bos)
             if interrupt.requested:
                 raise Interrupted(
@@ -99,27 +102,33 @@ def harvest(
             _check_memory(max_ram_bytes, sink)
     if any(len(sink.markers(split)) < sink.n_shards[split] for split in SPLITS):
         return False
+    if only is None:  # a repair finishes what there was
+        _refuse_empty(sink)
     sink.finish()
     return True
 
 
 def _shards_of_text(
-    model: LanguageModel, source: TextSource, lanes: dict[tuple[str, int], Lane]
+    model: LanguageModel,
+    source: TextSource,
+    rule: SplitRule,
+    lanes: Mapping[tuple[str, int], Lane],
+    text_lanes: Mapping[str, int],
 ) -> Iterator[tuple[str, ShardText]]:
     """Reads the documents in order, tokenises those that a lane still needs, and yields each missing shard's text."""
 
-    def wanted() -> Iterator[tuple[int, Document]]:
+    def wanted() -> Iterator[tuple[tuple[Lane, int, Document], list[str]]]:
         for number, document in enumerate(source.documents()):
-            lane = lanes.get((document.split, number % LANES))
-            if lane is not None and not lane.full and number >= lane.cursor.document:
-                yield number, document
+            for split, texts in rule.texts(document).items():
+                lane = lanes[split, number % text_lanes[split]]
+                if not lane.full and number >= lane.cursor.document:
+                    yield (lane, number, document), texts
             if all(lane.full for lane in lanes.values()):
                 return
 
     if all(lane.full for lane in lanes.values()):
         return
-    for number, document, ids in tokenised(model, wanted()):
-        lane = lanes[document.split, number % LANES]
+    for (lane, number, document), ids in tokenised(model, wanted()):
         if not lane.full:
             lane.feed(number, ids, record_of(document))
             for text in lane.shards():
@@ -127,6 +136,16 @@ def _shards_of_text(
     for lane in lanes.values():
         for text in lane.shards(text_ended=True):
             yield lane.split, text
+
+
+def _refuse_empty(sink: ShardSink) -> None:
+    """Raises: EmptySplit when all shards of a split are written, and no row of it is kept."""
+    for split in SPLITS:
+        if not any(marker.kept_rows for marker in sink.markers(split).values()):
+            raise EmptySplit(
+                f"harvest: not one row of the {split} split is kept. {sink.path} is not complete and cannot be used: "
+                f"delete it, and harvest again with more text or more tokens."
+            )
 
 
 @contextmanager

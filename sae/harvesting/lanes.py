@@ -1,12 +1,13 @@
 """How text is distributed: document i goes to lane i mod 64, and a lane packs its documents into its own shards.
 
-So a shard's bytes depend on the text alone: not on the number of workers, nor on where an earlier run was killed.
+So a shard's bytes depend on the text alone: not on the number of workers, nor on where an earlier run was killed. The
+text of few documents goes to fewer lanes (`sae.harvesting.text_lanes`): to 32, 16, … or to a single one.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -16,6 +17,11 @@ import numpy as np
 from store.common import HELD_OUT, LANES, SPLITS, TRAIN, DocumentRecord
 
 SHARD_TOKENS = 8192  # larger shards mix worse where memory is short, smaller ones cost files; bench_store.py compares
+ALL_TEXT_LANES = dict.fromkeys(SPLITS, LANES)
+
+
+class EmptySplit(ValueError):
+    """The text has nothing to train on, or nothing to hold out."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ class ShardText:
 
 @dataclass
 class Lane:
-    """One lane of one split. `feed` it documents in order; `shards` packs them end to end into its missing shards."""
+    """One lane of text of a split. `feed` it documents in order; `shards` packs them end to end into missing shards."""
 
     split: str
     shard_tokens: int
@@ -173,25 +179,28 @@ def open_lanes(
     n_shards: Mapping[str, int],
     shard_tokens: int,
     markers: Mapping[str, Mapping[int, Any]],
-    numbers: Iterable[int],
+    numbers: Container[int],
     only: Mapping[str, Container[int]] | None = None,
+    text_lanes: Mapping[str, int] = ALL_TEXT_LANES,
 ) -> dict[tuple[str, int], Lane]:
-    """These lanes of both splits, each starting after its unbroken run of committed shards.
+    """The lanes of text of both splits, each starting after its unbroken run of committed shards.
 
-    With `only`, no other shards count as missing.
+    Lane of text i has the shards i, i + `text_lanes`, …; missing are those that the worker's lanes `numbers` have to
+    write. With `only`, no other shards count as missing.
     """
     lanes = {}
     for split in SPLITS:
         there = markers[split]
-        for number in numbers:
-            shards = range(number, n_shards[split], LANES)
+        for number in range(text_lanes[split]):
+            shards = range(number, n_shards[split], text_lanes[split])
             committed = list(takewhile(there.__contains__, shards))
             found = there[committed[-1]].cursor if committed else {"document": 0, "token": 0}
+            ours = (s for s in shards if s % LANES in numbers and s not in there)
             lanes[split, number] = Lane(
                 split,
                 shard_tokens,
                 deque(shards[len(committed) :]),
-                {s for s in shards if s not in there and (only is None or s in only[split])},
+                {s for s in ours if only is None or s in only[split]},
                 Cursor(found["document"], found["token"]),
             )
     return lanes

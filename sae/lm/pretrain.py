@@ -25,11 +25,12 @@ from sae.jobs.directory import claim, cut_log
 from sae.jobs.progress import Interrupted, interruptible, progress
 from sae.lm.held_out import held_out_contexts, held_out_loss, neuron_figures
 from sae.lm.transformer import Transformer, TransformerConfig
-from sae.text.documents import Document
 from sae.text.sources import TextSource
+from sae.text.splits import DIVIDED, WHOLE, SplitRule, rule_named
 from sae.text.tokenizer import BOS, load_tokenizer, train_tokenizer
 from store.common import HELD_OUT, TRAIN, atomic_write, write_json
 
+SETTINGS = "pretrain.json"  # the settings of the run that a directory holds
 LOSS_CONTEXTS, NEURON_CONTEXTS = 256, 64  # held-out contexts that the log measures
 SMALLEST = torch.finfo(torch.float32).tiny  # a probability below it counts as this: a loss of 87 nats
 
@@ -168,12 +169,24 @@ def pretrain(source: TextSource, out: Path, *, shape: TransformerConfig, config:
 
     Raises: ValueError for too little text, or if `out` holds a run with other settings; Interrupted on Ctrl-C.
     """
-    settings = {"shape": shape.to_dict(), "train": asdict(config), "text_sha256": source.fingerprint}
-    version_0_1 = {"train": {"block_lr_share": 1.0, "keep_at": ()}}
+    rule = _split_rule(out)
+    settings = {
+        "shape": shape.to_dict(),
+        "train": asdict(config),
+        "text_sha256": source.fingerprint,
+        "held_out": rule.held_out,
+    }
+    version_0_1 = {"train": {"block_lr_share": 1.0, "keep_at": ()}, "held_out": WHOLE.held_out}
     if shape.d_vocab > 1 << 16:
         raise ValueError(f"pretrain: d_vocab = {shape.d_vocab:,}; tokens are stored in 16 bits, so at most 65,536.")
-    claim(out, "pretrain.json", settings, absent=version_0_1)
-    tokens = {split: _token_file(source, out, split, shape, config) for split in (TRAIN, HELD_OUT)}
+    claim(out, SETTINGS, settings, absent=version_0_1)
+    tokens = {split: _token_file(source, out, split, shape, config, rule) for split in (TRAIN, HELD_OUT)}
+    if len(tokens[HELD_OUT]) <= shape.n_ctx and not (out / "state.safetensors").exists():
+        raise ValueError(
+            f"pretrain: the text has {len(tokens[HELD_OUT]):,} held-out tokens, too few for one context of "
+            f"{shape.n_ctx} tokens to measure the loss on. Give more text, or join short documents into one file: "
+            f"short documents are held out whole, one in twenty, and longer ones are divided. Delete {out} first."
+        )
     model = Transformer(shape, seed=config.seed)
     stream = TokenStream(tokens[TRAIN], shape.n_ctx, config.batch_contexts, config.seed)
     _train(model, stream, tokens[HELD_OUT], out, config)
@@ -204,21 +217,21 @@ def _keep(model: Transformer, out: Path, tokens: int) -> None:
 
 
 def _token_file(
-    source: TextSource, out: Path, split: str, shape: TransformerConfig, config: PretrainConfig
+    source: TextSource, out: Path, split: str, shape: TransformerConfig, config: PretrainConfig, rule: SplitRule
 ) -> np.ndarray:
     """The split as one array `[BOS] doc [BOS] doc …`, tokenised once and stored in the run's directory."""
     path = out / f"tokens-{split}.npy"
     if not path.exists():
         tokenizer_path = out / "tokenizer.json"
         if not tokenizer_path.exists():
-            texts = _texts_up_to(source.documents(), config.tokenizer_characters)
+            first = _texts_up_to(_texts(source, TRAIN, rule), config.tokenizer_characters)
             with atomic_write(tokenizer_path) as partial:
-                train_tokenizer(texts, shape.d_vocab).save(str(partial))
+                train_tokenizer(first, shape.d_vocab).save(str(partial))
         tokenizer = load_tokenizer(tokenizer_path)
         bos = np.array([tokenizer.token_to_id(BOS)], dtype=np.uint16)
         parts: list[np.ndarray] = []
-        documents = (d.text for d in source.documents() if d.split == split)
-        while batch := list(islice(documents, 256)):
+        texts = _texts(source, split, rule)
+        while batch := list(islice(texts, 256)):
             for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
                 parts += [bos, np.array(encoding.ids, dtype=np.uint16)]
         with atomic_write(path) as partial, partial.open("wb") as file:
@@ -227,12 +240,25 @@ def _token_file(
     return tokens
 
 
-def _texts_up_to(documents: Iterator[Document], characters: int) -> Iterator[str]:
-    for document in documents:
-        if document.split != TRAIN:
-            continue
-        yield document.text
-        characters -= len(document.text)
+def _split_rule(out: Path) -> SplitRule:
+    """The rule that a run was started with, so that it continues with the same text; for a new run, today's."""
+    if not (out / SETTINGS).exists():
+        return DIVIDED
+    try:
+        return rule_named(json.loads((out / SETTINGS).read_text()).get("held_out", WHOLE.held_out))
+    except (json.JSONDecodeError, AttributeError):  # damaged: refused when it is claimed
+        return DIVIDED
+
+
+def _texts(source: TextSource, split: str, rule: SplitRule) -> Iterator[str]:
+    for document in source.documents():
+        yield from rule.texts(document).get(split, ())
+
+
+def _texts_up_to(texts: Iterator[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        characters -= len(text)
         if characters < 0:
             return
 

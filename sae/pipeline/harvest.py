@@ -11,11 +11,14 @@ from typing import Any
 
 from sae.harvesting import harvest as harvesting
 from sae.harvesting.lanes import Plan, default_heldout_tokens, lanes_of, plan
+from sae.harvesting.text_lanes import survey
 from sae.jobs.memory import resident_bytes
 from sae.lm import LanguageModel, load_model
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.resolve import model_device
+from sae.pipeline.stores import harvested
 from sae.text.sources import TextSource, combine, open_text
+from sae.text.splits import DIVIDED, SplitRule, rule_named
 from store.activations import ActivationStore, is_url
 from store.common import (
     BOS_BEFORE_CONTEXTS,
@@ -100,15 +103,17 @@ def harvest(
     Worker `rank` of `world` fills its share of the 64 lanes; together they write the same bytes as one worker alone.
     `max_disk_bytes`, and `max_ram_bytes` of this process, end the harvest early, with everything written ready for use;
     `keep_rows` keeps only the newest training rows. A model given by name runs on `device`. `report` is called with
-    lines of text: the forecast, and at the end the L0 of what is stored.
+    lines of text: the forecast, and at the end the rows asked for and found, and the L0 of what is stored.
     Repeat the call to continue after an interruption: committed shards stay, and the result is the same byte for byte.
     Raises: PipelineError when disk or memory is too small at the start; OutOfMemoryBudget and DiskFull later on;
-    StoreError when `out` is another store, or another process writes one of these lanes; TextError for bad text.
+    StoreError when `out` is another store, or another process writes one of these lanes; TextError for bad text;
+    EmptySplit when the text has nothing to train on or nothing to hold out, before anything is written.
     """
     lm = load_model(model, device=model_device(device)) if isinstance(model, str) else model
     source = source_of(text)
     out = out if is_url(out) else Path(out)
-    context_bos = begins_with_bos(lm, _bos_recorded(out) if context_bos is None else context_bos)
+    begun = _begun(out)
+    context_bos = begins_with_bos(lm, _bos_recorded(begun) if context_bos is None else context_bos)
     seq_len = context_length(lm, seq_len, context_bos)
     lanes = lanes_of(rank, world)
     widths = {hook_point: lm.hook_width(hook_point) for hook_point in hook_points}
@@ -125,6 +130,8 @@ def harvest(
             f"harvest needs {forecast.ram_bytes / 1e6:,.0f} MB of memory for the model and the rows not yet written, "
             f"more than the {max_ram_bytes / 1e6:,.0f} MB allowed. Raise --max-ram, or name fewer hook points at once."
         )
+    rule = split_rule_of(begun) if begun else DIVIDED
+    text_lanes = begun.text_lanes if begun else survey(lm, source, rule, planned).text_lanes(planned)
     store = ActivationStore.create(
         out,
         hook_points=widths,
@@ -132,14 +139,24 @@ def harvest(
         contexts_per_shard=planned.contexts_per_shard,
         n_shards=planned.n_shards,
         dtype=dtypes,
-        provenance=_as_recorded(out, provenance_of(lm, source, context_bos)),
+        provenance=_as_recorded(begun, provenance_of(lm, source, context_bos, rule)),
         ring_shards_per_lane=planned.ring_shards_per_lane,
+        text_lanes=text_lanes,
     )
     if not store.is_complete:
         with store.hold(lanes, take_over=take_over):
             harvesting.harvest(
-                lm, source, store, lanes=lanes, only=only, max_ram_bytes=max_ram_bytes, context_bos=context_bos
+                lm,
+                source,
+                store,
+                rule=rule,
+                lanes=lanes,
+                only=only,
+                max_ram_bytes=max_ram_bytes,
+                context_bos=context_bos,
             )
+    if store.is_complete:
+        report(harvested(store))
     if world == 1 or store.is_complete:
         for line in sparsity_of(store):
             report(line)
@@ -228,7 +245,7 @@ def source_of(text: Text, *, text_column: str | None = None) -> TextSource:
     return combine([open_text(spec, column=text_column) for spec in specs])
 
 
-def provenance_of(lm: LanguageModel, source: TextSource, context_bos: bool) -> dict[str, Any]:
+def provenance_of(lm: LanguageModel, source: TextSource, context_bos: bool, rule: SplitRule) -> dict[str, Any]:
     """What determines a store's rows: model, tokenizer and text, each with its hash."""
     return {
         "model": lm.identity(),
@@ -239,22 +256,29 @@ def provenance_of(lm: LanguageModel, source: TextSource, context_bos: bool) -> d
         **({} if source.column is None else {"text_column": source.column}),
         "bos": BOS_BEFORE_CONTEXTS if context_bos else BOS_BEFORE_DOCUMENTS,
         "weight_processing": "none",
-        "held_out": "documents with blake2b(text) mod 20 == 0",
+        "held_out": rule.held_out,
     }
 
 
-def _bos_recorded(out: str | Path) -> bool | None:
-    """Whether the contexts of the store at `out` begin with BOS; None without a store."""
+def split_rule_of(store: ActivationStore) -> SplitRule:
+    """The rule by which a store's text was divided. Raises: ValueError for one that this version does not know."""
+    return rule_named(store.provenance.get("held_out"))
+
+
+def _begun(out: str | Path) -> ActivationStore | None:
+    """The store that is at `out` already; None if there is none, or a damaged one, which is reported later."""
     try:
-        return contexts_begin_with_bos(ActivationStore.open(out).provenance)
-    except StoreError:  # not made yet, or damaged, which is reported later
+        return ActivationStore.open(out)
+    except StoreError:
         return None
 
 
-def _as_recorded(out: str | Path, provenance: dict[str, Any]) -> dict[str, Any]:
-    """The provenance, with the model named as in the store at `out`, if that is the same model by another name."""
-    try:
-        there = ActivationStore.open(out).provenance.get("model", {})
-    except StoreError:  # not made yet, or damaged, which is reported later
-        return provenance
+def _bos_recorded(begun: ActivationStore | None) -> bool | None:
+    """Whether the contexts of the store begun begin with BOS; None without a store."""
+    return contexts_begin_with_bos(begun.provenance) if begun else None
+
+
+def _as_recorded(begun: ActivationStore | None, provenance: dict[str, Any]) -> dict[str, Any]:
+    """The provenance, with the model named as in the store begun, if that is the same model by another name."""
+    there = begun.provenance.get("model", {}) if begun else {}
     return provenance | {"model": there} if same_model(there, provenance["model"]) else provenance

@@ -18,6 +18,7 @@ import numpy as np
 
 from sae import __version__
 from sae.pipeline.errors import PipelineError
+from sae.pipeline.stores import harvested
 from store.activations import ActivationStore, is_url
 from store.common import HELD_OUT, TRAIN
 from store.features import FeatureIndex
@@ -113,6 +114,7 @@ def _describe_store(store: ActivationStore) -> dict[str, Any]:
             "shards_with_rows": len(filled),
             "contexts": sum(marker.contexts for marker in filled.values()),
             "rows": sum(marker.rows for marker in filled.values()),
+            "asked_rows": store.asked_rows(split),
             "kept_rows": kept_rows,
             "documents": len({number for marker in filled.values() for number in marker.documents}),
             "hook_points": {hook: _moments(store, split, hook) for hook in store.hook_points} if kept_rows else {},
@@ -122,6 +124,7 @@ def _describe_store(store: ActivationStore) -> dict[str, Any]:
         "path": str(store.path),
         "format": store.attributes["format"],
         "complete": store.is_complete,
+        "harvested": harvested(store),
         "hook_points": {hook: {"d_in": d, "dtype": store.dtype[hook]} for hook, d in store.hook_points.items()},
         "seq_len": store.seq_len,
         "contexts_per_shard": store.contexts_per_shard,

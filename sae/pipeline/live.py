@@ -10,6 +10,7 @@ from typing import Any
 from sae.lm import LanguageModel, load_model
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.harvest import DEFAULT_HOOK_POINT, Text, begins_with_bos, context_length, provenance_of, source_of
+from sae.text.splits import DIVIDED, rule_named
 from sae.training.config import TrainConfig
 from sae.training.live_rows import Contexts, LiveRows
 from sae.training.loop import SETTINGS
@@ -38,18 +39,21 @@ def live_rows(
 ) -> tuple[LiveRows, dict[str, Any]]:
     """The rows that a recipe trains on, and the record of where they come from, for config.json.
 
-    A run that `out` holds keeps the rule by which its contexts begin.
+    A run that `out` holds keeps the rules by which its text is divided and its contexts begin.
     """
     lm = load_model(live.model, device=device) if isinstance(live.model, str) else live.model
     source, hook = source_of(live.text), hook_point or DEFAULT_HOOK_POINT
-    context_bos = begins_with_bos(lm, _bos_recorded(out) if live.context_bos is None else live.context_bos)
+    begun = _recorded(out)
+    rule = rule_named(begun["held_out"]) if "held_out" in begun else DIVIDED
+    bos_recorded = contexts_begin_with_bos(begun) if begun else None
+    context_bos = begins_with_bos(lm, bos_recorded if live.context_bos is None else live.context_bos)
     seq_len = context_length(lm, live.seq_len, context_bos)
     needs = recipe_named(config.recipe).needs
     check_target(config.recipe, target_hook_point)
     hooks = {"x": hook} | ({"y": target_hook_point} if target_hook_point else {})
     hooks |= {"resid": resid_mid_of(hook)} if needs == "resid" else {}
     rows = LiveRows(
-        Contexts(lm, source, seq_len, context_bos),
+        Contexts(lm, source, seq_len, context_bos, rule),
         hooks,
         batch_tokens=config.batch_tokens,
         seed=config.seed,
@@ -58,7 +62,7 @@ def live_rows(
         dtype=live.dtype,
         downstream=lm.downstream(hook) if needs == "resid" else None,
     )
-    made_of = provenance_of(lm, source, context_bos)
+    made_of = provenance_of(lm, source, context_bos, rule)
     return rows, {
         "hook_point": hook,
         **({"target_hook_point": target_hook_point} if target_hook_point else {}),
@@ -67,12 +71,13 @@ def live_rows(
     }
 
 
-def _bos_recorded(out: Path) -> bool | None:
-    """Whether the contexts of the live run in `out` begin with BOS; None if it holds none."""
+def _recorded(out: Path) -> dict[str, Any]:
+    """What the live run in `out` records of its text; empty if it holds none."""
     try:
-        return contexts_begin_with_bos(json.loads((out / SETTINGS).read_text())["rows"]["live"])
+        found = json.loads((out / SETTINGS).read_text())["rows"]["live"]
     except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged, which is reported later
-        return None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def check_target(recipe: str, target_hook_point: str | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from sae.harvesting import harvest as harvesting
 from sae.lm import LanguageModel, load_model
 from sae.pipeline.errors import PipelineError
-from sae.pipeline.harvest import Text, provenance_of, source_of
+from sae.pipeline.harvest import Text, provenance_of, source_of, split_rule_of
 from sae.pipeline.resolve import model_device
 from sae.text.sources import TextSource
 from store.activation_input import differences
@@ -46,7 +46,7 @@ def repair(
             for problem in problems:
                 store.clear(problem)
             context_bos = contexts_begin_with_bos(store.provenance)
-            harvesting.harvest(lm, source, store, only=bad, context_bos=context_bos)
+            harvesting.harvest(lm, source, store, rule=split_rule_of(store), only=bad, context_bos=context_bos)
         left = [problem.text for problem in store.verify()] + [
             f"{store.path}: {split} shard {shard} is whole again, but with other bytes than before: its activations "
             "differ in the last digits (harvested on another machine, or with another number of threads?)"
@@ -71,7 +71,7 @@ def _as_harvested(
     chosen = model or store.provenance["model"]["id"]
     lm = chosen if isinstance(chosen, LanguageModel) else load_model(chosen, device=model_device(device))
     source = source_of(text or store.provenance["text_specs"], text_column=store.provenance.get("text_column"))
-    ours = provenance_of(lm, source, contexts_begin_with_bos(store.provenance))
+    ours = provenance_of(lm, source, contexts_begin_with_bos(store.provenance), split_rule_of(store))
     decisive = ("tokenizer_sha256", "text_sha256", "bos", "weight_processing", "held_out")
     named = store.provenance["model"]
     there = {"model_sha256": named["sha256"], **{k: store.provenance.get(k) for k in decisive}}

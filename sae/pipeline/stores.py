@@ -6,16 +6,55 @@ The functions of `sae verify`, `sae clean` and `sae store`. They load without to
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 
 from sae.pipeline.errors import PipelineError
 from store.activations import ActivationStore
-from store.common import StoreError
+from store.common import HELD_OUT, LANES, TRAIN, StoreError
 from store.derive import export_numpy, merge, subset
 
-__all__ = ["clean", "export_numpy", "merge_stores", "subset_store"]
+__all__ = ["clean", "export_numpy", "harvested", "merge_stores", "subset_store"]
 
 merge_stores, subset_store = merge, subset
+FEW_ROWS = 1 / 2  # of those a store was to have: with fewer, training warns
+
+
+def harvested(store: ActivationStore) -> str:
+    """How many rows a store was to have and has, of each split, and why there are fewer, in one sentence each."""
+    sentences = []
+    for split, named in ((TRAIN, "for training"), (HELD_OUT, "held out")):
+        markers, asked = store.markers(split), store.asked_rows(split)
+        kept = sum(marker.kept_rows for marker in markers.values())
+        documents = len({number for marker in markers.values() for number in marker.documents})
+        said = f"{named}: asked for {asked:,} rows, got {kept:,} from {documents:,} documents"
+        if kept < asked and text_ended(store, split):
+            said += "; the text has no more"
+        elif kept < asked and len(markers) == store.n_shards[split]:
+            said += f"; the other {asked - kept:,} are BOS, which is not kept"
+        sentences.append(said)
+    return ". ".join(sentences)
+
+
+def text_ended(store: ActivationStore, split: str) -> bool:
+    """Whether the text ended before a lane of a split was full: then the last shard of the lane is not full."""
+    markers, last = store.markers(split), range(store.n_shards[split])[-LANES:]
+    return any(shard in markers and markers[shard].contexts < store.contexts_per_shard for shard in last)
+
+
+def warn_of_few_rows(store: ActivationStore) -> None:
+    """Warns that a finished store has far fewer rows than were asked for, or none held out."""
+    if not store.is_complete:
+        return
+    kept = {split: sum(marker.kept_rows for marker in store.markers(split).values()) for split in (TRAIN, HELD_OUT)}
+    if kept[TRAIN] < FEW_ROWS * store.asked_rows(TRAIN):
+        warnings.warn(f"{store.path} has few rows. {harvested(store)}. Give a longer text for more.", stacklevel=3)
+    elif not kept[HELD_OUT]:
+        warnings.warn(
+            f"{store.path} has no held-out rows, so `sae eval` will have nothing to measure on. Harvest into a new "
+            "store: long documents are now divided between the splits.",
+            stacklevel=3,
+        )
 
 
 def clean(path: str | Path, *, acts: bool = False, dry_run: bool = False) -> dict[str, int]:

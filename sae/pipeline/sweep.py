@@ -15,6 +15,7 @@ from sae.evaluation.evaluate import Ablated
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.evaluate import evaluate
 from sae.pipeline.rows import hook_point_of, provenance_of, rows_for
+from sae.pipeline.stores import warn_of_few_rows
 from sae.training import loop
 from sae.training.config import TrainConfig
 from sae.training.recipes import recipe_named, resolve
@@ -80,6 +81,7 @@ def sweep(
     out = Path(out)
     acts = ActivationStore.open(store)
     hook = hook_point_of(acts, hook_point)
+    warn_of_few_rows(acts)
     settings = {"tokens": tokens or 4 * acts.totals(TRAIN, hook).kept_rows, **(config or {})}
     points = grid(recipes, d_sae, l0, seeds, **settings)
     missing = [point for point in points if not _done(out / point.name)]

@@ -13,6 +13,7 @@ from sae.kernels import device_named
 from sae.lm.units import active_units
 from sae.pipeline.live import Live, live_rows
 from sae.pipeline.rows import SHUFFLE_BYTES, hook_point_of, provenance_of, rows_for
+from sae.pipeline.stores import warn_of_few_rows
 from sae.training import loop, recipes
 from sae.training.config import TrainConfig
 from sae.training.rows import Rows
@@ -65,6 +66,7 @@ def train(
     store = ActivationStore.open(rows)
     hook = hook_point_of(store, hook_point)
     kept_rows = store.totals(TRAIN, hook).kept_rows
+    warn_of_few_rows(store)
     _, resolved = recipes.resolve(recipe, tokens=tokens or 4 * kept_rows, **overrides)
     source = rows_for(store, hook, resolved, target_hook_point, max_ram_bytes)
     provenance = provenance_of(store, hook, out, target_hook_point, max_ram_bytes)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
+from jaxtyping import Int
 from tokenizers import Tokenizer
 
-from sae.text.documents import Document
 from sae.text.tokenizer import pieces_of
 
 TOKENISE_DOCUMENTS = 256
 TOKENISE_CHARACTERS = 1 << 22
 PIECE_CHARACTERS = 1 << 18
 FORWARD_TOKENS = 8192  # per forward pass: bounds memory; part of a shard's bytes, so it must not change
+
+Key = TypeVar("Key")
 
 
 class Tokenising(Protocol):
@@ -66,27 +68,31 @@ def _places(n: int, width: int) -> np.ndarray:
 
 
 def tokenised(
-    model: Tokenising, documents: Iterable[tuple[int, Document]]
-) -> Iterator[tuple[int, Document, np.ndarray]]:
-    """Numbered documents with their token ids, BOS first. Several are read and tokenised together.
+    model: Tokenising, items: Iterable[tuple[Key, Sequence[str]]]
+) -> Iterator[tuple[Key, Int[np.ndarray, " tokens"]]]:
+    """The token ids of each item's texts, a BOS before each text. Several items are read and tokenised together.
 
-    A long document is tokenised in pieces, because the tokenizer's result takes hundreds of times the text's size.
+    A long text is tokenised in pieces, because the tokenizer's result takes hundreds of times the text's size.
     """
     bos = np.array([] if model.bos_id is None else [model.bos_id], np.uint32)
-    for some in _at_once(documents):
-        pieces = [list(pieces_of(model.tokenizer, document.text, PIECE_CHARACTERS)) for _, document in some]
-        texts = [piece for mine in pieces for piece in mine]
-        encodings = iter(model.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        for (number, document), mine in zip(some, pieces, strict=True):
-            yield number, document, np.concatenate([bos, *(np.array(next(encodings).ids, np.uint32) for _ in mine)])
+    for some in _at_once(items):
+        pieces = [[list(pieces_of(model.tokenizer, text, PIECE_CHARACTERS)) for text in texts] for _, texts in some]
+        encodings = iter(
+            model.tokenizer.encode_batch_fast(
+                [piece for texts in pieces for text in texts for piece in text], add_special_tokens=False
+            )
+        )
+        for (key, _), texts in zip(some, pieces, strict=True):
+            ids = [[bos, *(np.array(next(encodings).ids, np.uint32) for _ in text)] for text in texts]
+            yield key, np.concatenate([part for text in ids for part in text])
 
 
-def _at_once(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
-    pending: list[tuple[int, Document]] = []
+def _at_once(items: Iterable[tuple[Key, Sequence[str]]]) -> Iterator[list[tuple[Key, Sequence[str]]]]:
+    pending: list[tuple[Key, Sequence[str]]] = []
     characters = 0
-    for number, document in documents:
-        pending.append((number, document))
-        characters += len(document.text)
+    for key, texts in items:
+        pending.append((key, texts))
+        characters += sum(map(len, texts))
         if len(pending) >= TOKENISE_DOCUMENTS or characters >= TOKENISE_CHARACTERS:
             yield pending
             pending, characters = [], 0

@@ -15,6 +15,7 @@ from sae.kernels import matmul
 from sae.lm import LanguageModel
 from sae.text.packing import FORWARD_TOKENS, packed, text_tokens, tokenised
 from sae.text.sources import TextSource
+from sae.text.splits import DIVIDED, SplitRule
 from sae.training.rows import Batch, Downstream
 from sae.training.shuffle_buffer import ShuffleBuffer, ShufflePlan
 from store.common import LANES, TRAIN
@@ -31,9 +32,9 @@ class LiveError(ValueError):
 
 @dataclass(frozen=True)
 class Contexts:
-    """The training documents of a text as contexts: the same as in a harvest's store, in the order they are filled.
+    """The training text of a source as contexts: the same as in a store with 64 lanes of text, in the order of filling.
 
-    Document i goes to lane i mod 64; a lane joins its documents, each after a BOS. Held-out documents are left out.
+    Document i goes to lane i mod 64; a lane joins its documents, each after a BOS. Held-out text is left out.
     Shapes: tokens and keep [n, seq_len], with as many contexts as one forward pass takes.
     """
 
@@ -41,6 +42,7 @@ class Contexts:
     source: TextSource
     seq_len: int
     context_bos: bool = False  # whether each begins with BOS
+    rule: SplitRule = DIVIDED
 
     def epoch(self) -> Iterator[tuple[Int[np.ndarray, "n seq_len"], np.ndarray]]:
         """Tokens and `keep` of the whole text once, one forward pass at a time."""
@@ -51,8 +53,9 @@ class Contexts:
 
     def _filled(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         waiting = [np.empty(0, np.uint32) for _ in range(LANES)]
-        training = ((n, document) for n, document in enumerate(self.source.documents()) if document.split == TRAIN)
-        for number, _, ids in tokenised(self.model, training):
+        numbered = ((n, self.rule.texts(document)) for n, document in enumerate(self.source.documents()))
+        training = ((n, texts[TRAIN]) for n, texts in numbered if TRAIN in texts)
+        for number, ids in tokenised(self.model, training):
             tokens = np.concatenate([waiting[number % LANES], ids])
             whole = len(tokens) - len(tokens) % text_tokens(self.seq_len, self.context_bos)
             waiting[number % LANES] = tokens[whole:]
@@ -182,6 +185,6 @@ class LiveRows:
 
     def _refuse_empty(self) -> None:
         raise LiveError(
-            f"{self._contexts.source.name} has no training text: documents with blake2b(text) mod 20 == 0 are held "
-            "out. Give more documents."
+            f"{self._contexts.source.name} has no training text: short documents are held out whole, one in twenty, by "
+            "their hash, and these all are. Give more documents."
         )
