@@ -22,9 +22,9 @@ from store.common import HELD_OUT, LANES, SPLITS, TRAIN
 
 SURVEY_CHARACTERS = 1 << 29  # how much of a text is read to decide, at most
 SAMPLED_DOCUMENTS, SAMPLED_CHARACTERS = 32, 4096  # tokenised to estimate the tokens of a character
-# 64 lanes stay while they hold at least this share of what one lane would hold, so that stores of many documents have
-# the bytes that version 0.1 gave them. Where they hold less, the number of lanes is the largest that holds WHOLE_SHARE.
-LANES_SHARE, WHOLE_SHARE = 0.8, 0.98
+# The number of lanes is the largest that holds this share of what one lane would hold. Held-out text, of which there is
+# little, keeps its 64 lanes longer, so that stores of many documents have the held-out rows that version 0.1 gave them.
+LEAST_SHARE, HELD_OUT_SHARE_OF_64 = 0.98, 0.8
 CERTAIN = 2.0  # reading stops when each lane has this many times the characters that it seems to need
 
 
@@ -40,13 +40,16 @@ class Survey:
 
     def text_lanes(self, planned: Plan) -> dict[str, int]:
         """The lanes of text of each split."""
-        return {split: _fitting(self.tokens[split], self.shares(planned, split)) for split in SPLITS}
+        room, shares = self.room(planned), {TRAIN: LEAST_SHARE, HELD_OUT: HELD_OUT_SHARE_OF_64}
+        if planned.ring_shards_per_lane is not None:  # each lane keeps its own newest rows, so it must have its share
+            room[TRAIN] *= min(1.0, self.tokens[TRAIN].sum() / room[TRAIN].sum())
+        return {split: _fitting(self.tokens[split], room[split], shares[split]) for split in SPLITS}
 
     @staticmethod
-    def shares(planned: Plan, split: str) -> Float[np.ndarray, " lanes"]:
+    def room(planned: Plan) -> dict[str, Float[np.ndarray, " lanes"]]:
         """Tokens that the shards of each of the 64 lanes hold."""
-        shards = [len(range(lane, planned.n_shards[split], LANES)) for lane in range(LANES)]
-        return np.array(shards, float) * planned.contexts_per_shard * planned.seq_len
+        shards = {s: [len(range(lane, n, LANES)) for lane in range(LANES)] for s, n in planned.n_shards.items()}
+        return {s: np.array(n, float) * planned.contexts_per_shard * planned.seq_len for s, n in shards.items()}
 
 
 def survey(model: Tokenising, source: TextSource, rule: SplitRule, planned: Plan) -> Survey:
@@ -57,7 +60,7 @@ def survey(model: Tokenising, source: TextSource, rule: SplitRule, planned: Plan
     documents = source.documents()
     first = list(islice(documents, SAMPLED_DOCUMENTS))
     per_character = _tokens_per_character(model, first)
-    enough = {split: CERTAIN * Survey.shares(planned, split) for split in SPLITS}
+    enough = {split: CERTAIN * room for split, room in Survey.room(planned).items()}
     found, characters = Survey(), 0
     for document in chain(first, documents):
         for split, texts in rule.texts(document).items():
@@ -80,14 +83,16 @@ def _tokens_per_character(model: Tokenising, documents: list[Document]) -> float
     return sum(len(encoding.ids) for encoding in encodings) / max(1, sum(map(len, texts)))
 
 
-def _fitting(tokens: Float[np.ndarray, " lanes"], shares: Float[np.ndarray, " lanes"]) -> int:
-    """The largest number of lanes of text that holds nearly all that one lane would hold."""
-    most = min(tokens.sum(), shares.sum())
-    for count, least in ((LANES, LANES_SHARE), *((LANES >> i, WHOLE_SHARE) for i in range(1, 6))):
-        held = sum(min(tokens[i::count].sum(), shares[i::count].sum()) for i in range(count))
-        if held >= least * most:
-            return count
-    return 1
+def _fitting(tokens: Float[np.ndarray, " lanes"], room: Float[np.ndarray, " lanes"], share_of_64: float) -> int:
+    """The largest number of lanes of text that holds nearly all that one lane would hold: 64, 32, … or 1."""
+    most = min(tokens.sum(), room.sum())
+    count = LANES
+    while count > 1:
+        held = sum(min(tokens[lane::count].sum(), room[lane::count].sum()) for lane in range(count))
+        if held >= (share_of_64 if count == LANES else LEAST_SHARE) * most:
+            break
+        count //= 2
+    return count
 
 
 def _nothing_in(split: str, name: str, documents: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sae.pipeline.errors import PipelineError
 from store.activations import ActivationStore
-from store.common import HELD_OUT, LANES, TRAIN, StoreError
+from store.common import HELD_OUT, TRAIN, StoreError
 from store.derive import export_numpy, merge, subset
 
 __all__ = ["clean", "export_numpy", "harvested", "merge_stores", "subset_store"]
@@ -28,18 +28,20 @@ def harvested(store: ActivationStore) -> str:
         kept = sum(marker.kept_rows for marker in markers.values())
         documents = len({number for marker in markers.values() for number in marker.documents})
         said = f"{named}: asked for {asked:,} rows, got {kept:,} from {documents:,} documents"
-        if kept < asked and text_ended(store, split):
-            said += "; the text has no more"
+        short, lanes = short_lanes(store, split)
+        if kept < asked and short:
+            said += "; the text has no more" if short == lanes else f"; the text ended in {short} of its {lanes} lanes"
         elif kept < asked and len(markers) == store.n_shards[split]:
-            said += f"; the other {asked - kept:,} are BOS, which is not kept"
+            said += "; the rest is BOS tokens, which are not kept"
         sentences.append(said)
     return ". ".join(sentences)
 
 
-def text_ended(store: ActivationStore, split: str) -> bool:
-    """Whether the text ended before a lane of a split was full: then the last shard of the lane is not full."""
-    markers, last = store.markers(split), range(store.n_shards[split])[-LANES:]
-    return any(shard in markers and markers[shard].contexts < store.contexts_per_shard for shard in last)
+def short_lanes(store: ActivationStore, split: str) -> tuple[int, int]:
+    """The lanes of text whose last shard is not full, because the text ended before; and all that have a shard."""
+    markers, shards, lanes = store.markers(split), store.n_shards[split], store.text_lanes[split]
+    last = [range(lane, shards, lanes)[-1] for lane in range(min(lanes, shards))]
+    return sum(s in markers and markers[s].contexts < store.contexts_per_shard for s in last), len(last)
 
 
 def warn_of_few_rows(store: ActivationStore) -> None:
