@@ -249,7 +249,7 @@ def test_the_rows_asked_for_are_there_whatever_the_workers_and_wherever_they_sto
 def test_many_short_documents_keep_their_64_lanes() -> None:
     """Document i is in lane i mod 64, as in version 0.1, whose own store is compared in test_version_0_1.py."""
     documents = numbered_documents([20] * 3000)
-    sink = harvested_in_memory(documents, 30_000, 500, 64)
+    sink = harvested_in_memory(documents, 30_000, 500, 16)
     assert sink.text_lanes == ALL_TEXT_LANES
     for split in SPLITS:
         for shard, found in sink.markers(split).items():
@@ -356,7 +356,7 @@ def test_less_text_than_asked_for_is_said_by_every_verb(
 ) -> None:
     said: list[str] = []
     out = pipeline.harvest(
-        tiny_model, text_source(book), tmp_path / "acts.zarr", tokens=32_768, heldout_tokens=1024, report=said.append
+        tiny_model, text_source(book), tmp_path / "acts.zarr", tokens=32_768, heldout_tokens=8192, report=said.append
     )
     store = ActivationStore.open(out)
     kept = {split: store.totals(split, HOOK_POINT).kept_rows for split in SPLITS}
