@@ -290,8 +290,7 @@ def test_text_shorter_than_the_budget_makes_a_finished_store_that_the_pipeline_c
         kept = store.totals(split, HOOK_POINT).kept_rows
         asked = {TRAIN: 6400, HELD_OUT: 512}[split]
         assert 0.98 * min(available, asked - len(texts)) <= kept <= min(available, asked)  # a BOS takes a place too
-    with pytest.warns(UserWarning, match="has few rows"):
-        pipeline.train(out, tmp_path / "d", d_sae=40, tokens=2048, config={"k": 4, "batch_tokens": 256})
+    pipeline.train(out, tmp_path / "d", d_sae=40, tokens=2048, config={"k": 4, "batch_tokens": 256})
     result = pipeline.evaluate(tmp_path / "d", model=tiny_model)
     assert result["tokens"] == store.totals(HELD_OUT, HOOK_POINT).kept_rows
     assert pipeline.index(tmp_path / "d", model=tiny_model, tokens=100_000).is_dir()

@@ -69,8 +69,8 @@ def evaluate(
     assert iter(blocks) is not blocks, "the blocks are read twice, an iterator cannot be"
     if kept_tokens < 1:
         raise ValueError(
-            "evaluation: the store has no held-out tokens. One document in twenty is held out, by its hash; "
-            "harvest more documents."
+            "evaluation: the store has no held-out tokens. Harvest more text into a new store: of short documents one "
+            "in twenty is held out, by its hash, and a twentieth of each long one."
         )
     placed = FrozenSAE(sae, device, kernels)
     runner = BlockRunner(placed, model, hook_point, train_mean, donors, ablated)
