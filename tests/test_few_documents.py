@@ -28,6 +28,7 @@ from sae.harvesting import harvest as harvesting
 from sae.harvesting.lanes import ALL_TEXT_LANES, EmptySplit, plan
 from sae.harvesting.text_lanes import survey
 from sae.lm import LanguageModel, NativeModel
+from sae.pipeline.harvest import provenance_of
 from sae.text.documents import Document, TextReport
 from sae.text.sources import TextSource
 from sae.text.splits import DIVIDED, LONG_CHARACTERS, WHOLE
@@ -298,8 +299,8 @@ def book_store(book: list[Document], tiny_model: NativeModel, tmp_path_factory: 
     pipeline.harvest(
         tiny_model, text_source(book, "book.txt"), out, tokens=4096, heldout_tokens=256, report=said.append
     )
-    assert said[-1].startswith("for training: asked for 4,096 rows, got 4,09")
-    assert "held out: asked for 256 rows, got 25" in said[-1]
+    [found] = [line for line in said if line.startswith("for training: asked for 4,096 rows, got 4,09")]
+    assert "held out: asked for 256 rows, got 25" in found
     return out
 
 
@@ -402,7 +403,7 @@ def test_a_store_begun_by_the_old_rule_continues_by_it(
         contexts_per_shard=planned.contexts_per_shard,
         n_shards=planned.n_shards,
         dtype="float16",
-        provenance=pipeline.harvest.__globals__["provenance_of"](tiny_model, source, WHOLE),
+        provenance=provenance_of(tiny_model, source, False, WHOLE),
     )
     assert "text_lanes" not in store.attributes
     pipeline.harvest(tiny_model, source, store.path, tokens=4096, heldout_tokens=512)
@@ -420,7 +421,7 @@ def test_live_training_leaves_out_what_a_store_holds_out(book: list[Document], t
     kept = [int(t) for tokens, keep in contexts.epoch() for t in tokens[keep]]
     texts = DIVIDED.texts(book[0])[TRAIN]
     assert kept == [id_ for text in texts for id_ in tiny_model.tokenizer.encode(text).ids]
-    old = Contexts(tiny_model, text_source(book), 32, WHOLE)
+    old = Contexts(tiny_model, text_source(book), 32, rule=WHOLE)
     assert sum(int(keep.sum()) for _, keep in old.epoch()) == (
         len(tiny_model.tokenizer.encode(book[0].text).ids) if book[0].split == TRAIN else 0
     )
