@@ -363,10 +363,8 @@ def test_less_text_than_asked_for_is_said_by_every_verb(
     kept = {split: store.totals(split, HOOK_POINT).kept_rows for split in SPLITS}
     encode = tiny_model.tokenizer.encode
     assert kept == {s: sum(len(encode(t).ids) for t in texts) for s, texts in DIVIDED.texts(book[0]).items()}
-    assert (
-        f"asked for {store.asked_rows(TRAIN):,} rows, got {kept[TRAIN]:,} from 1 documents; the text has no more"
-        in (said[-1])
-    )
+    found = f"asked for {store.asked_rows(TRAIN):,} rows, got {kept[TRAIN]:,} from 1 documents; the text has no more"
+    assert any(found in line for line in said)
     assert main(["info", str(out)]) == 0
     assert f"got {kept[TRAIN]:,} from 1 documents; the text has no more" in capsys.readouterr().out
     assert pipeline.describe(out)["splits"]["train"]["asked_rows"] == store.asked_rows(TRAIN) >= 32_768

@@ -29,9 +29,11 @@ def harvested(store: ActivationStore) -> str:
         documents = len({number for marker in markers.values() for number in marker.documents})
         said = f"{named}: asked for {asked:,} rows, got {kept:,} from {documents:,} documents"
         short, lanes = short_lanes(store, split)
-        if kept < asked and short:
+        if kept >= asked or "bos" not in store.provenance:  # rows of the user's own need no reason
+            pass
+        elif short:
             said += "; the text has no more" if short == lanes else f"; the text ended in {short} of its {lanes} lanes"
-        elif kept < asked and len(markers) == store.n_shards[split]:
+        elif len(markers) == store.n_shards[split]:
             said += "; the rest is BOS tokens, which are not kept"
         sentences.append(said)
     return ". ".join(sentences)
