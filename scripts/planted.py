@@ -32,7 +32,10 @@ SIZES = {
     "large": {"n_truths": 4096, "d_in": 512, "active": 20.0, "decay": 0.99 ** (1 / 8)},  # the same range of frequencies
 }
 L1 = 1.0  # in scaled units, where an active true feature is about 6 and the penalty subtracts λ / 2 from it
-COLUMNS = ("mmcs_truth", "mmcs_learned", "mcc", "recovered", "f_correlation", "fvu", "l0", "dead_share")
+COLUMNS = (
+    *("mmcs_truth", "mmcs_learned", "mcc", "recovered", "f_correlation", "fvu", "l0", "dead_share"),
+    *("bench_f1", "bench_mcc", "uniqueness"),  # as SynthSAEBench defines them
+)
 
 
 def settings_of(recipe: str, active: float, given: dict[str, Any]) -> dict[str, Any]:

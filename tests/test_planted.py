@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 from sae import pipeline
+from sae.analysis.matching import synthetic_bench
 from sae.analysis.planted import PlantedRows, judge
 from sae.dictionary.autoencoder import SAE
 
@@ -55,10 +59,56 @@ def test_the_planted_dictionary_itself_is_recovered_perfectly() -> None:
         sae.W_enc.copy_(orthogonal.truths.T)
     found = judge(sae.requires_grad_(False), orthogonal)
     assert found["mcc"] == found["mmcs_truth"] == found["recovered"] == 1
+    assert found["bench_f1"] == found["bench_mcc"] == found["uniqueness"] == 1
     assert found["f_correlation"] == pytest.approx(1, abs=1e-6)
     assert found["fvu"] == pytest.approx(0, abs=1e-9)
     assert found["l0"] == pytest.approx(2, rel=0.05)
     assert found["dead_share"] == 0
+
+
+def bench_by_hand(W_dec: np.ndarray, fired: np.ndarray, truth: np.ndarray, on: np.ndarray) -> dict[str, float]:
+    """SynthSAEBench's formulas, feature by feature and over every one-to-one matching."""
+
+    def cosine(d: np.ndarray, t: np.ndarray) -> float:
+        return abs(sum(d * t)) / np.sqrt(sum(d * d) * sum(t * t))
+
+    cosines = np.array([[cosine(d, t) for t in truth] for d in W_dec])
+    scores, tracks = [], []
+    for feature, row in enumerate(cosines):
+        tracks.append(max(range(len(truth)), key=lambda t, row=row: row[t]))
+        says, holds = fired[:, feature] > 0, on[:, tracks[-1]] > 0
+        hits = sum(says & holds)
+        precision = hits / sum(says) if sum(says) else 0.0
+        recall = hits / sum(holds) if sum(holds) else 0.0
+        scores.append((precision, recall, 2 * precision * recall / (precision + recall) if hits else 0.0))
+    few, many = cosines if len(W_dec) <= len(truth) else cosines.T, max(cosines.shape)
+    best = max(
+        sum(row[partner] for row, partner in zip(few, chosen, strict=True))
+        for chosen in itertools.permutations(range(many), len(few))
+    )
+    mean = np.mean(scores, axis=0)
+    return {
+        "bench_precision": mean[0],
+        "bench_recall": mean[1],
+        "bench_f1": mean[2],
+        "bench_mcc": best / len(few),
+        "uniqueness": len(set(tracks)) / len(W_dec),
+    }
+
+
+@pytest.mark.parametrize("n_learned", [3, 5, 6])
+def test_the_scores_of_the_bench_by_hand(n_learned: int) -> None:
+    rng = np.random.default_rng(n_learned)
+    W_dec, truth = rng.normal(size=(n_learned, 4)), rng.normal(size=(5, 4))
+    W_dec[1] = -W_dec[0] * 3  # tracks the same truth: the sign does not count
+    fired = rng.random((40, n_learned)) * (rng.random((40, n_learned)) < 0.3)
+    on = rng.random((40, 5)) * (rng.random((40, 5)) < 0.3)
+    fired[:, 2] = on[:, 4] = 0.0  # never fires; is never on
+    found = synthetic_bench(
+        torch.from_numpy(W_dec), sparse.csr_array(fired), torch.from_numpy(truth), sparse.csr_array(on)
+    )
+    assert found == pytest.approx(bench_by_hand(W_dec, fired, truth, on), rel=1e-6)
+    assert found["uniqueness"] < 1
 
 
 def test_training_finds_the_planted_dictionary(tmp_path: Path) -> None:
@@ -67,8 +117,10 @@ def test_training_finds_the_planted_dictionary(tmp_path: Path) -> None:
     )
     found = judge(sae, SMALL)
     random = judge(SAE(64, 24).requires_grad_(False), SMALL)
-    assert found["mcc"] > 0.9
+    assert min(found["mcc"], found["bench_mcc"], found["uniqueness"]) > 0.9
+    assert found["bench_f1"] > 0.6  # always k features, also where fewer truths are on
     assert random["mcc"] < 0.1
+    assert random["bench_f1"] == 0
     assert random["dead_share"] == 1
 
 

@@ -35,6 +35,44 @@ def recovery(learned: Float[Tensor, "n_learned d"], truth: Float[Tensor, "n_trut
     }
 
 
+def tracked(learned: Float[Tensor, "n_learned d"], truth: Float[Tensor, "n_truth d"]) -> Int[np.ndarray, " n_learned"]:
+    """The truth that each learned direction tracks: that of the largest absolute cosine."""
+    return (unit(learned.float()) @ unit(truth.float()).T).abs().argmax(1).numpy()
+
+
+def synthetic_bench(
+    W_dec: Float[Tensor, "n_learned d"],
+    fired: sparse.csr_array,
+    truth: Float[Tensor, "n_truth d"],
+    on: sparse.csr_array,
+) -> dict[str, float]:
+    """The scores of SynthSAEBench of a dictionary on rows whose true features are known.
+
+    bench_f1, bench_precision, bench_recall: means over all features of the scores of "the feature fires" for "the
+    truth that it tracks is active", each 0 where it is undefined (a feature that never fires).
+    bench_mcc: mean |cosine| of the pairs of the one-to-one matching with the largest sum, over as many pairs as the
+    smaller of both dictionaries has directions.
+    uniqueness: share of the features that would remain if of those that track the same truth one were kept.
+    `fired` [rows, n_learned] and `on` [rows, n_truth] have an entry above 0 where a feature or a truth is active.
+    Source: Chanin and Garriga-Alonso 2026 (arXiv 2602.14687); MCC: O'Neill et al. 2025 (arXiv 2505.20254).
+    """
+    tracks = tracked(W_dec, truth)
+    fires, active = (matrix.astype(bool).astype(np.int64) for matrix in (fired, on))
+    hits = fires.multiply(active[:, tracks]).sum(0)
+    precision = hits / np.maximum(fires.sum(0), 1)
+    recall = hits / np.maximum(active.sum(0)[tracks], 1)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    cosines = (unit(W_dec.float()) @ unit(truth.float()).T).abs().double().numpy()
+    pairs = linear_sum_assignment(cosines, maximize=True)
+    return {
+        "bench_f1": float(f1.mean()),
+        "bench_precision": float(precision.mean()),
+        "bench_recall": float(recall.mean()),
+        "bench_mcc": float(cosines[pairs].mean()),
+        "uniqueness": len(np.unique(tracks)) / len(tracks),
+    }
+
+
 def one_to_one(
     a: Int[np.ndarray, " edges"],
     b: Int[np.ndarray, " edges"],

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.analysis.correlation import pair_blocks
-from sae.analysis.matching import recovery
+from sae.analysis.matching import recovery, synthetic_bench
 from sae.analysis.recorder import Recorder
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.directions import unit
@@ -83,8 +83,9 @@ class PlantedRows:
 def judge(sae: SAE, planted: PlantedRows) -> dict[str, float]:
     """How well a dictionary trained on planted rows recovers the planted one.
 
-    The measures of `matching.recovery`; and on JUDGED_ROWS fresh rows fvu, l0, dead_share and f_correlation: the mean
-    over truths of the largest Pearson correlation of the truth's strength with a feature's activation.
+    The measures of `matching.recovery`; and on JUDGED_ROWS fresh rows those of `matching.synthetic_bench`, fvu, l0,
+    dead_share and f_correlation: the mean over truths of the largest Pearson correlation of the truth's strength with a
+    feature's activation.
     """
     x, strengths = planted.rows(JUDGED_ROWS, planted._generator(_SAMPLES, 2**40))
     acts = sae.feature_acts(x).sparse()
@@ -95,11 +96,12 @@ def judge(sae: SAE, planted: PlantedRows) -> dict[str, float]:
     truth = Recorder(planted.n_truths)
     rows, ids = strengths.nonzero(as_tuple=True)
     truth.add_entries(ids, strengths[rows, ids], rows, everywhere)
-    found = recorded.matrix()
-    best = np.concatenate([block.pearson.max(1) for block in pair_blocks(truth.matrix(), found)])
+    found, planted_acts = recorded.matrix(), truth.matrix()
+    best = np.concatenate([block.pearson.max(1) for block in pair_blocks(planted_acts, found)])
     seen = strengths.any(0).numpy()
     return {
         **recovery(sae.W_dec, planted.truths),
+        **synthetic_bench(sae.W_dec, found, planted.truths, planted_acts),
         "f_correlation": float(best[seen].mean()),
         "fvu": ((x - x_hat).double().pow(2).sum() / (x - x.mean(0)).double().pow(2).sum()).item(),
         "l0": found.nnz / len(x),
