@@ -1,24 +1,33 @@
-"""Batch-topk's thresholds: the level is the mean smallest active value; rarely firing features lie below it."""
+"""Batch-topk's thresholds: the level is the mean smallest active value; rarely firing features lie below it; at the end
+both are calibrated on a sample of rows."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fakes import random_sae
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae.analysis.planted import PlantedRows
 from sae.kernels.activations import DenseActs
 from sae.training import loop
-from sae.training.batch_topk_threshold import LEVEL_RATE, PATIENCE, join, split, update_thresholds_
+from sae.training.batch_topk_threshold import LEVEL_RATE, PATIENCE, calibrated, join, split, update_thresholds_
 from sae.training.config import TrainConfig
 from sae.training.recipes import resolve
 from sae.training.rows import Batch
 from sae.training.state import TrainState
 
 D_SAE, ROWS = 6, 50
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def batches(seed: int, n: int) -> list[torch.Tensor]:
@@ -88,6 +97,71 @@ def test_level_and_lift_are_the_threshold_of_inference_and_of_checkpoints() -> N
     assert join(level, torch.tensor([-1.0, 0.0, 0.1, 9.0])).tolist() == pytest.approx([0.5, 0.5, 0.4, 0.0])
 
 
+def level_by_hand(pre: np.ndarray, k: int, least_firings: int) -> np.ndarray:
+    """The calibrated thresholds by search: the highest level that some pre-activation has and that gives k per row."""
+    own = [sorted(column, reverse=True)[least_firings] if least_firings else np.inf for column in pre.T]
+    for level in sorted({value for value in pre.flatten().tolist() if value > 0}, reverse=True):
+        threshold = np.maximum(np.minimum(level, own), 0)
+        if (pre > threshold).sum() >= k * len(pre):
+            return threshold
+    return np.zeros(pre.shape[1])
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4), st.sampled_from([0.0, 0.03, 0.05]), st.floats(0.0, 4.0))
+@settings(max_examples=20, deadline=None)
+def test_calibration_gives_k_per_row_and_each_feature_its_share(
+    seed: int, k: int, min_density: float, estimate: float
+) -> None:
+    """Whatever the estimates of training were."""
+    sae, x = random_sae(8, d_sae=12, activation="batchtopk", k=k), torch.randn(40, 8, generator=seeded(seed))
+    sae.threshold.copy_(estimate * torch.rand(12, generator=seeded(seed + 1)))
+    found = calibrated(sae, x, min_density)
+    pre = sae.pre_acts(x).double().numpy()
+    fired = pre > found.double().numpy()
+    np.testing.assert_array_equal(fired, pre > level_by_hand(pre, k, round(min_density * 40)))
+    assert fired.sum() == min(k * 40, (pre > 0).sum())
+    assert (fired.sum(0) >= np.minimum((pre > 0).sum(0), round(min_density * 40))).all()
+
+
+def test_calibration_without_enough_activations_keeps_all_there_are() -> None:
+    sae = random_sae(8, d_sae=12, activation="batchtopk", k=12)
+    assert not calibrated(sae, torch.randn(40, 8, generator=seeded(0))).any()
+
+
+def test_calibration_does_not_depend_on_what_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, x = random_sae(8, d_sae=12, activation="batchtopk", k=2), torch.randn(50, 8, generator=seeded(1))
+    whole = calibrated(sae, x, 0.1)
+    monkeypatch.setattr("sae.training.batch_topk_threshold.CALIBRATED_AT_ONCE", 12 * 7)
+    torch.testing.assert_close(calibrated(sae, x, 0.1), whole, rtol=0, atol=1e-6)
+
+
+PLANTED = PlantedRows(n_truths=64, d_in=32, active=4.0, batch_tokens=256)
+
+
+@pytest.mark.parametrize("recipe", ["batch-topk", "matryoshka", "balanced"])
+def test_the_l0_on_rows_not_trained_on_is_k(tmp_path: Path, recipe: str) -> None:
+    _, config = resolve(recipe, d_sae=64, k=4, tokens=256 * 200, batch_tokens=256)
+    sae = loop.train(PLANTED, tmp_path, config)
+    fresh = PLANTED.sample(20_000, 99)
+    assert (sae.encode(fresh) > 0).sum(-1).double().mean().item() == pytest.approx(4, rel=0.02)
+
+
+def test_a_run_that_began_without_calibration_ends_without(tmp_path: Path) -> None:
+    """Its train.json lacks the setting, as those of version 0.1 do; the recipe sets it today."""
+    _, today = resolve("batch-topk", d_sae=64, k=4, tokens=256 * 20, batch_tokens=256)
+    before = replace(today, calibrate_threshold=False)
+    wanted = loop.train(PLANTED, tmp_path / "wanted", before)
+    loop.bind_directory(tmp_path / "old", before, {})
+    settings_file = tmp_path / "old" / "train.json"
+    recorded = json.loads(settings_file.read_text())
+    del recorded["train"]["calibrate_threshold"]
+    settings_file.write_text(json.dumps(recorded))
+    found = loop.train(PLANTED, tmp_path / "old", today)
+    assert torch.equal(found.threshold, wanted.threshold)
+    assert found.config["train"]["calibrate_threshold"] is False
+    assert not torch.equal(loop.train(PLANTED, tmp_path / "new", today).threshold, wanted.threshold)
+
+
 class Weak:
     """Rows of 12 sparse directions; the test adds as many features that are never among the largest."""
 
@@ -125,11 +199,10 @@ def test_features_that_never_rank_come_back_only_with_a_min_density(
         return state
 
     monkeypatch.setattr(loop, "start", start_half_weak)
-    _, config = resolve("balanced", d_sae=24, k=2, tokens=128 * 400, batch_tokens=128, min_density=min_density)
+    _, config = resolve("balanced", d_sae=24, k=2, tokens=128 * 800, batch_tokens=128, min_density=min_density)
     sae = loop.train(rows, tmp_path, config)
     density = (sae.encode(rows.draw(20_000, 7)) > 0).double().mean(0)
     if min_density:
-        assert (density > 0).sum() >= 22
-        assert (density > min_density / 3).sum() >= 20
+        assert (density > min_density / 3).all()
     else:
         assert (density[12:] == 0).sum() >= 5

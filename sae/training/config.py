@@ -110,6 +110,7 @@ class TopKSettings:
     multi_k: int = setting(0, NOT_NEGATIVE, recipe_specific=True)  # Multi-TopK: adds the loss at multi_k · k, times 1/8
     min_density: float = setting(0.0, NOT_NEGATIVE, recipe_specific=True)  # share of rows on which each feature fires
     prefix_shares: tuple[float, ...] = setting((), RISING_TO_ONE, recipe_specific=True)  # of d_sae
+    calibrate_threshold: bool = setting(False, recipe_specific=True)  # at the end, so that L0 is k on a sample of rows
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,13 +23,14 @@ from sae.jobs.progress import Interrupted, interruptible, progress
 from sae.jobs.trackers import Tracker
 from sae.kernels import choose, device_named, matmul
 from sae.training import lambda_conventions
-from sae.training.config import DEFAULTS, TrainConfig
+from sae.training.config import DEFAULTS, TrainConfig, with_overrides
 from sae.training.recipes import recipe_named
 from sae.training.rows import Batch, Rows, prefetched
 from sae.training.state import STATE, TrainState, restore, save_state, start
-from sae.training.step import Diverged, check_weights, log_entry, resample_dead, train_step
+from sae.training.step import Diverged, calibrated_threshold, check_weights, log_entry, resample_dead, train_step
 
 SETTINGS = "train.json"  # the settings of the run that a directory holds
+SET_SINCE_0_1 = ("calibrate_threshold",)  # by recipes that did not set it then
 LOG_STEPS = 25
 
 
@@ -85,8 +86,7 @@ def train_together(
     Their seeds and batch sizes must be those that the rows were made for. For a run that diverges the result is its
     error, and the others continue. Raises: as `train`, also for rows that are not finite.
     """
-    for plan in plans:
-        bind_directory(plan.out, plan.config, plan.provenance)
+    plans = [replace(plan, config=bind_directory(plan.out, plan.config, plan.provenance)) for plan in plans]
     with ExitStack() as open_files, interruptible() as interrupt:
         runs = [Run(rows, plan, kernels, device, open_files) for plan in plans]
         first, last = min(run.state.step for run in runs), max(run.config.steps for run in runs)
@@ -113,12 +113,13 @@ def train_together(
                         f"stopped at step {run.state.step:,} of {run.config.steps:,}, saved in {run.out}. "
                         "Repeat the command to continue."
                     )
-        return [run.diverged or run.finish() for run in runs]
+        return [run.diverged or run.finish(rows) for run in runs]
 
 
-def bind_directory(out: Path, config: TrainConfig, provenance: dict[str, Any]) -> None:
+def bind_directory(out: Path, config: TrainConfig, provenance: dict[str, Any]) -> TrainConfig:
     """Makes `out` the directory of this run: writes its settings, or checks that they are those it was begun with.
 
+    Returns the settings to train with: a run begun by version 0.1 does not get what recipes have set since.
     Raises: ValueError when it holds another run, or a state without settings (`sae.jobs.directory.claim`).
     """
     if (out / STATE).exists() and not (out / SETTINGS).exists():
@@ -126,8 +127,20 @@ def bind_directory(out: Path, config: TrainConfig, provenance: dict[str, Any]) -
             f"{out} holds the state of a run but not its settings ({SETTINGS}): they were deleted, perhaps while "
             "it ran. Delete the directory, or choose another --out."
         )
-    # Before a setting existed, runs did what its default does: a run begun by an earlier version can resume.
+    begun_with = _recorded(out / SETTINGS)
+    if begun_with:
+        config = with_overrides(config, {name: DEFAULTS[name] for name in SET_SINCE_0_1 if name not in begun_with})
     claim(out, SETTINGS, {"train": config.to_dict(), "rows": provenance}, absent={"train": DEFAULTS})
+    return config
+
+
+def _recorded(settings: Path) -> dict[str, Any]:
+    """The settings of the run that a directory holds; {} if it holds none, or they are damaged, which `claim` says."""
+    try:
+        found = json.loads(settings.read_text()).get("train")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Run:
@@ -200,9 +213,12 @@ class Run:
             "stall_share": round(stall_s / seconds, 4),
         }
 
-    def finish(self) -> SAE:
-        """The trained dictionary on raw rows, written next to its state."""
+    def finish(self, rows: Rows) -> SAE:
+        """The trained dictionary on raw rows, written next to its state, which keeps the thresholds of training."""
         sae = fold_scale(self.state.sae, self.state.scale, self.state.target_scale)
+        if self.recipe.activation == "batchtopk" and self.config.calibrate_threshold:
+            with matmul.using(self.state.matmul):
+                sae.threshold.copy_(calibrated_threshold(self.state, rows, self.config) / self.state.target_scale)
         if not self.recipe.unit_norm:
             sae = fold_decoder_norms(sae)
         sae.config = self._final_config()

@@ -133,7 +133,7 @@ RECIPES = {
         ),
         Recipe(
             name="batch-topk",
-            summary="ReLU of the k · rows largest of the batch, a threshold for inference estimated in training; AuxK",
+            summary="ReLU of the k · rows largest of the batch, a threshold for inference calibrated at the end; AuxK",
             loss="‖x − x̂‖² + AuxK",
             when="k features per token on average, more where a token needs more",
             source="Bussmann et al. 2024 (arXiv 2412.06410)",
@@ -143,7 +143,7 @@ RECIPES = {
             # No reseeding: badly reconstructed rows are often outliers, and features reseeded there can take all the
             # k · rows places of a batch. Measured on a corpus, k = 2: FVU was 0.27 before an event with nine features
             # in ten dead, and 22 after it.
-            defaults={**K_WITH_AUX, "min_density": 0.0},
+            defaults={**K_WITH_AUX, "min_density": 0.0, "calibrate_threshold": True},
         ),
         Recipe(
             name="balanced",
@@ -158,7 +158,13 @@ RECIPES = {
             # 0.081 and 0.051; at k = 20, 0.0035 and 0.0003. But with so close a fit few features do the work and the
             # bonus keeps the others alive: half as many features belong to one domain or match a rule.
             balance_share=0.04,
-            defaults={"k": 20, "min_density": 0.0, "batch_tokens": 2048, "decay_share": 0.8},
+            defaults={
+                "k": 20,
+                "min_density": 0.0,
+                "calibrate_threshold": True,
+                "batch_tokens": 2048,
+                "decay_share": 0.8,
+            },
         ),
         Recipe(
             name="matryoshka",
@@ -169,7 +175,12 @@ RECIPES = {
             activation="batchtopk",
             objective=objectives.matryoshka,
             initialise=from_data_,
-            defaults={**K_WITH_AUX, "min_density": 0.0, "prefix_shares": (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)},
+            defaults={
+                **K_WITH_AUX,
+                "min_density": 0.0,
+                "calibrate_threshold": True,
+                "prefix_shares": (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0),
+            },
         ),
         Recipe(
             name="p-anneal",

@@ -11,7 +11,7 @@ from torch import Tensor
 from sae.kernels.activations import FeatureActs, l0
 from sae.training import losses
 from sae.training.adam import learning_rate
-from sae.training.batch_topk_threshold import update_thresholds_
+from sae.training.batch_topk_threshold import CALIBRATION_ROWS, calibrated, update_thresholds_
 from sae.training.config import TrainConfig
 from sae.training.objectives import ScaledBatch, StepContext
 from sae.training.recipes import Recipe, recipe_named
@@ -120,6 +120,15 @@ def log_entry(metrics: dict[str, Tensor], state: TrainState, config: TrainConfig
     if recipe_named(config.recipe).coefficient:
         entry["coefficient"] = state.penalty.value
     return entry
+
+
+# --- the end of a run ------------------------------------------------------------------------------------------------
+
+
+def calibrated_threshold(state: TrainState, rows: Rows, config: TrainConfig) -> Float[Tensor, " d_sae"]:
+    """Batch-topk's thresholds in scaled units, calibrated on rows drawn from the seed: a resumed run finds the same."""
+    sample = rows.sample(CALIBRATION_ROWS, config.seed * SEED_STRIDE + config.steps)
+    return calibrated(state.sae, sample.to(state.device) * state.scale, config.min_density)
 
 
 # --- resampling ------------------------------------------------------------------------------------------------------
