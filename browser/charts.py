@@ -8,6 +8,7 @@ import pandas as pd
 from browser.style import BLUE, ORANGE, VIOLET
 
 HEIGHT = 118
+GREY = "#8a8a8a"  # of baselines, in light and dark
 
 
 def divergence_chart(kl: list[float]) -> alt.Chart:
@@ -70,8 +71,10 @@ def curve_chart(curve: pd.DataFrame) -> alt.Chart:
     return chart
 
 
-def training_chart(log: pd.DataFrame, name: str, resampled: list[int]) -> alt.LayerChart:
-    """One logged number by training step; dashed lines where dead features were resampled."""
+def training_chart(
+    log: pd.DataFrame, name: str, resampled: list[int], baseline: tuple[str, float] | None = None
+) -> alt.LayerChart:
+    """One logged number by training step; dashed lines where dead features were resampled, and at the baseline."""
     line = (
         alt.Chart(log)
         .mark_line(color=BLUE, strokeWidth=1.6)
@@ -84,7 +87,23 @@ def training_chart(log: pd.DataFrame, name: str, resampled: list[int]) -> alt.La
     rules = alt.Chart(pd.DataFrame({"step": resampled}, dtype=float)).mark_rule(
         color=ORANGE, strokeDash=[3, 3], opacity=0.7
     )
-    chart: alt.LayerChart = (line + rules.encode(x="step:Q")).properties(height=HEIGHT)
+    layers = line + rules.encode(x="step:Q")
+    if baseline is not None:
+        what, value = baseline
+        layers += _baseline_rule(name, what, value)
+    chart: alt.LayerChart = layers.properties(height=HEIGHT)
+    return chart
+
+
+def _baseline_rule(name: str, what: str, value: float) -> alt.LayerChart:
+    """A dashed horizontal line at a value of the layer's own units, with its name."""
+    base = alt.Chart(pd.DataFrame({name: [value], "what": [what]})).encode(
+        y=f"{name}:Q", tooltip=["what", alt.Tooltip(f"{name}:Q", format=".4g")]
+    )
+    text = base.mark_text(align="right", dy=-6, dx=-2, fontSize=10, color=GREY).encode(
+        x=alt.value("width"), text="what"
+    )
+    chart: alt.LayerChart = base.mark_rule(color=GREY, strokeDash=[5, 3], strokeWidth=1.4) + text
     return chart
 
 
@@ -117,7 +136,10 @@ def density_chart(histogram: pd.DataFrame) -> alt.Chart:
 
 
 def frontier_chart(table: pd.DataFrame) -> alt.LayerChart:
-    """FVU by L0 (logarithmic), one line for each recipe and size; a ring marks the run that is shown."""
+    """FVU by L0 (logarithmic), one line for each recipe and size; a ring marks the run that is shown.
+
+    The dashed line is the k largest of the layer's own units, k being the L0 of each run.
+    """
     series = table.assign(series=table["recipe"] + " " + table["d_sae"].astype(str))
     base = alt.Chart(series).encode(
         x=alt.X("l0:Q", scale=alt.Scale(type="log"), axis=alt.Axis(title="L0", grid=False, tickCount=6)),
@@ -132,5 +154,23 @@ def frontier_chart(table: pd.DataFrame) -> alt.LayerChart:
     )
     lines, points = base.mark_line(opacity=0.5), base.mark_point(filled=True, size=45)
     ring = base.transform_filter("datum.this").mark_point(size=180, strokeWidth=2)
-    chart: alt.LayerChart = (lines + points + ring).properties(height=220)
+    chart: alt.LayerChart = (_units_line(table) + lines + points + ring).properties(height=220)
+    return chart
+
+
+def _units_line(table: pd.DataFrame) -> alt.LayerChart:
+    units = table[["units_k", "units_l0", "units_fvu"]].dropna().drop_duplicates("units_k")
+    units = pd.DataFrame({"k": units["units_k"], "l0": units["units_l0"], "fvu": units["units_fvu"]}, dtype=float)
+    base = alt.Chart(units[units["l0"] > 0].assign(what="largest own units")).encode(
+        x="l0:Q",
+        y="fvu:Q",
+        tooltip=[
+            alt.Tooltip("what:N", title="baseline"),
+            alt.Tooltip("k:Q", format=",.0f"),
+            alt.Tooltip("l0:Q", format=".1f"),
+            alt.Tooltip("fvu:Q", format=".4f"),
+        ],
+    )
+    line = base.mark_line(color=GREY, strokeDash=[5, 3], strokeWidth=1.4)
+    chart: alt.LayerChart = line + base.mark_point(color=GREY, filled=True, size=22)
     return chart

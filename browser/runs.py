@@ -22,6 +22,7 @@ MAIN_METRICS = (
     "delta_ce",
     "ce_loss_score_zero",
     "ce_loss_score_mean",
+    "ce_gain_over_units",
     "ce_clean",
     "ce_sae",
     "ce_zero",
@@ -76,16 +77,47 @@ def progress_of(entry: SaeEntry, log: pd.DataFrame, now: float | None = None) ->
     return Progress("training" if quiet < QUIET_S else "stopped", rows, total, quiet)
 
 
+OF_UNITS = "topk_units_"  # the same metric of the k largest of the layer's own units
+
+
 def fidelity_table(report: dict[str, Any]) -> pd.DataFrame:
-    """The metrics of an eval.json, main ones first: metric, value, low, high (95% bootstrap interval), formula."""
+    """The metrics of an eval.json, main ones first: metric, value, low, high (95% bootstrap interval), units, formula.
+
+    `units` is the value of as many of the layer's own units, where it was measured.
+    """
     metrics = report.get("metrics") or {}
-    names = [name for name in MAIN_METRICS if name in metrics] + sorted(set(metrics) - set(MAIN_METRICS))
+    beside = {name for name in metrics if name.startswith(OF_UNITS) and name.removeprefix(OF_UNITS) in metrics}
+    names = [name for name in MAIN_METRICS if name in metrics] + sorted(set(metrics) - set(MAIN_METRICS) - beside)
     rows = []
     for name in names:
         entry = metrics[name] if isinstance(metrics[name], dict) else {"value": metrics[name]}
         low, high = entry.get("ci95") or (None, None)
-        rows.append((name, entry.get("value"), low, high, entry.get("formula", "")))
-    return pd.DataFrame(rows, columns=["metric", "value", "low", "high", "formula"])
+        of_units = (metrics.get(OF_UNITS + name) or {}).get("value")
+        rows.append((name, entry.get("value"), low, high, of_units, entry.get("formula", "")))
+    return pd.DataFrame(rows, columns=["metric", "value", "low", "high", "units", "formula"])
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The layer's own units in an eval.json: how many, their L0 and participation ratio; the k largest; the verdict."""
+
+    n_units: int
+    l0: float
+    participation_ratio: float
+    k: int
+    largest: dict[str, float | None]  # l0, fvu, delta_ce, ce_loss_score_zero … of the k largest
+    verdict: str | None
+
+
+def baseline_of(report: dict[str, Any]) -> Baseline | None:
+    """None for an evaluation that did not measure it, as those of version 0.1, or found no token."""
+    units, metrics = report.get("units") or {}, report.get("metrics") or {}
+    values = {name: entry.get("value") for name, entry in metrics.items() if isinstance(entry, dict)}
+    l0, ratio = values.get("units_l0"), values.get("units_participation_ratio")
+    if "k" not in units or l0 is None or ratio is None:
+        return None
+    largest = {name.removeprefix(OF_UNITS): value for name, value in values.items() if name.startswith(OF_UNITS)}
+    return Baseline(units["n_units"], l0, ratio, units["k"], largest, units.get("verdict"))
 
 
 def group_table(groups: dict[str, Any], named: str) -> pd.DataFrame:
@@ -186,7 +218,10 @@ def _state(entry: SaeEntry, now: float | None) -> tuple[str, float | None]:
 
 
 def frontier(entry: SaeEntry, entries: Iterable[SaeEntry]) -> pd.DataFrame:
-    """The evaluated dictionaries in the same directory (a sweep): id, recipe, d_sae, l0, fvu, ce_loss_score, this."""
+    """The evaluated dictionaries in the same directory (a sweep): id, recipe, d_sae, l0, fvu, ce_loss_score, this.
+
+    `units_k`, `units_l0` and `units_fvu` are of the k largest of the layer's own units, k being the dictionary's L0.
+    """
     rows = []
     for other in entries:
         if other.path.parent != entry.path.parent:
@@ -194,8 +229,11 @@ def frontier(entry: SaeEntry, entries: Iterable[SaeEntry]) -> pd.DataFrame:
         values = headline_metrics(other)
         if values["l0"] is not None and values["fvu"] is not None:
             recipe = str(other.config.get("recipe", "?"))
+            own = baseline_of(read_config(other.path / "eval.json"))
+            largest = {"k": own.k, "l0": own.largest["l0"], "fvu": own.largest["fvu"]} if own else {}
             rows.append(
                 {"id": other.id, "recipe": recipe, "d_sae": other.d_sae, **values, "this": other.id == entry.id}
+                | {f"units_{name}": largest.get(name) for name in ("k", "l0", "fvu")}
             )
     return pd.DataFrame(rows)
 

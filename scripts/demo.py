@@ -33,7 +33,10 @@ def settings(minutes: int) -> dict[str, int]:
 
 
 def check(result: dict[str, Any], minutes: int) -> list[str]:
-    """One line per figure. A figure worse than median ± 3 standard deviations over seeds is marked with FAIL."""
+    """One line per figure, next to that of as many of the layer's own units.
+
+    A figure worse than median ± 3 standard deviations over seeds is marked with FAIL.
+    """
     known = json.loads(REFERENCE.read_text()).get(str(minutes), {})
     lines = []
     for name in ("ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "fvu", "l0", "dead_share", "ultra_low_share"):
@@ -42,6 +45,9 @@ def check(result: dict[str, Any], minutes: int) -> list[str]:
             lines.append(f"{name:20}         –   {result['metrics'][name]['formula']}")
             continue
         line = f"{name:20} {value:9.4f}"
+        units = (result["metrics"].get(f"topk_units_{name}") or {}).get("value")
+        if units is not None:
+            line += f"   {result['units']['k']:,} largest own units {units:.4f}"
         if name in known:
             median, sd, better = known[name]["median"], known[name]["sd"], known[name]["better"]
             bound = median - 3 * sd if better == "higher" else median + 3 * sd
@@ -63,6 +69,13 @@ def main() -> int:
     lines = check(result, args.minutes)
     print(f"\ntiny-relu-1l, {RECIPE}, 4,096 features, {result['tokens']:,} held-out tokens of the default text")
     print("\n".join(lines))
+    metrics, verdict = result["metrics"], result["units"]["verdict"]
+    print(f"{'own units, L0':20} {metrics['units_l0']['value']:9.4f}")
+    print(f"{'participation ratio':20} {metrics['units_participation_ratio']['value']:9.4f}")
+    print(
+        f"{'ce_gain_over_units':20} {metrics['ce_gain_over_units']['value']:9.4f}"
+        + (f"   {verdict}" if verdict else "")
+    )
     print("\n".join(f"{stage:20} {took:8.1f} s" for stage, took in seconds.items()))
     if any("FAIL" in line for line in lines):
         print("the demo's dictionary is worse than the measured figures: something is broken", file=sys.stderr)

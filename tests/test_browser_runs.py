@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from browser_fixture import write_sae_directory
 
-from browser import data, runs
+from browser import charts, data, runs
 
 
 def write_log(folder: Path, lines: int, tail: str = "") -> None:
@@ -77,6 +77,36 @@ def test_fidelity_and_group_tables_use_the_metrics_that_exist() -> None:
     assert runs.density_table({"density": {"log10_density_edges": [0, 1], "features": [1, 2, 3]}}).empty
 
 
+def evaluated(l0: float, k: int, verdict: str | None = None) -> dict[str, Any]:
+    """An eval.json with the baseline, as `sae eval` writes it."""
+    values = {
+        "l0": l0,
+        "fvu": 0.2,
+        "ce_loss_score_zero": 0.9,
+        "units_l0": 13.4,
+        "units_participation_ratio": 4.6,
+        "topk_units_l0": k - 1.0,
+        "topk_units_fvu": 0.1 / k,
+        "topk_units_ce_loss_score_zero": 0.8,
+    }
+    metrics = {name: {"value": value, "ci95": [value, value], "formula": name} for name, value in values.items()}
+    return {"metrics": metrics, "units": {"n_units": 512, "k": k, "verdict": verdict}}
+
+
+def test_the_layers_own_units_are_a_column_of_the_table_and_not_rows() -> None:
+    table = runs.fidelity_table(evaluated(19.2, 19)).set_index("metric")
+    assert set(table.index) == {"l0", "fvu", "ce_loss_score_zero", "units_l0", "units_participation_ratio"}
+    assert table.loc["fvu", "units"] == pytest.approx(0.1 / 19)
+    assert table["units"].isna().sum() == 2
+    own = runs.baseline_of(evaluated(19.2, 19, "as faithful"))
+    assert own == runs.Baseline(
+        512, 13.4, 4.6, 19, {"l0": 18.0, "fvu": 0.1 / 19, "ce_loss_score_zero": 0.8}, "as faithful"
+    )
+    of_version_0_1 = {"metrics": {"l0": {"value": 3.0}}}
+    assert runs.baseline_of(of_version_0_1) is None
+    assert runs.fidelity_table(of_version_0_1)["units"].isna().all()
+
+
 @pytest.mark.parametrize(
     ("counts", "sizes"),
     [
@@ -104,6 +134,12 @@ def test_a_sweep_is_the_evaluated_dictionaries_of_one_directory(tmp_path: Path) 
     table = runs.frontier(entries["sweep/a"], entries.values())
     assert table["id"].tolist() == ["sweep/a", "sweep/b"]
     assert table["this"].tolist() == [True, False]
+    assert table["units_k"].isna().all()
+    (tmp_path / "sweep/b/eval.json").write_text(json.dumps(evaluated(5.1, 5)))
+    table = runs.frontier(entries["sweep/a"], entries.values()).set_index("id")
+    assert table.loc["sweep/b", ["units_k", "units_l0", "units_fvu"]].tolist() == [5, 4.0, 0.02]
+    for some in (table, table.loc[["sweep/a"]]):  # with a line for the units, and without
+        charts.frontier_chart(some.reset_index()).to_dict()
 
 
 def test_cost_is_the_logged_time_and_the_file_sizes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from importlib import import_module
 from pathlib import Path
@@ -55,7 +56,15 @@ def test_each_run_is_as_if_trained_alone_and_the_frontier_holds_its_evaluation(
         metrics = json.loads((out / name / "eval.json").read_text())["metrics"]
         assert all(run[metric] == metrics[metric]["value"] for metric in sweeping.MEASURED)
         assert (run["rows"], run["target_l0"]) == (RUN["tokens"], settings["target_l0"])
-    ElementTree.fromstring((out / "frontier.svg").read_text())
+    by_k = {}
+    for run in (json.loads((out / name / "eval.json").read_text()) for name in names):
+        values = {name: run["metrics"][f"topk_units_{name}"]["value"] for name in sweeping.UNITS_MEASURED}
+        by_k[run["units"]["k"]] = {"k": run["units"]["k"], **values}
+    assert frontier["units"] == [by_k[k] for k in sorted(by_k)]
+    svg = (out / "frontier.svg").read_text()
+    ElementTree.fromstring(svg)
+    assert "the k largest of the layer's own units" in html.unescape(svg)
+    assert svg.count("largest units: L0") == 2 * len(by_k)  # in both panels
     before = {p: p.stat().st_mtime_ns for p in out.rglob("sae.safetensors")}
     pipeline.sweep(store, out, **GRID, **RUN)  # again: nothing is missing
     assert {p: p.stat().st_mtime_ns for p in out.rglob("sae.safetensors")} == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import altair as alt
@@ -9,10 +10,10 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from browser import comparison, state
+from browser import comparison, runs, state
 from browser.comparison import Comparison
 from browser.components import Row, RowList, draw_lists
-from browser.data import SaeEntry
+from browser.data import SaeEntry, read_config
 from browser.live import LiveError
 from browser.live.comparing import cosine_table
 from browser.markup import explain, facts
@@ -25,10 +26,12 @@ HELP = {
     "facts": "compared: features with enough firings. mean best A→B: mean over the features of A of the largest "
     "Pearson correlation of activations with a feature of B on the same tokens. By chance: the same with B's tokens "
     "shuffled. decoder cosine: the mean of their largest decoder cosines with a feature of B.",
+    "units": "Fidelity on held-out text (sae eval), next to that of the baseline: as many of the layer's own units as "
+    "the dictionary has active features, the largest by absolute value.",
     "histogram": "For each feature of A with enough firings: its largest Pearson correlation of activations with any "
     "feature of B on the same tokens. For comparison: the same with B's tokens shuffled (what the largest of many "
-    "correlations gives by chance), and with A's own neurons. The dashed lines are means published by Bricken et al. "
-    "2023 for two other models (A/1 and B/1): 0.72 for features, 0.46 for neurons.",
+    "correlations gives by chance), and with A's own neurons. Solid lines: the means here. The dashed lines are means "
+    "published by Bricken et al. 2023 for two other models (A/1 and B/1): 0.72 for features, 0.46 for neurons.",
     "matched": "One-to-one matching with the largest sum of Pearson correlations. best: the largest correlation "
     "without that constraint. cosine: the largest decoder cosine with any feature of B, d_A · d_B / (‖d_A‖ ‖d_B‖), if "
     "both dictionaries read the same activations. density: firings / kept tokens.",
@@ -97,6 +100,18 @@ def _facts(page: Page, other: SaeEntry, found: Comparison) -> None:
         else "different activations",
     }
     st.html(facts(values, help=HELP["facts"]))
+    beside = dict(line for side, entry in (("A", page.entry), ("B", other)) for line in _against_units(side, entry))
+    if beside:
+        st.html(facts(beside, help=HELP["units"]))
+
+
+def _against_units(side: str, entry: SaeEntry) -> Iterator[tuple[str, str]]:
+    """The dictionary's score and that of as many of the layer's own units, where they were measured."""
+    own, score = runs.baseline_of(read_config(entry.path / "eval.json")), runs.headline_metrics(entry)["ce_loss_score"]
+    of_units = own and own.largest.get("ce_loss_score_zero")
+    if own and of_units is not None and score is not None:
+        yield f"{side}: ce_loss_score", f"{score:.4f}"
+        yield f"{own.k:,} largest own units", f"{of_units:.4f}" + (" (as faithful)" if own.verdict else "")
 
 
 def _table(page: Page, other: SaeEntry, found: Comparison, chosen: str) -> None:
@@ -219,7 +234,19 @@ def _histogram(found: Comparison) -> alt.LayerChart:
         .mark_text(angle=270, align="right", dy=-6, dx=-4, fontSize=10)
         .encode(x="at:Q", y=alt.value(4), text="text", color=alt.Color("colour:N", scale=None))
     )
-    layers: alt.LayerChart = (bars + rule + text).properties(height=240)
+    means = pd.DataFrame(
+        {
+            "at": [found.a[column].mean() for column in ("correlation", "neuron_correlation")],
+            "mean": ["features here", "neurons here"],
+            "colour": [ORANGE, BLUE],
+        }
+    ).dropna()
+    here = (
+        alt.Chart(means)
+        .mark_rule(strokeWidth=1.6)
+        .encode(x="at:Q", color=alt.Color("colour:N", scale=None), tooltip=["mean", alt.Tooltip("at:Q", format=".3f")])
+    )
+    layers: alt.LayerChart = (bars + rule + text + here).properties(height=240)
     return layers
 
 

@@ -21,6 +21,12 @@ CURVES = {  # logged name → title, definition
     "lr": ("Learning rate", "After warm-up and decay."),
 }
 
+BASELINE_HELP = (
+    "The baseline: the entries of the activation vectors themselves (neurons, after an activation function). L0: how "
+    "many are not 0 per token. Participation ratio: mean of (Σa²)² / Σa⁴, how many equal units would be as "
+    "concentrated. The k largest by absolute value take the place of x̂, k being the dictionary's L0."
+)
+
 
 def show(page: Page) -> None:
     """Draws the run of `page.entry`, trained or not."""
@@ -109,11 +115,15 @@ def _training(page: Page) -> None:
     heading("Training")
     names = [name for name in CURVES if name in log and log[name].notna().any()]
     events = [int(event["step"]) for event in page.entry.config.get("resample_events") or [] if "step" in event]
+    own = runs.baseline_of(data.read_config(page.entry.path / "eval.json"))
+    lines = {"l0": ("own units", own.l0), "fvu": ("largest own units", own.largest.get("fvu"))} if own else {}
     columns = st.columns(2)
     for i, name in enumerate(names):
         with columns[i % 2]:
             st.caption(CURVES[name][0], help=CURVES[name][1])
-            st.altair_chart(charts.training_chart(log, name, events), key=f"curve-{name}")
+            what, value = lines.get(name, ("", None))
+            baseline = None if value is None else (what, value)
+            st.altair_chart(charts.training_chart(log, name, events, baseline), key=f"curve-{name}")
 
 
 def _fidelity(page: Page, report: dict[str, Any], progress: runs.Progress) -> None:
@@ -129,6 +139,7 @@ def _fidelity(page: Page, report: dict[str, Any], progress: runs.Progress) -> No
             st.caption("Measured after training, by sae eval.")
         return
     checks = report.get("checks") or {}
+    _baseline(runs.baseline_of(report))
     st.caption(f"{int(report.get('tokens') or 0):,} held-out tokens; 95% bootstrap intervals over contexts.")
     table = runs.fidelity_table(report)
     number = st.column_config.NumberColumn
@@ -143,6 +154,12 @@ def _fidelity(page: Page, report: dict[str, Any], progress: runs.Progress) -> No
             "value": number(format="%.4f", width=70),
             "low": number(format="%.4f", width=70),
             "high": number(format="%.4f", width=70),
+            "units": number(
+                "own units",
+                format="%.4f",
+                width=78,
+                help="The same metric with the k largest of the layer's own units in place of x̂, k being the L0.",
+            ),
             "formula": st.column_config.TextColumn(width=300),
         },
     )
@@ -161,6 +178,28 @@ def _fidelity(page: Page, report: dict[str, Any], progress: runs.Progress) -> No
                 st.dataframe(
                     shown[[*first, *(c for c in shown if c not in first)]], hide_index=True, key=f"table-{key}"
                 )
+
+
+def _baseline(own: runs.Baseline | None) -> None:
+    """The layer's own units, which a dictionary has to beat."""
+    if own is None:
+        return
+    scores = {"fvu": "FVU", "delta_ce": "delta_ce", "ce_loss_score_zero": "ce_loss_score"}
+    values = {
+        "own units": f"{own.n_units:,}",
+        "their L0": f"{own.l0:,.1f}",
+        "participation ratio": f"{own.participation_ratio:,.1f}",
+        **{
+            f"{own.k:,} largest: {name}": f"{own.largest[key]:.4f}"
+            for key, name in scores.items()
+            if own.largest.get(key) is not None
+        },
+    }
+    st.html(facts(values, help=BASELINE_HELP))
+    if own.verdict:
+        explain(
+            "The dictionary is not better than the layer's own units", f"{own.verdict[0].upper()}{own.verdict[1:]}."
+        )
 
 
 def _density(page: Page, report: dict[str, Any]) -> None:
@@ -186,7 +225,7 @@ def _frontier(page: Page) -> None:
     heading("Frontier of this sweep")
     st.caption(
         f"FVU by L0 of the {len(table)} evaluated dictionaries in the same directory; the ring marks this one. Lower "
-        "and further left is better."
+        "and further left is better. Dashed: the largest of the layer's own units, as many as each has active features."
     )
     st.altair_chart(charts.frontier_chart(table), key="frontier")
 

@@ -71,7 +71,7 @@ def verdict(metrics: dict[str, dict[str, Any]], k: int, n_units: int) -> dict[st
         "k": k,
         "as_faithful": as_faithful,
         "verdict": (ALREADY_SPARSE if sparse else NOT_BETTER) if as_faithful else None,
-        "formula": "k = l0, rounded, at least 1. As faithful: the 95% interval of ce_gain_over_units is not above 0. "
-        "Already sparse: units_participation_ratio ≤ k",
+        "formula": "k = l0, rounded, at least 1. As faithful: the 95% interval of ce_gain_over_units is not above 0 "
+        "(without losses: fvu ≥ topk_units_fvu). Already sparse: units_participation_ratio ≤ k",
         "version": 1,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -24,6 +24,7 @@ from store.activations import ActivationStore
 from store.common import TRAIN, write_json
 
 MEASURED = ("l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "dead_share")
+UNITS_MEASURED = ("l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "delta_ce")  # of the k largest units
 DIVERGED = "diverged.json"
 FLOAT32_BYTES = 4
 
@@ -116,7 +117,9 @@ def write_frontier(out: Path, points: Sequence[Point], *, model: str, hook_point
     `{"format": 1, "model", "hook_point", "runs": [{"id", "recipe", "d_sae", "target_l0", "seed", "rows", "lambda",
     "l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "dead_share"}]}`; `id` is the directory, `rows`
     the number of rows trained on, `lambda` is in scaled units, and 0 if sparsity is set by k. A run that diverged has
-    the reason in "diverged" and null for what was not measured.
+    the reason in "diverged" and null for what was not measured. "units" has the baseline, the k largest of the layer's
+    own units, once for each k = L0 of a run: `[{"k", "l0": how many of them are not 0, "fvu", …}]` by rising k; without
+    the evaluations of version 0.1, which did not measure it.
     """
     runs = [
         {
@@ -127,7 +130,13 @@ def write_frontier(out: Path, points: Sequence[Point], *, model: str, hook_point
         }
         for point in points
     ]
-    frontier = {"format": FRONTIER_FORMAT, "model": model, "hook_point": hook_point, "runs": runs}
+    frontier = {
+        "format": FRONTIER_FORMAT,
+        "model": model,
+        "hook_point": hook_point,
+        "runs": runs,
+        "units": _units(out / point.name for point in points),
+    }
     (out / "frontier.svg").write_text(picture(frontier))
     write_json(out / "frontier.json", frontier)
     return out / "frontier.json"
@@ -141,6 +150,18 @@ def _outcome(directory: Path) -> dict[str, Any]:
     metrics = json.loads((directory / "eval.json").read_text())["metrics"]
     config = json.loads((directory / "config.json").read_text())
     return {"lambda": config["lambda"]["scaled"], **{name: metrics.get(name, {}).get("value") for name in MEASURED}}
+
+
+def _units(directories: Iterable[Path]) -> list[dict[str, Any]]:
+    """The figures of the k largest units for each k that a run was compared with, by rising k."""
+    found: dict[int, dict[str, Any]] = {}
+    for path in (directory / "eval.json" for directory in directories):
+        report = json.loads(path.read_text()) if path.is_file() else {}
+        if "units" in report:
+            measured = report["metrics"]
+            values = {name: measured.get(f"topk_units_{name}", {}).get("value") for name in UNITS_MEASURED}
+            found[report["units"]["k"]] = {"k": report["units"]["k"], **values}
+    return [found[k] for k in sorted(found)]
 
 
 def _done(directory: Path) -> bool:
