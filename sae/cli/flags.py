@@ -37,6 +37,21 @@ class Renamed(argparse.Action):
         parser.error(f"{self.option_strings[0]} is called {self.const} now.")
 
 
+class Either(argparse.Action):
+    """Flags that exclude each other, and so share an entry of the help; each fills a place of its own.
+
+    `const` is {flag: place}; the values of `repeated` flags are collected.
+    """
+
+    def __init__(self, *args: Any, repeated: bool = False, **kwargs: Any) -> None:
+        self.repeated = repeated
+        super().__init__(*args, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        place = self.const[option_string]
+        setattr(namespace, place, [*(getattr(namespace, place) or []), values] if self.repeated else values)
+
+
 def add_verb(verbs: Any, name: str, handler: Handler, summary: str, *, example: str = "") -> argparse.ArgumentParser:
     verb: argparse.ArgumentParser = verbs.add_parser(
         name,

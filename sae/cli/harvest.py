@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sae.cli.flags import MODEL, add_device, add_text_column, add_verb, print_text_read, size
+from sae.cli.flags import MODEL, Either, add_device, add_text_column, add_verb, print_text_read, size
 
 TOKENS = 2_000_000
 KINDS = ("token-ids", "tokenizer", "texts", "images", "labels", "keep")  # beside the rows of --from
@@ -29,7 +29,9 @@ def harvest(verbs: Any) -> None:
     verb.add_argument(
         "--text",
         "--from",
-        action=TextOrArrays,
+        action=Either,
+        const={"--text": "text", "--from": "arrays"},
+        repeated=True,
         metavar="SOURCE",
         help="--text: a file, a directory, a dataset, or 'default' for the text on this machine; may be repeated. "
         "--from [KIND=]PATH: instead of a model and a text, a file or directory of activations (.npy, .safetensors, "
@@ -104,16 +106,6 @@ def harvest(verbs: Any) -> None:
     )
     verb.add_argument("--take-over", action="store_true", help="of a remote store: take lanes over from dead workers")
     add_device(verb, mps=True)
-
-
-class TextOrArrays(argparse.Action):
-    """The two kinds of source, of which a harvest has one: `--text` fills `text`, `--from` fills `arrays`."""
-
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        name = "arrays" if option_string == "--from" else "text"
-        setattr(namespace, name, [*(getattr(namespace, name) or []), values])
 
 
 def _run_harvest(args: argparse.Namespace) -> int:

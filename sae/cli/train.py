@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sae.cli.flags import add_kernels, add_settings, add_text, add_verb, refuse_many_processes, settings, size
+from sae.cli.flags import Either, add_kernels, add_settings, add_text, add_verb, refuse_many_processes, settings, size
 
 
 def train(verbs: Any) -> None:
@@ -16,9 +16,21 @@ def train(verbs: Any) -> None:
         "train a dictionary on an activation store, or on a model while it runs",
         example="sae train --acts runs/a/acts.zarr --l0 20 --out runs/a/first",
     )
-    verb.add_argument("--acts", metavar="STORE", help="activation store to train on")
     verb.add_argument(
-        "--live", metavar="MODEL", help="instead of --acts: run this model on --text while training, nothing on disk"
+        "--acts",
+        "--live",
+        action=Either,
+        const={"--acts": "acts", "--live": "live"},
+        metavar="SOURCE",
+        help="--acts STORE: the activation store to train on; --live MODEL: run this model on --text while training, "
+        "nothing on disk",
+    )
+    verb.set_defaults(live=None)
+    verb.add_argument(
+        "--from",
+        dest="source",
+        metavar="DIR",
+        help="start from this dictionary (ours or an imported one): with its function, and a new optimizer",
     )
     add_text(verb, required=False, help="text for --live: a file, a directory, a dataset or 'default'; may be repeated")
     verb.add_argument("--out", required=True, metavar="DIR", help="directory of the dictionary, e.g. runs/a/first")
@@ -28,7 +40,9 @@ def train(verbs: Any) -> None:
         metavar="NAME",
         help="training recipe: balanced, topk, jumprelu, towards-monosemanticity …; an unknown name lists all",
     )
-    verb.add_argument("--d-sae", type=int, default=4096, metavar="N", help="number of features")
+    verb.add_argument(
+        "--d-sae", type=int, metavar="N", help="number of features (default: that of the --from dictionary, else 4096)"
+    )
     verb.add_argument(
         "--l0",
         type=float,
@@ -86,6 +100,7 @@ def _run_train(args: argparse.Namespace) -> int:
         device=args.device,
         keep=args.keep,
         log_to=args.log_to or [],
+        start_from=args.source,
         **memory,
     )
     print(args.out)

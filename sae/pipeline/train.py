@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +12,19 @@ from sae.dictionary.autoencoder import SAE
 from sae.jobs.trackers import trackers_named
 from sae.kernels import device_named
 from sae.lm.units import active_units
+from sae.pipeline.errors import PipelineError
 from sae.pipeline.live import Live, live_rows
+from sae.pipeline.resolve import opened
 from sae.pipeline.rows import SHUFFLE_BYTES, hook_point_of, provenance_of, rows_for
 from sae.pipeline.stores import warn_of_few_rows
 from sae.training import loop, recipes
 from sae.training.config import TrainConfig
 from sae.training.rows import Rows
+from sae.training.start_from import fingerprint
 from store.activations import ActivationStore
 from store.common import TRAIN
 
+D_SAE = 4096
 UNITS_ROWS = 2048  # on which the L0 of the activations themselves is measured
 
 
@@ -28,7 +33,7 @@ def train(
     out: str | Path,
     *,
     recipe: str = "balanced",
-    d_sae: int = 4096,
+    d_sae: int | None = None,
     l0: float | None = None,
     tokens: int | None = None,
     seed: int = 0,
@@ -40,27 +45,39 @@ def train(
     keep: int = 1,
     log_to: Sequence[str] = (),
     max_ram_bytes: int = SHUFFLE_BYTES,
+    start_from: SAE | str | Path | None = None,
 ) -> SAE:
     """Trains a dictionary on a store (its path), a model and a text (`Live`: nothing on disk) or any `Rows`.
 
-    `l0` is the mean number of active features per token to aim for (default: the recipe's; saved as `target_l0`);
+    `d_sae` is the number of features (default: that of `start_from`, else 4096); `l0` is the mean number of active
+    features per token to aim for (default: the recipe's; saved as `target_l0`);
     `config` overrides further settings of the recipe. `tokens` is the number of rows to train on (default: four epochs
     of a store, 4M of other rows). A transcoder needs a `target_hook_point` too. `keep` is the number of saved states
     kept on disk; `log_to` names trackers (`sae.jobs.trackers`). A store that fits into `max_ram_bytes` is shuffled
     exactly, a larger one in two levels.
+    A run starts from the dictionary `start_from` (one of ours or an imported one) if it is given: with the same
+    function at the first step, and a new optimizer. It may be of another model or recipe, as long as shapes and hook
+    point agree.
     Repeat the call to continue after an interruption: the result is the same bit for bit.
     Raises: ValueError for wrong settings, before any work; Interrupted on Ctrl-C or SIGTERM.
     """
     aim = {} if l0 is None else {"target_l0": l0}
+    started = Started(start_from, out) if start_from is not None else None
+    if d_sae is None:
+        d_sae = started.sae.d_sae if started else D_SAE
     overrides = {"d_sae": d_sae, "seed": seed, **aim, **(config or {})}
     tokens = overrides.pop("tokens", tokens)
     how: dict[str, Any] = {"kernels": kernels, "device": device, "keep": keep, "trackers": trackers_named(log_to)}
+    if started:
+        how["source"] = started.sae
     if not isinstance(rows, str | Path):
         _, resolved = recipes.resolve(recipe, tokens=tokens or TrainConfig.tokens, **overrides)
         provenance: dict[str, Any] = {}
         if isinstance(rows, Live):
             where = str(device_named(device))
             rows, provenance = live_rows(rows, resolved, hook_point, target_hook_point, where, Path(out))
+        if started:
+            provenance = provenance | started.record(provenance)
         _warn_unless_sparser(rows, resolved, out)
         return loop.train(rows, out, resolved, provenance=provenance, **how)
     store = ActivationStore.open(rows)
@@ -70,8 +87,40 @@ def train(
     _, resolved = recipes.resolve(recipe, tokens=tokens or 4 * kept_rows, **overrides)
     source = rows_for(store, hook, resolved, target_hook_point, max_ram_bytes)
     provenance = provenance_of(store, hook, out, target_hook_point, max_ram_bytes)
+    if started:
+        provenance |= started.record(provenance)
     _warn_unless_sparser(source, resolved, out)
     return loop.train(source, out, resolved, provenance=provenance, **how)
+
+
+class Started:
+    """The dictionary that a run starts from, and the record of it."""
+
+    def __init__(self, source: SAE | str | Path, out: str | Path) -> None:
+        self.sae, directory = opened(source)
+        self._path = os.path.relpath(directory, out) if directory else None
+
+    def record(self, provenance: dict[str, Any]) -> dict[str, Any]:
+        """The entry `started_from` of config.json. Raises: PipelineError if it belongs to other hook points."""
+        config = self.sae.config
+        for key, what in (("hook_point", "reads"), ("target_hook_point", "predicts")):
+            ours, theirs = provenance.get(key), config.get(key)
+            unknown = key == "hook_point" and theirs is None  # of an imported dictionary
+            if ours != theirs and not unknown:
+                here = ours or "its own input"
+                raise PipelineError(
+                    f"the dictionary to start from {what} {theirs or 'its own input'}, this run {here}."
+                )
+        kept = ("recipe", "hook_point", "target_hook_point", "model", "imported")
+        return {
+            "started_from": {
+                "path": self._path,
+                "sha256": fingerprint(self.sae),
+                **self.sae.shape,
+                **{key: config[key] for key in kept if key in config},
+                "tokens": config.get("train", {}).get("tokens"),
+            }
+        }
 
 
 def _warn_unless_sparser(rows: Rows, config: TrainConfig, out: str | Path) -> None:

@@ -50,7 +50,8 @@ def update_thresholds_(
         return
     level, lift = split(threshold)
     smallest = (values + lift[features]).min()
-    level = level.lerp(smallest, LEVEL_RATE) if step else smallest
+    begun = step > 0 or bool(level > 0)  # a run that starts from a dictionary has its level
+    level = level.lerp(smallest, LEVEL_RATE) if begun else smallest
     if config.min_density:
         lift = lift + level / PATIENCE * missing_firings(features, acts.n_rows, len(threshold), config.min_density)
         b_enc += (lift - level).clamp_min(0)

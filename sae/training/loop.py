@@ -45,6 +45,7 @@ def train(
     kernels: str = "auto",
     device: str = "auto",
     trackers: Sequence[Tracker] = (),
+    source: SAE | None = None,
 ) -> SAE:
     """Trains a dictionary on `rows` into the directory `out`; repeat the call to resume after an interruption.
 
@@ -52,10 +53,11 @@ def train(
     (except with `reference` kernels on a GPU, where torch adds in no fixed order). The result is on the CPU.
     Writes sae.safetensors (scale folded in), config.json, metrics.jsonl, resampled.jsonl, and state.safetensors from
     the first save on; with `keep` > 1 also earlier states as state-<step>.safetensors. `trackers` get the lines of
-    metrics.jsonl (`sae.jobs.trackers`).
+    metrics.jsonl (`sae.jobs.trackers`). A new run starts from the dictionary `source`, if there is one, with the same
+    function on raw rows.
     Raises: ValueError when `out` holds a run with other settings or the loss is not finite; Interrupted on Ctrl-C.
     """
-    plan = Plan(Path(out), config, provenance or {}, trackers)
+    plan = Plan(Path(out), config, provenance or {}, trackers, source)
     (found,) = train_together(rows, [plan], save_minutes=save_minutes, keep=keep, kernels=kernels, device=device)
     if isinstance(found, Diverged):
         raise found
@@ -64,12 +66,13 @@ def train(
 
 @dataclass(frozen=True)
 class Plan:
-    """One dictionary to train: its directory, its settings, and the origin of its rows."""
+    """One dictionary to train: its directory, its settings, the origin of its rows, and what it starts from."""
 
     out: Path
     config: TrainConfig
     provenance: dict[str, Any]
     trackers: Sequence[Tracker] = ()
+    source: SAE | None = None
 
 
 def train_together(
@@ -149,7 +152,9 @@ class Run:
     def __init__(self, rows: Rows, plan: Plan, kernels: str, device: str, open_files: ExitStack) -> None:
         self.out, self.config, self.provenance = plan.out, plan.config, plan.provenance
         self.recipe = recipe_named(plan.config.recipe)
-        self.state = restore(self.out, rows, self.config, self.recipe, device) or self._start(rows, kernels, device)
+        self.state = restore(self.out, rows, self.config, self.recipe, device) or self._start(
+            rows, kernels, device, plan.source
+        )
         self.log, self.events = (self._open_log(name, open_files) for name in ("metrics.jsonl", "resampled.jsonl"))
         self.reporters = [
             open_files.enter_context(tracker(self.out, self.config.to_dict(), self.state.step))
@@ -158,9 +163,9 @@ class Run:
         self.logged_at, self.logged_step, self.stall_s = time.perf_counter(), self.state.step, 0.0
         self.diverged: Diverged | None = None
 
-    def _start(self, rows: Rows, kernels: str, device: str) -> TrainState:
+    def _start(self, rows: Rows, kernels: str, device: str, source: SAE | None) -> TrainState:
         place = device_named(device)
-        return start(rows, self.config, self.recipe, choose(kernels, place), place)
+        return start(rows, self.config, self.recipe, choose(kernels, place), place, source)
 
     def _open_log(self, name: str, open_files: ExitStack) -> TextIO:
         """A log, cut to the step from which the run continues."""

@@ -21,6 +21,7 @@ from sae.training.config import TrainConfig
 from sae.training.recipes import Recipe
 from sae.training.rows import Downstream, ModelRows, Rows, TargetRows
 from sae.training.sparsity_penalty import LambdaController
+from sae.training.start_from import start_from_
 
 STATE = "state.safetensors"
 SCALE_ROWS, SCALE_ROWS_AT_ONCE = 65_536, 4096
@@ -58,15 +59,27 @@ class TrainState:
 
 
 def start(
-    rows: Rows, config: TrainConfig, recipe: Recipe, kernels: Kernels, device: str | torch.device = "cpu"
+    rows: Rows,
+    config: TrainConfig,
+    recipe: Recipe,
+    kernels: Kernels,
+    device: str | torch.device = "cpu",
+    source: SAE | None = None,
 ) -> TrainState:
-    """A new run. Raises: ValueError when the rows are all zero or lack what the recipe needs."""
+    """A new run, from the dictionary `source` if there is one.
+
+    Raises: ValueError when the rows are all zero or lack what the recipe needs; CannotStart if the recipe cannot start
+    from `source`.
+    """
     sae, downstream = _dictionary(rows, config, recipe), _downstream(rows, recipe)
     x, scale = _to_scale(rows.sample(SCALE_ROWS, config.seed))
     y, target_scale = x, scale
     if recipe.needs == "y":
         y, target_scale = _to_scale(_with_targets(rows, recipe).sample_targets(SCALE_ROWS, config.seed))
-    recipe.initialise(sae, x, y, config)
+    if source is None:
+        recipe.initialise(sae, x, y, config)
+    else:
+        start_from_(sae, source, scale=scale, target_scale=target_scale, unit_norm=recipe.unit_norm)
     return TrainState(
         sae,
         _adam(sae.to(device), kernels, config, recipe),
