@@ -126,10 +126,12 @@ def environment(directory: Path, peer: Peer, package: str, torch_spec: str) -> t
 # --- our side --------------------------------------------------------------------------------------------------------
 
 
-def random_dictionary(activation: str, seed: int, *, unit_norms: bool = True, pre_bias: bool = True) -> SAE:
+def random_dictionary(
+    activation: str, seed: int, *, unit_norms: bool = True, pre_bias: bool = True, row_norm: str | None = None
+) -> SAE:
     """A dictionary whose features fire on rows around its decoder bias."""
     k = K if activation in ("topk", "batchtopk") else None
-    sae = SAE(D_IN, D_SAE, activation=activation, k=k, pre_bias=pre_bias).eval()
+    sae = SAE(D_IN, D_SAE, activation=activation, k=k, pre_bias=pre_bias, row_norm=row_norm).eval()
     g = torch.Generator().manual_seed(seed)
     values = {
         "W_dec": torch.nn.functional.normalize(torch.randn(D_SAE, D_IN, generator=g), dim=-1),
@@ -160,6 +162,8 @@ def dictionaries(trained: list[Path]) -> dict[str, SAE]:
     made["topk, free norms"] = random_dictionary("topk", 11, unit_norms=False)
     made["relu, no pre-bias"] = random_dictionary("relu", 12, pre_bias=False)
     made["jumprelu, no pre-bias"] = random_dictionary("jumprelu", 13, pre_bias=False)
+    for i, row_norm in enumerate(("layer_norm", "unit_mean_square")):
+        made[f"topk, {row_norm}"] = random_dictionary("topk", 14 + i, row_norm=row_norm)
     return made | {f"trained {path.name}": load(path) for path in trained}
 
 

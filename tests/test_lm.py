@@ -408,7 +408,9 @@ def _fake_bridge() -> Any:
 
     class Fake(torch.nn.Linear):
         tokenizer = SimpleNamespace(
-            backend_tokenizer=Tokenizer(models.WordLevel({"a": 0, "b": 7})), bos_token_id=None, eos_token_id=7
+            backend_tokenizer=Tokenizer(models.WordLevel({f"word{i}": i for i in range(300)})),
+            bos_token_id=None,
+            eos_token_id=7,
         )
         cfg = SimpleNamespace(n_ctx=32, d_vocab=300, device="cpu")
 

@@ -155,6 +155,11 @@ def of_another_model(directory: Path) -> None:
     Tokenizer(models.WordLevel(words, unk_token="word0")).save(str(directory / "tokenizer.json"))
 
 
+def smaller(directory: Path) -> None:
+    words = {f"word{i}": i for i in range(100)}
+    Tokenizer(models.WordLevel(words, unk_token="word0")).save(str(directory / "tokenizer.json"))
+
+
 def no_files(directory: Path) -> None:
     for file in directory.glob("token*"):
         file.unlink()
@@ -170,6 +175,7 @@ def only_settings(directory: Path) -> None:
         (no_files, "has no tokenizer: none of tokenizer.json"),
         (only_settings, "has no tokenizer: none of tokenizer.json"),
         (empty, "vocabulary is empty"),
+        (smaller, "fewer than half of the 300"),
         (of_another_model, "token ids up to 399, and the model embeds 300 tokens"),
     ],
 )

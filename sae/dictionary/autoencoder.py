@@ -205,6 +205,7 @@ class SAE(nn.Module):
 
     def show_shape(self) -> str:
         sparsity = f"{self.activation} k={self.k}" if self.k else self.activation
+        sparsity += f", row_norm {self.row_norm}" if self.row_norm else ""
         width = f"{self.d_in}" if self.d_in == self.d_out else f"{self.d_in} to {self.d_out}"
         return f"{width} → {self.d_sae:,} features ({sparsity})"
 

@@ -169,6 +169,12 @@ def _tokenizer_of(bridge: Any, model_id: str) -> Tokenizer:
             f"{model_id}: its tokenizer has token ids up to {max(ids):,}, and the model embeds {rows:,} tokens: it is "
             "another model's tokenizer. Copy the model's own tokenizer.json into its directory."
         )
+    size = tokenizer.get_vocab_size()
+    if size < rows / 2:  # padding adds a few rows, never as many again
+        raise ModelError(
+            f"{model_id}: its tokenizer has {size:,} tokens, fewer than half of the {rows:,} that are embedded: it is "
+            "another model's tokenizer. Copy the model's own tokenizer.json into its directory."
+        )
     return tokenizer
 
 
