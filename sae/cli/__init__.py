@@ -6,8 +6,6 @@ Heavy imports happen inside the verbs, so that `sae --help` answers at once.
 from __future__ import annotations
 
 import argparse
-import os
-import select
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -25,6 +23,7 @@ from sae.cli.harvest import harvest
 from sae.cli.import_dictionary import import_dictionary
 from sae.cli.index import index
 from sae.cli.info import info
+from sae.cli.output import escape_unknown_characters, nobody_reads
 from sae.cli.pretrain import pretrain
 from sae.cli.steer import steer
 from sae.cli.store import store
@@ -54,6 +53,7 @@ VERBS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Exit status: 0 done, 1 a check failed, 2 wrong usage or input, 130 interrupted."""
+    escape_unknown_characters()
     _refuse_shadowed_packages()
     parser = build_parser()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -69,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and nobody_reads():
             return 1
-        print(f"sae {args.verb}: {error}", file=sys.stderr)
+        print(f"sae {args.verb}: {_explained(error)}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"\nsae {args.verb}: {error or 'interrupted'}", file=sys.stderr)
@@ -91,14 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _nobody_reads() -> bool:
-    """Whether the reader of our output has closed the pipe, as `sae info PATH | head -1` does; then printing stops."""
-    watched = select.poll()
-    watched.register(sys.stdout, 0)  # errors are reported without being asked for
-    if not watched.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush at exit
-    return True
+def _explained(error: Exception) -> str:
+    """The message; a full disk is named where the system's own message names no file."""
+    from store.common import full_disk
+
+    if isinstance(error, OSError) and not error.filename and (reason := full_disk(error)):
+        return f"the output or a file could not be written: {reason}. Make room and repeat the command."
+    return str(error)
 
 
 def _refuse_shadowed_packages() -> None:

@@ -159,7 +159,7 @@ def with_config_file(parser: argparse.ArgumentParser, arguments: list[str]) -> l
     if path is None or not arguments:
         return arguments
     try:
-        settings = tomllib.loads(Path(path).read_text())
+        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         parser.error(f"--config {path}: {error}")
     given = {argument.split("=")[0] for argument in arguments}

@@ -26,7 +26,7 @@ def claim(directory: Path, name: str, settings: Mapping[str, Any], absent: Mappi
         write_json(path, asked)
         return
     try:
-        held = json.loads(path.read_text())
+        held = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); choose another --out, or delete {directory}.") from error
     differing = list(_differences(held, asked, json.loads(json.dumps(absent or {})), ""))
@@ -50,7 +50,7 @@ def _differences(held: Any, asked: Any, absent: Any, where: str) -> list[str]:
 def cut_log(path: Path, step: int) -> None:
     """Removes the lines of a metrics.jsonl after `step`, and a last line cut short by a kill."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         write_bytes(path, "".join(line + "\n" for line in kept).encode())
 
 

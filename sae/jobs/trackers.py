@@ -50,7 +50,7 @@ def weights_and_biases(out: Path, settings: Mapping[str, Any], step: int) -> Ite
         write_bytes(identity, uuid.uuid4().hex.encode())
     run = wandb.init(
         dir=str(out),
-        id=identity.read_text(),
+        id=identity.read_text(encoding="utf-8"),
         name=out.name,
         resume="allow",
         config=dict(settings),

@@ -179,7 +179,7 @@ def layer_of(hook_point: str) -> int:
 def read_json_file(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises: ModelError if it is missing or is not a JSON object."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{path}: no such file. A model directory needs one.") from error
     except ValueError as error:

@@ -75,7 +75,7 @@ def machine_facts() -> Iterator[tuple[str, str]]:
 def _describe_config(file: Path) -> dict[str, Any]:
     """A dictionary, another tool's feature pages, or a model, as its config.json says."""
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise PipelineError(
             f"{file} is not JSON ({error}): an empty or damaged file. Run the command that wrote it again."
