@@ -14,6 +14,7 @@ from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
 from sae.dictionary.directions import spread_rows, unit
+from sae.kernels.numba_cache import choose_cache_directory
 
 UMAP_NEIGHBOURS = 15
 KMEANS_STEPS = 25
@@ -44,6 +45,7 @@ def umap(directions: Float[Tensor, "n d"], *, seed: int) -> Float32[np.ndarray, 
 
     Source: McInnes et al. 2018.
     """
+    choose_cache_directory()  # umap's loops are compiled by numba
     from umap import UMAP
 
     layout = UMAP(n_neighbors=UMAP_NEIGHBOURS, metric="cosine", random_state=seed, n_jobs=1)

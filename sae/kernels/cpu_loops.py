@@ -4,18 +4,76 @@
 
 from __future__ import annotations
 
+import pickle
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from sae.kernels.numba_cache import VARIABLE, choose_cache_directory
+
+choose_cache_directory()  # before numba reads its settings
+
+from numba import njit  # noqa: E402
+from numba.core.caching import FunctionCache  # noqa: E402
 
 GROUP = 32  # features in a group: its largest sure value represents it in the search for a row's k-th largest value
 LEAST = np.float32(-1e38)  # below any pre-activation, but finite, as `compiled_for_numbers` requires
 
+
+class LoopCache(FunctionCache):
+    """numba's cache on disk, which must not stop a training: what cannot be read or written is compiled again."""
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            self._give_up(error)
+
+    def save_overload(self, sig, data):
+        try:
+            super().save_overload(sig, data)  # type: ignore[no-untyped-call]
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.disable()  # type: ignore[no-untyped-call]
+        _compiled_again(f"{self.cache_path}: {error}")
+
+
+def _compiled_again(reason: str) -> None:
+    """Says once that loops are not kept."""
+    if not _REASONS:
+        warnings.warn(
+            f"numba cannot keep its compiled loops ({reason}), so every command compiles them again, which takes about "
+            f"half a minute. Set {VARIABLE} to a directory that can be written.",
+            stacklevel=2,
+        )
+    _REASONS.append(reason)
+
+
+_REASONS: list[str] = []
+
+
+def _loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compiles a function at its first call; kept on disk where possible."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        loop = njit(nogil=True, error_model="numpy", **options)(function)
+        try:
+            loop._cache = LoopCache(function)  # type: ignore[no-untyped-call]  # as its enable_caching() does with a FunctionCache
+        except (RuntimeError, OSError) as error:  # no directory can be written
+            _compiled_again(str(error))
+        return loop
+
+    return decorate
+
+
 # Sums may be reordered so that they vectorise; NaN and infinity behave as IEEE says.
-compiled: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
+compiled = _loop(fastmath={"reassoc", "contract", "arcp", "nsz"})
 # These loops search for maxima, which vectorise only if no number is NaN or infinite: `cpu.select` checks that first.
-compiled_for_numbers: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
+compiled_for_numbers = _loop(fastmath=True)
 
 
 @compiled
