@@ -27,8 +27,8 @@ from figures import record, table
 from sae import pipeline
 from sae.lm import LanguageModel, load_model
 from sae.text.sources import TextSource
-from store.activations import ActivationStore, DiskFull
-from store.common import StoreError
+from store.activations import ActivationStore
+from store.common import DiskFull, StoreError
 
 HOOK = pipeline.DEFAULT_HOOK_POINT
 SIZE = {"tokens": 16_384, "heldout_tokens": 16_384}  # one context of 256 for each lane and split

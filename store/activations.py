@@ -7,7 +7,6 @@ most the shard it was writing. Shards belong to lanes, and each lane has one wri
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +30,7 @@ from store.activation_layout import (
     shard_of_key,
 )
 from store.activation_reader import ActivationReader, Contexts, Problem, Totals
-from store.common import HELD_OUT, LANES, SPLITS, TRAIN, DocumentRecord, StoreError
+from store.common import HELD_OUT, LANES, SPLITS, TRAIN, DiskFull, DocumentRecord, StoreError, full_disk
 from store.places import Check, LocalPlace, Place
 from store.schema import FORMAT_VERSION, json_bytes
 from store.shards import Marker, UnitSums, kept_sums
@@ -39,10 +38,6 @@ from store.shards import Marker, UnitSums, kept_sums
 __all__ = ["ActivationStore", "Contexts", "Problem", "Totals"]
 
 ALL_LANES = range(LANES)
-
-
-class DiskFull(StoreError):
-    """There is no room for another shard; every shard written before is complete."""
 
 
 class ActivationStore(ActivationReader):
@@ -202,13 +197,14 @@ class ActivationStore(ActivationReader):
                 content = json_bytes(marker.to_json(), self.place.where(marker_key(split, shard)))
                 self._held[lane](lane)  # raises if the lane is no longer ours: then nothing is marked
                 self.place.write(marker_key(split, shard), content)
-            except OSError as error:
+            except (OSError, DiskFull) as error:
                 self._undo(split, shard)
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                reason = full_disk(error)
+                if reason is None:
                     raise
                 raise DiskFull(
-                    f"the disk of {self.path} is full ({error.strerror}). Every shard written before is complete and "
-                    "can be used as it is; make room and repeat the command to continue"
+                    f"the disk of {self.path} is full ({reason}). Every shard written before is complete and can be "
+                    "used as it is; make room and repeat the command to continue"
                 ) from error
             if self.ring_shards_per_lane is not None and split == TRAIN and marker.contexts:
                 self._make_room_for(shard, self.ring_shards_per_lane * LANES)

@@ -6,8 +6,10 @@ The standard library alone, so that the trainer can use it on a machine without 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -36,6 +38,10 @@ Piece = TypeVar("Piece")
 
 class StoreError(ValueError):
     """Something about a store that its user can fix: what, where, got, expected, what to do next."""
+
+
+class DiskFull(StoreError):
+    """There is no room on a disk, or a quota is used up."""
 
 
 class DocumentRecord(NamedTuple):
@@ -121,7 +127,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary path to write; on success it is flushed to disk and renamed to `path`, on an error removed.
 
     A reader sees either the old file or the new one, even after a kill or a loss of power. The directory
-    must exist.
+    must exist. Raises: DiskFull when there is no room; OSError naming `path` for another fault of the disk.
     """
     path = Path(path)
     # Two processes or threads that write the same file must not share a temporary one.
@@ -130,10 +136,67 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield partial
         fsync(partial)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, DiskFull):  # of another file, and named already
+            raise
+        if reason := full_disk(error):
+            raise DiskFull(
+                f"{path} could not be written: {reason}. What was there before is unchanged; make room and repeat the "
+                "command"
+            ) from error
+        number = _system_error(error)
+        if number is not None and not getattr(error, "filename", None):
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
     fsync(path.parent)
+
+
+def full_disk(error: BaseException) -> str | None:
+    """What the system calls it if `error` says that there is no room to write; else None."""
+    if isinstance(error, DiskFull):
+        return (error.__cause__ and full_disk(error.__cause__)) or os.strerror(errno.ENOSPC)
+    number = _system_error(error)
+    return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
+
+
+def _system_error(error: BaseException) -> int | None:
+    """The number of a system error; libraries written in Rust (safetensors, tokenizers) have it in their text only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, Exception) else None
+    return int(found[1]) if found else None
+
+
+@contextlib.contextmanager
+def explaining_full_disk(place: object, kept: Callable[[], str]) -> Iterator[None]:
+    """A full disk inside raises DiskFull that names `place` and says what is `kept`, asked only then."""
+    try:
+        yield
+    except Exception as error:
+        reason = full_disk(error)
+        if reason is None:
+            raise
+        message = f"{place} could not be written: {reason}. {kept()} Make room and repeat the command"
+        raise DiskFull(message) from error
+
+
+def reserve(path: str | os.PathLike[str]) -> None:
+    """Allocates the disk blocks of a sparse file, where the system can; memory-mapped files are.
+
+    Without it, a write into the map on a full disk would end the process (SIGBUS). Raises: OSError when there is no
+    room.
+    """
+    size = os.path.getsize(path)
+    if not size or not hasattr(os, "posix_fallocate"):
+        return
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot
+                raise
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
@@ -155,6 +218,8 @@ def json_bytes(content: Any, *, indent: int) -> bytes:
 
 def fsync(path: str | os.PathLike[str]) -> None:
     """Makes a file's bytes, or the names in a directory, survive a loss of power."""
+    if os.name == "nt" and os.path.isdir(path):  # Windows cannot open a directory; it writes names by itself
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -181,8 +246,9 @@ def exclusive_lock(path: Path, what: str, *, wait_s: float = 0.0) -> Iterator[No
             )
         time.sleep(0.02)
     try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{writer_name()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # the name is for messages; a full disk has no room for it
+            os.ftruncate(handle, 0)
+            os.write(handle, f"{writer_name()}\n".encode())
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -191,12 +257,17 @@ def exclusive_lock(path: Path, what: str, *, wait_s: float = 0.0) -> Iterator[No
 
 def _try_lock(path: Path) -> int | None:
     """An open, locked handle of the file that is at `path` now; None if another process holds the lock."""
-    import fcntl  # Unix only, unlike the rest of this module
-
+    try:
+        import fcntl  # Unix only, unlike the rest of this module
+    except ImportError:
+        raise StoreError(
+            f"{path}: activation stores and feature indexes are written under file locks, which this system does not "
+            "have. On Windows run monosem in WSL; dictionaries can be read, run and exported without it"
+        ) from None
     while True:
         with contextlib.suppress(FileNotFoundError):  # its directory was removed in between: make it again
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.stat(path).st_ino == os.fstat(handle).st_ino:

@@ -13,8 +13,9 @@ import numpy as np
 
 from store.activation_input import differences
 from store.activations import ActivationStore
-from store.common import SPLITS, StoreError, can_run, fsync
+from store.common import SPLITS, StoreError, can_run, explaining_full_disk, fsync, reserve
 from store.schema import atomic_json, decode
+from store.shards import Marker
 
 # What a row means, in the provenance.
 _SAME_ROWS = ("model", "tokenizer_sha256", "bos", "weight_processing", "held_out", "rows")
@@ -97,12 +98,25 @@ def export_numpy(
     store = ActivationStore.open(path)
     hooks = _chosen(store, hook_points)
     markers = {shard: marker for shard, marker in store.markers(split).items() if marker.kept_rows}
-    n_rows = sum(marker.kept_rows for marker in markers.values())
     out = Path(out)
     if out.exists():
         raise StoreError(f"{out} exists; choose another directory")
     draft = out.with_name(out.name + ".partial")
     shutil.rmtree(draft, ignore_errors=True)
+    try:
+        with explaining_full_disk(out, lambda: "Nothing of it is kept; the store is unchanged."):
+            _write_numpy(store, hooks, split, markers, draft)
+            os.rename(draft, out)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    fsync(out.parent)
+    return out
+
+
+def _write_numpy(store: ActivationStore, hooks: list[str], split: str, markers: dict[int, Marker], draft: Path) -> None:
+    """Writes the files of `export_numpy` into `draft`."""
+    n_rows = sum(marker.kept_rows for marker in markers.values())
     draft.mkdir(parents=True)
     shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
         hook: (np.float16 if store.dtype[hook] == "float16" else np.float32, (n_rows, store.hook_points[hook]))
@@ -112,6 +126,8 @@ def export_numpy(
         name: np.lib.format.open_memmap(draft / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
         for name, (dtype, shape) in shapes.items()
     }
+    for name in files:
+        reserve(draft / f"{name}.npy")
     end = 0
     for shard, marker in markers.items():
         text = store.read_contexts(split, shard)
@@ -129,9 +145,6 @@ def export_numpy(
     atomic_json(draft / "about.json", about | {"documents": {str(n): d for n, d in store.documents(split).items()}})
     for entry in draft.iterdir():
         fsync(entry)
-    os.rename(draft, out)
-    fsync(out.parent)
-    return out
 
 
 def _complete(path: str | os.PathLike[str]) -> ActivationStore:
@@ -177,7 +190,7 @@ def _write(
         dtype={hook: like.dtype[hook] for hook in hooks},
         provenance=provenance,
     )
-    with made.hold():
+    with explaining_full_disk(out, lambda: "Every shard written before is complete."), made.hold():
         if not can_run(like.provenance.get("model", {})):
             made.write_vocabulary(like.vocabulary())
         for split, of_split in shards.items():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from store.common import reserve
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,9 @@ class Spill:
 
     def close(self) -> None:
         """Closes the raw files: nothing is appended any more."""
-        for file in self.files.values():
-            file.close()
+        with ExitStack() as closing:  # on a full disk, closing one fails; the others are closed all the same
+            for file in self.files.values():
+                closing.callback(file.close)
 
     def scatter(self, by: str, n_groups: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Counting sort by the column `by`, stable in the order of chunks. Returns (ptr, the other columns)."""
@@ -97,7 +101,10 @@ class Spill:
     def _map(self, name: str, dtype: str, mode: Any = "r") -> np.ndarray:
         if self.length == 0:  # an empty file cannot be mapped
             return np.zeros(0, dtype)
-        return np.memmap(self.folder / name, dtype=dtype, mode=mode, shape=(self.length,))
+        column = np.memmap(self.folder / name, dtype=dtype, mode=mode, shape=(self.length,))
+        if mode == "w+":
+            reserve(self.folder / name)
+        return column
 
 
 def empty_stats(d_sae: int) -> dict[str, np.ndarray]:

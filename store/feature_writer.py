@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
-from store.common import DocumentRecord, StoreError, exclusive_lock, fsync
+from store.common import DocumentRecord, StoreError, exclusive_lock, fsync, reserve
 from store.feature_sort import (
     SortedFirings,
     Spill,
@@ -108,17 +108,22 @@ class FeatureWriter:
         self._lock = ExitStack()
         self._lock.enter_context(exclusive_lock(self.path.with_name(self.path.name + ".lock"), str(self.path)))
         shutil.rmtree(self.partial, ignore_errors=True)  # what a killed build left
-        self.partial.mkdir(parents=True)
-        self._coo = Spill(
-            self.partial / "spill" / "firings", {"feature": "uint32", "row": "uint32", "value": "float16"}
-        )
-        shape = (n_contexts, seq_len)
-        spill = self.partial / "spill"
+        try:
+            self._begin()
+        except BaseException:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self._lock.close()
+            raise
+
+    def _begin(self) -> None:
+        shape, spill = (self.n_contexts, self.seq_len), self.partial / "spill"
+        spill.mkdir(parents=True)
         self._tokens = _contexts_map(spill / "tokens", "uint32", shape)
         self._keep = _contexts_map(spill / "keep", "bool", shape)
         self._document = _contexts_map(spill / "document", "int32", shape)
         self._document[:] = -1
-        self._seen = np.zeros(n_contexts, bool)
+        self._seen = np.zeros(self.n_contexts, bool)
+        self._coo = Spill(spill / "firings", {"feature": "uint32", "row": "uint32", "value": "float16"})
 
     def append(
         self,
@@ -193,11 +198,9 @@ class FeatureWriter:
 
     def abandon(self) -> None:
         """Removes the unfinished index."""
+        with suppress(OSError):  # what is not written yet has no room: it is removed anyway
+            self._coo.close()
         shutil.rmtree(self.partial, ignore_errors=True)
-        self._release()
-
-    def _release(self) -> None:
-        self._coo.close()
         self._lock.close()
 
     def _attributes(self) -> dict[str, Any]:
@@ -361,4 +364,6 @@ def _put(root: zarr.Group, name: str, array: np.ndarray) -> None:
 def _contexts_map(path: Path, dtype: str, shape: tuple[int, int]) -> np.ndarray:
     if 0 in shape:
         raise StoreError(f"{path}: an index needs at least one context and one position")
-    return np.memmap(path, dtype=dtype, mode="w+", shape=shape)
+    contexts = np.memmap(path, dtype=dtype, mode="w+", shape=shape)
+    reserve(path)
+    return contexts

@@ -14,7 +14,15 @@ from typing import Protocol
 
 import numpy as np
 
-from store.common import PARTIAL_SUFFIX, StoreError, atomic_write, exclusive_lock, fsync, write_bytes
+from store.common import (
+    PARTIAL_SUFFIX,
+    StoreError,
+    atomic_write,
+    exclusive_lock,
+    explaining_full_disk,
+    fsync,
+    write_bytes,
+)
 
 CREATION_WAIT_S = 60.0  # workers that start together create the store one after another
 Check = Callable[[int], None]  # raises StoreError if another worker has taken the lane over
@@ -150,7 +158,12 @@ class LocalPlace:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(self._sibling(".lock"), str(self.path), wait_s=CREATION_WAIT_S):
             if self.is_vacant():
-                self._build(files, directories)
+                try:
+                    with explaining_full_disk(self.path, lambda: "Nothing was written yet."):
+                        self._build(files, directories)
+                except BaseException:
+                    shutil.rmtree(self._sibling(".creating"), ignore_errors=True)
+                    raise
 
     def _build(self, files: Mapping[str, bytes], directories: Iterable[str]) -> None:
         """Builds the store under another name and renames it: after a kill before that, there is no store."""

@@ -22,8 +22,8 @@ from sae.harvesting import harvest as harvesting
 from sae.harvesting.lanes import lanes_of
 from sae.lm import NativeModel
 from sae.pipeline import PipelineError
-from store.activations import ActivationStore, DiskFull
-from store.common import HELD_OUT, LANES, TRAIN, StoreError
+from store.activations import ActivationStore
+from store.common import HELD_OUT, LANES, TRAIN, DiskFull, StoreError
 from store.places import LocalPlace
 
 BUDGET = {"tokens": 8192, "heldout_tokens": 1024}  # what tiny_store holds

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.jobs.checkpoint import adam_tensors, read_tensors, restore_adam, write_tensors
+from sae.jobs.checkpoint import adam_tensors, read_header, read_tensors, restore_adam, write_tensors
 from sae.jobs.directory import claim, cut_log
 from sae.jobs.progress import Interrupted, interruptible, progress
 from sae.lm.held_out import held_out_contexts, held_out_loss, neuron_figures
@@ -28,7 +28,7 @@ from sae.lm.transformer import Transformer, TransformerConfig
 from sae.text.sources import TextSource
 from sae.text.splits import DIVIDED, WHOLE, SplitRule, rule_named
 from sae.text.tokenizer import BOS, load_tokenizer, train_tokenizer
-from store.common import HELD_OUT, TRAIN, atomic_write, write_json
+from store.common import HELD_OUT, TRAIN, atomic_write, explaining_full_disk, write_json
 
 SETTINGS = "pretrain.json"  # the settings of the run that a directory holds
 LOSS_CONTEXTS, NEURON_CONTEXTS = 256, 64  # held-out contexts that the log measures
@@ -179,7 +179,20 @@ def pretrain(source: TextSource, out: Path, *, shape: TransformerConfig, config:
     version_0_1 = {"train": {"block_lr_share": 1.0, "keep_at": ()}, "held_out": WHOLE.held_out}
     if shape.d_vocab > 1 << 16:
         raise ValueError(f"pretrain: d_vocab = {shape.d_vocab:,}; tokens are stored in 16 bits, so at most 65,536.")
-    claim(out, SETTINGS, settings, absent=version_0_1)
+    with explaining_full_disk(out, lambda: _kept(out)):
+        claim(out, SETTINGS, settings, absent=version_0_1)
+        return _pretrain(source, out, shape, config, rule)
+
+
+def _kept(out: Path) -> str:
+    """What a run that stopped on a full disk continues from."""
+    step = read_header(out / "state.safetensors").get("step", 0)
+    return f"Everything up to step {step:,} is saved." if step else "Nothing was saved yet."
+
+
+def _pretrain(
+    source: TextSource, out: Path, shape: TransformerConfig, config: PretrainConfig, rule: SplitRule
+) -> Path:
     tokens = {split: _token_file(source, out, split, shape, config, rule) for split in (TRAIN, HELD_OUT)}
     if len(tokens[HELD_OUT]) <= shape.n_ctx and not (out / "state.safetensors").exists():
         raise ValueError(
@@ -235,9 +248,16 @@ def _token_file(
             for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
                 parts += [bos, np.array(encoding.ids, dtype=np.uint16)]
         with atomic_write(path) as partial, partial.open("wb") as file:
-            np.save(file, np.concatenate(parts) if parts else np.empty(0, np.uint16))
+            _write_npy(file, np.concatenate(parts) if parts else np.empty(0, np.uint16))
     tokens: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return tokens
+
+
+def _write_npy(file: BinaryIO, tokens: np.ndarray) -> None:
+    """As numpy.save, which does not say why a write failed when the disk is full."""
+    header = np.lib.format.header_data_from_array_1_0(tokens)
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(tokens.data)
 
 
 def _split_rule(out: Path) -> SplitRule:
@@ -245,7 +265,7 @@ def _split_rule(out: Path) -> SplitRule:
     if not (out / SETTINGS).exists():
         return DIVIDED
     try:
-        return rule_named(json.loads((out / SETTINGS).read_text()).get("held_out", WHOLE.held_out))
+        return rule_named(json.loads((out / SETTINGS).read_text(encoding="utf-8")).get("held_out", WHOLE.held_out))
     except (json.JSONDecodeError, AttributeError):  # damaged: refused when it is claimed
         return DIVIDED
 
@@ -278,7 +298,7 @@ def _train(model: Transformer, stream: TokenStream, held_out: np.ndarray, out: P
     with (
         interruptible() as interrupt,
         progress("pretrain", total_steps * batch_tokens, "tok", initial=step * batch_tokens) as bar,
-        (out / "metrics.jsonl").open("a") as log,
+        (out / "metrics.jsonl").open("a", encoding="utf-8") as log,
     ):
         while step < total_steps:
             lr = learning_rate(step, total_steps, config)

@@ -20,7 +20,7 @@ from sae.interop.files import InteropError
 from sae.jobs.progress import progress
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.exchange import refuse_filled
-from store.common import DocumentRecord, write_bytes
+from store.common import DocumentRecord, explaining_full_disk, write_bytes
 from store.features import FeatureWriter
 
 DUMP_FORMATS = tuple(dashboards.READERS)
@@ -92,7 +92,8 @@ def import_dump(source: str | Path, out: str | Path, *, format: str) -> Path:
     survey = _surveyed(source, paths, format)
     existed = out.exists()
     try:
-        return _write(out, paths, format, survey, source.resolve().name)
+        with explaining_full_disk(out, lambda: "Nothing of it is kept."):
+            return _write(out, paths, format, survey, source.resolve().name)
     except BaseException:
         shutil.rmtree(out / "features.zarr" if existed else out, ignore_errors=True)
         raise

@@ -63,8 +63,8 @@ def evaluate(
         ablated=ablated,
     )
     if directory:
-        write_json(directory / "eval.json", result)
         write_tensors(directory / "feature_stats.safetensors", stats, {"tokens": heldout.kept_rows, "split": HELD_OUT})
+        write_json(directory / "eval.json", result)  # last: a sweep takes its presence for a finished evaluation
     return result
 
 

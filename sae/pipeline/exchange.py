@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sae.dictionary.autoencoder import SAE
@@ -11,6 +13,7 @@ from sae.interop import hub, registry
 from sae.lm import load_model
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.resolve import opened
+from store.common import explaining_full_disk
 
 EXPORT_FORMATS = ("native", *registry.WRITERS)
 IMPORT_FORMATS = tuple(registry.PEERS)
@@ -27,9 +30,10 @@ def export(sae: SAE | str | Path, format: str, out: str | Path) -> Path:
     if format not in EXPORT_FORMATS:
         raise PipelineError(f"export: format must be one of {', '.join(EXPORT_FORMATS)}; got {format!r}.")
     refuse_filled(out, "export")
-    if format == "native":
-        return save(dictionary, out, dictionary.config)
-    return registry.WRITERS[format].write(dictionary, out)
+    with _whole_or_empty(out):
+        if format == "native":
+            return save(dictionary, out, dictionary.config)
+        return registry.WRITERS[format].write(dictionary, out)
 
 
 def import_dictionary(
@@ -68,8 +72,24 @@ def import_dictionary(
         if (width := lm.hook_width(place)) != sae.d_in:
             raise PipelineError(f"import: {model} has {width} values at {place}, the dictionary reads {sae.d_in}.")
         sae.config["model"] = lm.identity()
-    save(sae, out, sae.config)
+    with _whole_or_empty(out):
+        save(sae, out, sae.config)
     return sae
+
+
+@contextmanager
+def _whole_or_empty(out: Path) -> Iterator[None]:
+    """Empties the directory `out` again if the files cannot all be written. Raises: DiskFull when there is no room."""
+    existed = out.exists()
+    try:
+        with explaining_full_disk(out, lambda: "Nothing of it is kept."):
+            yield
+    except BaseException:
+        for file in out.glob("*"):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+        if not existed and out.exists():
+            out.rmdir()
+        raise
 
 
 def refuse_filled(out: Path, verb: str) -> None:

@@ -16,7 +16,7 @@ from sae.pipeline.resolve import model_with, opened, output_hook_point, store_of
 from sae.text.tokenizer import token_bytes
 from store.activation_reader import Contexts
 from store.activations import ActivationStore
-from store.common import HELD_OUT, TRAIN, DocumentRecord, read_ahead
+from store.common import HELD_OUT, TRAIN, DocumentRecord, explaining_full_disk, read_ahead
 from store.features import FeatureWriter
 from store.shards import Marker
 
@@ -40,8 +40,22 @@ def index(
     dictionary, directory = opened(sae)
     acts = store_of(dictionary, directory, store)
     lm = model_with(dictionary, model, acts, device=device)
-    hook, written = dictionary.config["hook_point"], output_hook_point(dictionary)
     path = Path(out) if out else (directory or Path(".")) / "features.zarr"
+    with explaining_full_disk(path, lambda: "The unfinished index is removed; an earlier one stays."):
+        return _build(dictionary, directory, lm, acts, path, tokens, device, kernels)
+
+
+def _build(
+    dictionary: SAE,
+    directory: Path | None,
+    lm: LanguageModel | None,
+    acts: ActivationStore,
+    path: Path,
+    tokens: int,
+    device: str,
+    kernels: str,
+) -> Path:
+    hook, written = dictionary.config["hook_point"], output_hook_point(dictionary)
     shards = first_shards(acts, tokens)
     markers = {split: acts.markers(split) for split in (HELD_OUT, TRAIN)}
     contexts = sum(markers[split][shard].contexts for split, shard in shards)
@@ -86,7 +100,7 @@ def index(
 def _resampled_at(directory: Path) -> dict[int, int]:
     """The step at which each feature was last resampled."""
     log = directory / "resampled.jsonl"
-    lines = log.read_text().splitlines() if log.is_file() else []
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     return {line["feature"]: line["step"] for line in map(json.loads, lines)}
 
 

@@ -21,12 +21,13 @@ from sae.training.config import TrainConfig
 from sae.training.recipes import recipe_named, resolve
 from sae.training.step import Diverged
 from store.activations import ActivationStore
-from store.common import TRAIN, write_json
+from store.common import TRAIN, write_bytes, write_json
 
 MEASURED = ("l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "dead_share")
 UNITS_MEASURED = ("l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "delta_ce")  # of the k largest units
 DIVERGED = "diverged.json"
 FLOAT32_BYTES = 4
+UNKNOWN_FREE_BYTES = 2 * 10**9  # assumed where the system does not say how much memory is free
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def write_frontier(out: Path, points: Sequence[Point], *, model: str, hook_point
         "runs": runs,
         "units": _units(out / point.name for point in points),
     }
-    (out / "frontier.svg").write_text(picture(frontier))
+    write_bytes(out / "frontier.svg", picture(frontier).encode())
     write_json(out / "frontier.json", frontier)
     return out / "frontier.json"
 
@@ -145,10 +146,10 @@ def write_frontier(out: Path, points: Sequence[Point], *, model: str, hook_point
 def _outcome(directory: Path) -> dict[str, Any]:
     """The measurements of a run, or why it diverged."""
     if (directory / DIVERGED).is_file():
-        reason = json.loads((directory / DIVERGED).read_text())["reason"]
+        reason = json.loads((directory / DIVERGED).read_text(encoding="utf-8"))["reason"]
         return {"diverged": reason, "lambda": None, **dict.fromkeys(MEASURED)}
-    metrics = json.loads((directory / "eval.json").read_text())["metrics"]
-    config = json.loads((directory / "config.json").read_text())
+    metrics = json.loads((directory / "eval.json").read_text(encoding="utf-8"))["metrics"]
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return {"lambda": config["lambda"]["scaled"], **{name: metrics.get(name, {}).get("value") for name in MEASURED}}
 
 
@@ -185,4 +186,6 @@ def _groups(points: Sequence[Point], d_in: int, max_bytes: int) -> Iterator[list
 
 
 def _free_bytes() -> int:
+    if not hasattr(os, "sysconf"):  # Windows
+        return UNKNOWN_FREE_BYTES
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE, fold_decoder_norms, fold_scale
 from sae.dictionary.files import save
+from sae.jobs.checkpoint import read_header
 from sae.jobs.directory import claim, cut_log
 from sae.jobs.progress import Interrupted, interruptible, progress
 from sae.jobs.trackers import Tracker
@@ -28,6 +29,7 @@ from sae.training.recipes import recipe_named
 from sae.training.rows import Batch, Rows, prefetched
 from sae.training.state import STATE, TrainState, restore, save_state, start
 from sae.training.step import Diverged, calibrated_threshold, check_weights, log_entry, resample_dead, train_step
+from store.common import explaining_full_disk
 
 SETTINGS = "train.json"  # the settings of the run that a directory holds
 SET_SINCE_0_1 = ("calibrate_threshold",)  # by recipes that did not set it then
@@ -89,7 +91,21 @@ def train_together(
     Their seeds and batch sizes must be those that the rows were made for. For a run that diverges the result is its
     error, and the others continue. Raises: as `train`, also for rows that are not finite.
     """
-    plans = [replace(plan, config=bind_directory(plan.out, plan.config, plan.provenance)) for plan in plans]
+    outs = [plan.out for plan in plans]
+    with explaining_full_disk(outs[0] if len(outs) == 1 else outs[0].parent, lambda: _kept(outs)):
+        bound = [replace(plan, config=bind_directory(plan.out, plan.config, plan.provenance)) for plan in plans]
+        return _train_together(rows, bound, save_minutes, keep, kernels, device)
+
+
+def _kept(outs: Sequence[Path]) -> str:
+    """What runs that stopped on a full disk continue from: of several, at least the step of the one furthest back."""
+    step = min(read_header(out / STATE).get("step", 0) for out in outs)
+    return f"Everything up to step {step:,} is saved." if step else "Nothing was saved yet."
+
+
+def _train_together(
+    rows: Rows, plans: Sequence[Plan], save_minutes: float, keep: int, kernels: str, device: str
+) -> list[SAE | Diverged]:
     with ExitStack() as open_files, interruptible() as interrupt:
         runs = [Run(rows, plan, kernels, device, open_files) for plan in plans]
         first, last = min(run.state.step for run in runs), max(run.config.steps for run in runs)
@@ -173,7 +189,7 @@ class Run:
             cut_log(self.out / name, self.state.step)
         else:
             (self.out / name).unlink(missing_ok=True)
-        return open_files.enter_context((self.out / name).open("a"))
+        return open_files.enter_context((self.out / name).open("a", encoding="utf-8"))
 
     @property
     def unfinished(self) -> bool:
