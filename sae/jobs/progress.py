@@ -28,7 +28,9 @@ def progress(description: str, total: int, unit: str, *, initial: int = 0) -> It
         yield bar
 
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)  # Windows has no SIGUSR1
 
 
 class Interrupt:
