@@ -412,7 +412,7 @@ def websocket_status(port: int, host: str) -> int:
 def test_command_line_keeps_to_this_machine() -> None:
     line = launch.command(port=8123, open_browser=False)
     assert line[:5] == [sys.executable, "-P", "-m", "streamlit", "run"]
-    assert Path(line[5]) == APP
+    assert Path(line[5]) == APP.with_name("server.py")
     for flag in (
         "--server.address=127.0.0.1",
         "--server.port=8123",

@@ -1,0 +1,10 @@
+"""What `streamlit run` serves: the app, with a page that says why it cannot connect."""
+
+from pathlib import Path
+
+import streamlit as st
+from starlette.middleware import Middleware
+
+from browser.refusals import ExplainRefusals
+
+app = st.App(Path(__file__).with_name("app.py"), middleware=[Middleware(ExplainRefusals)])
