@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from sae.cli.flags import add_verb
+from sae.cli.flags import add_device, add_verb
 
 
 def compare(verbs: Any) -> None:
@@ -29,6 +29,7 @@ def compare(verbs: Any) -> None:
     )
     verb.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the shuffled control")
     verb.add_argument("--out", metavar="DIR", help="directory of the result (default: A/compare/B)")
+    add_device(verb)
     verb.add_argument("--json", action="store_true", help="print compare.json instead of a table")
 
 
@@ -36,6 +37,8 @@ def _run_compare(args: argparse.Namespace) -> int:
     from sae import pipeline
     from sae.cli.tables import compare_table
 
-    result = pipeline.compare(args.a, args.b, store=args.acts, tokens=args.tokens, seed=args.seed, out=args.out)
+    result = pipeline.compare(
+        args.a, args.b, store=args.acts, tokens=args.tokens, seed=args.seed, out=args.out, device=args.device
+    )
     print(json.dumps(result, indent=2) if args.json else compare_table(result))
     return 0

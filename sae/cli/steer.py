@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sae.cli.flags import MODEL, add_verb
+from sae.cli.flags import MODEL, add_device, add_verb
 
 if TYPE_CHECKING:
     from sae.interventions.edits import Edit
@@ -52,6 +52,7 @@ def steer(verbs: Any) -> None:
         "--sweep", metavar="0,1,2,5,10", help="generate one text for each of these factors on the changes' values"
     )
     verb.add_argument("--model", help=f"{MODEL} (default: the model it was trained on)")
+    add_device(verb)
     verb.add_argument("--json", action="store_true", help="print texts and measurements as JSON")
 
 
@@ -61,7 +62,7 @@ def _run_steer(args: argparse.Namespace) -> int:
 
     edits, factors = _edits(args), _factors(args.sweep)
     prompt = PINNED_PROMPT if args.pinned else args.prompt
-    dictionary, model = pipeline.open_pair(args.sae, args.model)
+    dictionary, model = pipeline.open_pair(args.sae, args.model, device=args.device)
     units: dict[str, Any] = dict(pipeline.feature_units(args.sae))
     generation = Generation(args.seed, args.max_new_tokens, args.temperature)
     *_, rows = sweep_stream(model, dictionary, prompt, edits, factors, generation, **units)

@@ -28,16 +28,17 @@ def compare(
     tokens: int = 262_144,
     out: str | Path | None = None,
     seed: int = 0,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Compares the features of two dictionaries on A's text (held-out first); writes `A/compare/<B>/` or `out`.
 
-    B may belong to another model with the same tokenizer: that model then runs on the same tokens.
+    B may belong to another model with the same tokenizer: that model then runs on the same tokens, on `device`.
     Raises: PipelineError if the two cannot read the same tokens; ValueError if there are no tokens.
     """
     a, b = Path(a), Path(b)
     first, second = autoencoder(a), autoencoder(b)
     acts = store_of(first, a, store)
-    models = model_of(first, None), model_of(second, None)
+    models = model_of(first, None, device=device), model_of(second, None, device=device)
     blocks = _paired_blocks(acts, first_shards(acts, tokens), first, second, models)
     hooks = [sae.config["hook_point"] for sae in (first, second)]
     found = comparison.compare(
@@ -47,8 +48,8 @@ def compare(
         tokens=tokens,
         same_space=models[0].weights_sha256 == models[1].weights_sha256 and hooks[0] == hooks[1],
         logit_weights=(
-            lambda directions: models[0].logit_weights(directions, hooks[0]),
-            lambda directions: models[1].logit_weights(directions, hooks[1]),
+            lambda directions: models[0].logit_weights(directions.to(models[0].device), hooks[0]),
+            lambda directions: models[1].logit_weights(directions.to(models[1].device), hooks[1]),
         ),
         seed=seed,
     )

@@ -195,7 +195,8 @@ def _named_model(sae: SAE, asked: str | None, device: str) -> LanguageModel:
     return load_model(asked or ours["id"], device=device)
 
 
-def open_pair(directory: str | Path, model: str | None = None) -> tuple[SAE, LanguageModel]:
-    """An autoencoder and the model it belongs to."""
+def open_pair(directory: str | Path, model: str | None = None, *, device: str = "auto") -> tuple[SAE, LanguageModel]:
+    """An autoencoder and the model it belongs to, both on `device`."""
     dictionary = autoencoder(directory)
-    return dictionary, model_of(dictionary, model)
+    lm = model_of(dictionary, model, device=device)
+    return dictionary.to(lm.device), lm
