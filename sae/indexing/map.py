@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
 from sae.dictionary.directions import spread_rows, unit
-from sae.kernels.numba_cache import choose_cache_directory
+from sae.kernels.compiler_cache import choose_cache_directory
 
 UMAP_NEIGHBOURS = 15
 KMEANS_STEPS = 25

@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from sae.kernels.numba_cache import VARIABLE, choose_cache_directory
+from sae.kernels.compiler_cache import VARIABLE, choose_cache_directory
 
 choose_cache_directory()  # before numba reads its settings
 
@@ -28,7 +27,7 @@ class LoopCache(FunctionCache):
     def load_overload(self, sig, target_context):
         try:
             return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged file can raise anything while it is read
             self._give_up(error)
 
     def save_overload(self, sig, data):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from sae.kernels.compiler_cache import choose_triton_directory
 from sae.kernels.triton_adam import adam_
 from sae.kernels.triton_products import add_by_feature_, combine, dots, sum_by_feature
 from sae.kernels.triton_select import interpreted, prepare, select
@@ -14,6 +15,7 @@ from sae.kernels.triton_select import interpreted, prepare, select
 __all__ = ["NAME", "adam_", "add_by_feature_", "combine", "describe", "dots", "prepare", "select", "sum_by_feature"]
 
 NAME = "triton"
+choose_triton_directory()  # before the first kernel is compiled
 
 
 def describe() -> str:

@@ -1,4 +1,4 @@
-"""Where numba keeps compiled loops when the package and the home directory cannot be written.
+"""Where numba and triton keep compiled code when the package and the home directory cannot be written.
 
 numba tries NUMBA_CACHE_DIR, the source's own `__pycache__` and the user's cache directory. If none of them can be
 written (in a container, on a cluster node, under Nix), importing a loop fails. This module then names a directory that
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-VARIABLE = "NUMBA_CACHE_DIR"
+VARIABLE, TRITON_VARIABLE = "NUMBA_CACHE_DIR", "TRITON_CACHE_DIR"
 
 
 def choose_cache_directory() -> None:
@@ -29,10 +29,25 @@ def choose_cache_directory() -> None:
     os.environ[VARIABLE] = str(kept_in)  # workers that this process starts use it, too
     if "numba" in sys.modules:
         sys.modules["numba"].config.CACHE_DIR = str(kept_in)
+    _say("numba keeps its compiled loops", kept_in, VARIABLE)
+
+
+def choose_triton_directory() -> None:
+    """The same for triton, which keeps its kernels in the home directory alone (TRITON_CACHE_DIR, TRITON_HOME)."""
+    home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))
+    given = os.environ.get(TRITON_VARIABLE)
+    if _can_be_made(Path(given)) if given else home.is_absolute() and _can_be_made(home / ".triton"):
+        return
+    with suppress(OSError):
+        kept_in = _private_temporary_directory("triton")
+        os.environ[TRITON_VARIABLE] = str(kept_in)
+        _say("triton keeps its compiled kernels", kept_in, TRITON_VARIABLE)
+
+
+def _say(what: str, where: Path, variable: str) -> None:
     warnings.warn(
-        f"the home directory cannot be written, so numba keeps its compiled loops in {kept_in}. Set {VARIABLE} to "
-        "choose another directory.",
-        stacklevel=2,
+        f"the home directory cannot be written, so {what} in {where}. Set {variable} to choose another directory.",
+        stacklevel=3,
     )
 
 
@@ -49,7 +64,7 @@ def _fallbacks() -> Iterator[Path]:
     if _can_be_made(package):
         yield package
     with suppress(OSError):
-        yield _private_temporary_directory()
+        yield _private_temporary_directory("numba")
 
 
 def _can_be_made(directory: Path) -> bool:
@@ -58,10 +73,10 @@ def _can_be_made(directory: Path) -> bool:
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
-def _private_temporary_directory() -> Path:
+def _private_temporary_directory(compiler: str) -> Path:
     """This user's directory for compiled code. Raises: OSError if others can write it: they could put code there."""
     user = os.getuid() if hasattr(os, "getuid") else "user"
-    place = Path(tempfile.gettempdir()) / f"monosem-numba-{user}"
+    place = Path(tempfile.gettempdir()) / f"monosem-{compiler}-{user}"
     place.mkdir(mode=0o700, exist_ok=True)
     found = place.lstat()
     if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "getuid") and found.st_uid != user):
