@@ -432,9 +432,11 @@ def test_a_dictionary_without_a_hook_point_asks_for_one(tiny_model: NativeModel,
     steer(tiny_model, bare, PROMPT, STRONG, feature_max=feature_max, max_new_tokens=1, hook_point=HOOK_POINT)
 
 
-def test_a_transcoder_is_refused(tiny_model: NativeModel, feature_max: np.ndarray) -> None:
-    skipping, named = SAE(D_IN, D_SAE, skip=True), SAE(D_IN, D_SAE)
-    named.config = {"hook_point": HOOK_POINT, "target_hook_point": "blocks.0.hook_mlp_out"}
-    for made in (skipping, named):
-        with pytest.raises(ValueError, match="steering: this dictionary is a transcoder"):
+def test_a_transcoder_without_a_later_target_is_refused(tiny_model: NativeModel, feature_max: np.ndarray) -> None:
+    skipping, backwards = SAE(D_IN, D_SAE, skip=True), SAE(D_IN, D_SAE)
+    backwards.config = {"hook_point": HOOK_POINT, "target_hook_point": "blocks.0.hook_resid_mid"}
+    for made, said in ((skipping, "which hook point it predicts"), (backwards, "which comes before it")):
+        with pytest.raises(ValueError, match=said):
             steer(tiny_model, made, PROMPT, [Edit(1, "ablate")], feature_max=feature_max, hook_point=HOOK_POINT)
+        with pytest.raises(ValueError, match="is a transcoder"):
+            splice_edits(made, [Edit(1, "ablate")])

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from fakes import SHAPE
+from streamlit.testing.v1 import AppTest
 
+import browser
+from browser.state import ROOT_VARIABLE
 from sae import pipeline
 from sae.cli import main
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.files import load, save
+from sae.interventions.edits import Edit
+from sae.interventions.steering import next_tokens, steer
 from sae.lm import NativeModel
 from store.activations import ActivationStore
 from store.common import HELD_OUT
@@ -158,3 +165,107 @@ def test_from_the_command_line(
     said = capsys.readouterr().out
     assert f"a transcoder from {READ}: x in the formulas is its target y, the activations at {WRITTEN}" in said
     assert main(["index", out, "--tokens", "600"]) == 0
+
+
+# --- steering and comparing ------------------------------------------------------------------------------------------
+
+
+def brute_logits(model: NativeModel, sae: SAE, tokens: torch.Tensor, edited: dict[int, float]) -> torch.Tensor:
+    """Next-token logits with features held at these activations, by the model's own modules: y + Σ (v − a) · W_dec."""
+    module, layer = model.module, model.module.blocks[0]
+    resid = module.resid_pre(tokens)
+    resid = resid + layer.attn(layer.ln1(resid))
+    x = layer.ln2(resid)
+    y = layer.mlp.out(layer.mlp.post(x))
+    acts = (x @ sae.W_enc + sae.b_enc).relu()
+    for feature, value in edited.items():
+        y = y + (value - acts[..., feature])[..., None] * sae.W_dec[feature]
+    return module.unembed(module.ln_final(resid + y))[:, -1]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@torch.no_grad()
+def test_steering_adds_its_features_next_to_the_mlps_own_output(
+    tmp_path: Path, tiny_model: NativeModel, store: Path, skip: bool
+) -> None:
+    sae = transcoder(tmp_path / "t", tiny_model, store, skip=skip)
+    units = {"feature_max": np.full(D_SAE, 2.0, np.float32)}
+    edits = [Edit(5, "set", 3.0), Edit(9, "ablate")]
+    found = steer(tiny_model, sae, "the quick", edits, temperature=0.0, max_new_tokens=6, **units)
+    ids = list(found.prompt_ids)
+    for token in found.steered_ids:
+        logits = brute_logits(tiny_model, sae, torch.tensor([ids]), {5: 6.0, 9: 0.0})[0]
+        assert token == int(logits.argmax())
+        ids.append(token)
+    shown = next_tokens(tiny_model, sae, found.prompt_ids, edits, **units)
+    prompt = torch.tensor([found.prompt_ids])
+    for which, expected in (("base", {}), ("steered", {5: 6.0, 9: 0.0})):
+        p = brute_logits(tiny_model, sae, prompt, expected)[0].double().softmax(-1)[shown.ids]
+        torch.testing.assert_close(torch.tensor(getattr(shown, which), dtype=torch.float64), p, atol=1e-6, rtol=1e-4)
+    assert found.steered_ids != found.base_ids or shown.kl > 1e-4  # the edits do something here
+    unedited = steer(tiny_model, sae, "the quick", [], temperature=0.0, max_new_tokens=3)
+    assert unedited.steered_ids == unedited.base_ids
+    assert max(unedited.kl) == 0
+
+
+def test_two_transcoders_are_compared_where_they_read_and_where_they_write(
+    tmp_path: Path, tiny_model: NativeModel, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("sae.pipeline.compare"), "model_of", lambda *_, **__: tiny_model)
+    order = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(2))
+    one = transcoder(tmp_path / "runs" / "one", tiny_model, store)
+    other = transcoder(tmp_path / "runs" / "other", tiny_model, store)
+    for name in ("W_enc", "b_enc", "W_dec"):
+        tensor = getattr(other, name)
+        getattr(other, name).data = tensor[:, order].contiguous() if name == "W_enc" else tensor[order].contiguous()
+    save(other, tmp_path / "runs" / "other", other.config)
+    result = pipeline.compare(tmp_path / "runs" / "one", tmp_path / "runs" / "other")
+    assert (result["same_space"], result["same_outputs"]) == (True, True)
+    assert result["a"]["target_hook_point"] == WRITTEN
+    table = pyarrow.parquet.read_table(Path(result["path"]) / "features_a.parquet").to_pydict()
+    for feature, (best, nearest) in enumerate(zip(table["matched"], table["cosine_best"], strict=True)):
+        assert nearest is None or order[nearest] == feature
+        assert best is None or order[best] == feature
+    assert sum(best is not None for best in table["matched"]) > D_SAE // 2
+    logits = [value for value in table["logit_correlation"] if value is not None]
+    assert min(logits) > 0.999
+    # An autoencoder of the MLP's output writes where the transcoder writes, and reads other activations.
+    plain = SAE(SHAPE.d_model, D_SAE)
+    with torch.no_grad():
+        plain.W_dec.copy_(one.W_dec)
+    places = {key: value for key, value in one.config.items() if key in ("model", "store")}
+    save(plain, tmp_path / "runs" / "plain", places | {"hook_point": WRITTEN})
+    result = pipeline.compare(tmp_path / "runs" / "one", tmp_path / "runs" / "plain")
+    assert (result["same_space"], result["same_outputs"]) == (False, True)
+    assert result["summary"]["decoder_a_to_b"]["median"] == pytest.approx(1, abs=1e-5)
+
+
+def test_the_steer_verb_takes_a_transcoder(
+    tmp_path: Path, tiny_model: NativeModel, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transcoder(tmp_path / "t", tiny_model, store)
+    pipeline.evaluate(tmp_path / "t", model=tiny_model)
+    arguments = ["steer", str(tmp_path / "t"), "--edit", "5:set:5", "--prompt", "the", "--max-new-tokens", "2"]
+    assert main([*arguments, "--device", "cpu", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["steered"][0]["ids"]) == 2
+
+
+def test_the_apps_pages_work_with_a_transcoder_or_say_why_not(
+    tmp_path: Path, tiny_model: NativeModel, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Feature underlines its ablations at the target; Steering opens; Microscope refuses in words."""
+    transcoder(tmp_path / "t", tiny_model, store)
+    pipeline.evaluate(tmp_path / "t", model=tiny_model)
+    pipeline.index(tmp_path / "t", model=tiny_model)
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path))
+    said = {}
+    for view in ("Feature", "Steering", "Microscope"):
+        page = AppTest.from_file(str(Path(browser.__file__).with_name("app.py")), default_timeout=120)
+        for name, value in {"sae": "t", "feature": "5", "view": view, "prompt": "the"}.items():
+            page.query_params[name] = value
+        page.run()
+        assert not page.exception, page.exception
+        said[view] = " ".join(element.body for element in page.get("html")) + " ".join(c.value for c in page.caption)
+    assert "in closed form" in said["Feature"]
+    assert "is a transcoder" not in said["Steering"]
+    assert "is a transcoder" in said["Microscope"]

@@ -27,8 +27,11 @@ class Live:
     sae: Any
 
 
-def load(entry: SaeEntry) -> Live:
-    """The entry's weights and its language model. Raises LiveError if one is missing or has changed."""
+def load(entry: SaeEntry, *, transcoders: bool = False) -> Live:
+    """The entry's weights and its language model. Raises LiveError if one is missing or has changed.
+
+    Also for a transcoder, unless the caller is ready for one: `transcoders`.
+    """
     weights = entry.path / "sae.safetensors"
     if not weights.is_file():
         raise LiveError(
@@ -44,7 +47,8 @@ def load(entry: SaeEntry) -> Live:
     from sae.dictionary.autoencoder import refuse_row_scale, refuse_transcoder
     from store.common import same_model
 
-    refuse_transcoder(found.sae, entry.id, LiveError)
+    if not transcoders:
+        refuse_transcoder(found.sae, entry.id, LiveError)
     refuse_row_scale(found.sae, entry.id, LiveError)
     if sha256 and not same_model(model, found.model.identity()):
         raise LiveError(

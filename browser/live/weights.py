@@ -12,8 +12,9 @@ from browser.live import Live, prompts
 
 def tokens_in_range(entry: SaeEntry, feature: int, low: float, high: float) -> np.ndarray:
     """Ids of the tokens with a logit weight in (low, high], highest first. Raises LiveError without the model."""
-    loaded = live.load(entry)
-    weights = _weights(loaded, str(entry.path), feature, loaded.model.weights_sha256, prompts.hook_point(entry))
+    loaded = live.load(entry, transcoders=True)
+    written = entry.config.get("target_hook_point") or prompts.hook_point(entry)
+    weights = _weights(loaded, str(entry.path), feature, loaded.model.weights_sha256, written)
     inside = np.flatnonzero((weights > low) & (weights <= high))
     return inside[np.argsort(-weights[inside], kind="stable")]
 

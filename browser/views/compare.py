@@ -273,14 +273,18 @@ def _of_one_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return one == other or same_model(one, other)
 
 
+def _output(config: dict[str, Any]) -> tuple[Any, Any]:
+    """The hook point and width of what a dictionary writes, to which its decoder directions belong."""
+    return config.get("target_hook_point") or config.get("hook_point"), config.get("d_out") or config.get("d_in")
+
+
 def _by_weights(page: Page, other: SaeEntry) -> None:
-    """Without a comparison on text: decoder cosines, if both dictionaries read the same activations."""
+    """Without a comparison on text: decoder cosines, if both dictionaries write to the same activations."""
     command = f"sae compare {page.entry.path} {other.path}"
     configs = (page.entry.config, other.config)
-    same = _of_one_model(*configs) and all(configs[0].get(key) == configs[1].get(key) for key in ("hook_point", "d_in"))
-    if not same:
+    if not _of_one_model(*configs) or _output(configs[0]) != _output(configs[1]):
         explain(
-            "These dictionaries read different activations",
+            "These dictionaries describe different activations",
             "Their decoder directions cannot be compared, only their activations on the same tokens. One command does "
             "it:",
             command,

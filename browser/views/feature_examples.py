@@ -227,7 +227,7 @@ def _underline(
     legend: st.delta_generator.DeltaGenerator,
 ) -> None:
     try:
-        loaded = live.load(page.entry)
+        loaded = live.load(page.entry, transcoders=True)
         found = effects(
             loaded,
             page.index,
@@ -235,7 +235,7 @@ def _underline(
             rows,
             values,
             list(chain.from_iterable(g.examples for g in groups)),
-            hook_point=str(page.index.attributes["hook_point"]),
+            hook_point=str(page.index.attributes.get("target_hook_point") or page.index.attributes["hook_point"]),
             tick=lambda: legend.caption("Orange: activation. Computing the ablation …"),
         )
     except ValueError as error:  # LiveError, or a model that cannot be hooked there

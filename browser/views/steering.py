@@ -40,7 +40,7 @@ DEFAULT_VALUE = 5.0
 def show(page: Page) -> None:
     """Draws the steering set, the settings and the texts."""
     try:
-        loaded = live.load(page.entry)
+        loaded = live.load(page.entry, transcoders=True)
     except LiveError as error:
         explain("Steering needs the model", str(error))
         return

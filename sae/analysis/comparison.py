@@ -78,22 +78,25 @@ def compare(
     *,
     tokens: int,
     same_space: bool,
+    same_outputs: bool | None = None,
     logit_weights: tuple[LogitWeights, LogitWeights] | None = None,
     seed: int = 0,
 ) -> Comparison:
     """Encodes each block with both dictionaries, then compares every pair of features from exact sums.
 
-    `same_space`: both read the same activations, so that decoder rows can be compared and neurons are the same neurons.
+    `same_space`: both read the same activations, so that neurons are the same neurons; `same_outputs` (default: the
+    same): both write to the same ones, so that decoder rows can be compared. They differ for transcoders only.
     Memory: 16 bytes per activation of either dictionary, and slices of the table of pairs.
     Raises: ValueError when no token is kept, or when there are more activations than fit in memory.
     """
+    same_outputs = same_space if same_outputs is None else same_outputs
     seen = _encode(a, b, blocks, tokens)
     if seen.tokens == 0:
         raise ValueError("compare: no kept token to compare on; harvest more text.")
     pairs = feature_pairs(seen.acts_a, seen.acts_b)
     matched_a, matched_b = pairs.candidates.matching(a.d_sae, b.d_sae)
     shuffled_a, shuffled_b = best_partners(seen.acts_a, seen.shuffled_b(seed))
-    cosine_a, cosine_b = _nearest_decoder_rows(a, b, same_space)
+    cosine_a, cosine_b = _nearest_decoder_rows(a, b, same_outputs)
     to_logits_a, to_logits_b = logit_weights or (None, None)
     side_a = Side(
         moments=pairs.a,
@@ -116,9 +119,9 @@ def compare(
     tables = {
         "features_a": side_a.table(),
         "features_b": side_b.table(),
-        "edges": pairs.edges | {"cosine": _edge_cosines(pairs, a, b, same_space)},
+        "edges": pairs.edges | {"cosine": _edge_cosines(pairs, a, b, same_outputs)},
     }
-    return Comparison(_summary(side_a, side_b, seen, len(pairs.edges["a"]), same_space), tables)
+    return Comparison(_summary(side_a, side_b, seen, len(pairs.edges["a"]), same_space, same_outputs), tables)
 
 
 # --- one pass over the tokens ----------------------------------------------------------------------------------------
@@ -180,9 +183,9 @@ def _encode(a: SAE, b: SAE, blocks: Iterable[PairedBlock], tokens: int) -> Seen:
 # --- similarity of weights -------------------------------------------------------------------------------------------
 
 
-def _nearest_decoder_rows(a: SAE, b: SAE, same_space: bool) -> tuple[Partners, Partners]:
+def _nearest_decoder_rows(a: SAE, b: SAE, same_outputs: bool) -> tuple[Partners, Partners]:
     """The nearest decoder row in the other dictionary, each way; no partner between different spaces."""
-    if not same_space:
+    if not same_outputs:
         nothing = (Partners(np.full(n, -1), np.full(n, np.nan)) for n in (a.d_sae, b.d_sae))
         of_a, of_b = nothing
         return of_a, of_b
@@ -193,11 +196,11 @@ def _nearest_decoder_rows(a: SAE, b: SAE, same_space: bool) -> tuple[Partners, P
     )
 
 
-def _edge_cosines(pairs: FeaturePairs, a: SAE, b: SAE, same_space: bool) -> Float64[np.ndarray, " edges"]:
+def _edge_cosines(pairs: FeaturePairs, a: SAE, b: SAE, same_outputs: bool) -> Float64[np.ndarray, " edges"]:
     """The decoder cosine of each splitting edge; NaN between different spaces."""
     i, j = torch.from_numpy(pairs.edges["a"]), torch.from_numpy(pairs.edges["b"])
     cosine = np.full(len(i), np.nan)
-    if same_space:
+    if same_outputs:
         directions_a, directions_b = unit(a.W_dec.float()), unit(b.W_dec.float())
         for start in range(0, len(i), EDGES_AT_ONCE):
             part = slice(start, start + EDGES_AT_ONCE)
@@ -296,7 +299,7 @@ PUBLISHED = {
 }
 
 
-def _summary(a: Side, b: Side, seen: Seen, n_edges: int, same_space: bool) -> dict[str, Any]:
+def _summary(a: Side, b: Side, seen: Seen, n_edges: int, same_space: bool, same_outputs: bool) -> dict[str, Any]:
     # Between two models, the best neuron of the other model for each neuron is the baseline for features.
     neurons = seen.between_neurons[(seen.between_neurons != 0).any(1)].max(1, initial=-1.0)
     values = {
@@ -315,6 +318,7 @@ def _summary(a: Side, b: Side, seen: Seen, n_edges: int, same_space: bool) -> di
         "format": COMPARE_FORMAT,
         "tokens": seen.tokens,
         "same_space": same_space,
+        "same_outputs": same_outputs,
         "min_firings": MIN_FIRINGS,
         "match_floor": MATCH_FLOOR,
         "edge_masked": EDGE_MASKED,

@@ -259,7 +259,7 @@ def refuse_transcoder(sae: SAE, verb: str, error: type[Exception] = ValueError) 
         raise error(
             f"{verb}: this dictionary is a transcoder: it reads {sae.config.get('hook_point') or 'x'} and predicts "
             f"{target}, so its output and its decoder rows cannot be added where it reads. Transcoders work with "
-            "training, evaluation, the index and native export."
+            "training, evaluation, the index, comparison, steering and native export."
         )
 
 

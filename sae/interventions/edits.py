@@ -100,11 +100,25 @@ def splice_edits(
     feature_max: Float[np.ndarray, " d_sae"] | None = None,
     feature_p99: Float[np.ndarray, " d_sae"] | None = None,
 ) -> Splice:
-    """The splice `x → x + Σ (v − a) · W_dec`, v the edited activation; what the dictionary leaves unexplained stays.
+    """The splice `x → x + Σ (v − a) · W_dec` (`change_by_edits`); what the dictionary leaves unexplained stays.
+
+    Raises: ValueError for a transcoder, which does not write where it reads, and as `change_by_edits`.
+    """
+    refuse_transcoder(sae, "steering in one place")
+    change = change_by_edits(sae, edits, feature_max, feature_p99)
+    return lambda x: x + change(x)
+
+
+def change_by_edits(
+    sae: SAE,
+    edits: Sequence[Edit],
+    feature_max: Float[np.ndarray, " d_sae"] | None = None,
+    feature_p99: Float[np.ndarray, " d_sae"] | None = None,
+) -> Splice:
+    """`x → Σ (v − a) · W_dec`, v the edited activation: what edits add to x, or to the target y of a transcoder.
 
     The sum is over features. Several edits of one feature are made one after another and count once.
-    Raises: ValueError for a transcoder, an unknown feature, or `set`/`add` on a feature whose unit is missing or 0 (it
-    never fired).
+    Raises: ValueError for an unknown feature, or `set`/`add` on a feature whose unit is missing or 0 (it never fired).
     """
     given = {"max": feature_max, "p99": feature_p99}
     units = {name: values for name, values in given.items() if values is not None}
@@ -112,7 +126,9 @@ def splice_edits(
     numbers = list(dict.fromkeys(edit.feature for edit in edits))
     features = torch.tensor(numbers, dtype=torch.long)
 
-    def splice(x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+    def change(x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        if not edits:
+            return x.new_zeros(*x.shape[:-1], sae.d_out)
         acts = sae.encode(x)[..., features]
         edited = list(acts.unbind(-1))
         for edit in edits:
@@ -122,13 +138,12 @@ def splice_edits(
             edited[column] = (
                 torch.where(acts[..., column] > 0, changed, edited[column]) if edit.only_active else changed
             )
-        return x + (torch.stack(edited, -1) - acts) @ sae.W_dec[features] if edited else x
+        return (torch.stack(edited, -1) - acts) @ sae.W_dec[features]
 
-    return splice
+    return change
 
 
 def _check(sae: SAE, edits: Sequence[Edit], units: dict[str, Float[np.ndarray, " d_sae"]]) -> None:
-    refuse_transcoder(sae, "steering")
     refuse_row_scale(sae, "steering")
     for name, values in units.items():
         if len(values) != sae.d_sae:

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
-from sae.interventions.edits import Edit, scaled, splice_edits
-from sae.lm import LanguageModel, Splice
+from sae.interventions.edits import Edit, change_by_edits, scaled
+from sae.lm import LanguageModel, Splice, layer_of
 
 SWEEP = (0.0, 1.0, 2.0, 5.0, 10.0)
 # Bricken et al. 2023, "pinned feature sampling": this prefix, the feature held at its largest observed activation.
@@ -98,6 +98,8 @@ def steer(
 
     `feature_max` and `feature_p99` are the units of `set` and `add` (`sae.pipeline.feature_units` reads them);
     `hook_point` defaults to the one that the dictionary was trained on.
+    The features of a transcoder are read at its hook point and written at its target, next to the MLP's own output:
+    `y → y + Σ (v − a) · W_dec`, so that what the transcoder leaves unexplained stays.
     Raises: ValueError for bad edits or settings, or an empty prompt of a model without a BOS token.
     """
     steps = sweep_stream(
@@ -134,25 +136,57 @@ def sweep_stream(
     """
     if not factors:
         raise ValueError("steering: a sweep needs at least one factor, e.g. 0,1,2,5,10.")
-    splices = [splice_edits(sae, scaled(edits, factor), feature_max, feature_p99) for factor in factors]
-    hook = _hook_point(sae, hook_point)
+    changes = [change_by_edits(sae, scaled(edits, factor), feature_max, feature_p99) for factor in factors]
+    place = _place(sae, hook_point)
     prompt_ids = _prompt_ids(model, prompt)
 
-    def splice(x: Float[Tensor, "row pos d_in"]) -> Float[Tensor, "row pos d_in"]:
-        return torch.cat([splice_row(row[None]) for splice_row, row in zip(splices, x, strict=True)])
+    def change(x: Float[Tensor, "row pos d_in"]) -> Float[Tensor, "row pos d_out"]:
+        return torch.cat([change_row(row[None]) for change_row, row in zip(changes, x, strict=True)])
 
     results = [Steered(list(prompt_ids)) for _ in factors]
-    return _generate(model, results, hook, splice, generation)
+    return _generate(model, results, place, change, generation)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The hook points at which a dictionary reads its activations and writes its features: one, or a transcoder's two.
+
+    Raises: ValueError for a transcoder that writes before it reads: its edits would change what it reads.
+    """
+
+    reads: str
+    writes: str
+
+    def __post_init__(self) -> None:
+        if _order(self.writes) < _order(self.reads):
+            raise ValueError(
+                f"steering: this transcoder reads {self.reads} and writes {self.writes}, which comes before it. Only "
+                "transcoders that predict a later place can be steered with."
+            )
+
+
+# The parts of a block in the order of a run, as hook names begin.
+IN_BLOCK = (
+    *("resid_pre", "attn_in", "ln1", "attn", "ln1_post", "resid_mid"),
+    *("mlp_in", "ln2", "mlp.hook_in", "mlp.hook_p", "mlp", "ln2_post", "resid_post"),
+)
+
+
+def _order(hook_point: str) -> tuple[int, int]:
+    """Where a hook point is in a run: its block, and its part of the block."""
+    name = hook_point.split(".", 2)[-1].removeprefix("hook_")
+    part = max((part for part in IN_BLOCK if name.startswith(part)), key=len, default=IN_BLOCK[-1])
+    return layer_of(hook_point), IN_BLOCK.index(part)
 
 
 def _generate(
-    model: LanguageModel, results: list[Steered], hook_point: str, splice: Splice, generation: Generation
+    model: LanguageModel, results: list[Steered], place: Place, change: Splice, generation: Generation
 ) -> Iterator[list[Steered]]:
-    """Adds one token to every text, again and again. `splice` takes the steered texts in order, one row each."""
+    """Adds one token to every text, again and again. `change` takes the steered texts in order, one row each."""
     generator = torch.Generator().manual_seed(generation.seed)
     for _ in range(generation.max_new_tokens):
         noise = _gumbel(model.d_vocab, generator)
-        base, on_steered, steered = _three_logits(model, results, hook_point, splice)
+        base, on_steered, steered = _three_logits(model, results, place, change)
         base_id = _sample(base, generation.temperature, noise)
         for result, base_here, steered_here in zip(results, on_steered, steered, strict=True):
             steered_id = _sample(steered_here, generation.temperature, noise)
@@ -167,7 +201,7 @@ def _generate(
 
 
 def _three_logits(
-    model: LanguageModel, results: list[Steered], hook_point: str, splice: Splice
+    model: LanguageModel, results: list[Steered], place: Place, change: Splice
 ) -> tuple[Float[Tensor, " d_vocab"], list[Float[Tensor, " d_vocab"]], Float[Tensor, "text d_vocab"]]:
     """Next-token logits of the base model on the base text and on each steered text, and of the steered model there.
 
@@ -178,7 +212,7 @@ def _three_logits(
     apart = [i for i, result in enumerate(results) if result.steered_ids != result.base_ids]
     with model.lock:
         base = _next_logits(model, [prompt_ids + results[0].base_ids])[0]
-        steered = _next_logits(model, texts, hook_point, splice)
+        steered = _next_logits(model, texts, place, change)
         own = dict(zip(apart, _next_logits(model, [texts[i] for i in apart]), strict=True)) if apart else {}
     return base, [own.get(i, base) for i in range(len(results))], steered
 
@@ -207,20 +241,24 @@ def next_tokens(
 
     Units: kl in nats, KL(steered ‖ base).
     """
-    splice = splice_edits(sae, edits, feature_max, feature_p99)
+    change = change_by_edits(sae, edits, feature_max, feature_p99)
     with model.lock:
         base = _next_logits(model, [list(ids)])[0]
-        steered = _next_logits(model, [list(ids)], _hook_point(sae, hook_point), splice)[0]
+        steered = _next_logits(model, [list(ids)], _place(sae, hook_point), change)[0]
     p, q = base.double().softmax(-1), steered.double().softmax(-1)
     found = torch.maximum(p, q).topk(min(n, len(p))).indices
     return NextTokens(found.tolist(), p[found].tolist(), q[found].tolist(), _kl(steered, base))
 
 
-def _hook_point(sae: SAE, asked: str | None) -> str:
+def _place(sae: SAE, asked: str | None) -> Place:
     hook = asked or sae.config.get("hook_point")
     if hook is None:
         raise ValueError("steering: this dictionary does not say which hook point it was trained on; name hook_point.")
-    return str(hook)
+    if not sae.is_transcoder:
+        return Place(str(hook), str(hook))
+    if "target_hook_point" not in sae.config:
+        raise ValueError("steering: this transcoder does not say which hook point it predicts (target_hook_point).")
+    return Place(str(hook), str(sae.config["target_hook_point"]))
 
 
 def _prompt_ids(model: LanguageModel, prompt: str) -> list[int]:
@@ -231,11 +269,18 @@ def _prompt_ids(model: LanguageModel, prompt: str) -> list[int]:
 
 
 def _next_logits(
-    model: LanguageModel, texts: list[list[int]], hook_point: str | None = None, splice: Splice | None = None
+    model: LanguageModel, texts: list[list[int]], place: Place | None = None, change: Splice | None = None
 ) -> Float[Tensor, "row d_vocab"]:
-    """Logits after each of the texts, which are equally long."""
+    """Logits after each of the texts, which are equally long; with what edits add at `place`."""
     window = torch.tensor([ids[-model.context_tokens :] for ids in texts])
-    return model.logits(window, hook_point, splice)[:, -1].float().cpu()
+    if place is None or change is None:
+        logits = model.logits(window)
+    elif place.reads == place.writes:
+        logits = model.logits(window, place.writes, lambda x: x + change(x))
+    else:  # what is read comes before what is written, so it is the same in a run without edits
+        added = change(model.capture(window, place.reads).float().to(model.device))
+        logits = model.logits(window, place.writes, lambda y: y + added.to(y.device))
+    return logits[:, -1].float().cpu()
 
 
 def _gumbel(size: int, generator: torch.Generator) -> Float[Tensor, " d_vocab"]:

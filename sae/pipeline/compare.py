@@ -15,7 +15,7 @@ from sae.dictionary.autoencoder import SAE
 from sae.lm import LanguageModel
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.index import first_shards
-from sae.pipeline.resolve import autoencoder, model_of, store_of
+from sae.pipeline.resolve import model_of, opened, output_hook_point, store_of
 from store.activations import ActivationStore
 from store.common import same_model, write_json
 
@@ -33,23 +33,28 @@ def compare(
     """Compares the features of two dictionaries on A's text (held-out first); writes `A/compare/<B>/` or `out`.
 
     B may belong to another model with the same tokenizer: that model then runs on the same tokens, on `device`.
+    A transcoder's features are compared by their activations where it reads, and by their decoder rows and logit
+    weights where it writes.
     Raises: PipelineError if the two cannot read the same tokens; ValueError if there are no tokens.
     """
     a, b = Path(a), Path(b)
-    first, second = autoencoder(a), autoencoder(b)
+    (first, _), (second, _) = opened(a), opened(b)
+    written = [output_hook_point(sae) for sae in (first, second)]
     acts = store_of(first, a, store)
     models = model_of(first, None, device=device), model_of(second, None, device=device)
     blocks = _paired_blocks(acts, first_shards(acts, tokens), first, second, models)
     hooks = [sae.config["hook_point"] for sae in (first, second)]
+    same_weights = models[0].weights_sha256 == models[1].weights_sha256
     found = comparison.compare(
         first,
         second,
         blocks,
         tokens=tokens,
-        same_space=models[0].weights_sha256 == models[1].weights_sha256 and hooks[0] == hooks[1],
+        same_space=same_weights and hooks[0] == hooks[1],
+        same_outputs=same_weights and written[0] == written[1],
         logit_weights=(
-            lambda directions: models[0].logit_weights(directions.to(models[0].device), hooks[0]),
-            lambda directions: models[1].logit_weights(directions.to(models[1].device), hooks[1]),
+            lambda directions: models[0].logit_weights(directions.to(models[0].device), written[0]),
+            lambda directions: models[1].logit_weights(directions.to(models[1].device), written[1]),
         ),
         seed=seed,
     )
@@ -74,6 +79,7 @@ def _described(sae: SAE, directory: Path, model: LanguageModel) -> dict[str, Any
         "seed": config.get("train", {}).get("seed"),
         "d_sae": sae.d_sae,
         "hook_point": config["hook_point"],
+        **({"target_hook_point": output_hook_point(sae)} if sae.is_transcoder else {}),
         "model": model.identity(),
     }
 

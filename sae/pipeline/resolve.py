@@ -17,7 +17,7 @@ from sae.pipeline.errors import PipelineError
 from store.activations import ActivationStore
 from store.common import can_run, same_model
 
-X_HAT_FOR_X = "controls, comparison and steering"  # they put x̂ in the place of x
+X_HAT_FOR_X = "controls"  # they put x̂ in the place of x
 
 
 def model_device(name: str = "auto") -> str:
@@ -196,7 +196,7 @@ def _named_model(sae: SAE, asked: str | None, device: str) -> LanguageModel:
 
 
 def open_pair(directory: str | Path, model: str | None = None, *, device: str = "auto") -> tuple[SAE, LanguageModel]:
-    """An autoencoder and the model it belongs to, both on `device`."""
-    dictionary = autoencoder(directory)
+    """A dictionary and the model it belongs to, both on `device`."""
+    dictionary = _load(directory)
     lm = model_of(dictionary, model, device=device)
     return dictionary.to(lm.device), lm
