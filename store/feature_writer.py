@@ -198,9 +198,12 @@ class FeatureWriter:
 
     def abandon(self) -> None:
         """Removes the unfinished index."""
-        with suppress(OSError):  # what is not written yet has no room: it is removed anyway
-            self._coo.close()
         shutil.rmtree(self.partial, ignore_errors=True)
+        self._release()
+
+    def _release(self) -> None:
+        with suppress(OSError):  # a full disk has no room for what is not written yet, which is removed anyway
+            self._coo.close()
         self._lock.close()
 
     def _attributes(self) -> dict[str, Any]:
