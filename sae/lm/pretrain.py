@@ -190,9 +190,7 @@ def _kept(out: Path) -> str:
     return f"Everything up to step {step:,} is saved." if step else "Nothing was saved yet."
 
 
-def _pretrain(
-    source: TextSource, out: Path, shape: TransformerConfig, config: PretrainConfig, rule: SplitRule
-) -> Path:
+def _pretrain(source: TextSource, out: Path, shape: TransformerConfig, config: PretrainConfig, rule: SplitRule) -> Path:
     tokens = {split: _token_file(source, out, split, shape, config, rule) for split in (TRAIN, HELD_OUT)}
     if len(tokens[HELD_OUT]) <= shape.n_ctx and not (out / "state.safetensors").exists():
         raise ValueError(

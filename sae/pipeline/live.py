@@ -74,7 +74,7 @@ def live_rows(
 def _recorded(out: Path) -> dict[str, Any]:
     """What the live run in `out` records of its text; empty if it holds none."""
     try:
-        found = json.loads((out / SETTINGS).read_text())["rows"]["live"]
+        found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))["rows"]["live"]
     except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged, which is reported later
         return {}
     return found if isinstance(found, dict) else {}

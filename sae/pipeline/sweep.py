@@ -157,7 +157,7 @@ def _units(directories: Iterable[Path]) -> list[dict[str, Any]]:
     """The figures of the k largest units for each k that a run was compared with, by rising k."""
     found: dict[int, dict[str, Any]] = {}
     for path in (directory / "eval.json" for directory in directories):
-        report = json.loads(path.read_text()) if path.is_file() else {}
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if "units" in report:
             measured = report["metrics"]
             values = {name: measured.get(f"topk_units_{name}", {}).get("value") for name in UNITS_MEASURED}

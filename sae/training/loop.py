@@ -156,7 +156,7 @@ def bind_directory(out: Path, config: TrainConfig, provenance: dict[str, Any]) -
 def _recorded(settings: Path) -> dict[str, Any]:
     """The settings of the run that a directory holds; {} if it holds none, or they are damaged, which `claim` says."""
     try:
-        found = json.loads(settings.read_text()).get("train")
+        found = json.loads(settings.read_text(encoding="utf-8")).get("train")
     except (OSError, ValueError, AttributeError):
         return {}
     return found if isinstance(found, dict) else {}
