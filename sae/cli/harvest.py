@@ -41,6 +41,12 @@ def harvest(verbs: Any) -> None:
     verb.set_defaults(arrays=None)
     add_text_column(verb)
     verb.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="read special tokens in texts as such, e.g. <|im_start|> as one token, instead of spelling them out; chat "
+        "messages are always read so",
+    )
+    verb.add_argument(
         "--out", required=True, metavar="STORE", help="the store, e.g. runs/a/acts.zarr or s3://bucket/path"
     )
     verb.add_argument(
@@ -120,7 +126,7 @@ def _run_harvest(args: argparse.Namespace) -> int:
 
     hook_points = args.hook_point or [pipeline.DEFAULT_HOOK_POINT]
     dtypes = _dtypes(args.dtype, hook_points)
-    source = pipeline.source_of(args.text, text_column=args.text_column)
+    source = pipeline.source_of(args.text, text_column=args.text_column, special_tokens=args.special_tokens)
     out = pipeline.harvest(
         args.model or "tiny-relu-1l",
         source,

@@ -39,6 +39,16 @@ def steer(verbs: Any) -> None:
     )
     verb.add_argument("--prompt", default="", help="text to continue")
     verb.add_argument(
+        "--chat",
+        action="store_true",
+        help="put the prompt as a user's message in the model's own chat format; the model writes the reply",
+    )
+    verb.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="read special tokens in the prompt as such, e.g. <|im_start|> as one token, instead of spelling them out",
+    )
+    verb.add_argument(
         "--pinned",
         action="store_true",
         help="as in Towards Monosemanticity: the prompt is 1,2,…,10 and features are set to 1x",
@@ -61,19 +71,22 @@ def _run_steer(args: argparse.Namespace) -> int:
     from sae.interventions.steering import PINNED_PROMPT, Generation, next_tokens, sweep_stream
 
     edits, factors = _edits(args), _factors(args.sweep)
-    prompt = PINNED_PROMPT if args.pinned else args.prompt
+    written = PINNED_PROMPT if args.pinned else args.prompt
+    prompt = [{"role": "user", "content": written}] if args.chat else written
     dictionary, model = pipeline.open_pair(args.sae, args.model, device=args.device)
     units: dict[str, Any] = dict(pipeline.feature_units(args.sae))
     generation = Generation(args.seed, args.max_new_tokens, args.temperature)
-    *_, rows = sweep_stream(model, dictionary, prompt, edits, factors, generation, **units)
+    *_, rows = sweep_stream(
+        model, dictionary, prompt, edits, factors, generation, **units, special_tokens=args.special_tokens
+    )
     following = next_tokens(model, dictionary, rows[0].prompt_ids, edits, **units)
     if args.json:
         print(json.dumps(_report(edits, factors, rows, following, model.tokenizer.id_to_token), indent=2))
         return 0
-    print(f"base     {prompt + rows[0].base_text!r}")
+    print(f"base     {rows[0].prompt_text + rows[0].base_text!r}")
     for factor, row in zip(factors, rows, strict=True):
         name = "steered " if args.sweep is None else f"×{factor:<7g}"
-        print(f"{name} {prompt + row.steered_text!r}")
+        print(f"{name} {row.prompt_text + row.steered_text!r}")
         print(f"{'':9}{_measured(row)}")
     return 0
 
@@ -94,6 +107,7 @@ def _report(
     return {
         "edits": [str(edit) for edit in edits],
         "prompt_ids": base.prompt_ids,
+        "prompt_text": base.prompt_text,
         "base": {"ids": base.base_ids, "text": base.base_text, "surprisal_nats": base.base_surprisal},
         "steered": [
             {

@@ -117,12 +117,12 @@ def _shards_of_text(
 ) -> Iterator[tuple[str, ShardText]]:
     """Reads the documents in order, tokenises those that a lane still needs, and yields each missing shard's text."""
 
-    def wanted() -> Iterator[tuple[tuple[Lane, int, Document], list[str]]]:
+    def wanted() -> Iterator[tuple[tuple[Lane, int, Document], list[Document]]]:
         for number, document in enumerate(source.documents()):
-            for split, texts in rule.texts(document).items():
+            for split, parts in rule.parts(document).items():
                 lane = lanes[split, number % text_lanes[split]]
                 if not lane.full and number >= lane.cursor.document:
-                    yield (lane, number, document), texts
+                    yield (lane, number, document), parts
             if all(lane.full for lane in lanes.values()):
                 return
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from sae.dictionary.autoencoder import SAE
 from sae.interventions.edits import Edit, change_by_edits, scaled
 from sae.lm import LanguageModel, Splice, layer_of
+from sae.text.model_text import Messages
+from sae.text.tokenizer import continuation
 
 SWEEP = (0.0, 1.0, 2.0, 5.0, 10.0)
 # Bricken et al. 2023, "pinned feature sampling": this prefix, the feature held at its largest observed activation.
@@ -52,6 +54,7 @@ class Steered:
     """
 
     prompt_ids: list[int]
+    prompt_text: str = ""
     base_ids: list[int] = field(default_factory=list)
     steered_ids: list[int] = field(default_factory=list)
     base_text: str = ""
@@ -84,7 +87,7 @@ def _perplexity(surprisal: list[float]) -> float:
 def steer(
     model: LanguageModel,
     sae: SAE,
-    prompt: str,
+    prompt: str | Messages,
     edits: Sequence[Edit],
     *,
     seed: int = 0,
@@ -93,14 +96,18 @@ def steer(
     feature_max: Float[np.ndarray, " d_sae"] | None = None,
     feature_p99: Float[np.ndarray, " d_sae"] | None = None,
     hook_point: str | None = None,
+    special_tokens: bool = False,
 ) -> Steered:
     """Continues `prompt` twice, without and with the edits; both texts draw from the same random stream.
 
+    A prompt of messages, each with "role" and "content", is put in the model's own chat format, and the model writes
+    the reply; with `special_tokens`, special tokens in a text are read as such.
     `feature_max` and `feature_p99` are the units of `set` and `add` (`sae.pipeline.feature_units` reads them);
     `hook_point` defaults to the one that the dictionary was trained on.
     The features of a transcoder are read at its hook point and written at its target, next to the MLP's own output:
     `y → y + Σ (v − a) · W_dec`, so that what the transcoder leaves unexplained stays.
-    Raises: ValueError for bad edits or settings, or an empty prompt of a model without a BOS token.
+    Raises: ValueError for bad edits or settings, an empty prompt of a model without a BOS token, or messages that the
+    model has no chat template for.
     """
     steps = sweep_stream(
         model,
@@ -112,6 +119,7 @@ def steer(
         feature_max=feature_max,
         feature_p99=feature_p99,
         hook_point=hook_point,
+        special_tokens=special_tokens,
     )
     *_, (result,) = steps
     return result
@@ -120,7 +128,7 @@ def steer(
 def sweep_stream(
     model: LanguageModel,
     sae: SAE,
-    prompt: str,
+    prompt: str | Messages,
     edits: Sequence[Edit],
     factors: Sequence[float] = SWEEP,
     generation: Generation = DEFAULT_GENERATION,
@@ -128,6 +136,7 @@ def sweep_stream(
     feature_max: Float[np.ndarray, " d_sae"] | None = None,
     feature_p99: Float[np.ndarray, " d_sae"] | None = None,
     hook_point: str | None = None,
+    special_tokens: bool = False,
 ) -> Iterator[list[Steered]]:
     """As `steer`, with one steered text for each factor on the edits' values (`scaled`); all share one base text.
 
@@ -138,12 +147,13 @@ def sweep_stream(
         raise ValueError("steering: a sweep needs at least one factor, e.g. 0,1,2,5,10.")
     changes = [change_by_edits(sae, scaled(edits, factor), feature_max, feature_p99) for factor in factors]
     place = _place(sae, hook_point)
-    prompt_ids = _prompt_ids(model, prompt)
+    prompt_ids = _prompt_ids(model, prompt, special_tokens)
 
     def change(x: Float[Tensor, "row pos d_in"]) -> Float[Tensor, "row pos d_out"]:
         return torch.cat([change_row(row[None]) for change_row, row in zip(changes, x, strict=True)])
 
-    results = [Steered(list(prompt_ids)) for _ in factors]
+    shown = prompt if isinstance(prompt, str) else continuation(model.tokenizer, [], prompt_ids)
+    results = [Steered(list(prompt_ids), shown) for _ in factors]
     return _generate(model, results, place, change, generation)
 
 
@@ -195,8 +205,8 @@ def _generate(
             result.steered_surprisal.append(_surprisal(base_here, steered_id))
             result.base_ids.append(base_id)
             result.steered_ids.append(steered_id)
-            result.base_text = model.tokenizer.decode(result.base_ids, skip_special_tokens=False)
-            result.steered_text = model.tokenizer.decode(result.steered_ids, skip_special_tokens=False)
+            result.base_text = continuation(model.tokenizer, result.prompt_ids, result.base_ids)
+            result.steered_text = continuation(model.tokenizer, result.prompt_ids, result.steered_ids)
         yield results
 
 
@@ -261,8 +271,8 @@ def _place(sae: SAE, asked: str | None) -> Place:
     return Place(str(hook), str(sae.config["target_hook_point"]))
 
 
-def _prompt_ids(model: LanguageModel, prompt: str) -> list[int]:
-    ids = model.encode_prompt(prompt)
+def _prompt_ids(model: LanguageModel, prompt: str | Messages, special_tokens: bool) -> list[int]:
+    ids = model.encode_prompt(prompt, special_tokens=special_tokens)
     if not ids:
         raise ValueError("steering: the prompt is empty and this model has no BOS token; type some text.")
     return ids

@@ -7,6 +7,7 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from sae.text.model_text import Messages
+from sae.text.tokenizer import reading_special_tokens
 
 Splice = Callable[[Tensor], Tensor]
 
@@ -162,10 +166,39 @@ class LanguageModel(ABC):
         effect = (d * weight) @ W_U
         return effect - effect.median(-1, keepdim=True).values
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, BOS first where the model has one."""
-        ids = list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-        return ids if self.bos_id is None else [self.bos_id, *ids]
+    def encode_prompt(self, prompt: str | Messages, *, special_tokens: bool = False) -> list[int]:
+        """Token ids of a prompt, BOS first where the model has one.
+
+        With `special_tokens`, special tokens in a text are read as such, and it may begin with BOS itself. Messages
+        (each with "role" and "content") become the model's own chat format, up to where its reply begins; all tokens
+        are then those of its template. Raises: ModelError when the model has no chat template, or it refuses them.
+        """
+        chat = not isinstance(prompt, str)
+        text = prompt if isinstance(prompt, str) else self.chat_text(prompt, reply=True)
+        tokenizer = self.special_tokenizer if special_tokens or chat else self.tokenizer
+        ids = list(tokenizer.encode(text, add_special_tokens=False).ids)
+        has_its_own = special_tokens and ids[:1] == [self.bos_id]
+        return ids if self.bos_id is None or chat or has_its_own else [self.bos_id, *ids]
+
+    @cached_property
+    def special_tokenizer(self) -> Tokenizer:
+        """As `tokenizer`, but special tokens in a text are read as such."""
+        return reading_special_tokens(self.tokenizer)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of the model's chat format, in Jinja's language; None if it has none."""
+        return None
+
+    def chat_text(self, messages: Messages, *, reply: bool = False) -> str:
+        """Messages in the model's own chat format, as text with special tokens; with `reply` up to where it answers.
+
+        Raises: ModelError when the model has no chat template, or the template refuses the messages.
+        """
+        raise ModelError(
+            f"{self.id} has no chat template, so it cannot read chat messages. An instruct model has one in its "
+            'directory: chat_template.jinja, or "chat_template" in tokenizer_config.json.'
+        )
 
 
 def layer_of(hook_point: str) -> int:

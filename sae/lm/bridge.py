@@ -19,6 +19,7 @@ from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice, laye
 from sae.lm.identity import sha256_of_model, sha256_of_parameters
 from sae.lm.model_directory import require_whole
 from sae.lm.transformer import Transformer
+from sae.text.model_text import Messages
 
 Hooks = list[tuple[str, Callable[..., Tensor]]]
 
@@ -53,6 +54,7 @@ class BridgeModel(LanguageModel):
             parameters, {name: getattr(bridge.cfg, name, None) for name in DECISIVE_SETTINGS}
         )
         self.tokenizer = _tokenizer_of(bridge, model_id)
+        self._hf_tokenizer = bridge.tokenizer  # of transformers
         self.tokenizer.encode_special_tokens = True
         bos = bridge.tokenizer.bos_token_id
         self.bos_id = bridge.tokenizer.eos_token_id if bos is None else bos
@@ -61,6 +63,22 @@ class BridgeModel(LanguageModel):
         self.device = torch.device(bridge.cfg.device or "cpu")
         self.lock = threading.Lock()
         self._widths: dict[str, int] = {}
+
+    @property
+    def chat_template(self) -> str | None:
+        template = getattr(self._hf_tokenizer, "chat_template", None)
+        return template.get("default") if isinstance(template, dict) else template
+
+    def chat_text(self, messages: Messages, *, reply: bool = False) -> str:
+        if not self.chat_template:
+            return super().chat_text(messages, reply=reply)
+        try:
+            text: str = self._hf_tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=reply
+            )
+            return text
+        except Exception as error:  # templates are programs, and raise what they like
+            raise ModelError(f"the chat template of {self.id} refuses these messages: {error}") from error
 
     def hook_width(self, hook_point: str) -> int:
         if hook_point not in self._widths:

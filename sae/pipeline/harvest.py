@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def harvest(
     EmptySplit when the text has nothing to train on or nothing to hold out, before anything is written.
     """
     lm = load_model(model, device=model_device(device)) if isinstance(model, str) else model
-    source = source_of(text)
+    source = source_of(text).for_model(lm)
     out = out if is_url(out) else Path(out)
     begun = _begun(out)
     context_bos = begins_with_bos(lm, _bos_recorded(begun) if context_bos is None else context_bos)
@@ -234,15 +234,17 @@ def context_length(lm: LanguageModel, asked: int | None, context_bos: bool) -> i
     return seq_len
 
 
-def source_of(text: Text, *, text_column: str | None = None) -> TextSource:
-    """The text that a caller names, as one source; `text_column` names the column of tables that holds it.
+def source_of(text: Text, *, text_column: str | None = None, special_tokens: bool = False) -> TextSource:
+    """The text that a caller names, as one source.
 
+    `text_column` names the column of tables that holds it. With `special_tokens`, special tokens in texts are read as
+    such: `<|im_start|>` is one token.
     Raises: TextError for a missing path, an unknown file type, or records in which no column holds the text.
     """
     if isinstance(text, TextSource):
         return text
     specs = [text] if isinstance(text, str | Path) else text
-    return combine([open_text(spec, column=text_column) for spec in specs])
+    return replace(combine([open_text(spec, column=text_column) for spec in specs]), special_tokens=special_tokens)
 
 
 def provenance_of(lm: LanguageModel, source: TextSource, context_bos: bool, rule: SplitRule) -> dict[str, Any]:
@@ -254,6 +256,7 @@ def provenance_of(lm: LanguageModel, source: TextSource, context_bos: bool, rule
         "text_specs": list(source.specs),
         "text_sha256": source.fingerprint,
         **({} if source.column is None else {"text_column": source.column}),
+        **_special_tokens(lm, source),
         "bos": BOS_BEFORE_CONTEXTS if context_bos else BOS_BEFORE_DOCUMENTS,
         "weight_processing": "none",
         "held_out": rule.held_out,
@@ -276,6 +279,24 @@ def _begun(out: str | Path) -> ActivationStore | None:
 def _bos_recorded(begun: ActivationStore | None) -> bool | None:
     """Whether the contexts of the store begun begin with BOS; None without a store."""
     return contexts_begin_with_bos(begun.provenance) if begun else None
+
+
+def _special_tokens(lm: LanguageModel, source: TextSource) -> dict[str, Any]:
+    """What a store records of special tokens in its text; nothing where texts are read literally."""
+    chat, ids = "messages" in source.kinds, "input_ids" in source.kinds
+    found: dict[str, Any] = {}
+    if source.special_tokens or chat or ids:
+        found["special_tokens"] = {"in_text": source.special_tokens, "in_chats": chat, "in_token_ids": ids}
+        found["special_token_rows"] = f"kept, but for those of token {lm.bos_id} (BOS) and padding"
+    if chat:
+        found["chat_template_sha256"] = sha256((lm.chat_template or "").encode()).hexdigest()
+    if source.agreement:
+        found["token_ids"] = {
+            "tokenizer_tokens": lm.tokenizer.get_vocab_size(),
+            "checked_documents": source.agreement.documents,
+            "share_that_came_back": source.agreement.share,
+        }
+    return found
 
 
 def _as_recorded(begun: ActivationStore | None, provenance: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def live_rows(
     A run that `out` holds keeps the rules by which its text is divided and its contexts begin.
     """
     lm = load_model(live.model, device=device) if isinstance(live.model, str) else live.model
-    source, hook = source_of(live.text), hook_point or DEFAULT_HOOK_POINT
+    source, hook = source_of(live.text).for_model(lm), hook_point or DEFAULT_HOOK_POINT
     begun = _recorded(out)
     rule = rule_named(begun["held_out"]) if "held_out" in begun else DIVIDED
     bos_recorded = contexts_begin_with_bos(begun) if begun else None

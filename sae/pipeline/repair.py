@@ -70,13 +70,18 @@ def _as_harvested(
         )
     chosen = model or store.provenance["model"]["id"]
     lm = chosen if isinstance(chosen, LanguageModel) else load_model(chosen, device=model_device(device))
-    source = source_of(text or store.provenance["text_specs"], text_column=store.provenance.get("text_column"))
-    ours = provenance_of(lm, source, contexts_begin_with_bos(store.provenance), split_rule_of(store))
-    decisive = ("tokenizer_sha256", "text_sha256", "bos", "weight_processing", "held_out")
+    recorded = store.provenance
+    source = source_of(
+        text or recorded["text_specs"],
+        text_column=recorded.get("text_column"),
+        special_tokens=recorded.get("special_tokens", {}).get("in_text", False),
+    ).for_model(lm)
+    ours = provenance_of(lm, source, contexts_begin_with_bos(recorded), split_rule_of(store))
+    decisive = ("tokenizer_sha256", "text_sha256", "bos", "weight_processing", "held_out", "chat_template_sha256")
     named = store.provenance["model"]
     there = {"model_sha256": named["sha256"], **{k: store.provenance.get(k) for k in decisive}}
     found = named["sha256"] if same_model(named, ours["model"]) else lm.weights_sha256
-    differing = differences(there, {"model_sha256": found, **{k: ours[k] for k in decisive}})
+    differing = differences(there, {"model_sha256": found, **{k: ours.get(k) for k in decisive}})
     if differing:
         raise PipelineError(
             f"{store.path} was harvested from another model or text; nothing in it was changed:\n  "

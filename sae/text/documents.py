@@ -137,6 +137,10 @@ class TextReport:
         """Number of files that were not read."""
         return self.not_read.total()
 
+    def clear(self) -> None:
+        """Sets every count to zero."""
+        vars(self).update(vars(TextReport()))
+
     def note(self, problem: str) -> None:
         if len(self.first_problems) < 5:
             self.first_problems.append(problem)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer
 
+from sae.text.documents import Document, Form
 from sae.text.tokenizer import pieces_of
 
 TOKENISE_DOCUMENTS = 256
@@ -24,6 +25,8 @@ class Tokenising(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer: ...
+    @property
+    def special_tokenizer(self) -> Tokenizer: ...
     @property
     def bos_id(self) -> int | None: ...
 
@@ -68,31 +71,49 @@ def _places(n: int, width: int) -> np.ndarray:
 
 
 def tokenised(
-    model: Tokenising, items: Iterable[tuple[Key, Sequence[str]]]
+    model: Tokenising, items: Iterable[tuple[Key, Sequence[Document]]]
 ) -> Iterator[tuple[Key, Int[np.ndarray, " tokens"]]]:
-    """The token ids of each item's texts, a BOS before each text. Several items are read and tokenised together.
+    """The token ids of each item's documents, BOS before each where its form wants it.
+
+    Several items are read and tokenised together.
 
     A long text is tokenised in pieces, because the tokenizer's result takes hundreds of times the text's size.
     """
-    bos = np.array([] if model.bos_id is None else [model.bos_id], np.uint32)
     for some in _at_once(items):
-        pieces = [[list(pieces_of(model.tokenizer, text, PIECE_CHARACTERS)) for text in texts] for _, texts in some]
-        encodings = iter(
-            model.tokenizer.encode_batch_fast(
-                [piece for texts in pieces for text in texts for piece in text], add_special_tokens=False
-            )
-        )
-        for (key, _), texts in zip(some, pieces, strict=True):
-            ids = [[bos, *(np.array(next(encodings).ids, np.uint32) for _ in text)] for text in texts]
-            yield key, np.concatenate([part for text in ids for part in text])
+        ids = _token_ids(model, [document for _, documents in some for document in documents])
+        for key, documents in some:
+            yield key, np.concatenate([next(ids) for _ in documents])
 
 
-def _at_once(items: Iterable[tuple[Key, Sequence[str]]]) -> Iterator[list[tuple[Key, Sequence[str]]]]:
-    pending: list[tuple[Key, Sequence[str]]] = []
+def _token_ids(model: Tokenising, documents: Sequence[Document]) -> Iterator[Int[np.ndarray, " tokens"]]:
+    plain = _encoded(model.tokenizer, [d.text for d in documents if d.form == "text"])
+    special = _encoded(model.special_tokenizer, [d.text for d in documents if d.form in ("special", "chat")])
+    for document in documents:
+        if document.ids is not None:
+            yield document.ids
+        else:
+            ids = next(plain if document.form == "text" else special)
+            yield np.concatenate([_bos_before(ids, document.form, model.bos_id), ids])
+
+
+def _encoded(tokenizer: Tokenizer, texts: list[str]) -> Iterator[np.ndarray]:
+    pieces = [list(pieces_of(tokenizer, text, PIECE_CHARACTERS)) for text in texts]
+    encodings = iter(tokenizer.encode_batch_fast([p for mine in pieces for p in mine], add_special_tokens=False))
+    return (np.concatenate([np.array(next(encodings).ids, np.uint32) for _ in mine]) for mine in pieces)
+
+
+def _bos_before(ids: np.ndarray, form: Form, bos_id: int | None) -> np.ndarray:
+    """The BOS to put before a document: one or none."""
+    none = bos_id is None or form == "chat" or (form == "special" and ids[:1].tolist() == [bos_id])
+    return np.array([] if none else [bos_id], np.uint32)
+
+
+def _at_once(items: Iterable[tuple[Key, Sequence[Document]]]) -> Iterator[list[tuple[Key, Sequence[Document]]]]:
+    pending: list[tuple[Key, Sequence[Document]]] = []
     characters = 0
-    for key, texts in items:
-        pending.append((key, texts))
-        characters += sum(map(len, texts))
+    for key, documents in items:
+        pending.append((key, documents))
+        characters += sum(len(document.text) for document in documents)
         if len(pending) >= TOKENISE_DOCUMENTS or characters >= TOKENISE_CHARACTERS:
             yield pending
             pending, characters = [], 0

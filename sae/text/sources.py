@@ -13,8 +13,10 @@ from sae.text.columns import NAMES, ColumnError, Kind, column_of, kinds_of
 from sae.text.documents import Document, RawDocument, TextReport, shuffled
 from sae.text.documents import TextError as TextError
 from sae.text.files import READABLE, Files, document_or_count, hash_of, list_files
+from sae.text.model_text import CHECKED_DOCUMENTS, Agreement, ModelText, RecordError, agreement, document_of
 
 MAX_DOCUMENT_CHARACTERS = 1 << 22
+LOOKED_AT = 10_000  # records, to find some that depend on the model
 SAVED_DATASET = ("state.json", "dataset_dict.json")  # files that mark a directory written by datasets' save_to_disk
 
 
@@ -38,18 +40,37 @@ class TextSource:
     specs: tuple[str, ...] = ()  # what to pass to `open_text` to open it again
     column: str | None = None  # the column asked for
     kinds: frozenset[Kind] = frozenset()  # what its records hold, if it has any
+    special_tokens: bool = False  # whether special tokens in texts are read as such
+    model: ModelText | None = None  # whose chat template and tokenizer read what only a model can
+    agreement: Agreement | None = None  # of its token ids with that tokenizer
+
+    def for_model(self, model: ModelText) -> TextSource:
+        """The same text as this model reads it: chat messages through its template, token ids as its tokenizer's.
+
+        A sample is read at once. Raises: TextError when the model has no chat template, when its template refuses
+        every conversation of the sample, or when the token ids are another tokenizer's.
+        """
+        bound = replace(self, model=model)
+        if not self.kinds & {"messages", "input_ids"}:
+            return bound
+        raws = [raw for raw in islice(self.read(TextReport()), LOOKED_AT) if isinstance(raw, RawDocument)]
+        chats, tokens = ([r for r in raws if r.kind == kind][:CHECKED_DOCUMENTS] for kind in ("messages", "input_ids"))
+        refused = [error for raw in chats if (error := _refusal(raw, model))]
+        if chats and len(refused) == len(chats):
+            raise TextError(f"{self.name} holds chat messages: {refused[0]}")
+        return replace(bound, agreement=agreement(tokens, model) if tokens else None)
 
     def documents(self) -> Iterator[Document]:
         """Every non-empty document once, in a fixed shuffled order.
 
         Raises: TextError when nothing readable is found, with the counts of what was skipped.
         """
-        self.report = TextReport()
+        self.report.clear()
         yield from shuffled(self._counted())
 
     def _in_parts(self, document: Document) -> Iterator[Document]:
         """Cuts a text that is too long to tokenise at once, after line ends or spaces."""
-        if len(document.text) <= MAX_DOCUMENT_CHARACTERS:
+        if len(document.text) <= MAX_DOCUMENT_CHARACTERS or document.ids is not None:
             yield document
             return
         self.report.long_documents += 1
@@ -60,12 +81,24 @@ class TextSource:
             yield replace(document, id=f"{document.id}#{number}", text=document.text[start:end], of=document.digest)
             start, number = end, number + 1
 
+    def _as_document(self, found: Document | RawDocument) -> Document:
+        if isinstance(found, Document):
+            return replace(found, form="special") if self.special_tokens else found
+        if self.model is None:
+            raise TextError(
+                f"{self.name} holds {NAMES[found.kind]}, which only an existing model's tokenizer can read; this "
+                "command makes its own. Give text."
+            )
+        return document_of(found, self.model)
+
     def _counted(self) -> Iterator[Document]:
-        for document in self.read(self.report):
-            if isinstance(document, RawDocument):
-                raise TextError(
-                    f"{self.name} holds {NAMES[document.kind]}, which only a model's own tokenizer can read."
-                )
+        for found in self.read(self.report):
+            try:
+                document = self._as_document(found)
+            except RecordError as error:
+                self.report.broken_lines += 1
+                self.report.note(str(error))
+                continue
             if not document.text.strip():
                 self.report.empty += 1
                 self.report.note(f"{document.id} is empty")
@@ -119,6 +152,14 @@ def _opened_source(spec: str | Path, column: str | None) -> TextSource:
 
 def _kinds(files: Files) -> frozenset[Kind]:
     return frozenset(column.kind for column in files.columns.values())
+
+
+def _refusal(raw: RawDocument, model: ModelText) -> RecordError | None:
+    try:
+        document_of(raw, model)
+    except RecordError as error:
+        return error
+    return None
 
 
 def combine(sources: list[TextSource]) -> TextSource:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import pairwise
 
@@ -24,11 +24,22 @@ class SplitRule:
 
     def texts(self, document: Document) -> dict[str, list[str]]:
         """The texts of a document in each split, in order: all of it in one split, or a long one in several parts."""
-        if not self.divides_long or (document.of is None and len(document.text) <= LONG_CHARACTERS):
+        if (
+            not self.divides_long
+            or document.form in ("chat", "ids")
+            or (document.of is None and len(document.text) <= LONG_CHARACTERS)
+        ):
             return {document.split: [document.text]}
         if len(document.text) <= LONG_CHARACTERS:  # the end of a text that is divided: it has no room for gaps
             return {TRAIN: [document.text]}
         return _divided(document.text, document.digest)
+
+    def parts(self, document: Document) -> dict[str, list[Document]]:
+        """As `texts`, as documents; chats and token ids are never divided."""
+        return {
+            split: [document] if texts == [document.text] else [replace(document, text=text) for text in texts]
+            for split, texts in self.texts(document).items()
+        }
 
 
 WHOLE = SplitRule("documents with blake2b(text) mod 20 == 0", divides_long=False)  # the rule of version 0.1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from os.path import commonprefix
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -50,6 +51,13 @@ def _literal(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def reading_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that reads special tokens in a text as such: `<|im_start|>` is one token."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = False
+    return copy
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a `tokenizer.json`. Raises: ValueError when it is missing or not a tokenizer."""
     path = Path(path)
@@ -77,6 +85,8 @@ def pieces_of(tokenizer: Tokenizer, text: str, characters: int) -> Iterator[str]
     tokenizers end a word, too. Other tokenizers may merge across such places; for them the text is one piece.
     """
     start, cuttable = 0, len(text) > characters and _ends_words_at_spaces(tokenizer)
+    if cuttable and not tokenizer.encode_special_tokens:
+        cuttable = not any(CUT.search(token.content) for token in tokenizer.get_added_tokens_decoder().values())
     while cuttable and len(text) - start > characters:
         limit = start + characters
         cuts = [found.start() for found in CUT.finditer(text, max(start + 1, limit - CUT_SOUGHT), limit)]
@@ -95,6 +105,16 @@ def _ends_words_at_spaces(tokenizer: Tokenizer) -> bool:
     splits = settings["pre_tokenizer"] or {}
     usual = splits.get("type") == "ByteLevel" and splits.get("use_regex", True) and not splits["add_prefix_space"]
     return bool(usual) and settings["normalizer"] is None and settings["model"]["type"] == "BPE"
+
+
+def continuation(tokenizer: Tokenizer, before: Sequence[int], new: Sequence[int]) -> str:
+    """The text of `new` after the tokens `before`: what it adds to their text.
+
+    Decoded alone it would lose a space at its beginning (SentencePiece), or the start of a character (byte tokens).
+    """
+    head = tokenizer.decode(list(before), skip_special_tokens=False)
+    whole = tokenizer.decode([*before, *new], skip_special_tokens=False)
+    return whole[len(commonprefix([head, whole])) :]
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:

@@ -53,8 +53,8 @@ class Contexts:
 
     def _filled(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         waiting = [np.empty(0, np.uint32) for _ in range(LANES)]
-        numbered = ((n, self.rule.texts(document)) for n, document in enumerate(self.source.documents()))
-        training = ((n, texts[TRAIN]) for n, texts in numbered if TRAIN in texts)
+        numbered = ((n, self.rule.parts(document)) for n, document in enumerate(self.source.documents()))
+        training = ((n, parts[TRAIN]) for n, parts in numbered if TRAIN in parts)
         for number, ids in tokenised(self.model, training):
             tokens = np.concatenate([waiting[number % LANES], ids])
             whole = len(tokens) - len(tokens) % text_tokens(self.seq_len, self.context_bos)
