@@ -248,6 +248,24 @@ def test_steering_keeps_its_limits_whatever_the_page_sends() -> None:
         steering.parse(" ".join(f"{i}:ablate" for i in range(17)))
 
 
+def test_a_prompt_is_read_in_the_form_that_the_page_chooses(visit: Any, tiny_model: NativeModel) -> None:
+    marked = tiny_model.encode_prompt("a<|endoftext|>b", special_tokens=True)
+    for form, ids in (("text", tiny_model.encode_prompt("a<|endoftext|>b")), ("special", marked)):
+        page = visit(view="Microscope", prompt="a<|endoftext|>b", form=form)
+        assert f"{len(ids)} tokens" in html(page) or page.number_input(key="at").max == len(ids) - 1
+    assert "has no chat template" in html(visit(view="Microscope", form="chat"))
+    assert "has no chat template" in html(generate(visit(view="Steering", form="chat", edits="1:ablate")))
+
+
+@pytest.mark.parametrize(("form", "flags"), [("text", []), ("special", ["--special-tokens"]), ("chat", ["--chat"])])
+def test_the_command_and_the_code_read_the_prompt_as_the_page_does(form: str, flags: list[str]) -> None:
+    asked: dict[str, Any] = {"path": "d", "prompt": prompts.Prompt("why?", form), "edits": [Edit(0)], "factors": [1.0]}
+    words = shlex.split(steering.as_command(**asked, generation=Generation()))
+    assert [word for word in words if word in ("--special-tokens", "--chat")] == flags
+    code = steering.as_python(**asked, generation=Generation())
+    assert ("special_tokens=True" in code, "'role': 'user'" in code) == (form == "special", form == "chat")
+
+
 def test_simultaneous_users_get_the_same_results_as_alone(root: Path, tiny_model: NativeModel) -> None:
     """Microscope, attention and steering of several sessions share one model: one lock protects its hooks."""
     (entry, _) = data.scan(root)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from sae.text.tokenizer import BOS, load_tokenizer, pieces_of, token_bytes, train_tokenizer
+from sae.text.tokenizer import BOS, continuation, load_tokenizer, pieces_of, token_bytes, train_tokenizer
 
 TEXTS = ["def forward(self, x): return self.out(x)\n" * 3, "Grüße, 世界! naïve café — 10% of 3.14\r\n\t" * 3]
 TOKENIZER = train_tokenizer(TEXTS, 300)
@@ -102,3 +102,74 @@ def test_pieces_are_of_the_size_asked_and_other_tokenizers_get_the_whole() -> No
     joining = Tokenizer.from_str(TOKENIZER.to_str())
     joining.pre_tokenizer = pre_tokenizers.Metaspace()
     assert list(pieces_of(joining, text, 64)) == [text]
+
+
+# --- text of tokens in a row -----------------------------------------------------------------------------------------
+
+
+def sentencepiece_like() -> Tokenizer:
+    """As Llama's: spaces as ▁, one put before the text and taken off when decoding, unknown characters as bytes."""
+    made = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False, max_token_length=8
+    )
+    made.train_from_iterator(["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"] * 3, trainer)
+    return made
+
+
+def metaspace() -> Tokenizer:
+    """As T5's and XGLM's: the same with the library's own rule for spaces."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>"], show_progress=False)
+    made.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 3, trainer)
+    return made
+
+
+KINDS = {"byte-level": TOKENIZER, "sentencepiece": sentencepiece_like(), "metaspace": metaspace()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["the quick fox", "fox  the", " the", "dog 你好 the é", "x"])
+def test_a_prompt_and_its_continuation_together_are_the_text_of_all_tokens(kind: str, text: str) -> None:
+    tokenizer = KINDS[kind]
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    for cut in range(len(ids) + 1):
+        before = tokenizer.decode(ids[:cut], skip_special_tokens=False)
+        added = continuation(tokenizer, ids[:cut], ids[cut:])
+        assert whole.endswith(added)
+        if whole.startswith(before):  # not cut inside a character
+            assert before + added == whole
+
+
+def test_a_continuation_keeps_the_space_that_sentencepiece_drops_at_a_beginning() -> None:
+    tokenizer = KINDS["sentencepiece"]
+    the, fox = (tokenizer.encode(word, add_special_tokens=False).ids for word in ("the", "fox"))
+    assert tokenizer.decode(fox) == "fox"
+    assert tokenizer.decode([*the, *fox]) == "the fox"
+    assert continuation(tokenizer, the, fox) == " fox"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_tokens_in_a_row_are_the_text_that_the_tokenizer_decodes(kind: str) -> None:
+    tokenizer = KINDS[kind]
+    table = token_bytes(tokenizer)
+    for text in ("the quick fox", "dog  over", "lazy é 你 the" if kind != "metaspace" else "lazy"):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert b"".join(table[i] for i in ids).decode().removeprefix(" ") == tokenizer.decode(
+            ids, skip_special_tokens=False
+        )
+
+
+def test_a_special_token_with_a_low_line_of_its_own_keeps_it() -> None:
+    """DeepSeek's `<｜begin▁of▁sentence｜>` is written so; its tokenizer is byte-level, where ▁ is no space."""
+    marked = Tokenizer.from_str(TOKENIZER.to_str())
+    marked.add_special_tokens(["<｜begin▁of▁sentence｜>"])
+    number = marked.get_vocab_size() - 1
+    assert token_bytes(marked)[number].decode() == marked.decode([number], skip_special_tokens=False)

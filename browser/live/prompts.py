@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,27 @@ MAX_PROMPT_TOKENS = 256
 KEPT_PROMPTS = 24
 
 
+FORMS = {"text": "Text", "special": "Special tokens", "chat": "Chat"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What was typed, and how it is read: one of `FORMS`."""
+
+    text: str
+    form: str = "text"
+
+    @classmethod
+    def of(cls, given: Prompt | str) -> Prompt:
+        """A prompt as it is; a string as plain text."""
+        return cls(given) if isinstance(given, str) else given
+
+    def asked(self) -> dict[str, Any]:
+        """The arguments `prompt` and `special_tokens` of `sae.steer` and `LanguageModel.encode_prompt`."""
+        messages = [{"role": "user", "content": self.text}]
+        return {"prompt": messages if self.form == "chat" else self.text, "special_tokens": self.form == "special"}
+
+
 def check_prompt(prompt: str) -> None:
     """Raises LiveError for an empty or too long prompt."""
     if not prompt.strip():
@@ -22,10 +44,17 @@ def check_prompt(prompt: str) -> None:
         raise LiveError(f"The prompt has {len(prompt):,} characters; at most {MAX_PROMPT:,}.")
 
 
-def encode(live: Live, prompt: str) -> list[int]:
-    """Token ids of a prompt, starting with BOS if the model has one. Raises LiveError if it is empty or too long."""
-    check_prompt(prompt)
-    ids: list[int] = live.model.encode_prompt(prompt)
+def encode(live: Live, prompt: Prompt | str) -> list[int]:
+    """Token ids of a prompt, starting with BOS if the model has one.
+
+    Raises LiveError if it is empty or too long, or a chat message that the model has no format for.
+    """
+    prompt = Prompt.of(prompt)
+    check_prompt(prompt.text)
+    try:
+        ids: list[int] = live.model.encode_prompt(**prompt.asked())
+    except ValueError as error:
+        raise LiveError(str(error)) from error
     most = min(MAX_PROMPT_TOKENS, live.model.context_tokens)
     if len(ids) > most:
         raise LiveError(
@@ -100,8 +129,3 @@ def paths(live: Live, entry: SaeEntry, ids: list[int], *, feature: int, position
         return paths(live.model, live.sae, ids, feature=feature, position=position, hook_point=hook_point(entry))
     except ValueError as error:
         raise LiveError(str(error)) from error
-
-
-def token_ids(live: Live, text: str) -> list[int]:
-    """Token ids of a text, without BOS."""
-    return list(live.model.tokenizer.encode(text, add_special_tokens=False).ids)

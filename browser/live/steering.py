@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from browser.live import Live, LiveError
-from browser.live.prompts import check_prompt
+from browser.live.prompts import Prompt, check_prompt
 
 MAX_NEW_TOKENS = 128
 MAX_FEATURES = 16
@@ -51,13 +51,19 @@ def generation(seed: int, max_new_tokens: int, temperature: float) -> Any:
 
 
 def sweep(
-    live: Live, prompt: str, edits: Sequence[Any], factors: Sequence[float], generation: Any, units: dict[str, Any]
+    live: Live,
+    prompt: Prompt | str,
+    edits: Sequence[Any],
+    factors: Sequence[float],
+    generation: Any,
+    units: dict[str, Any],
 ) -> Iterator[list[Any]]:
     """`sae.interventions.steering.sweep_stream` within the app's limits: the growing texts, one per factor.
 
     Raises LiveError beyond the limits.
     """
-    check_prompt(prompt)
+    prompt = Prompt.of(prompt)
+    check_prompt(prompt.text)
     if not edits:
         raise LiveError("Nothing is steered yet: add a feature to the table, or write an edit such as 12:set:5.")
     if len(edits) > MAX_FEATURES:
@@ -69,7 +75,8 @@ def sweep(
     from sae.interventions.steering import sweep_stream
 
     try:
-        rows = sweep_stream(live.model, live.sae, prompt, edits, factors, generation, **units)
+        asked = prompt.asked()
+        rows = sweep_stream(live.model, live.sae, asked.pop("prompt"), edits, factors, generation, **units, **asked)
     except ValueError as error:
         raise LiveError(str(error).removeprefix("steering: ")) from error
     yield from rows
@@ -82,11 +89,12 @@ def next_tokens(live: Live, ids: Sequence[int], edits: Sequence[Any], *, n: int,
     return found(live.model, live.sae, ids, edits, n=n, **units)
 
 
-def as_command(path: str, prompt: str, edits: Sequence[Any], factors: list[float], generation: Any) -> str:
+def as_command(path: str, prompt: Prompt, edits: Sequence[Any], factors: list[float], generation: Any) -> str:
     """The `sae steer` command that generates the same text."""
     import shlex
 
-    words = ["sae", "steer", path, *(w for e in edits for w in ("--edit", str(e))), "--prompt", prompt]
+    words = ["sae", "steer", path, *(w for e in edits for w in ("--edit", str(e))), "--prompt", prompt.text]
+    words += {"text": [], "special": ["--special-tokens"], "chat": ["--chat"]}[prompt.form]
     words += ["--seed", str(generation.seed), "--max-new-tokens", str(generation.max_new_tokens)]
     if generation.temperature != 1.0:
         words += ["--temperature", f"{generation.temperature:g}"]
@@ -95,8 +103,10 @@ def as_command(path: str, prompt: str, edits: Sequence[Any], factors: list[float
     return shlex.join(words)
 
 
-def as_python(path: str, prompt: str, edits: Sequence[Any], factors: list[float], generation: Any) -> str:
+def as_python(path: str, prompt: Prompt, edits: Sequence[Any], factors: list[float], generation: Any) -> str:
     """The Python code that generates the same text."""
+    asked = prompt.asked()
+    special = ", special_tokens=True" if asked["special_tokens"] else ""
     lines = [
         "from sae import pipeline",
         "from sae.interventions.edits import Edit",
@@ -107,7 +117,7 @@ def as_python(path: str, prompt: str, edits: Sequence[Any], factors: list[float]
         f"edits = {list(edits)!r}",
         f"factors = {factors!r}",
         f"generation = {generation!r}",
-        f"*_, rows = sweep_stream(model, sae, {prompt!r}, edits, factors, generation, **units)",
+        f"*_, rows = sweep_stream(model, sae, {asked['prompt']!r}, edits, factors, generation{special}, **units)",
         "for factor, row in zip(factors, rows):",
         "    print(factor, row.steered_text, row.steered_perplexity)",
     ]

@@ -5,13 +5,30 @@ from __future__ import annotations
 import streamlit as st
 
 from browser import live
+from browser.live.prompts import FORMS, Prompt
 
 PROMPT = "In the morning"
+FORM_HELP = (
+    "How the text is read. Text: special tokens in it are spelt out. Special tokens: <|im_start|> and the like are one "
+    "token. Chat: a user's message in the model's own chat format, up to where its reply begins."
+)
 
 
-def prompt_box(*, height: int = 84) -> str:
-    """Draws the box; returns the prompt."""
-    return st.text_area("Prompt", PROMPT, key="prompt", bind="query-params", max_chars=live.MAX_PROMPT, height=height)
+def prompt_box(*, height: int = 84) -> Prompt:
+    """Draws the box and how it is read; returns both."""
+    text = st.text_area("Prompt", PROMPT, key="prompt", bind="query-params", max_chars=live.MAX_PROMPT, height=height)
+    form = st.segmented_control(
+        "Read as",
+        list(FORMS),
+        format_func=FORMS.__getitem__,
+        default="text",
+        required=True,
+        key="form",
+        bind="query-params",
+        help=FORM_HELP,
+        label_visibility="collapsed",
+    )
+    return Prompt(text, str(form))
 
 
 def position_box(n_tokens: int) -> int:

@@ -182,6 +182,7 @@ def _pin() -> None:
     """Sets the paper's prompt, and the chosen feature alone at its maximum."""
     state.set_edits(f"{st.session_state['feature']}:set:1")
     st.session_state["prompt"] = run.PINNED_PROMPT
+    st.session_state["form"] = "text"
     st.session_state["pinned"] = True
 
 

@@ -135,7 +135,8 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
         if byte_fallback and FALLBACK_BYTE.fullmatch(piece):
             table.append(bytes([int(piece[3:5], 16)]))
         elif index in added or not byte_level or any(c not in byte_of for c in piece):
-            table.append(piece.replace("\u2581", " ").encode("utf-8", "surrogatepass"))
+            text = piece if byte_level else piece.replace("\u2581", " ")
+            table.append(text.encode("utf-8", "surrogatepass"))
         else:
             table.append(bytes(byte_of[c] for c in piece))
     return table
