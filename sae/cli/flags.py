@@ -110,6 +110,15 @@ def add_text_column(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def add_special_tokens(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="read special tokens in texts as such, e.g. <|im_start|> as one token, instead of spelling them out; chat "
+        "messages are always read so",
+    )
+
+
 def print_text_read(source: TextSource) -> None:
     """Says how much text a source gave, what was not read of it and why; nothing if no text was needed."""
     if source.report.documents:

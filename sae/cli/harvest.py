@@ -9,7 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sae.cli.flags import MODEL, Either, add_device, add_text_column, add_verb, print_text_read, size
+from sae.cli.flags import (
+    MODEL,
+    Either,
+    add_device,
+    add_special_tokens,
+    add_text_column,
+    add_verb,
+    print_text_read,
+    size,
+)
 
 TOKENS = 2_000_000
 KINDS = ("token-ids", "tokenizer", "texts", "images", "labels", "keep")  # beside the rows of --from
@@ -40,12 +49,7 @@ def harvest(verbs: Any) -> None:
     )
     verb.set_defaults(arrays=None)
     add_text_column(verb)
-    verb.add_argument(
-        "--special-tokens",
-        action="store_true",
-        help="read special tokens in texts as such, e.g. <|im_start|> as one token, instead of spelling them out; chat "
-        "messages are always read so",
-    )
+    add_special_tokens(verb)
     verb.add_argument(
         "--out", required=True, metavar="STORE", help="the store, e.g. runs/a/acts.zarr or s3://bucket/path"
     )
@@ -164,10 +168,11 @@ def _store_arrays(args: argparse.Namespace) -> int:
         "max_ram",
         "keep_rows",
         "text_column",
+        "special_tokens",
         "context_bos",
     )
     for flag in running:
-        if getattr(args, flag) is not None:
+        if getattr(args, flag) not in (None, False):
             raise ValueError(f"--{flag.replace('_', '-')} does not go with --from: all rows of the arrays are stored.")
     from sae import pipeline
 

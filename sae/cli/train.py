@@ -5,7 +5,19 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sae.cli.flags import Either, add_kernels, add_settings, add_text, add_verb, refuse_many_processes, settings, size
+from sae.cli.flags import (
+    Either,
+    add_kernels,
+    add_settings,
+    add_special_tokens,
+    add_text,
+    add_text_column,
+    add_verb,
+    print_text_read,
+    refuse_many_processes,
+    settings,
+    size,
+)
 
 
 def train(verbs: Any) -> None:
@@ -33,6 +45,8 @@ def train(verbs: Any) -> None:
         help="start from this dictionary (ours or an imported one): with its function, and a new optimizer",
     )
     add_text(verb, required=False, help="text for --live: a file, a directory, a dataset or 'default'; may be repeated")
+    add_text_column(verb)
+    add_special_tokens(verb)
     verb.add_argument("--out", required=True, metavar="DIR", help="directory of the dictionary, e.g. runs/a/first")
     verb.add_argument(
         "--recipe",
@@ -85,8 +99,12 @@ def _run_train(args: argparse.Namespace) -> int:
         raise ValueError("name what to train on: either --acts STORE, or --live MODEL with --text SOURCE.")
     hook_point, target_hook_point = (*(args.hook_point or []), None, None)[:2]
     memory = {} if args.max_ram is None else {"max_ram_bytes": args.max_ram}
+    if not args.live and (args.text_column or args.special_tokens):
+        raise ValueError("--text-column and --special-tokens go with --live: a store's text has been read already.")
+    text: dict[str, Any] = {"text_column": args.text_column, "special_tokens": args.special_tokens}
+    source = pipeline.source_of(args.text, **text) if args.live else None
     pipeline.train(
-        pipeline.Live(args.live, args.text, **memory) if args.live else args.acts,
+        pipeline.Live(args.live, source, **memory) if source else args.acts,
         args.out,
         recipe=args.recipe,
         d_sae=args.d_sae,
@@ -103,5 +121,7 @@ def _run_train(args: argparse.Namespace) -> int:
         start_from=args.source,
         **memory,
     )
+    if source:
+        print_text_read(source)
     print(args.out)
     return 0

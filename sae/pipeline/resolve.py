@@ -101,7 +101,10 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
 
 def _harvest_for(config: dict[str, Any], directory: Path | None) -> str:
     """The command that makes a store for a dictionary trained live."""
-    text = " ".join(f"--text {spec}" for spec in config["live"]["text_specs"])
+    live = config["live"]
+    text = " ".join(f"--text {spec}" for spec in live["text_specs"])
+    text += f" --text-column {live['text_column']}" if "text_column" in live else ""
+    text += " --special-tokens" if live.get("special_tokens", {}).get("in_text") else ""
     out = (directory.parent if directory else Path()) / "acts.zarr"
     return f"sae harvest --model {config['model']['id']} {text} --hook-point {config['hook_point']} --out {out}"
 
