@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,12 +59,18 @@ def document_of(raw: RawDocument, model: ModelText) -> Document:
     return Document(raw.id, _decoded(ids, model), raw.domain, raw.source, form="ids", ids=ids)
 
 
-def agreement(raws: Sequence[RawDocument], model: ModelText) -> Agreement:
-    """Decodes token ids and encodes their text again, and counts how many come back, whatever their order.
+def agreement(raws: Iterable[RawDocument], model: ModelText) -> Agreement | None:
+    """Decodes the token ids of the first records and encodes them again; counts how many come back, in any order.
 
-    Raises: TextError if they are another tokenizer's.
+    None without records. Raises: TextError if they are another tokenizer's, or if an id of any record is no token.
     """
-    given = [_checked_ids(raw, model.tokenizer) for raw in raws]
+    given: list[np.ndarray] = []
+    for raw in raws:
+        ids = _checked_ids(raw, model.tokenizer)
+        if len(given) < CHECKED_DOCUMENTS:
+            given.append(ids)
+    if not given:
+        return None
     texts = [_decoded(ids, model) for ids in given]
     again = model.special_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     inner = [Counter(ids[EDGE_TOKENS:-EDGE_TOKENS].tolist()) for ids in given]
@@ -81,15 +87,14 @@ def agreement(raws: Sequence[RawDocument], model: ModelText) -> Agreement:
 
 def _checked_ids(raw: RawDocument, tokenizer: Tokenizer) -> np.ndarray:
     """The ids as uint32. Raises: TextError for one that is no token."""
-    ids = np.array(raw.content, np.int64)
-    size = tokenizer.get_vocab_size(with_added_tokens=True)
-    wrong = ids[(ids < 0) | (ids >= size)]
-    if len(wrong):
-        raise TextError(
-            f"{raw.id}: {wrong[0]} is not a token id of this model, whose tokenizer has {size:,} tokens. Were the ids "
-            "made with another tokenizer? Give the text itself instead."
-        )
-    return ids.astype(np.uint32)
+    for token in sorted(set(raw.content)):
+        if not 0 <= token < 1 << 32 or tokenizer.id_to_token(token) is None:
+            raise TextError(
+                f"{raw.id}: {token} is not a token id of this model, whose tokenizer has "
+                f"{tokenizer.get_vocab_size():,} tokens. Were the ids made with another tokenizer? Give the text "
+                "itself instead."
+            )
+    return np.array(raw.content, np.uint32)
 
 
 def _decoded(ids: np.ndarray, model: ModelText) -> str:

@@ -16,7 +16,7 @@ from sae.text.files import READABLE, Files, document_or_count, hash_of, list_fil
 from sae.text.model_text import CHECKED_DOCUMENTS, Agreement, ModelText, RecordError, agreement, document_of
 
 MAX_DOCUMENT_CHARACTERS = 1 << 22
-LOOKED_AT = 10_000  # records, to find some that depend on the model
+LOOKED_AT = 10_000  # records, to refuse those that the model cannot read before anything is written
 SAVED_DATASET = ("state.json", "dataset_dict.json")  # files that mark a directory written by datasets' save_to_disk
 
 
@@ -47,18 +47,21 @@ class TextSource:
     def for_model(self, model: ModelText) -> TextSource:
         """The same text as this model reads it: chat messages through its template, token ids as its tokenizer's.
 
-        A sample is read at once. Raises: TextError when the model has no chat template, when its template refuses
-        every conversation of the sample, or when the token ids are another tokenizer's.
+        The first records are read at once. Raises: TextError when the model has no chat template, when its template
+        refuses every conversation among them, or when the token ids are another tokenizer's.
         """
-        bound = replace(self, model=model)
-        if not self.kinds & {"messages", "input_ids"}:
-            return bound
-        raws = [raw for raw in islice(self.read(TextReport()), LOOKED_AT) if isinstance(raw, RawDocument)]
-        chats, tokens = ([r for r in raws if r.kind == kind][:CHECKED_DOCUMENTS] for kind in ("messages", "input_ids"))
+        chats = list(islice(self._sample("messages"), CHECKED_DOCUMENTS))
         refused = [error for raw in chats if (error := _refusal(raw, model))]
         if chats and len(refused) == len(chats):
             raise TextError(f"{self.name} holds chat messages: {refused[0]}")
-        return replace(bound, agreement=agreement(tokens, model) if tokens else None)
+        return replace(self, model=model, agreement=agreement(self._sample("input_ids"), model))
+
+    def _sample(self, kind: Kind) -> Iterator[RawDocument]:
+        """Records of one kind among the first; where there are none, nothing is read."""
+        if kind in self.kinds:
+            for raw in islice(self.read(TextReport()), LOOKED_AT):
+                if isinstance(raw, RawDocument) and raw.kind == kind:
+                    yield raw
 
     def documents(self) -> Iterator[Document]:
         """Every non-empty document once, in a fixed shuffled order.
