@@ -87,7 +87,8 @@ def tokenised(
 
 def _token_ids(model: Tokenising, documents: Sequence[Document]) -> Iterator[Int[np.ndarray, " tokens"]]:
     plain = _encoded(model.tokenizer, [d.text for d in documents if d.form == "text"])
-    special = _encoded(model.special_tokenizer, [d.text for d in documents if d.form in ("special", "chat")])
+    marked = [d.text for d in documents if d.form in ("special", "chat")]
+    special = _encoded(model.special_tokenizer, marked) if marked else iter(())
     for document in documents:
         if document.ids is not None:
             yield document.ids
