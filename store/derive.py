@@ -18,7 +18,7 @@ from store.schema import atomic_json, decode
 from store.shards import Marker
 
 # What a row means, in the provenance.
-_SAME_ROWS = ("model", "tokenizer_sha256", "bos", "weight_processing", "held_out", "rows")
+_SAME_ROWS = ("model", "tokenizer_sha256", "bos", "weight_processing", "rows")
 Shard = tuple[ActivationStore, str, int, int]  # store, split, shard, and what is added to its document numbers
 
 
@@ -26,7 +26,8 @@ def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     """Writes one store with the rows of several that have the same model, hook points and context length.
 
     Documents get new numbers. Returns how many documents are in more than one store (by SHA-256). After a kill, repeat
-    the call to continue. Raises: StoreError showing what differs between them, or if one of them is not complete.
+    the call to continue. Raises: StoreError showing what differs between them, or if one of them is not complete, or if
+    the same document could be held out of one and trained on in another.
     """
     stores = [_complete(path) for path in paths]
     if len(stores) < 2:
@@ -49,8 +50,15 @@ def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
         for split in SPLITS:
             shards[split] += [(store, split, s, offset) for s, m in store.markers(split).items() if m.contexts]
         offset += 1 + max((number for table in tables.values() for number in table), default=-1)
+    rules = sorted({str(store.provenance.get("held_out", "a rule not recorded")) for store in stores})
+    if repeated and len(rules) > 1:
+        raise StoreError(
+            f"{repeated:,} documents are in more than one of these stores, which chose held-out text by different "
+            "rules, so that text held out of one could be trained on in the other. Harvest one of them again"
+        )
     joined = hashlib.sha256("\n".join(str(store.provenance.get("text_sha256")) for store in stores).encode())
     provenance = {key: value for key, value in first.provenance.items() if key in _SAME_ROWS} | {
+        "held_out": "; or ".join(rules),
         "text": " + ".join(str(store.provenance.get("text")) for store in stores),
         "text_sha256": joined.hexdigest(),
         "merged_from": [store.provenance for store in stores],

@@ -25,8 +25,9 @@ from sae.lm import pretrain as module
 from sae.lm.held_out import held_out_contexts, held_out_loss, neuron_figures
 from sae.lm.pretrain import ChunkedCrossEntropy, PretrainConfig, TokenStream, learning_rate, pretrain
 from sae.lm.transformer import TransformerConfig
-from sae.text.documents import Document, TextReport
+from sae.text.documents import Document, TextReport, split_of
 from sae.text.sources import TextSource, open_text
+from sae.text.splits import DIVIDED
 from sae.text.tokenizer import load_tokenizer, token_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,6 +192,45 @@ def test_token_files_hold_bos_and_documents_of_their_split(tmp_path: Path) -> No
         expected = [d.text for d in source().documents() if d.split == split]
         assert text == "".join(f"\0{document}" for document in expected)
         assert expected
+
+
+def text_of(documents: list[str]) -> TextSource:
+    return TextSource("made up", lambda _: (Document(str(i), t, "d", "s") for i, t in enumerate(documents)), "f")
+
+
+def test_one_long_document_is_in_both_splits_and_no_word_of_it_in_two(tmp_path: Path) -> None:
+    long = " ".join(f"{i:05d}" for i in range(4000))
+    out = pretrain(text_of([long]), tmp_path / "lm", shape=SHAPE, config=replace(CONFIG, train_tokens=64))
+    table = token_bytes(load_tokenizer(out / "tokenizer.json"))
+    words = {}
+    for split in ("train", "heldout"):
+        tokens = np.load(out / f"tokens-{split}.npy")
+        words[split] = b"".join(b" " if t == 0 else table[t] for t in tokens).decode().split()
+        assert all(len(word) == 5 for word in words[split])
+    assert not set(words["train"]) & set(words["heldout"])
+    assert len(words["heldout"]) > 4000 / 25
+    assert json.loads((out / "pretrain.json").read_text())["held_out"] == DIVIDED.held_out
+
+
+def test_a_text_with_nothing_held_out_is_refused_before_training(tmp_path: Path) -> None:
+    short = [text for text in DOCUMENTS if split_of(text) == "train"]
+    with pytest.raises(ValueError, match="0 held-out tokens, too few for one context of 16 tokens"):
+        pretrain(text_of(short), tmp_path / "lm", shape=SHAPE, config=CONFIG)
+    assert not (tmp_path / "lm" / "model.safetensors").exists()
+
+
+def test_a_run_that_version_0_1_began_keeps_whole_documents(tmp_path: Path) -> None:
+    """Its pretrain.json has no rule; here its token files are still to be made."""
+    documents = [*DOCUMENTS, " ".join(f"{i:05d}" for i in range(4000))]
+    new = pretrain(text_of(documents), tmp_path / "new", shape=SHAPE, config=replace(CONFIG, train_tokens=64))
+    settings = json.loads((new / "pretrain.json").read_text())
+    del settings["held_out"]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "pretrain.json").write_text(json.dumps(settings))
+    old = pretrain(text_of(documents), tmp_path / "old", shape=SHAPE, config=replace(CONFIG, train_tokens=64))
+    table = token_bytes(load_tokenizer(old / "tokenizer.json"))
+    tokens = np.load(old / f"tokens-{split_of(documents[-1])}.npy")
+    assert documents[-1] in b"".join(b"\0" if t == 0 else table[t] for t in tokens).decode()
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

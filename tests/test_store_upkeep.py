@@ -255,6 +255,27 @@ def test_stores_of_different_rows_are_not_merged(store: Path, tiny_model: Native
     assert not (tmp_path / "both.zarr").exists()
 
 
+def test_stores_that_hold_out_by_different_rules_are_merged_only_without_a_common_document(
+    store: Path, tiny_model: NativeModel, tmp_path: Path
+) -> None:
+    """Version 0.1 divided no document: what it trained on may be held out of a newer store of the same text."""
+    old = Path(shutil.copytree(store, tmp_path / "old.zarr"))
+    raw = json.loads((old / "zarr.json").read_text())
+    raw["attributes"]["provenance"]["held_out"] = "documents with blake2b(text) mod 20 == 0"
+    (old / "zarr.json").write_text(json.dumps(raw))
+    ActivationStore.open(old).finish()
+    with pytest.raises(StoreError, match="chose held-out text by different rules"):
+        pipeline.merge_stores([store, old], tmp_path / "both.zarr")
+    assert not (tmp_path / "both.zarr").exists()
+    there = {document.text for document in made_up_documents(1200)}
+    more = [d for d in made_up_documents(1500, seed=3) if d.text not in there]
+    other = tmp_path / "other.zarr"
+    hooks = {"hook_points": [HOOK_POINT, RESID]}
+    pipeline.harvest(tiny_model, text_source(more), other, **hooks, **TOKENS)
+    assert pipeline.merge_stores([old, other], tmp_path / "both.zarr") == 0
+    assert "; or " in ActivationStore.open(tmp_path / "both.zarr").provenance["held_out"]
+
+
 def test_a_subset_has_some_hook_points_and_the_first_shards(store: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "small.zarr"
     assert main(["store", "subset", str(store), "--hook-point", RESID, "--tokens", "300", "--out", str(out)]) == 0
