@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sae.dictionary.autoencoder import SAE
 from sae.interventions.edits import MAX_EDITS, Edit, scaled, splice_edits
 from sae.interventions.steering import Generation, Steered, _gumbel, _kl, _sample, next_tokens, steer, sweep_stream
-from sae.lm import NativeModel
+from sae.lm import NativeModel, Splice
 
 D_IN, D_SAE, DEAD = 32, 24, 5
 PROMPT = "the quick brown"
@@ -192,6 +192,11 @@ def test_unreadable_edits_are_refused_by_part(text: str, message: str) -> None:
 STRONG = [Edit(2, "set", 30.0)]
 
 
+def but_at_bos(splice: Splice, tokens: torch.Tensor) -> Splice:
+    """BOS is token 0 of the tiny model."""
+    return lambda x: torch.where(tokens[..., None] == 0, x, splice(x))
+
+
 def greedy_by_hand(model: NativeModel, sae: SAE, ids: list[int], n: int, edits: list[Edit], feature_max) -> list[int]:
     module, layer, new = model.module, model.module.blocks[0], []
     for _ in range(n):
@@ -199,7 +204,8 @@ def greedy_by_hand(model: NativeModel, sae: SAE, ids: list[int], n: int, edits: 
         resid = module.resid_pre(tokens)
         resid = resid + layer.attn(layer.ln1(resid))
         post = layer.mlp.post(layer.ln2(resid))
-        post = brute_force(sae, post, edits, feature_max).float()
+        edited = brute_force(sae, post, edits, feature_max).float()
+        post = torch.where(tokens[..., None] == model.bos_id, post, edited)
         logits = module.unembed(module.ln_final(resid + layer.mlp.out(post)))
         new.append(int(logits[0, -1].argmax()))
     return new
@@ -245,9 +251,9 @@ def test_kl_compares_the_two_distributions_on_the_steered_text(
     sae: SAE, tiny_model: NativeModel, feature_max: np.ndarray
 ) -> None:
     found = steer(tiny_model, sae, PROMPT, STRONG, seed=0, max_new_tokens=6, feature_max=feature_max)
-    splice = splice_edits(sae, STRONG, feature_max)
     for i, kl in enumerate(found.kl):
         tokens = torch.tensor([found.prompt_ids + found.steered_ids[:i]])
+        splice = but_at_bos(splice_edits(sae, STRONG, feature_max), tokens)
         p = tiny_model.logits(tokens, HOOK_POINT, splice)[0, -1].double().softmax(-1)
         q = tiny_model.logits(tokens)[0, -1].double().softmax(-1)
         assert kl == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
@@ -316,7 +322,8 @@ def test_next_tokens_before_and_after(sae: SAE, tiny_model: NativeModel, feature
     found = next_tokens(tiny_model, sae, ids, STRONG, n=7, feature_max=feature_max)
     tokens = torch.tensor([ids])
     base = tiny_model.logits(tokens)[0, -1].softmax(-1)
-    steered = tiny_model.logits(tokens, HOOK_POINT, splice_edits(sae, STRONG, feature_max))[0, -1].softmax(-1)
+    splice = but_at_bos(splice_edits(sae, STRONG, feature_max), tokens)
+    steered = tiny_model.logits(tokens, HOOK_POINT, splice)[0, -1].softmax(-1)
     assert len(found.ids) == len(set(found.ids)) == 7
     assert found.base == pytest.approx(base[found.ids].tolist(), rel=1e-4)
     assert found.steered == pytest.approx(steered[found.ids].tolist(), rel=1e-4)

@@ -24,7 +24,12 @@ def steer(verbs: Any) -> None:
     )
     verb.add_argument("sae", metavar="DICTIONARY", help="directory of the dictionary")
     verb.add_argument(
-        "--feature", type=int, action="append", metavar="N", help="number of the feature to change; may be repeated"
+        "--feature",
+        type=int,
+        action="append",
+        metavar="N",
+        help="number of the feature to change, at every position but BOS and what the dictionary's row filter leaves "
+        "out; may be repeated",
     )
     verb.add_argument("--set", action="append", metavar="5x", help="set its activation to this multiple of its maximum")
     verb.add_argument("--add", action="append", metavar="2x", help="add this multiple of its maximum to its activation")

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE, refuse_row_scale, refuse_transcoder
 from sae.dictionary.row_norm import restored
+from sae.dictionary.trained_rows import rows_that_count
 from sae.interventions.ablation import only_final_norm_reads
 from sae.lm import LanguageModel
 
@@ -20,7 +21,8 @@ class Inspection(NamedTuple):
 
     `error[t]` is ‖x − x̂‖² / ‖x − b‖², b the input bias: the share that the dictionary leaves unexplained.
     `loss[t]` and `loss_spliced[t]` are the loss of token t given the tokens before it, in nats: without and with x̂ in
-    place of x at every position but BOS. The first token has none (nan).
+    place of x where the dictionary was trained: at every position but BOS and what its row filter leaves out. The first
+    token has none (nan).
     """
 
     ids: list[int]
@@ -40,9 +42,9 @@ def inspect(model: LanguageModel, sae: SAE, ids: Sequence[int], *, hook_point: s
     """
     refuse_transcoder(sae, "microscope")
     tokens = torch.tensor([list(ids)])
-    kept = _kept(model, tokens[0])
     with model.lock:
         x = model.capture(tokens, hook_point)[0].cpu()
+        kept = rows_that_count(sae, model.bos_id, tokens[0], x, hook_point)
         x_hat = sae(x)
         loss = model.token_losses(tokens)[0].cpu()
         spliced = model.token_losses(
@@ -62,11 +64,6 @@ def inspect(model: LanguageModel, sae: SAE, ids: Sequence[int], *, hook_point: s
         torch.cat([first, loss]),
         torch.cat([first, spliced]),
     )
-
-
-def _kept(model: LanguageModel, tokens: Int[Tensor, " pos"]) -> Bool[Tensor, " pos"]:
-    """The positions that evaluation counts: all but BOS."""
-    return torch.ones_like(tokens, dtype=torch.bool) if model.bos_id is None else tokens != model.bos_id
 
 
 class Attribution(NamedTuple):

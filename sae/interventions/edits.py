@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE, refuse_row_scale, refuse_transcoder
-from sae.lm import Splice
+from sae.dictionary.trained_rows import rows_that_count
+from sae.lm import LanguageModel, Splice
 
 MODES = ("set", "add", "scale", "ablate")
 UNITS = ("max", "p99")
@@ -20,7 +21,9 @@ MAX_EDITS = 32
 
 @dataclass(frozen=True)
 class Edit:
-    """One change to one feature's activation a, at every position (`only_active`: only where a > 0).
+    """One change to one feature's activation a, at every position that counts (`only_active`: only where a > 0).
+
+    BOS and rows that the dictionary's row filter leaves out do not count: training left them out too.
 
     `set`: a → value · unit; `add`: a → a + value · unit; `scale`: a → value · a; `ablate`: a → 0.
     Units: `value` is in multiples of the feature's largest (`max`) or 99th-percentile (`p99`) observed activation;
@@ -141,6 +144,21 @@ def change_by_edits(
         return (torch.stack(edited, -1) - acts) @ sae.W_dec[features]
 
     return change
+
+
+def where_trained(
+    change: Splice, sae: SAE, model: LanguageModel, tokens: Int[Tensor, "row pos"], hook_point: str
+) -> Splice:
+    """`change` where the dictionary was trained, 0 at BOS and on rows that its row filter leaves out.
+
+    The rows of x belong to `tokens`, whole contexts, at `hook_point`.
+    """
+
+    def change_rows(x: Float[Tensor, "row pos d_in"]) -> Float[Tensor, "row pos d_out"]:
+        keep = rows_that_count(sae, model.bos_id, tokens, x, hook_point)
+        return torch.where(keep[..., None], change(x), 0.0)
+
+    return change_rows
 
 
 def _check(sae: SAE, edits: Sequence[Edit], units: dict[str, Float[np.ndarray, " d_sae"]]) -> None:

@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
-from sae.interventions.edits import Edit, change_by_edits, scaled
+from sae.dictionary.trained_rows import trained_with_context_bos
+from sae.interventions.edits import Edit, change_by_edits, scaled, where_trained
 from sae.lm import LanguageModel, Splice, layer_of
 from sae.text.model_text import Messages
 from sae.text.tokenizer import continuation
@@ -100,6 +101,9 @@ def steer(
 ) -> Steered:
     """Continues `prompt` twice, without and with the edits; both texts draw from the same random stream.
 
+    Edits act on every position but BOS and rows that the dictionary's row filter leaves out: training left them out
+    too, and in many models BOS carries a vector of a hundred times the norm, whose features mean nothing.
+
     A prompt of messages, each with "role" and "content", is put in the model's own chat format, and the model writes
     the reply; with `special_tokens`, special tokens in a text are read as such.
     `feature_max` and `feature_p99` are the units of `set` and `add` (`sae.pipeline.feature_units` reads them);
@@ -146,15 +150,10 @@ def sweep_stream(
     if not factors:
         raise ValueError("steering: a sweep needs at least one factor, e.g. 0,1,2,5,10.")
     changes = [change_by_edits(sae, scaled(edits, factor), feature_max, feature_p99) for factor in factors]
-    place = _place(sae, hook_point)
+    steered = SteeredModel(model, sae, _place(sae, hook_point), changes)
     prompt_ids = _prompt_ids(model, prompt, special_tokens)
-
-    def change(x: Float[Tensor, "row pos d_in"]) -> Float[Tensor, "row pos d_out"]:
-        return torch.cat([change_row(row[None]) for change_row, row in zip(changes, x, strict=True)])
-
     shown = prompt if isinstance(prompt, str) else continuation(model.tokenizer, [], prompt_ids)
-    results = [Steered(list(prompt_ids), shown) for _ in factors]
-    return _generate(model, results, place, change, generation)
+    return _generate(steered, [Steered(list(prompt_ids), shown) for _ in factors], generation)
 
 
 @dataclass(frozen=True)
@@ -189,14 +188,62 @@ def _order(hook_point: str) -> tuple[int, int]:
     return layer_of(hook_point), IN_BLOCK.index(part)
 
 
-def _generate(
-    model: LanguageModel, results: list[Steered], place: Place, change: Splice, generation: Generation
-) -> Iterator[list[Steered]]:
-    """Adds one token to every text, again and again. `change` takes the steered texts in order, one row each."""
+@dataclass(frozen=True)
+class SteeredModel:
+    """A model that reads several equally long texts, without edits or each with its own."""
+
+    model: LanguageModel
+    sae: SAE
+    place: Place
+    changes: list[Splice]  # one for each text: what its edits add, from x
+
+    def base_logits(self, texts: list[list[int]]) -> Float[Tensor, "row d_vocab"]:
+        """Next-token logits of the model as it is."""
+        return self._last(self.model.logits(self._windows(texts)))
+
+    def steered_logits(self, texts: list[list[int]]) -> Float[Tensor, "row d_vocab"]:
+        """Next-token logits with the edits, on the rows that the dictionary was trained on (`edits.where_trained`)."""
+        tokens, place = self._windows(texts), self.place
+
+        def change(x: Float[Tensor, "row pos d_in"]) -> Float[Tensor, "row pos d_out"]:
+            return torch.cat([change_row(row[None]) for change_row, row in zip(self.changes, x, strict=True)])
+
+        trained = where_trained(change, self.sae, self.model, tokens, place.reads)
+        if place.reads == place.writes:
+            return self._last(self.model.logits(tokens, place.writes, lambda x: x + trained(x)))
+        # what is read comes before what is written, so it is the same in a run without edits
+        added = trained(self.model.capture(tokens, place.reads).float().to(self.model.device))
+
+        def add(y: Float[Tensor, "row pos d_out"]) -> Float[Tensor, "row pos d_out"]:
+            return y + where_trained(lambda _: added.to(y.device), self.sae, self.model, tokens, place.writes)(y)
+
+        return self._last(self.model.logits(tokens, place.writes, add))
+
+    @staticmethod
+    def _last(logits: Float[Tensor, "row pos d_vocab"]) -> Float[Tensor, "row d_vocab"]:
+        return logits[:, -1].float().cpu()
+
+    def _windows(self, texts: list[list[int]]) -> Int[Tensor, "row pos"]:
+        """What fits into the model's context of each text: its end, after BOS if the contexts of training began so."""
+        limit = self.model.context_tokens
+        first = texts[0][:1] if self._context_bos and texts[0][0] == self.model.bos_id else []
+        if len(texts[0]) <= limit:
+            return torch.tensor(texts)
+        return torch.tensor([first + ids[len(ids) - limit + len(first) :] for ids in texts])
+
+    @property
+    def _context_bos(self) -> bool:
+        recorded = trained_with_context_bos(self.sae.config)
+        return self.model.context_bos if recorded is None else recorded
+
+
+def _generate(steered_model: SteeredModel, results: list[Steered], generation: Generation) -> Iterator[list[Steered]]:
+    """Adds one token to every text, again and again."""
+    model = steered_model.model
     generator = torch.Generator().manual_seed(generation.seed)
     for _ in range(generation.max_new_tokens):
         noise = _gumbel(model.d_vocab, generator)
-        base, on_steered, steered = _three_logits(model, results, place, change)
+        base, on_steered, steered = _three_logits(steered_model, results)
         base_id = _sample(base, generation.temperature, noise)
         for result, base_here, steered_here in zip(results, on_steered, steered, strict=True):
             steered_id = _sample(steered_here, generation.temperature, noise)
@@ -211,7 +258,7 @@ def _generate(
 
 
 def _three_logits(
-    model: LanguageModel, results: list[Steered], place: Place, change: Splice
+    steered_model: SteeredModel, results: list[Steered]
 ) -> tuple[Float[Tensor, " d_vocab"], list[Float[Tensor, " d_vocab"]], Float[Tensor, "text d_vocab"]]:
     """Next-token logits of the base model on the base text and on each steered text, and of the steered model there.
 
@@ -220,10 +267,10 @@ def _three_logits(
     prompt_ids = results[0].prompt_ids
     texts = [prompt_ids + result.steered_ids for result in results]
     apart = [i for i, result in enumerate(results) if result.steered_ids != result.base_ids]
-    with model.lock:
-        base = _next_logits(model, [prompt_ids + results[0].base_ids])[0]
-        steered = _next_logits(model, texts, place, change)
-        own = dict(zip(apart, _next_logits(model, [texts[i] for i in apart]), strict=True)) if apart else {}
+    with steered_model.model.lock:
+        base = steered_model.base_logits([prompt_ids + results[0].base_ids])[0]
+        steered = steered_model.steered_logits(texts)
+        own = dict(zip(apart, steered_model.base_logits([texts[i] for i in apart]), strict=True)) if apart else {}
     return base, [own.get(i, base) for i in range(len(results))], steered
 
 
@@ -252,9 +299,10 @@ def next_tokens(
     Units: kl in nats, KL(steered ‖ base).
     """
     change = change_by_edits(sae, edits, feature_max, feature_p99)
+    steered_model = SteeredModel(model, sae, _place(sae, hook_point), [change])
     with model.lock:
-        base = _next_logits(model, [list(ids)])[0]
-        steered = _next_logits(model, [list(ids)], _place(sae, hook_point), change)[0]
+        base = steered_model.base_logits([list(ids)])[0]
+        steered = steered_model.steered_logits([list(ids)])[0]
     p, q = base.double().softmax(-1), steered.double().softmax(-1)
     found = torch.maximum(p, q).topk(min(n, len(p))).indices
     return NextTokens(found.tolist(), p[found].tolist(), q[found].tolist(), _kl(steered, base))
@@ -276,21 +324,6 @@ def _prompt_ids(model: LanguageModel, prompt: str | Messages, special_tokens: bo
     if not ids:
         raise ValueError("steering: the prompt is empty and this model has no BOS token; type some text.")
     return ids
-
-
-def _next_logits(
-    model: LanguageModel, texts: list[list[int]], place: Place | None = None, change: Splice | None = None
-) -> Float[Tensor, "row d_vocab"]:
-    """Logits after each of the texts, which are equally long; with what edits add at `place`."""
-    window = torch.tensor([ids[-model.context_tokens :] for ids in texts])
-    if place is None or change is None:
-        logits = model.logits(window)
-    elif place.reads == place.writes:
-        logits = model.logits(window, place.writes, lambda x: x + change(x))
-    else:  # what is read comes before what is written, so it is the same in a run without edits
-        added = change(model.capture(window, place.reads).float().to(model.device))
-        logits = model.logits(window, place.writes, lambda y: y + added.to(y.device))
-    return logits[:, -1].float().cpu()
 
 
 def _gumbel(size: int, generator: torch.Generator) -> Float[Tensor, " d_vocab"]:
