@@ -24,7 +24,7 @@ from store.activation_layout import (
     marker_key,
     metadata_problems,
 )
-from store.common import HELD_OUT, LANES, SPLITS, TRAIN, DocumentRecord, StoreError
+from store.common import HELD_OUT, LANES, SPLITS, TRAIN, DocumentRecord, RowFilter, StoreError
 from store.places import Place
 from store.schema import decode, json_bytes, parse_json, stored_dtype
 from store.shards import Marker, ShardedArray, files_present, parse_marker
@@ -82,6 +82,8 @@ class ActivationReader:
         self.provenance: dict[str, Any] = attributes["provenance"]
         self.ring_shards_per_lane: int | None = attributes.get("ring_shards_per_lane")
         self.text_lanes: dict[str, int] = attributes.get("text_lanes", dict.fromkeys(SPLITS, LANES))
+        self.whole: ActivationReader = self  # the store without a row filter (`store.filtered`)
+        self.row_filter = RowFilter()
         self._arrays: dict[str, ShardedArray] = {}
 
     @property

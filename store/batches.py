@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from store import shuffle_plan
-from store.activations import ActivationStore
+from store.activation_reader import ActivationReader
 from store.common import TRAIN, StoreError, read_ahead
 from store.schema import decode, stored_dtype
 from store.shuffle_plan import Pool, ShardCounts, ShufflePlan
@@ -36,7 +36,7 @@ class ShuffledRows:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: ActivationReader,
         hook_point: str,
         *,
         split: str = TRAIN,

@@ -6,7 +6,7 @@ Everything else is the store's own: contexts, tokens, activations and their numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from store.schema import decode
 from store.shards import Marker, kept_sums
 
 MEDIAN_SHARDS = 64  # whose kept rows give the median norm
-Watch = Callable[[Iterable[int]], Iterable[int]]
+Watch = Callable[[Collection[int]], Iterator[int]]
 
 
 class FilteredStore(ActivationReader):
@@ -29,46 +29,38 @@ class FilteredStore(ActivationReader):
     """
 
     def __init__(
-        self,
-        store: ActivationReader,
-        row_filter: RowFilter,
-        hook_points: Iterable[str],
-        watch: Watch = lambda shards: shards,
+        self, store: ActivationReader, row_filter: RowFilter, hook_points: Iterable[str], watch: Watch = iter
     ) -> None:
         super().__init__(store.place, store.attributes)
-        self._whole, self.row_filter, self._filtered_hooks, self._watch = store, row_filter, list(hook_points), watch
+        self.whole, self.row_filter, self._filtered_hooks, self._watch = store, row_filter, list(hook_points), watch
         self._found: dict[str, dict[int, Marker]] = {}
         self._keep_bits: dict[tuple[str, int], np.ndarray] = {}
 
-    @property
-    def whole(self) -> ActivationReader:
-        return self._whole
-
     def fingerprint(self, split: str) -> str:
-        return self._whole.fingerprint(split)
+        return self.whole.fingerprint(split)
 
     def markers(self, split: str) -> dict[int, Marker]:
         """As of the store, with kept rows and sums of the rows that the filter does not leave out."""
         if split not in self._found:
-            there = self._whole.markers(split)
+            there = self.whole.markers(split)
             self._found[split] = {shard: self._filtered(split, there[shard]) for shard in self._watch(there)}
         return self._found[split]
 
     def read_contexts(self, split: str, shard: int) -> Contexts:
-        return replace(self._whole.read_contexts(split, shard), keep=self.read_keep(split, shard))
+        return replace(self.whole.read_contexts(split, shard), keep=self.read_keep(split, shard))
 
     def read_keep(self, split: str, shard: int) -> np.ndarray:
         marker = self.markers(split).get(shard)
         if marker is None or not marker.contexts:
-            return self._whole.read_keep(split, shard)
+            return self.whole.read_keep(split, shard)
         bits = np.unpackbits(self._keep_bits[split, shard], count=marker.rows)
         return bits.astype(bool).reshape(-1, self.seq_len)
 
     def _filtered(self, split: str, marker: Marker) -> Marker:
         if not marker.contexts:
             return marker
-        stored = {hook: self._whole.read_stored(split, marker.shard, hook) for hook in self._filtered_hooks}
-        contexts = self._whole.read_contexts(split, marker.shard)
+        stored = {hook: self.whole.read_stored(split, marker.shard, hook) for hook in self._filtered_hooks}
+        contexts = self.whole.read_contexts(split, marker.shard)
         keep = (contexts.keep & self.row_filter.keeps_tokens(contexts.tokens)).reshape(-1)
         for hook, largest in self.row_filter.max_norms.items():
             if hook in stored:
@@ -109,9 +101,9 @@ def median_norm(store: ActivationReader, hook_point: str, row_filter: RowFilter)
 
 
 def filtered(
-    store: ActivationReader, recorded: Mapping[str, Any] | None, hook_points: Iterable[str], watch: Watch | None = None
+    store: ActivationReader, recorded: Mapping[str, Any] | None, hook_points: Iterable[str], watch: Watch = iter
 ) -> ActivationReader:
     """The store as a dictionary with this recorded row filter sees it; without one the store itself."""
     if recorded is None:
         return store
-    return FilteredStore(store, RowFilter.of_json(recorded), hook_points, watch or (lambda shards: shards))
+    return FilteredStore(store, RowFilter.of_json(recorded), hook_points, watch)

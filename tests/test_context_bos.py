@@ -16,6 +16,7 @@ from sink_model import N_CTX, write_sink_model
 
 from sae import pipeline
 from sae.lm import LanguageModel, NativeModel, load_model
+from sae.pipeline.errors import PipelineError
 from sae.text.packing import packed
 from sae.training.live_rows import Contexts
 from store.activations import ActivationStore
@@ -199,11 +200,25 @@ def test_a_live_run_records_its_rule_and_keeps_it(model: LanguageModel, tmp_path
         return pipeline.train(live, out, config={"k": 2, "batch_tokens": 256}, **how)
 
     assert train(tmp_path / "new").config["live"]["bos"] == BOS_BEFORE_CONTEXTS
-    assert train(tmp_path / "old", context_bos=False).config["live"]["bos"] == BOS_BEFORE_DOCUMENTS
+    with pytest.warns(UserWarning, match="of the variance"):  # the sink
+        assert train(tmp_path / "old", context_bos=False).config["live"]["bos"] == BOS_BEFORE_DOCUMENTS
     assert train(tmp_path / "old").config["live"]["bos"] == BOS_BEFORE_DOCUMENTS  # repeated without naming the rule
     assert json.loads((tmp_path / "old" / "train.json").read_text())["rows"]["live"]["bos"] == BOS_BEFORE_DOCUMENTS
     with pytest.raises(ValueError, match="holds a run with other settings"):
         train(tmp_path / "old", context_bos=True)
+
+
+def test_a_store_whose_contexts_begin_otherwise_gives_a_warning(
+    store: ActivationStore, model: LanguageModel, tmp_path: Path
+) -> None:
+    live = pipeline.Live(model, text_source(made_up_documents(300)), dtype="float32", context_bos=False)
+    how: dict[str, Any] = {"recipe": "topk", "d_sae": 8, "tokens": 2048, "hook_point": HOOK}
+    with pytest.warns(UserWarning, match="of the variance"):
+        pipeline.train(live, tmp_path / "d", config={"k": 2, "batch_tokens": 256}, **how)
+    with pytest.raises(PipelineError, match=r"--no-context-bos --out"):
+        pipeline.evaluate(tmp_path / "d")
+    with pytest.warns(UserWarning, match="begin with BOS, those that the dictionary was trained on begin anywhere"):
+        pipeline.evaluate(tmp_path / "d", store=str(store.path))
 
 
 def test_a_dictionary_records_how_the_contexts_of_its_store_begin(store: ActivationStore, tmp_path: Path) -> None:

@@ -63,7 +63,16 @@ NOT_RUN = {
     r"clean runs/mine --acts": "needs the index of every dictionary; tests/test_store_upkeep.py has them",
 }
 # Pages with blocks that need the files made by the README's commands, in the order they run.
-AFTER_README = ["recipes", "formats", "store-guarantees", "your-own-text", "gpus-and-many-machines", "browser", "api"]
+AFTER_README = [
+    "recipes",
+    "sinks-and-outliers",
+    "formats",
+    "store-guarantees",
+    "your-own-text",
+    "gpus-and-many-machines",
+    "browser",
+    "api",
+]
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,9 @@ def test_every_figure_against_brute_force(tiny_model: NativeModel, kind: dict) -
     wanted = {
         "l0": (f > 0).sum(1).mean(),
         "fvu": ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
+        "fvu_without_outliers": ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),  # none is known here
+        "outlier_share": 0.0,
+        "outlier_variance_share": 0.0,
         "cosine": np.mean((x * x_hat).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(x_hat, axis=1)),
         "shrinkage": (x_hat**2).sum() / (x * x_hat).sum(),
         "relative_norm": np.linalg.norm(x_hat, axis=1).sum() / np.linalg.norm(x, axis=1).sum(),

@@ -104,6 +104,7 @@ def test_the_sae_lens_export_has_the_files_and_keys_its_loader_asks_for(dictiona
         ({"live": {"text": "t", "bos": BOS_BEFORE_CONTEXTS}}, True),
         ({"live": {"text": "t", "bos": BOS_BEFORE_DOCUMENTS}}, False),
         ({}, True),  # not known: their own default
+        ({"store": {"text": "t"}, "model": {"id": "m", "kind": "arrays"}}, True),  # not known either
         ({"imported": {"config": {"prepend_bos": False}}}, False),
         ({"imported": {"config": {"metadata": {"prepend_bos": False}}}}, False),
     ],

@@ -42,12 +42,19 @@ def sums_of(n_contexts: int = 40, rows_each: int = 25, seed: int = 0) -> tuple[d
     raw["x_hat"] = raw["x"] * 0.9 + rng.normal(0, 0.3, raw["x"].shape)
     x, x_hat = raw["x"], raw["x_hat"]
     dot = (x * x_hat).sum(-1)
+    inlier = np.linalg.norm(x, axis=-1) < 4
+    error, variance = ((x - x_hat) ** 2).sum(-1), ((x - x.mean((0, 1))) ** 2).sum(-1)
+    raw["inlier"] = inlier
     sums = {
         "rows": np.full(n_contexts, rows_each, float),
         "predictions": np.full(n_contexts, rows_each, float),
         "l0": raw["l0"].sum(1).astype(float),
         "error": ((x - x_hat) ** 2).sum((1, 2)),
         "variance": ((x - x.mean((0, 1))) ** 2).sum((1, 2)),
+        "inlier_rows": inlier.sum(1).astype(float),
+        "inlier_error": (error * inlier).sum(1),
+        "inlier_variance": (((x - x[inlier].mean(0)) ** 2).sum(-1) * inlier).sum(1),
+        "outlier_variance": (variance * ~inlier).sum(1),
         "cosine": (dot / np.linalg.norm(x, axis=-1) / np.linalg.norm(x_hat, axis=-1)).sum(1),
         "hat_hat": (x_hat**2).sum((1, 2)),
         "x_hat": dot.sum(1),
@@ -64,10 +71,15 @@ def test_values_are_ratios_over_the_whole_data_set() -> None:
     sums, raw = sums_of()
     found = {name: entry["value"] for name, entry in metrics.summarise(sums, resamples=10).items()}
     x, x_hat = raw["x"].reshape(-1, 3), raw["x_hat"].reshape(-1, 3)
+    inlier = raw["inlier"].reshape(-1)
+    ordinary, variance = x[inlier], ((x - x.mean(0)) ** 2).sum(1)
     ce = {name: raw[f"ce_{name}"].mean() for name in ("clean", "sae", "zero", "mean", "resample", "units")}
     wanted = {
         "l0": raw["l0"].mean(),
         "fvu": ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
+        "fvu_without_outliers": ((ordinary - x_hat[inlier]) ** 2).sum() / ((ordinary - ordinary.mean(0)) ** 2).sum(),
+        "outlier_share": 1 - inlier.mean(),
+        "outlier_variance_share": variance[~inlier].sum() / variance.sum(),
         "cosine": np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(x, x_hat, strict=True)]),
         "shrinkage": (x_hat**2).sum() / (x * x_hat).sum(),
         **{f"ce_{name}": value for name, value in ce.items()},

@@ -110,7 +110,7 @@ def test_the_verdict_needs_a_gain_beyond_chance_and_says_why() -> None:
 
 def test_blocks_that_can_be_read_once_only_are_refused(tiny_model: NativeModel) -> None:
     blocks = make_blocks(tiny_model)
-    with pytest.raises(AssertionError, match="read twice"):
+    with pytest.raises(AssertionError, match="read several times"):
         evaluate(
             random_sae(),
             tiny_model,

@@ -125,6 +125,7 @@ def test_momentum_must_be_below_one() -> None:
 def test_every_wrong_setting_is_named() -> None:
     """Each setting with a range refuses a value outside it, by its name and with the value."""
     wrong: dict[str, Any] = {"matmul": "quick", "beta1": -0.1, "p_end": 0.0, "resample_shares": (0.5, 1.0)}
+    wrong |= {"skip_token_ids": (-1,)}
     wrong |= {"prefix_shares": (0.5, 0.25, 1.0), "lr": 0.0} | dict.fromkeys(("d_sae", "tokens", "batch_tokens"), 0)
     for each in fields(TrainConfig):
         if each.metadata.get("check"):
@@ -148,5 +149,6 @@ def test_the_file_format_is_flat() -> None:
     """train.json and config.json of earlier versions: one flat list of these names."""
     names = "recipe d_sae tokens batch_tokens lr beta1 warmup_share decay_share l1 k aux_coefficient dead_tokens "
     names += "resample_shares seed exact matmul target_l0 l0_penalty penalty_warmup_share rewarm_share clip bandwidth "
-    names += "threshold_init threshold_lr_ratio min_density multi_k prefix_shares p_end p_from_share skip"
-    assert set(TrainConfig().to_dict()) == set(names.split()) | {"calibrate_threshold"}  # since 0.1
+    names += "threshold_init threshold_lr_ratio min_density multi_k prefix_shares p_end p_from_share skip "
+    names += "max_norm_multiple skip_positions skip_token_ids calibrate_threshold"  # new after version 0.1
+    assert set(TrainConfig().to_dict()) == set(names.split())

@@ -21,6 +21,7 @@ from sae.cli import main
 from sae.dictionary.files import load
 from sae.jobs.checkpoint import read_tensors
 from sae.lm import NativeModel
+from sae.training.config import DEFAULTS
 from store.activations import ActivationStore
 from store.features import FeatureIndex
 
@@ -111,7 +112,7 @@ def test_a_training_that_was_cut_off_continues(old: Path, recipe: str, tmp_path:
     for name, tensor in sae.tensors().items():  # bit for bit on one processor; between two, the last digits may differ
         torch.testing.assert_close(tensor, whole.tensors()[name], rtol=1e-3, atol=1e-4, msg=name)
     there, here = (json.loads((d / "config.json").read_text()) for d in (old / "run" / recipe, run / f"cut-{recipe}"))
-    assert here["train"] == {"calibrate_threshold": False} | there["train"]  # what recipes set since does not apply
+    assert here["train"] == json.loads(json.dumps(DEFAULTS)) | there["train"]  # new settings are at their defaults
 
 
 def test_it_is_evaluated_to_the_same_figures(old: Path, model: NativeModel, tmp_path: Path) -> None:

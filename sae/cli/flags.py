@@ -140,7 +140,7 @@ def add_settings(verb: argparse.ArgumentParser) -> None:
         "--set",
         action="append",
         metavar="NAME=VALUE",
-        help="any other training setting, such as lr=5e-4, l1=3 or exact=true; may be repeated",
+        help="any other training setting, such as lr=5e-4, l1=3 or max_norm_multiple=10; may be repeated",
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+NOTABLE_VARIANCE_SHARE = 0.1
 SHOWN = (
     "l0",
     "fvu",
+    "fvu_without_outliers",
     "ce_loss_score_zero",
     "ce_loss_score_mean",
     "ce_loss_score_resample",
@@ -41,6 +43,7 @@ def eval_table(result: dict[str, Any]) -> str:
     if "ce_clean" not in result["metrics"]:
         lines.append("not measured: the metrics of the model's losses (ce_…, delta_ce, kl); these activations came as")
         lines.append("arrays, without a model that can be run")
+    lines += _row_lines(result)
     if result["checks"].get("scores_are_noise"):
         gap = _number(result["checks"]["ablation_gap_nats"])
         lines.append(f"note: zero ablation costs only {gap} nats here, so the loss scores are noise")
@@ -72,6 +75,25 @@ def _units_lines(result: dict[str, Any]) -> list[str]:
     low, high = (_number(end) for end in gain["ci95"])
     lines.append(f"{'ce_gain_over_units':22} {_number(gain['value']):>10}  [{low}, {high}] {gain['formula']}")
     return [*lines, f"note: {units['verdict']}"] if units["verdict"] else lines
+
+
+def _row_lines(result: dict[str, Any]) -> list[str]:
+    """What a row filter leaves out, and a note if few rows decide the FVU."""
+    lines = []
+    if "row_filter" in result:
+        left = result["row_filter"]
+        share = left["rows_left_out"] / (left["rows"] + left["rows_left_out"])
+        lines.append(
+            f"row filter: {left['rows_left_out']:,} rows ({share:.2%}) are left out of all figures; fvu with them: "
+            f"{_number(left['fvu_all_rows']['value'])}"
+        )
+    shares = [result["metrics"].get(name, {}).get("value") for name in ("outlier_share", "outlier_variance_share")]
+    if shares[0] is not None and (shares[1] or 0) > NOTABLE_VARIANCE_SHARE:
+        lines.append(
+            f"note: {shares[0]:.2%} of the rows carry {shares[1]:.0%} of the variance, so fvu is mostly about them; "
+            "read fvu_without_outliers. See the page Sinks and outliers"
+        )
+    return lines
 
 
 def _domain_lines(result: dict[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from sae.evaluation.blocks import Ablated, Accumulator, Block, Blocks, Evaluated
 from sae.evaluation.domains import DomainCounts, DomainFeatures, DomainFirings
 from sae.evaluation.feature_stats import FeatureActivity
 from sae.evaluation.geometry import a1_match, geometry
+from sae.evaluation.outliers import inliers_of
 from sae.evaluation.own_units import UnitsBaseline, verdict
 from sae.evaluation.ratio_metrics import RatioMetrics
 from sae.jobs.progress import progress
@@ -57,7 +58,8 @@ def evaluate(
 
     x is replaced at kept positions only. A prediction counts when the position that makes it and its target are kept.
     `hook_point`, the means and the donors belong to what is replaced: x, or y for a transcoder.
-    `blocks` are read twice: the second time x is replaced by its k largest units, k being the dictionary's L0.
+    `blocks` are read several times: for the outliers, for the dictionary, and with x replaced by its k largest units, k
+    being the dictionary's L0.
     `training` blocks choose each domain's feature; the held-out blocks judge it.
     Without a model, metrics of its losses are left out; those that depend on the rows alone are the same.
     `donors` are training rows: resample ablation replaces each x by one of these rows, drawn at random.
@@ -66,7 +68,7 @@ def evaluate(
     dictionary at the same hook point and blocks.
     Raises: ValueError when there is no held-out token.
     """
-    assert iter(blocks) is not blocks, "the blocks are read twice, an iterator cannot be"
+    assert iter(blocks) is not blocks, "the blocks are read several times, an iterator cannot be"
     if kept_tokens < 1:
         raise ValueError(
             "evaluation: the store has no held-out tokens. Harvest more text into a new store: of short documents one "
@@ -75,7 +77,7 @@ def evaluate(
     placed = FrozenSAE(sae, device, kernels)
     runner = BlockRunner(placed, model, hook_point, train_mean, donors, ablated)
     activity = FeatureActivity(sae, kept_tokens)
-    ratios = RatioMetrics(domains, heldout_mean)
+    ratios = RatioMetrics(domains, heldout_mean, inliers_of(blocks, heldout_mean, kept_tokens))
     accumulators: list[Accumulator] = [
         ratios,
         activity,

@@ -90,6 +90,21 @@ METRICS: dict[str, Metric] = {
         lambda s: _ratio(s["error"], s["variance"]),
         "Rows with a large norm dominate both sums; a small FVU does not mean that the model still predicts well.",
     ),
+    "fvu_without_outliers": Metric(
+        "Σ‖x−x̂‖² / Σ‖x−μ'‖² over rows with ‖x‖ ≤ 10 × the median norm, μ' their mean",
+        lambda s: _ratio(s["inlier_error"], s["inlier_variance"]),
+        "The dictionary was trained on the outliers as well, unless its row filter leaves them out.",
+    ),
+    "outlier_share": Metric(
+        "share of rows with ‖x‖ > 10 × the median norm",
+        lambda s: _ratio(s["rows"] - s["inlier_rows"], s["rows"]),
+        "A row just below the limit counts as ordinary.",
+    ),
+    "outlier_variance_share": Metric(
+        "Σ‖x−μ‖² over rows with ‖x‖ > 10 × the median norm / Σ‖x−μ‖², μ the mean held-out row",
+        lambda s: _ratio(s["outlier_variance"], s["variance"]),
+        "Above 0.1, read fvu_without_outliers in place of fvu.",
+    ),
     "cosine": Metric(
         "mean of x·x̂ / (‖x‖‖x̂‖) over rows",
         lambda s: _ratio(s["cosine"], s["rows"]),
@@ -158,6 +173,10 @@ SUMS = {
     "l0": "number of active features",
     "error": "‖x − x̂‖²",
     "variance": "‖x − μ‖², μ the mean held-out row",
+    "inlier_rows": "1 for each row with ‖x‖ ≤ 10 × the median norm",
+    "inlier_error": "‖x − x̂‖² of these",
+    "inlier_variance": "‖x − μ'‖² of these, μ' their mean",
+    "outlier_variance": "‖x − μ‖² of the other rows",
     "cosine": "x·x̂ / (‖x‖‖x̂‖)",
     "hat_hat": "‖x̂‖²",
     "x_hat": "x·x̂",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae.evaluation import metrics
 from sae.evaluation.blocks import Block, EvaluatedBlock
+from sae.evaluation.outliers import Inliers
 
 
 class RatioMetrics:
@@ -20,8 +21,11 @@ class RatioMetrics:
     The sums are kept for each context (which the bootstrap resamples) and each domain that the context has.
     """
 
-    def __init__(self, domains: Sequence[str], heldout_mean: Float[np.ndarray, " d_out"]) -> None:
+    def __init__(
+        self, domains: Sequence[str], heldout_mean: Float[np.ndarray, " d_out"], inliers: Inliers | None = None
+    ) -> None:
         self.domains = list(domains)
+        self._inliers = inliers or Inliers(np.inf, heldout_mean)
         self._mean = torch.from_numpy(heldout_mean.astype(np.float32))
         self._n_contexts = 0
         self._context: list[np.ndarray] = []
@@ -34,7 +38,7 @@ class RatioMetrics:
         self._context.append(context + self._n_contexts)
         self._domain.append(cells % len(self.domains))
         self._n_contexts += len(domain)
-        self.add_sums(evaluated.block, position_sums(evaluated, self._mean))
+        self.add_sums(evaluated.block, position_sums(evaluated, self._mean, self._inliers))
 
     def add_sums(self, block: Block, values: Mapping[str, Float64[np.ndarray, "contexts pos"]]) -> None:
         """Adds to some of the sums; a second pass goes over the same blocks in the same order."""
@@ -74,17 +78,24 @@ class RatioMetrics:
 
 
 def position_sums(
-    evaluated: EvaluatedBlock, heldout_mean: Float[Tensor, " d_out"]
+    evaluated: EvaluatedBlock, heldout_mean: Float[Tensor, " d_out"], inliers: Inliers
 ) -> dict[str, Float64[np.ndarray, "contexts pos"]]:
     """What each position adds to those of `metrics.SUMS` that a dictionary changes, or its losses."""
     block = evaluated.block
     x, x_hat = block.wanted.double(), evaluated.x_hat.double()
     dot, norm, norm_hat = (x * x_hat).sum(-1), x.norm(dim=-1), x_hat.norm(dim=-1)
+    error, variance = (x - x_hat).pow(2).sum(-1), (x - heldout_mean.double()).pow(2).sum(-1)
+    inlier = norm <= inliers.max_norm
+    inlier_mean = torch.from_numpy(inliers.mean.astype(np.float32)).double()
     of_rows = {
         "rows": torch.ones_like(dot),
         "l0": evaluated.fired.support.offsets.diff().view(block.keep.shape).double(),
-        "error": (x - x_hat).pow(2).sum(-1),
-        "variance": (x - heldout_mean.double()).pow(2).sum(-1),
+        "error": error,
+        "variance": variance,
+        "inlier_rows": inlier.double(),
+        "inlier_error": torch.where(inlier, error, 0.0),
+        "inlier_variance": torch.where(inlier, (x - inlier_mean).pow(2).sum(-1), 0.0),
+        "outlier_variance": torch.where(inlier, 0.0, variance),
         "cosine": dot / (norm * norm_hat).clamp_min(1e-12),
         "hat_hat": norm_hat.pow(2),
         "x_hat": dot,

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
+from sae.dictionary.trained_rows import trained_with_context_bos
 from sae.interop import assemble, files, saelens_settings, settings
 from sae.interop.files import InteropError
 from sae.interop.hooks import hook_point
 from sae.interop.processed_model import fold_centring
 from sae.jobs.checkpoint import write_tensors
-from store.common import contexts_begin_with_bos, write_json
+from store.common import write_json
 
 NAME = "sae-lens"
 FILES = "cfg.json and sae_weights.safetensors"
@@ -91,9 +92,9 @@ def config_of(sae: SAE) -> dict[str, Any]:
 
 def _prepends_bos(config: Mapping[str, Any]) -> bool:
     """Whether the contexts of training began with BOS; as SAELens does by default where that is not known."""
-    for origin in ("store", "live"):
-        if origin in config:
-            return contexts_begin_with_bos(config[origin])
+    ours = trained_with_context_bos(config)
+    if ours is not None:
+        return ours
     theirs = assemble.section(assemble.section(config, "imported"), "config")
     return bool({**theirs, **assemble.section(theirs, "metadata")}.get("prepend_bos", True))
 

@@ -12,11 +12,12 @@ import torch
 from sae.analysis import comparison
 from sae.analysis.parquet import write_table
 from sae.dictionary.autoencoder import SAE
+from sae.dictionary.trained_rows import rows_that_count
 from sae.lm import LanguageModel
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.index import first_shards
 from sae.pipeline.resolve import model_of, opened, output_hook_point, store_of
-from store.activations import ActivationStore
+from store.activation_reader import ActivationReader
 from store.common import same_model, write_json
 
 
@@ -85,7 +86,7 @@ def _described(sae: SAE, directory: Path, model: LanguageModel) -> dict[str, Any
 
 
 def _paired_blocks(
-    store: ActivationStore, shards: list[tuple[str, int]], a: SAE, b: SAE, models: tuple[LanguageModel, LanguageModel]
+    store: ActivationReader, shards: list[tuple[str, int]], a: SAE, b: SAE, models: tuple[LanguageModel, LanguageModel]
 ) -> Iterator[comparison.PairedBlock]:
     """Each shard's rows of both models: read from the store if it holds them, else computed by running the model."""
     for model in models:
@@ -113,7 +114,10 @@ def _paired_blocks(
                 if held
                 else model.capture(tokens, hook).float().cpu().flatten(0, 1)
             )
-        yield comparison.PairedBlock(x[0], x[1], torch.from_numpy(contexts.keep.reshape(-1)))
+        keep = torch.from_numpy(contexts.keep)
+        for sae, rows in zip((a, b), x, strict=True):
+            keep &= rows_that_count(sae, None, tokens, rows.view(*tokens.shape, -1))
+        yield comparison.PairedBlock(x[0], x[1], keep.flatten())
 
 
 def _tokenizer_of(model: LanguageModel) -> str:

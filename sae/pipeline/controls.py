@@ -23,7 +23,7 @@ from sae.pipeline.resolve import autoencoder, model_of, store_of
 from sae.text.tokenizer import token_bytes
 from sae.training import loop
 from sae.training.config import TrainConfig, with_overrides
-from store.activations import ActivationStore
+from store.activation_reader import ActivationReader
 from store.common import HELD_OUT, TRAIN, write_json
 
 CONTROLS_FORMAT = 2  # 2: on contexts spread over the store
@@ -112,7 +112,7 @@ class Setup:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: ActivationReader,
         model: LanguageModel,
         hook_point: str,
         tokens: int,
@@ -212,8 +212,11 @@ def _trained_on(setup: Setup, sae: SAE, out: Path, train_tokens: int) -> SAE:
         raise NoRecipe("the dictionary's config.json does not say how it was trained")
     try:
         config = with_overrides(TrainConfig(), {**_plain(settings), "tokens": train_tokens})
+        provenance: dict[str, Any] = {"control": "shuffled_model"}
+        if "row_filter" in sae.config:  # the setup's rows are those that it leaves in
+            provenance |= {"row_filter": sae.config["row_filter"]}
         rows = baselines.HeldRows(setup.training_rows(train_tokens), batch_tokens=config.batch_tokens, seed=config.seed)
-        return loop.train(rows, out, config, provenance={"control": "shuffled_model"})
+        return loop.train(rows, out, config, provenance=provenance)
     except ValueError as error:  # too few tokens for its schedule, or a recipe that needs more than x
         raise NoRecipe(str(error)) from error
 

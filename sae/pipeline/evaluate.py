@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from sae.dictionary.autoencoder import SAE
+from sae.dictionary.inference import FrozenSAE
 from sae.evaluation import evaluate as evaluation
+from sae.evaluation.outliers import fvu_of_all_rows
 from sae.jobs.checkpoint import write_tensors
 from sae.lm import LanguageModel
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.resolve import model_with, opened, output_hook_point, store_of
-from store.activations import ActivationStore
+from store.activation_reader import ActivationReader
 from store.common import HELD_OUT, TRAIN, write_json
 
 DONORS, DONOR_SHARDS = 4096, 8
@@ -47,10 +49,14 @@ def evaluate(
     target = replaced if dictionary.is_transcoder else None
     heldout = acts.totals(HELD_OUT, replaced)
     domains = sorted({entry[2] for entry in acts.documents(HELD_OUT).values()})
+
+    def heldout_blocks(store: ActivationReader = acts) -> Iterator[evaluation.Block]:
+        return eval_blocks(store, read, domains, HELD_OUT, sorted(store.markers(HELD_OUT)), target)
+
     result, stats = evaluation.evaluate(
         dictionary,
         lm,
-        evaluation.Blocks(lambda: eval_blocks(acts, read, domains, HELD_OUT, sorted(acts.markers(HELD_OUT)), target)),
+        evaluation.Blocks(heldout_blocks),
         training=choosing_blocks(acts, read, domains),
         hook_point=replaced,
         heldout_mean=heldout.mean,
@@ -60,21 +66,30 @@ def evaluate(
         kept_tokens=heldout.kept_rows,
         device=device,
         kernels=kernels,
-        ablated=ablated,
+        ablated=ablated if acts.row_filter.is_off else None,  # other rows, other losses
     )
+    if not acts.row_filter.is_off:
+        everything = acts.whole.totals(HELD_OUT, replaced)
+        placed = FrozenSAE(dictionary, device, kernels)
+        result["row_filter"] = {
+            **acts.row_filter.to_json(),
+            "rows": heldout.kept_rows,
+            "rows_left_out": everything.kept_rows - heldout.kept_rows,
+            "fvu_all_rows": fvu_of_all_rows(placed, heldout_blocks(acts.whole), everything.mean),
+        }
     if directory:
         write_tensors(directory / "feature_stats.safetensors", stats, {"tokens": heldout.kept_rows, "split": HELD_OUT})
         write_json(directory / "eval.json", result)  # last: a sweep takes its presence for a finished evaluation
     return result
 
 
-def choosing_blocks(store: ActivationStore, hook_point: str, domains: list[str]) -> Iterator[evaluation.Block]:
+def choosing_blocks(store: ActivationReader, hook_point: str, domains: list[str]) -> Iterator[evaluation.Block]:
     """Training contexts to choose each domain's feature on, spread over the whole store."""
     shards, every = thinned(store, TRAIN, CHOOSING_TOKENS)
     return eval_blocks(store, hook_point, domains, TRAIN, shards, every=every)
 
 
-def thinned(store: ActivationStore, split: str, tokens: int) -> tuple[list[int], int]:
+def thinned(store: ActivationReader, split: str, tokens: int) -> tuple[list[int], int]:
     """Shards spread evenly over a split, and n: one in n of their contexts makes at least about `tokens` tokens."""
     shards = sorted(store.markers(split))
     n = min(len(shards), SPREAD_SHARDS)
@@ -83,7 +98,7 @@ def thinned(store: ActivationStore, split: str, tokens: int) -> tuple[list[int],
 
 
 def eval_blocks(
-    store: ActivationStore,
+    store: ActivationReader,
     hook_point: str,
     domains: list[str],
     split: str,
@@ -118,7 +133,7 @@ def eval_blocks(
         )
 
 
-def donors(store: ActivationStore, hook_point: str) -> torch.Tensor:
+def donors(store: ActivationReader, hook_point: str) -> torch.Tensor:
     """Training rows for resample ablation, from the first shards: documents are stored in a random order."""
     rows: list[np.ndarray] = []
     for shard in sorted(store.markers(TRAIN))[:DONOR_SHARDS]:

@@ -9,6 +9,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from sae.dictionary.outliers import outliers_among
 from sae.harvesting import harvest as harvesting
 from sae.harvesting.lanes import Plan, default_heldout_tokens, lanes_of, plan
 from sae.harvesting.text_lanes import survey
@@ -33,6 +37,7 @@ from store.common import (
 
 DEFAULT_HOOK_POINT = "blocks.0.mlp.hook_post"
 BYTES_PER_VALUE = {"float16": 2, "bfloat16": 2, "float32": 4}
+OUTLIER_SHARDS = 8  # in which rows of a huge norm are looked for
 TEXT_BYTES = 9  # per row: token, keep and document number
 Text = str | Path | TextSource | Sequence[str | Path]
 
@@ -158,6 +163,7 @@ def harvest(
     if store.is_complete:
         report(harvested(store))
     if world == 1 or store.is_complete:
+        _report_outliers(store, report)
         for line in sparsity_of(store):
             report(line)
     return out
@@ -176,6 +182,24 @@ def sparsity_of(store: ActivationStore) -> Iterator[str]:
             f"{hook}: L0 {found.units_l0:,.1f} of {d_in:,} units, participation ratio "
             f"{found.units_participation_ratio:,.1f}. A dictionary shows more than the units at a lower L0"
         )
+
+
+def _report_outliers(store: ActivationStore, report: Callable[[str], None]) -> None:
+    """Reports a warning for each hook point where few of the written training rows carry much of the variance."""
+    shards = [shard for shard, marker in store.markers(TRAIN).items() if marker.kept_rows]
+    n, draw = min(len(shards), OUTLIER_SHARDS), np.random.default_rng(0)
+    for hook in store.hook_points if n else ():
+        rows = []
+        for shard in (shards[i * len(shards) // n] for i in range(n)):
+            keep = store.read_keep(TRAIN, shard).reshape(-1)
+            rows.append(store.read_acts(TRAIN, shard, hook)[keep & (draw.random(len(keep)) * n < 1)])  # bounds memory
+        found = outliers_among(torch.from_numpy(np.concatenate(rows)))
+        if found.notable:
+            bos = "" if contexts_begin_with_bos(store.provenance) else ", or begin contexts with BOS (--context-bos)"
+            report(
+                f"warning: {hook}: {found}. The FVU and the scale of the inputs would be mostly about them. Leave them "
+                f"out in training with --set max_norm_multiple=10{bos}; see the page Sinks and outliers."
+            )
 
 
 def _dtypes(dtype: str | Mapping[str, str], hooks: Mapping[str, int]) -> dict[str, str]:

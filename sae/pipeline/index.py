@@ -14,8 +14,7 @@ from sae.indexing import build as indexing
 from sae.lm import LanguageModel
 from sae.pipeline.resolve import model_with, opened, output_hook_point, store_of
 from sae.text.tokenizer import token_bytes
-from store.activation_reader import Contexts
-from store.activations import ActivationStore
+from store.activation_reader import ActivationReader, Contexts
 from store.common import HELD_OUT, TRAIN, DocumentRecord, explaining_full_disk, read_ahead
 from store.features import FeatureWriter
 from store.shards import Marker
@@ -49,7 +48,7 @@ def _build(
     dictionary: SAE,
     directory: Path | None,
     lm: LanguageModel | None,
-    acts: ActivationStore,
+    acts: ActivationReader,
     path: Path,
     tokens: int,
     device: str,
@@ -104,7 +103,7 @@ def _resampled_at(directory: Path) -> dict[int, int]:
     return {line["feature"]: line["step"] for line in map(json.loads, lines)}
 
 
-def first_shards(store: ActivationStore, tokens: int) -> list[tuple[str, int]]:
+def first_shards(store: ActivationReader, tokens: int) -> list[tuple[str, int]]:
     """Held-out shards, then training shards, until `tokens` tokens are covered."""
     chosen: list[tuple[str, int]] = []
     for split in (HELD_OUT, TRAIN):
@@ -129,7 +128,7 @@ def _documents_of(
 
 
 def _index_blocks(
-    store: ActivationStore, hook_point: str, shards: list[tuple[str, int]], renumbered: np.ndarray
+    store: ActivationReader, hook_point: str, shards: list[tuple[str, int]], renumbered: np.ndarray
 ) -> Iterator[indexing.IndexBlock]:
     def read(place: tuple[str, int]) -> tuple[Contexts, np.ndarray]:
         contexts = store.read_contexts(*place)

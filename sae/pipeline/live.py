@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sae.lm import LanguageModel, load_model
 from sae.pipeline.errors import PipelineError
@@ -15,7 +17,9 @@ from sae.training.config import TrainConfig
 from sae.training.live_rows import Contexts, LiveRows
 from sae.training.loop import SETTINGS
 from sae.training.recipes import recipe_named
-from store.common import contexts_begin_with_bos
+from store.common import RowFilter, contexts_begin_with_bos
+
+MEDIAN_ROWS = 16_384  # whose norms give the median of a row filter
 
 
 @dataclass(frozen=True)
@@ -52,21 +56,33 @@ def live_rows(
     check_target(config.recipe, target_hook_point)
     hooks = {"x": hook} | ({"y": target_hook_point} if target_hook_point else {})
     hooks |= {"resid": resid_mid_of(hook)} if needs == "resid" else {}
-    rows = LiveRows(
-        Contexts(lm, source, seq_len, context_bos, rule),
-        hooks,
-        batch_tokens=config.batch_tokens,
-        seed=config.seed,
-        steps=config.steps,
-        memory_bytes=live.max_ram_bytes,
-        dtype=live.dtype,
-        downstream=lm.downstream(hook) if needs == "resid" else None,
-    )
+
+    def rows_through(row_filter: RowFilter) -> LiveRows:
+        return LiveRows(
+            Contexts(lm, source, seq_len, context_bos, rule, row_filter),
+            hooks,
+            batch_tokens=config.batch_tokens,
+            seed=config.seed,
+            steps=config.steps,
+            memory_bytes=live.max_ram_bytes,
+            dtype=live.dtype,
+            downstream=lm.downstream(hook) if needs == "resid" else None,
+        )
+
+    row_filter = config.row_filter
+    if row_filter.max_norm_multiple:
+        unbounded = rows_through(row_filter)
+        found = {hook: unbounded.sample(MEDIAN_ROWS, 0)}
+        found |= {target_hook_point: unbounded.sample_targets(MEDIAN_ROWS, 0)} if target_hook_point else {}
+        medians = {name: float(np.median(sample.double().norm(dim=-1).numpy())) for name, sample in found.items()}
+        row_filter = replace(row_filter, median_norms=medians)
+    rows = rows_through(row_filter)
     made_of = provenance_of(lm, source, context_bos, rule)
     return rows, {
         "hook_point": hook,
         **({"target_hook_point": target_hook_point} if target_hook_point else {}),
         "model": made_of.pop("model"),
+        **({} if row_filter.is_off else {"row_filter": row_filter.to_json()}),
         "live": {**made_of, "seq_len": seq_len, "dtype": live.dtype, "mixed_batches": rows.plan.batches},
     }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch
 
 from sae.dictionary.autoencoder import SAE, refuse_transcoder
 from sae.dictionary.files import load
+from sae.dictionary.trained_rows import trained_with_context_bos
+from sae.jobs.progress import progress
 from sae.kernels import device_named
 from sae.lm import LanguageModel, load_model
 from sae.pipeline.errors import PipelineError
+from store.activation_reader import ActivationReader
 from store.activations import ActivationStore
-from store.common import can_run, same_model
+from store.common import can_run, contexts_begin_with_bos, same_model
+from store.filtered import filtered
 
 X_HAT_FOR_X = "controls"  # they put x̂ in the place of x
 
@@ -65,9 +70,10 @@ def output_hook_point(sae: SAE) -> str:
     return str(sae.config[key])
 
 
-def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> ActivationStore:
+def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> ActivationReader:
     """The store a dictionary was trained on, or the one asked for, which must hold activations of the same model.
 
+    Rows that the dictionary's row filter leaves out are not kept in it.
     Raises: PipelineError for another model's store, or one without a hook point that the dictionary reads or predicts.
     """
     if asked is None:
@@ -96,7 +102,31 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
         if store.hook_points.get(hook_point) != width:
             held = ", ".join(f"{name} ({width} wide)" for name, width in store.hook_points.items())
             raise PipelineError(f"{store.path} holds {held}; the dictionary {does} {hook_point} ({width} wide).")
-    return store
+    _warn_of_other_contexts(sae, store)
+    return filtered(
+        store, sae.config.get("row_filter"), dict.fromkeys(hook for _, hook, _ in places), row_filter_progress
+    )
+
+
+def _warn_of_other_contexts(sae: SAE, store: ActivationReader) -> None:
+    """Warns if the store's contexts begin otherwise than those that the dictionary was trained on."""
+    trained, here = trained_with_context_bos(sae.config), contexts_begin_with_bos(store.provenance)
+    if trained is not None and trained != here:
+        begin = {True: "begin with BOS", False: "begin anywhere in the text"}
+        warnings.warn(
+            f"the contexts of {store.path} {begin[here]}, those that the dictionary was trained on {begin[trained]}: "
+            "figures are not comparable where the first position is a sink. Harvest a store with "
+            f"--{'' if trained else 'no-'}context-bos.",
+            stacklevel=2,
+        )
+
+
+def row_filter_progress(shards: Collection[int]) -> Iterator[int]:
+    """The shards that a row filter reads, with a progress bar."""
+    with progress("row filter", len(shards), "shard") as bar:
+        for shard in shards:
+            yield shard
+            bar.update(1)
 
 
 def _harvest_for(config: dict[str, Any], directory: Path | None) -> str:
@@ -106,10 +136,13 @@ def _harvest_for(config: dict[str, Any], directory: Path | None) -> str:
     text += f" --text-column {live['text_column']}" if "text_column" in live else ""
     text += " --special-tokens" if live.get("special_tokens", {}).get("in_text") else ""
     out = (directory.parent if directory else Path()) / "acts.zarr"
-    return f"sae harvest --model {config['model']['id']} {text} --hook-point {config['hook_point']} --out {out}"
+    bos = contexts_begin_with_bos(config["live"])
+    usual = config["model"].get("kind") != "native-transformer"
+    rule = "" if bos == usual else f" --{'' if bos else 'no-'}context-bos"
+    return f"sae harvest --model {config['model']['id']} {text} --hook-point {config['hook_point']}{rule} --out {out}"
 
 
-def _model_in(store: ActivationStore) -> dict[str, str]:
+def _model_in(store: ActivationReader) -> dict[str, str]:
     """The identity of a store's model, as the store records it."""
     found: dict[str, str] = store.provenance.get("model", {})
     if not found:
@@ -120,7 +153,7 @@ def _model_in(store: ActivationStore) -> dict[str, str]:
 
 
 def model_with(
-    sae: SAE, asked: LanguageModel | str | None, store: ActivationStore, *, device: str = "cpu"
+    sae: SAE, asked: LanguageModel | str | None, store: ActivationReader, *, device: str = "cpu"
 ) -> LanguageModel | None:
     """`model_of`; None where the store's activations came as arrays, so that no model can be run.
 
@@ -137,7 +170,7 @@ def model_with(
 
 
 def model_of(
-    sae: SAE, asked: LanguageModel | str | None, store: ActivationStore | None = None, *, device: str = "cpu"
+    sae: SAE, asked: LanguageModel | str | None, store: ActivationReader | None = None, *, device: str = "cpu"
 ) -> LanguageModel:
     """The dictionary's model, by its recorded name, or by the name or as the model asked for.
 
@@ -156,7 +189,7 @@ def model_of(
     return lm
 
 
-def require_model_of(store: ActivationStore, lm: LanguageModel) -> None:
+def require_model_of(store: ActivationReader, lm: LanguageModel) -> None:
     """Raises: PipelineError unless `lm` is the store's model."""
     theirs = _model_in(store)
     if not same_model(theirs, lm.identity()):
@@ -166,7 +199,7 @@ def require_model_of(store: ActivationStore, lm: LanguageModel) -> None:
         )
 
 
-def model_in(store: ActivationStore) -> LanguageModel:
+def model_in(store: ActivationReader) -> LanguageModel:
     """Loads a store's model. Raises: PipelineError if the model of that name now has other weights."""
     held = _model_in(store)
     if not can_run(held):

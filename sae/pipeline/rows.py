@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.live import check_target, resid_mid_of
-from sae.pipeline.resolve import model_in
+from sae.pipeline.resolve import model_in, row_filter_progress
 from sae.training import recipes
 from sae.training.config import TrainConfig
 from sae.training.rows import Batch, Downstream
+from store.activation_reader import ActivationReader
 from store.activations import ActivationStore
 from store.batches import ShuffledRows
 from store.common import TRAIN, contexts_begin_with_bos
+from store.filtered import FilteredStore, median_norm
 
 SHUFFLE_BYTES = 10**9  # default memory for rows
 
@@ -31,7 +34,7 @@ class StoreRows:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: ActivationReader,
         hook_point: str,
         *,
         batch_tokens: int,
@@ -101,8 +104,21 @@ def open_rows(
     )
 
 
+def training_view(
+    store: ActivationReader, hook: str, config: TrainConfig, target_hook_point: str | None = None
+) -> ActivationReader:
+    """The store without the rows that the run leaves out; the store itself if it leaves none out."""
+    wanted = config.row_filter
+    if wanted.is_off:
+        return store
+    hooks = [hook, *([target_hook_point] if target_hook_point else [])]
+    if wanted.max_norm_multiple:
+        wanted = replace(wanted, median_norms={name: median_norm(store, name, wanted) for name in hooks})
+    return FilteredStore(store, wanted, hooks, row_filter_progress)
+
+
 def rows_for(
-    store: ActivationStore,
+    store: ActivationReader,
     hook: str,
     config: TrainConfig,
     target_hook_point: str | None,
@@ -127,7 +143,7 @@ def rows_for(
 
 
 def provenance_of(
-    store: ActivationStore,
+    store: ActivationReader,
     hook: str,
     out: str | Path,
     target_hook_point: str | None = None,
@@ -148,10 +164,11 @@ def provenance_of(
             "rows_sha256": store.fingerprint(TRAIN),  # a ring replaces its rows, in the same number
             "max_ram_bytes": max_ram_bytes,  # decides their order
         },
+        **({} if store.row_filter.is_off else {"row_filter": store.row_filter.to_json()}),
     }
 
 
-def hook_point_of(store: ActivationStore, asked: str | None) -> str:
+def hook_point_of(store: ActivationReader, asked: str | None) -> str:
     """The hook point asked for, or the store's only one. Raises: PipelineError for an unknown or missing name."""
     names = list(store.hook_points)
     if asked is None and len(names) == 1:

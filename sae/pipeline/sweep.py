@@ -14,12 +14,13 @@ from sae.analysis.pareto_plot import FRONTIER_FORMAT, picture
 from sae.evaluation.evaluate import Ablated
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.evaluate import evaluate
-from sae.pipeline.rows import hook_point_of, provenance_of, rows_for
+from sae.pipeline.rows import hook_point_of, provenance_of, rows_for, training_view
 from sae.pipeline.stores import warn_of_few_rows
 from sae.training import loop
 from sae.training.config import TrainConfig
 from sae.training.recipes import recipe_named, resolve
 from sae.training.step import Diverged
+from store.activation_reader import ActivationReader
 from store.activations import ActivationStore
 from store.common import TRAIN, write_bytes, write_json
 
@@ -81,11 +82,12 @@ def sweep(
     Raises: ValueError for wrong settings, before any work; Interrupted on Ctrl-C or SIGTERM.
     """
     out = Path(out)
-    acts = ActivationStore.open(store)
-    hook = hook_point_of(acts, hook_point)
-    warn_of_few_rows(acts)
-    settings = {"tokens": tokens or 4 * acts.totals(TRAIN, hook).kept_rows, **(config or {})}
+    whole = ActivationStore.open(store)
+    hook = hook_point_of(whole, hook_point)
+    warn_of_few_rows(whole)
+    settings = {"tokens": tokens or 4 * whole.totals(TRAIN, hook).kept_rows, **(config or {})}
     points = grid(recipes, d_sae, l0, seeds, **settings)
+    acts = training_view(whole, hook, points[0].config)
     missing = [point for point in points if not _done(out / point.name)]
     for group in _groups(missing, acts.hook_points[hook], max_ram_bytes or _free_bytes() // 2):
         _train_group(acts, hook, out, group, kernels=kernels, device=device)
@@ -93,7 +95,7 @@ def sweep(
     return write_frontier(out, points, model=acts.provenance["model"]["id"], hook_point=hook)
 
 
-def _train_group(store: ActivationStore, hook: str, out: Path, group: Sequence[Point], **how: Any) -> None:
+def _train_group(store: ActivationReader, hook: str, out: Path, group: Sequence[Point], **how: Any) -> None:
     """Trains the runs of a group in one pass over the rows that they share."""
     rows = rows_for(store, hook, group[0].config, None)
     plans = [loop.Plan(out / p.name, p.config, provenance_of(store, hook, out / p.name)) for p in group]
@@ -102,7 +104,7 @@ def _train_group(store: ActivationStore, hook: str, out: Path, group: Sequence[P
             write_json(plan.out / DIVERGED, {"reason": str(found)})
 
 
-def _evaluate_all(store: ActivationStore, hook: str, out: Path, points: Sequence[Point], **how: Any) -> None:
+def _evaluate_all(store: ActivationReader, hook: str, out: Path, points: Sequence[Point], **how: Any) -> None:
     """Evaluates the runs that have no evaluation yet; refuses a directory that holds a run with other settings."""
     ablated: Ablated = {}
     for point in points:

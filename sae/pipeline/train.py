@@ -15,7 +15,7 @@ from sae.lm.units import active_units
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.live import Live, live_rows
 from sae.pipeline.resolve import opened
-from sae.pipeline.rows import SHUFFLE_BYTES, hook_point_of, provenance_of, rows_for
+from sae.pipeline.rows import SHUFFLE_BYTES, hook_point_of, provenance_of, rows_for, training_view
 from sae.pipeline.stores import warn_of_few_rows
 from sae.training import loop, recipes
 from sae.training.config import TrainConfig
@@ -80,11 +80,12 @@ def train(
             provenance = provenance | started.record(provenance)
         _warn_unless_sparser(rows, resolved, out)
         return loop.train(rows, out, resolved, provenance=provenance, **how)
-    store = ActivationStore.open(rows)
-    hook = hook_point_of(store, hook_point)
-    kept_rows = store.totals(TRAIN, hook).kept_rows
-    warn_of_few_rows(store)
+    whole = ActivationStore.open(rows)
+    hook = hook_point_of(whole, hook_point)
+    kept_rows = whole.totals(TRAIN, hook).kept_rows
+    warn_of_few_rows(whole)
     _, resolved = recipes.resolve(recipe, tokens=tokens or 4 * kept_rows, **overrides)
+    store = training_view(whole, hook, resolved, target_hook_point)
     source = rows_for(store, hook, resolved, target_hook_point, max_ram_bytes)
     provenance = provenance_of(store, hook, out, target_hook_point, max_ram_bytes)
     if started:

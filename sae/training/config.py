@@ -12,6 +12,7 @@ from math import isfinite
 from typing import Any
 
 from sae.kernels import matmul
+from store.common import RowFilter
 
 PAPER_RESAMPLE_STEPS = (25_000, 50_000, 75_000, 100_000)
 PAPER_DEAD_STEPS = 12_500
@@ -37,6 +38,10 @@ RISING_TO_ONE = Check(
     lambda values: not values or (values[0] > 0 and list(values) == sorted(set(values)) and values[-1] == 1),
     "must rise from above 0 to 1",
 )
+OFF_OR_ABOVE_ONE = Check(
+    lambda value: value == 0 or (value > 1 and isfinite(value)), "must be above 1, or 0 to leave no row out"
+)
+TOKEN_IDS = Check(lambda values: all(value >= 0 for value in values), "must be token ids of 0 or more")
 PRODUCTS = Check(lambda value: value in matmul.NAMES, f"must be one of {', '.join(matmul.NAMES)}")
 
 
@@ -55,7 +60,15 @@ class RunSettings:
     batch_tokens: int = setting(4096, AT_LEAST_ONE)  # rows per step
     seed: int = setting(0, NOT_NEGATIVE)
     matmul: str = setting("auto", PRODUCTS)  # how dense products are computed, see `sae.kernels.matmul`
+    max_norm_multiple: float = setting(0.0, OFF_OR_ABOVE_ONE)  # leaves out rows of more than this many median norms
+    skip_positions: int = setting(0, NOT_NEGATIVE)  # leaves out this many positions at the start of each context
+    skip_token_ids: tuple[int, ...] = setting((), TOKEN_IDS)  # leaves out these tokens (BOS always is)
     skip: bool = setting(False, recipe_specific=True)  # a transcoder's linear skip connection
+
+    @property
+    def row_filter(self) -> RowFilter:
+        """The rows to leave out; the median norms come from the rows."""
+        return RowFilter(self.skip_positions, self.skip_token_ids, self.max_norm_multiple)
 
     @property
     def steps(self) -> int:
@@ -215,6 +228,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
     "bool": lambda text: {"true": True, "false": False}[text],
+    "tuple[int, ...]": lambda text: tuple(int(part) for part in text.split(",") if part),
     "tuple[float, ...]": lambda text: tuple(float(part) for part in text.split(",") if part),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -18,7 +18,7 @@ from sae.text.sources import TextSource
 from sae.text.splits import DIVIDED, SplitRule
 from sae.training.rows import Batch, Downstream
 from sae.training.shuffle_buffer import ShuffleBuffer, ShufflePlan
-from store.common import LANES, TRAIN
+from store.common import LANES, TRAIN, RowFilter
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SAMPLED_FROM = 4  # a sample of n rows is drawn from the first 4 n
@@ -43,6 +43,7 @@ class Contexts:
     seq_len: int
     context_bos: bool = False  # whether each begins with BOS
     rule: SplitRule = DIVIDED
+    row_filter: RowFilter = field(default_factory=RowFilter)  # whose positions and tokens are not kept
 
     def epoch(self) -> Iterator[tuple[Int[np.ndarray, "n seq_len"], np.ndarray]]:
         """Tokens and `keep` of the whole text once, one forward pass at a time."""
@@ -65,7 +66,7 @@ class Contexts:
 
     def _contexts(self, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         found = packed(tokens, self.seq_len, self.model.bos_id, context_bos=self.context_bos)
-        yield from zip(found.tokens, found.keep, strict=True)
+        yield from zip(found.tokens, found.keep & self.row_filter.keeps_tokens(found.tokens), strict=True)
 
 
 class LiveRows:
@@ -75,7 +76,8 @@ class LiveRows:
     `batch(step)` is a pure function of (model, text, seed, step, `plan`). A step that does not follow the last one
     tokenises the text up to there again, and runs the model on the rows that would then wait in the buffer. A forward
     pass gets the same contexts wherever reading began, so a resumed run is the same bit for bit if the machine repeats
-    a pass exactly. Rows wait in `dtype`, as in a store, on the model's device, in at most `memory_bytes`.
+    a pass exactly. With a filter of norms the model runs on all rows up to there, because only it knows which of them
+    count. Rows wait in `dtype`, as in a store, on the model's device, in at most `memory_bytes`.
     Raises: LiveError when the text has no training rows, or a row is not finite in `dtype`.
     """
 
@@ -95,6 +97,8 @@ class LiveRows:
             raise LiveError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
         self._contexts, self._hooks, self._dtype, self.downstream = contexts, hooks, DTYPES[dtype], downstream
         self._widths = {role: contexts.model.hook_width(hook) for role, hook in hooks.items()}
+        largest = contexts.row_filter.max_norms
+        self._largest = {role: largest[hook] for role, hook in hooks.items() if role != "resid" and hook in largest}
         self.d_in = self._widths["x"]
         self.d_out = self._widths.get("y", self.d_in)
         held = memory_bytes // (sum(self._widths.values()) * self._dtype.itemsize)
@@ -159,9 +163,10 @@ class LiveRows:
         while True:
             end = begin
             for tokens, keep in self._contexts.epoch():
-                first, end = end, end + int(keep.sum())
+                rows = self._forward(tokens, keep) if self._largest else None
+                first, end = end, end + (int(keep.sum()) if rows is None else len(rows))
                 if end > start:
-                    yield self._forward(tokens, keep)[max(0, start - first) :]
+                    yield (self._forward(tokens, keep) if rows is None else rows)[max(0, start - first) :]
             if end == begin:
                 self._refuse_empty()
             begin = end + max(0, start - end) // (end - begin) * (end - begin)  # skips whole epochs
@@ -175,6 +180,8 @@ class LiveRows:
             )
         wide = [found[hook].flatten(0, 1) for hook in self._hooks.values()]
         rows = (wide[0] if len(wide) == 1 else torch.cat(wide, 1))[torch.from_numpy(keep.reshape(-1)).to(model.device)]
+        for role, largest in self._largest.items():
+            rows = rows[~(self._by_role(rows)[role].norm(dim=-1) > largest)]  # NaN stays, to be refused below
         rows = rows.to(self._dtype)
         if not rows.isfinite().all():
             raise LiveError(

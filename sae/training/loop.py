@@ -91,6 +91,12 @@ def train_together(
     Their seeds and batch sizes must be those that the rows were made for. For a run that diverges the result is its
     error, and the others continue. Raises: as `train`, also for rows that are not finite.
     """
+    for plan in plans:
+        if not plan.config.row_filter.is_off and "row_filter" not in plan.provenance:
+            raise ValueError(
+                "training: max_norm_multiple, skip_positions and skip_token_ids need rows of a store or of a running "
+                "model. Leave the rows out where you make them."
+            )
     outs = [plan.out for plan in plans]
     with explaining_full_disk(outs[0] if len(outs) == 1 else outs[0].parent, lambda: _kept(outs)):
         bound = [replace(plan, config=bind_directory(plan.out, plan.config, plan.provenance)) for plan in plans]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
+from sae.dictionary.outliers import outliers_among
 from sae.jobs.checkpoint import read_header, read_tensors, write_tensors
 from sae.kernels import choose, device_named, matmul
 from sae.kernels.activations import FeatureActs
@@ -73,6 +75,13 @@ def start(
     """
     sae, downstream = _dictionary(rows, config, recipe), _downstream(rows, recipe)
     x, scale = _to_scale(rows.sample(SCALE_ROWS, config.seed))
+    found = outliers_among(x)
+    if found.notable:
+        warnings.warn(
+            f"{found}: the input scale, the loss and the FVU are mostly about them. Leave them out with "
+            "--set max_norm_multiple=10; see the page Sinks and outliers.",
+            stacklevel=2,
+        )
     y, target_scale = x, scale
     if recipe.needs == "y":
         y, target_scale = _to_scale(_with_targets(rows, recipe).sample_targets(SCALE_ROWS, config.seed))
