@@ -15,7 +15,6 @@ import argparse
 import json
 import shutil
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +22,16 @@ import machine
 from figures import table
 
 from sae import pipeline
-from sae.lm.pretrain import PretrainConfig
-from sae.lm.transformer import TransformerConfig
+from sae.lm.pretrain import configured
 from store.common import write_json
 
 SHARED = ("tokenizer.json", "tokens-train.npy", "tokens-heldout.npy")
 COLUMNS = ("l0", "dead", "participation_ratio", "ce_gap", "score_zero_top10")
 
 
-def settings_of(text: str) -> dict[str, Any]:
-    """`lr=4e-3,d_mlp=256` as values of the right types. Raises: ValueError for a setting that does not exist."""
-    types = {each.name: str(each.type) for kind in (PretrainConfig, TransformerConfig) for each in fields(kind)}
-    given = dict(part.split("=", 1) for part in text.split(",") if part)
-    if unknown := given.keys() - types.keys():
-        raise ValueError(f"no setting {sorted(unknown)[0]!r}; settings: {', '.join(types)}")
-    return {name: {"int": int, "float": float, "str": str}[types[name]](value) for name, value in given.items()}
-
-
-def train(out: Path, text: list[str], tokens: int, settings: dict[str, Any]) -> dict[str, Any]:
+def train(out: Path, text: list[str], tokens: int, settings: str) -> dict[str, Any]:
     """The last line of the run's log."""
-    shape_names = TransformerConfig.__dataclass_fields__
-    shape = TransformerConfig(**{name: value for name, value in settings.items() if name in shape_names})
-    config = PretrainConfig(
-        train_tokens=tokens, **{name: value for name, value in settings.items() if name not in shape_names}
-    )
+    shape, config = configured(filter(None, settings.split(",")), train_tokens=tokens)
     pipeline.pretrain(text, out, shape=shape, config=config)
     last: dict[str, Any] = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     return last
@@ -60,23 +45,24 @@ def main() -> int:
     parser.add_argument("--try", dest="tried", action="append", required=True, metavar="NAME=VALUE,…", help="one run")
     parser.add_argument("--json", type=Path, help="file of results; added to")
     args = parser.parse_args()
-    settings = {text: settings_of(text) for text in args.tried}  # all checked before any run
+    for settings in args.tried:  # all checked before any run
+        configured(filter(None, settings.split(",")))
     entries: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     first: Path | None = None
-    for text, chosen in settings.items():
+    for text in args.tried:
         run = args.out / text.replace(",", "-").replace("=", "")
         if first is not None and not run.exists():
             run.mkdir(parents=True)
             for name in SHARED:
                 shutil.copyfile(first / name, run / name)
-        entries[text] = {"hardware": machine.hardware(), **train(run, args.text, args.tokens, chosen)}
+        entries[text] = {"hardware": machine.hardware(), **train(run, args.text, args.tokens, text)}
         first = first or run
         if args.json:
             write_json(args.json, entries)
     rows = [
         [text, f"{entries[text]['tokens']:,}", f"{entries[text]['held_out_loss']:.3f}", layer]
         + [layer_figures[name] for name in COLUMNS]
-        for text in settings
+        for text in args.tried
         for layer, layer_figures in enumerate(entries[text].get("neurons", []))
     ]
     print(table(["settings", "tokens", "held-out loss", "layer", *COLUMNS], rows))

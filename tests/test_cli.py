@@ -61,6 +61,13 @@ def test_every_verb_has_help_for_each_of_its_few_flags(verb: str, capsys: pytest
     assert all(action.help for action in flags)
 
 
+def test_a_flag_of_an_earlier_version_says_what_it_is_called_now(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["pretrain", "--text", "t", "--out", "o", "--n-ctx", "64"])
+    assert stopped.value.code == 2
+    assert "--n-ctx is called --set n_ctx=VALUE now." in capsys.readouterr().err
+
+
 def test_no_verb_prints_help_and_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "VERB" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from sae.jobs.progress import Interrupted
 from sae.lm import load_model
 from sae.lm import pretrain as module
 from sae.lm.held_out import held_out_contexts, held_out_loss, neuron_figures
-from sae.lm.pretrain import ChunkedCrossEntropy, PretrainConfig, TokenStream, learning_rate, pretrain
+from sae.lm.pretrain import ChunkedCrossEntropy, PretrainConfig, TokenStream, configured, learning_rate, pretrain
 from sae.lm.transformer import TransformerConfig
 from sae.text.documents import Document, TextReport, split_of
 from sae.text.sources import TextSource, open_text
@@ -139,6 +139,16 @@ def test_neuron_figures_equal_a_loop_over_tokens(act_fn: str) -> None:
         )
     assert figures[1]["dead"] >= (5 / 32 if act_fn == "relu" else 0)
     assert neuron_figures(random_transformer(0, replace(shape, attn_only=True)), contexts) == []
+
+
+def test_settings_are_read_from_texts() -> None:
+    shape, config = configured(["n_ctx=64", "lr=0.5", "attn_only=true", "keep_at=1,2"], n_layers=2, lr=0.1, seed=4)
+    assert (shape.n_ctx, shape.n_layers, shape.attn_only) == (64, 2, True)
+    assert (config.lr, config.seed, config.keep_at) == (0.5, 4, (1, 2))
+    with pytest.raises(ValueError, match=r"no setting 'warmup'\. Did you mean 'warmup_steps'"):
+        configured(["warmup=3"])
+    with pytest.raises(ValueError, match="d_mlp must be of type int, got 'wide'"):
+        configured(["d_mlp=wide"])
 
 
 def test_learning_rate_warms_up_and_decays() -> None:

@@ -31,10 +31,14 @@ class Help(argparse.HelpFormatter):
 
 
 class Renamed(argparse.Action):
-    """A flag of an earlier version: refused, with its new name (`const`) in the message."""
+    """Flags of an earlier version: refused, with the new name in the message.
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        parser.error(f"{self.option_strings[0]} is called {self.const} now.")
+    `const` is the new name; `{name}` in it stands for the old one in the form of a setting (`d_vocab`).
+    """
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, flag: str | None = None) -> None:
+        assert flag is not None
+        parser.error(f"{flag} is called {self.const.format(name=flag.lstrip('-').replace('-', '_'))} now.")
 
 
 class Either(argparse.Action):

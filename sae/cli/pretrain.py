@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sae.cli.flags import add_text, add_text_column, add_verb, print_text_read
+from sae.cli.flags import Renamed, add_text, add_text_column, add_verb, print_text_read
 
 ACTIVATION_NAMES = {"relu": "relu", "gelu": "gelu", "solu": "solu_ln"}
 
@@ -31,7 +31,6 @@ def pretrain(verbs: Any) -> None:
         help="the blocks learn at this share of --lr; a small one keeps neurons dense, in superposition",
     )
     verb.add_argument("--weight-decay", type=float, default=0.1, metavar="X", help="weight decay of all matrices")
-    verb.add_argument("--batch-contexts", type=int, default=32, metavar="N", help="contexts per training step")
     verb.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the initial weights and the text order")
     verb.add_argument(
         "--keep-at",
@@ -51,36 +50,37 @@ def pretrain(verbs: Any) -> None:
     )
     verb.add_argument("--d-model", type=int, default=128, metavar="N", help="width of the residual stream")
     verb.add_argument("--d-mlp", type=int, default=512, metavar="N", help="number of MLP neurons per block")
-    verb.add_argument("--n-heads", type=int, default=12, metavar="N", help="number of attention heads per block")
-    verb.add_argument("--d-head", type=int, default=16, metavar="N", help="width of an attention head")
-    verb.add_argument("--n-ctx", type=int, default=256, metavar="N", help="tokens of a context")
     verb.add_argument(
-        "--d-vocab", type=int, default=8192, metavar="N", help="vocabulary of the byte-level BPE tokenizer"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another setting of the training or the architecture, such as n_heads=8, n_ctx=128, d_vocab=4096, "
+        "batch_contexts=16 or warmup_steps=100; may be repeated",
+    )
+    verb.add_argument(
+        *("--batch-contexts", "--n-heads", "--n-ctx", "--d-vocab"),
+        action=Renamed,
+        const="--set {name}=VALUE",
+        help=argparse.SUPPRESS,
     )
 
 
 def _run_pretrain(args: argparse.Namespace) -> int:
     from sae import pipeline
-    from sae.lm.pretrain import PretrainConfig
-    from sae.lm.transformer import TransformerConfig
+    from sae.lm.pretrain import configured
 
-    shape = TransformerConfig(
+    shape, config = configured(
+        args.set,
         d_model=args.d_model,
         d_mlp=args.d_mlp,
-        n_heads=args.n_heads,
-        d_head=args.d_head,
         n_layers=args.n_layers,
-        n_ctx=args.n_ctx,
-        d_vocab=args.d_vocab,
         act_fn=ACTIVATION_NAMES[args.act],
         attn_only=args.attn_only,
-    )
-    config = PretrainConfig(
         train_tokens=args.tokens,
         lr=args.lr,
         block_lr_share=args.block_lr_share,
         weight_decay=args.weight_decay,
-        batch_contexts=args.batch_contexts,
         seed=args.seed,
         keep_at=tuple(sorted(args.keep_at)),
     )

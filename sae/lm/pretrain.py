@@ -9,8 +9,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -74,6 +75,35 @@ class PretrainConfig:
     @property
     def betas(self) -> tuple[float, float]:
         return (0.9, 0.95)
+
+
+def configured(assignments: Iterable[str], **given: Any) -> tuple[TransformerConfig, PretrainConfig]:
+    """The architecture and the training of `given` settings and of texts such as `n_ctx=128`, which win.
+
+    Raises: ValueError for an unknown setting, naming the nearest one, and for a value of the wrong type.
+    """
+    types = {each.name: str(each.type) for kind in (TransformerConfig, PretrainConfig) for each in fields(kind)}
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        if name not in types:
+            near = get_close_matches(name, types, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Settings: {', '.join(types)}."
+            raise ValueError(f"pretraining has no setting {name!r}. {hint}")
+        try:
+            given[name] = _PARSERS[types[name]](value)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"pretrain: {name} must be of type {types[name]}, got {value!r}.") from error
+    shape = {name: given.pop(name) for name in TransformerConfig.__dataclass_fields__ if name in given}
+    return TransformerConfig(**shape), PretrainConfig(**given)
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": lambda text: {"true": True, "false": False}[text],
+    "tuple[int, ...]": lambda text: tuple(int(part) for part in text.split(",") if part),
+}
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
