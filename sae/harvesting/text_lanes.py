@@ -21,7 +21,7 @@ from sae.text.splits import LONG_CHARACTERS, SplitRule
 from store.common import HELD_OUT, LANES, SPLITS, TRAIN
 
 SURVEY_CHARACTERS = 1 << 29  # how much of a text is read to decide, at most
-SAMPLED_DOCUMENTS, SAMPLED_CHARACTERS = 32, 4096  # tokenised to estimate the tokens of a character
+SAMPLED_DOCUMENTS, SAMPLED_CHARACTERS = 256, 4096  # tokenised to estimate the tokens of a character
 # The number of lanes is the largest that holds this share of what one lane would hold. Held-out text, of which there is
 # little, keeps its 64 lanes longer, so that stores of many documents have the held-out rows that version 0.1 gave them.
 LEAST_SHARE, HELD_OUT_SHARE_OF_64 = 0.98, 0.8
@@ -59,13 +59,14 @@ def survey(model: Tokenising, source: TextSource, rule: SplitRule, planned: Plan
     """
     documents = source.documents()
     first = list(islice(documents, SAMPLED_DOCUMENTS))
-    per_character = _tokens_per_character(model, first)
+    per_character, usual = _tokens_per_character(model, first)
     enough = {split: CERTAIN * room for split, room in Survey.room(planned).items()}
     found, characters = Survey(), 0
     for document in chain(first, documents):
         for split, texts in rule.texts(document).items():
             length = sum(map(len, texts))
-            found.tokens[split][found.documents % LANES] += length * per_character + len(texts)
+            tokens = length * per_character.get(found.documents, usual) + len(texts)
+            found.tokens[split][found.documents % LANES] += tokens
             characters += length
         found.documents += 1
         if characters >= SURVEY_CHARACTERS or all((found.tokens[s] >= enough[s]).all() for s in SPLITS):
@@ -77,10 +78,12 @@ def survey(model: Tokenising, source: TextSource, rule: SplitRule, planned: Plan
     return found
 
 
-def _tokens_per_character(model: Tokenising, documents: list[Document]) -> float:
+def _tokens_per_character(model: Tokenising, documents: list[Document]) -> tuple[dict[int, float], float]:
+    """Of each of these documents, by number, and of all together."""
     texts = [document.text[:SAMPLED_CHARACTERS] for document in documents]
-    encodings = model.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return sum(len(encoding.ids) for encoding in encodings) / max(1, sum(map(len, texts)))
+    counts = [len(found.ids) for found in model.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    of_each = {n: count / len(text) for n, (count, text) in enumerate(zip(counts, texts, strict=True))}
+    return of_each, sum(counts) / max(1, sum(map(len, texts)))
 
 
 def _fitting(tokens: Float[np.ndarray, " lanes"], room: Float[np.ndarray, " lanes"], share_of_64: float) -> int:
