@@ -313,7 +313,9 @@ def activation_histogram(values: np.ndarray, bins: int = 44) -> pd.DataFrame:
 
 
 def logit_histogram(index: FeatureIndex, feature: int) -> pd.DataFrame:
-    """Histogram of the vocabulary by logit weight: low, high, count."""
+    """Histogram of the vocabulary by logit weight: low, high, count; empty in an index without logit weights."""
+    if not index.has("logits/histogram"):
+        return pd.DataFrame({"low": [], "high": [], "count": []})
     counts = index.panel("logits/histogram", feature)
     low, high = index.panel("logits/range", feature).astype(float)
     edges = np.linspace(low, high, len(counts) + 1)
@@ -362,10 +364,7 @@ def flags(index: FeatureIndex) -> np.ndarray:
 
 def logit_weights(index: FeatureIndex, side: str, feature: int, n: int) -> list[tuple[int, float]]:
     """(token id, logit weight) of the `n` tokens that a feature raises ("top") or lowers ("bottom") most, if known."""
-    if not index.has(f"logits/{side}_id"):
-        return []
-    ids, weights = (index.panel(f"logits/{side}_{column}", feature)[:n].tolist() for column in ("id", "value"))
-    return [(i, weight) for i, weight in zip(ids, weights, strict=True) if i >= 0]
+    return index.logit_weights(side, feature)[:n]
 
 
 LABEL_KINDS = ("token", "after", "pair", "domain")

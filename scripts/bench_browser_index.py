@@ -88,7 +88,7 @@ def main() -> None:
         seq_len=SEQ_LEN,
         n_contexts=n,
         attributes={"d_in": sae.d_in, "hook_point": HOOK_POINT, "model": model.id, "bos": model.bos_id},
-        vocabulary=token_bytes(model.tokenizer),
+        vocabulary=token_bytes(model.tokenizer, model.d_vocab),
         documents=[(name, "", domain, "") for name, (_, domain) in names.items()],
     )
     for start in range(0, n, CONTEXTS_AT_ONCE):

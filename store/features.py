@@ -189,8 +189,19 @@ class FeatureIndex:
         return out
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for."""
-        return self._vocabulary[token_id]
+        """The bytes a token stands for; `[id]` for an id without a token, such as a padding row of the embedding."""
+        known = 0 <= token_id < len(self._vocabulary)
+        return self._vocabulary[token_id] if known else f"[{token_id}]".encode()
+
+    def logit_weights(self, side: str, feature: int) -> list[tuple[int, float]]:
+        """(token id, logit weight) of the tokens that a feature raises ("top") or lowers ("bottom") most, if known.
+
+        Older indexes list padding rows of the embedding too; these ids stand for no token and are left out.
+        """
+        if not self.has(f"logits/{side}_id"):
+            return []
+        ids, weights = (self.panel(f"logits/{side}_{column}", feature).tolist() for column in ("id", "value"))
+        return [(i, weight) for i, weight in zip(ids, weights, strict=True) if 0 <= i < len(self._vocabulary)]
 
     def document_of(self, row: int) -> DocumentRecord:
         """The document that a row belongs to; empty strings on padding."""

@@ -76,7 +76,7 @@ def test_in_the_last_layer_the_parts_sum_to_the_logit(
             return float(logits[token] - logits.mean())
 
         assert found.logit == pytest.approx(logit(resid), abs=1e-4)
-        out = model.to_residual(hook_point)
+        out = model.direct_path(hook_point).matrix
         x = model.capture(torch.tensor([ids]), hook_point)[0, position]
         acts = sae.encode(x).double()
         assert found.features.tolist() == torch.nonzero(acts)[:, 0].tolist()
@@ -142,7 +142,8 @@ def test_the_bridge_gives_the_same_results(sae: SAE, tiny_model: NativeModel, id
     bridge.tokenizer = None
     other = BridgeModel.__new__(BridgeModel)
     other.module, other.id, other.device, other.lock = bridge, "bridge", tiny_model.device, tiny_model.lock
-    other.bos_id, other.d_vocab, other._widths = tiny_model.bos_id, tiny_model.d_vocab, {}
+    other.bos_id, other.d_vocab, other._widths, other._paths = tiny_model.bos_id, tiny_model.d_vocab, {}, {}
+    other.tokenizer = tiny_model.tokenizer
     ours = attribute(tiny_model, sae, ids, position=4, token=17, hook_point=HOOK_POINT)
     theirs = attribute(other, sae, ids, position=4, token=17, hook_point=HOOK_POINT)
     torch.testing.assert_close(theirs.by_feature, ours.by_feature, atol=1e-4, rtol=1e-3)

@@ -53,14 +53,14 @@ def test_native_capture_is_the_bridges_cache(
     _, cache = bridge.run_with_cache(tokens, names_filter=[hook_point])
     captured = tiny_model.capture(tokens, hook_point)
     assert captured.shape == (*tokens.shape, tiny_model.hook_width(hook_point))
-    assert (captured - cache[hook_point]).abs().max() <= TOLERANCE
+    assert (captured - cache[hook_point].flatten(2)).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("hook_point", HOOK_POINTS)
 def test_native_splice_is_the_bridges_hook(
     tiny_model: NativeModel, bridge: Any, tokens: Tensor, hook_point: str
 ) -> None:
-    hooks = [(hook_point, lambda value, hook: mixed(value))]
+    hooks = [(hook_point, lambda value, hook: mixed(value.flatten(2)).view_as(value))]
     if hook_point == "blocks.0.hook_resid_mid":  # the bridge's replaces the MLP's input alone: set the stream itself
         _, cache = bridge.run_with_cache(tokens, names_filter=["blocks.0.hook_resid_pre"])
         pre = cache["blocks.0.hook_resid_pre"]
@@ -129,6 +129,7 @@ def test_nothing_after_the_hook_is_computed(tiny_model_dir: Path, tokens: Tensor
     model.capture(tokens, hook_point)
     order = {
         "blocks.0.hook_resid_pre": [],
+        "blocks.0.attn.hook_z": [],
         "blocks.0.hook_attn_out": ["blocks.0.attn"],
         "blocks.0.hook_resid_mid": ["blocks.0.attn"],
         "blocks.0.mlp.hook_in": ["blocks.0.attn"],

@@ -15,7 +15,7 @@ def tokens_in_range(entry: SaeEntry, feature: int, low: float, high: float) -> n
     loaded = live.load(entry, transcoders=True)
     written = entry.config.get("target_hook_point") or prompts.hook_point(entry)
     weights = _weights(loaded, str(entry.path), feature, loaded.model.weights_sha256, written)
-    inside = np.flatnonzero((weights > low) & (weights <= high))
+    inside = np.flatnonzero((weights > low) & (weights <= high))  # never an id without a token: its weight is nan
     return inside[np.argsort(-weights[inside], kind="stable")]
 
 

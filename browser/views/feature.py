@@ -12,6 +12,7 @@ from browser import data, dumps
 from browser.components import Histogram, draw_histograms
 from browser.markup import explain, facts, source_line
 from browser.state import Page
+from browser.tokens import plain_markdown
 from browser.views import feature_dump, feature_examples, feature_lists, feature_notes, feature_rule, feature_text
 from browser.views.feature_lists import LOGIT_WEIGHT
 
@@ -171,6 +172,8 @@ def _histograms(page: Page, values: np.ndarray) -> None:
     ranges = {name: feature_examples.parse_range(st.session_state.get(name, "")) for name in ("range", "weights")}
     charts = [replace(chart, chosen=ranges[chart.which]) for chart in charts if chart.bars]
     draw_histograms(charts, key="histograms", on_range=_ranged)
+    if reason := page.index.attributes.get("no_logit_weights"):
+        st.caption("No logit weights: " + plain_markdown(str(reason)))
 
 
 def _histogram(

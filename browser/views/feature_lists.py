@@ -11,9 +11,10 @@ from browser.tokens import label
 
 N_LIST = 10
 LOGIT_WEIGHT = (
-    "Logit weight of a token = (decoder direction in the residual stream, its mean removed, × the final "
-    "norm's scale) · W_U: what one unit of activation adds to the token's logit by the direct path, up to the norm's "
-    "1/σ. Shifted so that the median token is at 0."
+    "Logit weight of a token = (r − mean r) · w · W_U: what one unit of activation adds to the token's logit by the "
+    "direct path, up to 1/σ of the norms on the way. r is what the decoder direction adds to the residual stream "
+    "(through W_out, W_O, or a norm after the layer), w the final norm's weight; RMSNorm keeps the mean. Shifted so "
+    "that the median token is at 0; padding rows of the embedding are left out."
 )
 HELP = {
     "weight": "Neurons with the largest |decoder weight| w. The percentage is |w| / Σ|w|.",

@@ -31,8 +31,8 @@ HELP = {
     "grid": "Colour: activation / the feature's maximum in the index. Click a token (or press ↑ ↓) to choose it; "
     "click a number at the top to open that feature.",
     "push_exact": "What the feature adds to the logit of the chosen next token, minus the mean over the vocabulary: a "
-    "· (direction · w_ln / σ) · W_U, with the final norm's scale σ held fixed. Exact here: only the final norm and "
-    "the unembedding read this hook point, so all parts sum to the logit.",
+    "· (direction · w_ln / σ) · W_U. Only the final norm and the unembedding read this hook point, so all parts sum to "
+    "the logit, exactly, with these held at their values: ",
     "push_slope": "Gradient × activation: ∂(logit of the chosen next token − mean logit) / ∂a · a, over all positions. "
     "A first-order estimate, because later layers read this hook point.",
     "next": "Probabilities of the next token after the chosen one. Click one to see what pushes it.",
@@ -240,6 +240,8 @@ def _pushing(page: Page, pushes: Any, wanted: str, at: int) -> None:
     rows += [Row(name, f"{v:+.3f}", abs(v) / most, negative=v < 0) for name, v in parts.items()]
     rows.append(Row("logit − mean logit", f"{pushes.logit:+.3f}", 0.0))
     how = "exact" if pushes.exact else "gradient × activation"
-    help_ = HELP["push_exact" if pushes.exact else "push_slope"]
+    help_ = HELP["push_exact"] + " and ".join(pushes.held_fixed) + "." if pushes.exact else HELP["push_slope"]
+    if pushes.before_soft_cap is not None:
+        help_ += f" The logit is the one before the model's soft cap of {pushes.before_soft_cap:g}."
     title = RowList(f"Pushes {wanted} next ({how})", rows, help_)
     draw_lists([title], key="pushing", on_open=state.open_feature, on_add=state.add_edit)

@@ -59,7 +59,8 @@ def show(page: Page) -> None:
     try:
         table = TABLES[str(chosen)](page, token_id)
     except StoreError as error:
-        explain("This index lacks this list", str(error), f"sae index {page.entry.path}")
+        again = "" if "no_logit_weights" in page.index.attributes else f"sae index {page.entry.path}"
+        explain("This index lacks this list", str(error), again)
         return
     table = table[table["firings"] >= few]
     if by in table:
@@ -157,7 +158,9 @@ def firing_before(page: Page, token_id: int) -> pd.DataFrame:
 
 
 def raising(page: Page, token_id: int) -> pd.DataFrame:
-    """The features that raise the token most, and how often it then follows."""
+    """The features that raise the token most, and how often it then follows. Raises StoreError without logits."""
+    if reason := page.index.attributes.get("no_logit_weights"):
+        raise StoreError(str(reason))
     ids, weights = page.index.column("logits/top_id"), page.index.column("logits/top_value")
     feature, place = np.nonzero(ids == token_id)
     before, count, total, _ = page.index.features_before_token(token_id)

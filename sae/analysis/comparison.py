@@ -7,7 +7,7 @@ Parquet tables into `A/compare/<run of B>--<B>/`. `features_a.parquet` has one r
     best, correlation               the feature of B with the largest activation Pearson; null where not analysed
     cosine_best, cosine             the feature of B with the largest decoder cosine; null between different spaces
     matched, matched_correlation    its partner in the one-to-one matching; null where it has none
-    logit_correlation               Pearson of its logit weights with those of `best`; null without the models
+    logit_correlation               Pearson of its logit weights with those of `best`; null without a linear path
     neuron, neuron_correlation      the most correlated neuron of the activations that A reads
     shuffled_correlation            the largest Pearson with B when B's tokens are shuffled: what chance gives
 

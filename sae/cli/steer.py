@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sae.cli.flags import MODEL, add_device, add_verb
@@ -74,6 +75,7 @@ def steer(verbs: Any) -> None:
 def _run_steer(args: argparse.Namespace) -> int:
     from sae import pipeline
     from sae.interventions.steering import PINNED_PROMPT, Generation, next_tokens, sweep_stream
+    from sae.text.tokenizer import token_name
 
     edits, factors = _edits(args), _factors(args.sweep)
     written = PINNED_PROMPT if args.pinned else args.prompt
@@ -86,7 +88,7 @@ def _run_steer(args: argparse.Namespace) -> int:
     )
     following = next_tokens(model, dictionary, rows[0].prompt_ids, edits, **units)
     if args.json:
-        print(json.dumps(_report(edits, factors, rows, following, model.tokenizer.id_to_token), indent=2))
+        print(json.dumps(_report(edits, factors, rows, following, partial(token_name, model.tokenizer)), indent=2))
         return 0
     print(f"base     {rows[0].prompt_text + rows[0].base_text!r}")
     for factor, row in zip(factors, rows, strict=True):

@@ -125,16 +125,18 @@ def _resampled_step(d_sae: int, resampled: Mapping[int, int]) -> Int[np.ndarray,
 def weight_panels(sae: SAE, model: LanguageModel | None, hook_point: str) -> Panels:
     """The panels that follow from the weights alone: logit weights, neurons, nearest features, map.
 
+    Without a linear path from `hook_point` to the logits there are no logit weights.
     A transcoder has no `neurons/weight_*` (its decoder does not write to neurons of x) and no `stats/cos_enc_dec` (its
     encoder and decoder directions lie in different spaces).
     """
     parts: dict[str, list[np.ndarray]] = {}
-    directions = unit(sae.W_dec)
+    directions, has_path = unit(sae.W_dec), model is not None and model.why_no_path(hook_point) is None
     for rows in _chunks(sae.d_sae):
         W_dec = sae.W_dec[rows]
         found = _neighbour_panels(directions, rows)
-        if model:
-            found |= _logit_panels(model.logit_weights(W_dec.to(model.device), hook_point).cpu())
+        if model and has_path:
+            weights = model.logit_weights(W_dec.to(model.device), hook_point)
+            found |= _logit_panels(model.of_tokens(weights).cpu(), model.token_ids)
         if not sae.is_transcoder:
             found |= _neuron_panels(W_dec)
         for name, array in found.items():
@@ -149,7 +151,7 @@ def _chunks(d_sae: int) -> list[Int[Tensor, " features"]]:
     return [torch.arange(start, min(start + FEATURES_AT_ONCE, d_sae)) for start in range(0, d_sae, FEATURES_AT_ONCE)]
 
 
-def _logit_panels(weights: Float[Tensor, "n d_vocab"]) -> Panels:
+def _logit_panels(weights: Float[Tensor, "n tokens"], token_ids: Int[Tensor, " tokens"]) -> Panels:
     count = min(TOP_LOGITS, weights.shape[1])
     top, top_id = weights.topk(count, dim=-1)
     bottom, bottom_id = weights.topk(count, dim=-1, largest=False)
@@ -161,9 +163,9 @@ def _logit_panels(weights: Float[Tensor, "n d_vocab"]) -> Panels:
     centred = (weights - weights.mean(-1, keepdim=True)).double()
     kurtosis = centred.pow(4).mean(-1) / centred.pow(2).mean(-1).clamp_min(1e-24).pow(2)
     return {
-        "logits/top_id": top_id.int().numpy(),
+        "logits/top_id": token_ids[top_id].int().numpy(),
         "logits/top_value": top.numpy(),
-        "logits/bottom_id": bottom_id.int().numpy(),
+        "logits/bottom_id": token_ids[bottom_id].int().numpy(),
         "logits/bottom_value": bottom.numpy(),
         "logits/histogram": histogram.numpy().astype(np.uint32),
         "logits/range": torch.stack([low, high], -1).numpy(),

@@ -15,7 +15,6 @@ from torch import Tensor
 from sae.lm import LanguageModel, NativeModel, Splice
 
 LOGITS_AT_ONCE = 1 << 24  # numbers in one [rows, d_vocab] block
-LINEAR_HOOKS = ("mlp.hook_post", "hook_mlp_out", "hook_resid_post")
 
 
 class Ablated(NamedTuple):
@@ -37,7 +36,7 @@ class Ablated(NamedTuple):
 
 def only_final_norm_reads(model: LanguageModel, hook_point: str) -> bool:
     """Whether x at `hook_point` reaches the logits through the final norm and W_U alone: linear at the norm's scale."""
-    return hook_point in {f"blocks.{model.n_layers - 1}.{name}" for name in LINEAR_HOOKS}
+    return model.why_no_path(hook_point) is None and model.direct_path(hook_point).alone
 
 
 def has_closed_form(model: LanguageModel, hook_point: str) -> bool:
@@ -90,7 +89,7 @@ def _closed_form(
         rows = slice(start, start + at_once)
         logits = read_out(model, resid[rows])
         ablated = read_out(model, resid[rows] - act[rows, None] * written)
-        parts.append(_compare(context[rows], position[rows], target[rows], logits, ablated, top))
+        parts.append(_compare(model, context[rows], position[rows], target[rows], logits, ablated, top))
     return _joined(parts, top)
 
 
@@ -109,8 +108,7 @@ def to_residual(
     model: LanguageModel, directions: Float[Tensor, "*n d_in"], hook_point: str
 ) -> Float[Tensor, "*n d_model"]:
     """What directions at `hook_point` add to the residual stream."""
-    out = model.to_residual(hook_point)
-    return directions if out is None else directions @ out
+    return model.direct_path(hook_point).linear(directions)
 
 
 def _second_run(
@@ -134,7 +132,7 @@ def _second_run(
         context, position = torch.nonzero(affected[rows], as_tuple=True)
         target = tokens[rows][context, position + 1]
         before, after = (found[context, position].cpu() for found in (logits, ablated))
-        parts.append(_compare(context + start, position, target, before, after, top))
+        parts.append(_compare(model, context + start, position, target, before, after, top))
     return _joined(parts, top)
 
 
@@ -143,6 +141,7 @@ def _minus(removed: Float[Tensor, "contexts pos d_in"]) -> Splice:
 
 
 def _compare(
+    model: LanguageModel,
     context: Int[Tensor, " n"],
     position: Int[Tensor, " n"],
     target: Int[Tensor, " n"],
@@ -153,9 +152,9 @@ def _compare(
     """The changes of predictions made at `position`, of the tokens after it."""
     cross_entropy = torch.nn.functional.cross_entropy
     change = logits - ablated
-    change = change - change.median(-1, keepdim=True).values
-    raised, raised_ids = change.topk(min(top, change.shape[-1]), dim=-1)
-    lowered, lowered_ids = change.topk(min(top, change.shape[-1]), dim=-1, largest=False)
+    change = change - model.of_tokens(change).median(-1, keepdim=True).values
+    raised, raised_ids = model.top_tokens(change, top)
+    lowered, lowered_ids = model.top_tokens(change, top, largest=False)
     return Ablated(
         context,
         position + 1,

@@ -67,12 +67,12 @@ def inspect(model: LanguageModel, sae: SAE, ids: Sequence[int], *, hook_point: s
 
 
 class Attribution(NamedTuple):
-    """What each active feature adds to `logit`: a next token's logit minus the mean over the vocabulary.
+    """What each active feature adds to `logit`: a next token's logit minus the mean over the vocabulary's tokens.
 
     `by_feature[i]` belongs to the i-th entry of `positions` and `features`. If `exact`, by_feature, `bias` (b_dec),
-    `unexplained` (x − x̂) and `rest` (everything else in the residual stream, and biases) sum to `logit`, with the final
-    norm's scale held fixed. Otherwise by_feature is gradient × activation, a first-order estimate, and `rest` is the
-    difference to `logit`.
+    `unexplained` (x − x̂) and `rest` (everything else in the residual stream, and biases) sum to `logit`, with the
+    things named in `held_fixed` held at their values. Otherwise by_feature is gradient × activation, a first-order
+    estimate, and `rest` is the difference to `logit`. With `before_soft_cap` (Gemma 2) it is the logit before the cap.
     """
 
     positions: Int[Tensor, " n"]
@@ -83,6 +83,8 @@ class Attribution(NamedTuple):
     rest: float
     logit: float
     exact: bool
+    held_fixed: tuple[str, ...] = ()
+    before_soft_cap: float | None = None
 
 
 def attribute(
@@ -91,8 +93,9 @@ def attribute(
     """How much each active feature pushes the logit of `token` as the next token after `position`.
 
     Exact if `only_final_norm_reads`: `a · (r − mean r) · w_ln / σ · (W_U[:, token] − mean W_U)` with r the feature's
-    direction in the residual stream and σ the final norm's scale at `position`; otherwise gradient × activation over
-    all positions. The mean over the vocabulary is subtracted because it cancels in the softmax.
+    direction in the residual stream and σ the final norm's scale at `position`; RMSNorm keeps the mean. A norm between
+    the hook point and the stream (Gemma 2 and 3, OLMo 2) is held at its scale there, too. Otherwise gradient ×
+    activation over all positions. The mean over the vocabulary is subtracted because it cancels in the softmax.
     Raises: ValueError when position or token does not exist, for a transcoder, or if each row is scaled by itself.
     """
     refuse_transcoder(sae, "attribution")
@@ -105,15 +108,19 @@ def attribute(
 
     def objective(logits: Tensor) -> Tensor:
         last = logits[0, -1].double()
-        return last[token] - last.mean()
+        return last[token] - model.of_tokens(last).mean()
 
+    held: tuple[str, ...] = ()
+    cap = None
     with model.lock:
-        exact = only_final_norm_reads(model, hook_point)
+        exact, logits = only_final_norm_reads(model, hook_point), model.logits(tokens)
         if exact:
-            x, gradient = _gradient_at_fixed_norm(model, tokens, token, hook_point)
+            x, gradient, held = _gradient_at_fixed_norms(model, tokens, token, hook_point)
+            cap = model.readout().soft_cap
+            logits = model.readout().uncapped(logits.double())
         else:
             x, gradient = model.gradient(tokens, hook_point, objective)
-        logit = float(objective(model.logits(tokens)))
+        logit = float(objective(logits))
     with torch.inference_mode():
         x, gradient = x[0].cpu(), gradient[0].cpu().double()
         acts, x_hat = sae.encode(x).double(), sae(x).double()
@@ -124,25 +131,28 @@ def attribute(
         bias = float((gradient @ sae.b_dec.double()).sum())
         unexplained = float((gradient * (x.double() - x_hat)).sum())
     rest = logit - float(by_feature.sum()) - bias - unexplained
-    return Attribution(positions, features, by_feature.float(), bias, unexplained, rest, logit, exact)
+    return Attribution(positions, features, by_feature.float(), bias, unexplained, rest, logit, exact, held, cap)
 
 
 @torch.inference_mode()
-def _gradient_at_fixed_norm(
+def _gradient_at_fixed_norms(
     model: LanguageModel, tokens: Int[Tensor, "1 pos"], token: int, hook_point: str
-) -> tuple[Float[Tensor, "1 pos d_in"], Float[Tensor, "1 pos d_in"]]:
-    """x, and the gradient of the last position's logit minus the vocabulary's mean, at a fixed scale of the norm."""
-    weight, W_U, centred = model.unembedding()
-    resid = model.capture(tokens, f"blocks.{model.n_layers - 1}.hook_resid_post")[0, -1].double()
-    spread = resid.var(unbiased=False) if centred else resid.pow(2).mean()
-    push = weight.double() / (spread + model.norm_eps).sqrt() * (W_U[:, token].double() - W_U.double().mean(-1))
-    if centred:
-        push = push - push.mean()
-    out = model.to_residual(hook_point)
+) -> tuple[Float[Tensor, "1 pos d_in"], Float[Tensor, "1 pos d_in"], tuple[str, ...]]:
+    """x, the gradient of the last position's logit minus the vocabulary's mean at fixed scales, and what is fixed."""
+    path, read = model.direct_path(hook_point), model.readout()
+    last = f"blocks.{model.n_layers - 1}.hook_resid_post"
+    resid = model.capture(tokens, last)[0, -1].double()
+    W_U = read.W_U.to(resid.device)
+    push = W_U[:, token].double() - model.of_tokens(W_U).double().mean(-1)
+    push = read.norm.transposed(push * read.factor) / read.norm.scale(resid)
+    held: tuple[str, ...] = ("the final norm's scale",)
+    if path.norm is not None and path.norm_input is not None:
+        push = push / path.norm.scale(model.capture(tokens, path.norm_input)[0, -1].double())
+        held += (f"the scale of the norm at {path.norm_input.removesuffix('.hook_in')}",)
     x = model.capture(tokens, hook_point)
     gradient = torch.zeros_like(x, dtype=torch.float64)
-    gradient[0, -1] = push if out is None else out.double() @ push
-    return x, gradient
+    gradient[0, -1] = path.transposed(push)
+    return x, gradient, held
 
 
 @torch.inference_mode()
@@ -150,5 +160,5 @@ def predictions(model: LanguageModel, ids: Sequence[int], n: int) -> list[tuple[
     """The `n` likeliest tokens after `ids` with their probabilities, likeliest first."""
     with model.lock:
         logits = model.logits(torch.tensor([list(ids)]))[0, -1]
-    found = logits.double().softmax(-1).topk(min(n, len(logits)))
-    return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+    probabilities, found = model.top_tokens(logits.double().softmax(-1), n)
+    return list(zip(found.tolist(), probabilities.tolist(), strict=True))

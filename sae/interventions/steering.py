@@ -304,7 +304,7 @@ def next_tokens(
         base = steered_model.base_logits([list(ids)])[0]
         steered = steered_model.steered_logits([list(ids)])[0]
     p, q = base.double().softmax(-1), steered.double().softmax(-1)
-    found = torch.maximum(p, q).topk(min(n, len(p))).indices
+    _, found = model.top_tokens(torch.maximum(p, q), n)
     return NextTokens(found.tolist(), p[found].tolist(), q[found].tolist(), _kl(steered, base))
 
 

@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from sae.lm.paths import DirectPath, NoLinearPath, Readout
 from sae.text.model_text import Messages
-from sae.text.tokenizer import reading_special_tokens
+from sae.text.tokenizer import reading_special_tokens, token_ids, token_name
 
 Splice = Callable[[Tensor], Tensor]
 
@@ -82,8 +83,19 @@ class LanguageModel(ABC):
         """As `logits`, but differentiable with respect to what `splice` returns."""
 
     @abstractmethod
-    def to_residual(self, hook_point: str) -> Float[Tensor, "d_in d_model"] | None:
-        """The linear map from `hook_point` into the residual stream (W_out for hook_post); None means identity."""
+    def direct_path(self, hook_point: str) -> DirectPath:
+        """The linear map from `hook_point` into the residual stream: W_out for hook_post, W_O for hook_z, and so on.
+
+        Raises: NoLinearPath, which says why there is none (an activation function, the softmax of attention, …).
+        """
+
+    def why_no_path(self, hook_point: str) -> str | None:
+        """Why no linear map leads from `hook_point` to the logits; None if one does."""
+        try:
+            self.readout(), self.direct_path(hook_point)
+        except NoLinearPath as error:
+            return str(error)
+        return None
 
     def downstream(self, hook_point: str) -> Callable[[Tensor, Tensor], Tensor]:
         """`(x, resid) → logits` for single positions: what the model computes after `hook_point`, given hook_resid_mid.
@@ -93,8 +105,8 @@ class LanguageModel(ABC):
         raise ModelError(f"{self.id}: end-to-end training needs a native one-layer model (one made by sae pretrain).")
 
     @abstractmethod
-    def unembedding(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model d_vocab"], bool]:
-        """The final norm's weight, W_U, and whether the norm subtracts the mean (LayerNorm, not RMSNorm)."""
+    def readout(self) -> Readout:
+        """How logits follow from the residual stream. Raises: NoLinearPath if that is not a norm and W_U."""
 
     @property
     def context_bos(self) -> bool:
@@ -109,10 +121,39 @@ class LanguageModel(ABC):
     @abstractmethod
     def n_layers(self) -> int: ...
 
-    @property
-    @abstractmethod
-    def norm_eps(self) -> float:
-        """The ε that the final norm adds to the variance."""
+    @cached_property
+    def token_ids(self) -> Int[Tensor, " tokens"]:
+        """The ids that stand for a token and have a row in the embedding, ascending.
+
+        Models embed more rows than their tokenizer has tokens (padding), tokenizers have gaps and added tokens.
+        """
+        return torch.tensor(token_ids(self.tokenizer, self.d_vocab))
+
+    @cached_property
+    def _tokens_added(self) -> bool:
+        """Whether the tokenizer has tokens beyond the rows of the embedding."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) >= self.d_vocab
+
+    def require_rows(self, tokens: Int[Tensor, "batch pos"]) -> None:
+        """Raises: ModelError for a token without a row in the embedding: one that was added to the tokenizer only."""
+        if self._tokens_added and tokens.numel() and int(tokens.max()) >= self.d_vocab:
+            worst = int(tokens.max())
+            raise ModelError(
+                f"{self.id} embeds {self.d_vocab:,} tokens, and its tokenizer gave the id {worst:,} "
+                f"({token_name(self.tokenizer, worst)!r}): that token was added to the tokenizer and not to the model. "
+                "Use the tokenizer that the model was trained with, or resize the model's embedding."
+            )
+
+    def of_tokens(self, values: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch tokens"]:
+        """The values of `token_ids`: without padding rows."""
+        return values if len(self.token_ids) == values.shape[-1] else values[..., self.token_ids.to(values.device)]
+
+    def top_tokens(
+        self, values: Float[Tensor, "*batch d_vocab"], n: int, *, largest: bool = True
+    ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
+        """The `n` largest (or smallest) values among tokens, and their ids; never a padding row."""
+        found, place = self.of_tokens(values).topk(min(n, len(self.token_ids)), dim=-1, largest=largest)
+        return found, self.token_ids.to(place.device)[place]
 
     @torch.inference_mode()
     def logits(
@@ -152,19 +193,25 @@ class LanguageModel(ABC):
 
     @torch.inference_mode()
     def logit_weights(self, directions: Float[Tensor, "n d_in"], hook_point: str) -> Float[Tensor, "n d_vocab"]:
-        """Direct effect of each direction on the logits: `(d − mean d) · diag(w_ln) · W_U`, median per row at 0.
+        """Direct effect of each direction on the logits: `(r − mean r) · diag(w_ln) · W_U`, median per row at 0.
 
-        The final LayerNorm is linearised without its scale (so rows are comparable), the model is not changed.
-        Units: logits per unit of activation times the final LayerNorm's standard deviation.
+        r is what the direction adds to the residual stream (`direct_path`), w_ln what the final norm multiplies by
+        (1 + w in Gemma); RMSNorm keeps the mean. Norms on the way, the final one and any after the sublayer, are
+        linear without their scale σ, so that rows are comparable. The logits are those before a soft cap.
+        The median is over tokens; padding rows of the embedding have no logit weight (nan).
+        Units: logits per unit of activation, times σ of each norm on the way.
         Source: Bricken et al. 2023, "feature logit weights"; reference formula of the folded-and-centred model.
+        Raises: NoLinearPath if no linear map leads from `hook_point` to the logits.
         """
-        out = self.to_residual(hook_point)
-        d = directions if out is None else directions @ out
-        weight, W_U, centred = self.unembedding()
-        if centred:
-            d = d - d.mean(-1, keepdim=True)
-        effect = (d * weight) @ W_U
-        return effect - effect.median(-1, keepdim=True).values
+        path, read = self.direct_path(hook_point), self.readout()
+        effect = read.norm.numerator(path.linear(directions)) @ read.W_U.to(directions)
+        effect = effect if read.factor == 1.0 else effect * read.factor
+        effect = effect - self.of_tokens(effect).median(-1, keepdim=True).values
+        if len(self.token_ids) < effect.shape[-1]:
+            padding = torch.ones(effect.shape[-1], dtype=torch.bool, device=effect.device)
+            padding[self.token_ids.to(effect.device)] = False
+            effect[..., padding] = torch.nan
+        return effect
 
     def encode_prompt(self, prompt: str | Messages, *, special_tokens: bool = False) -> list[int]:
         """Token ids of a prompt, BOS first where the model has one.

@@ -8,19 +8,22 @@ from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice, layer_of
+from sae.lm import bridge_paths
+from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice
 from sae.lm.identity import sha256_of_model, sha256_of_parameters
 from sae.lm.model_directory import require_whole
+from sae.lm.paths import DirectPath, NoLinearPath, Readout
 from sae.lm.transformer import Transformer
 from sae.text.model_text import Messages
 
+Found = TypeVar("Found")
 Hooks = list[tuple[str, Callable[..., Tensor]]]
 
 LEGACY_HUB_IDS = {
@@ -63,6 +66,7 @@ class BridgeModel(LanguageModel):
         self.device = torch.device(bridge.cfg.device or "cpu")
         self.lock = threading.Lock()
         self._widths: dict[str, int] = {}
+        self._paths: dict[str, Any] = {}
 
     @property
     def chat_template(self) -> str | None:
@@ -92,6 +96,7 @@ class BridgeModel(LanguageModel):
         self, tokens: Int[Tensor, "batch pos"], hook_points: Sequence[str]
     ) -> dict[str, Float[Tensor, "batch pos _"]]:
         # `Captured` is raised inside the hook, because `stop_at_layer` has no effect on a one-layer model.
+        self.require_rows(tokens)
         caught = Catch(hook_points)
 
         def look(value: Tensor, hook: Any, name: str) -> Tensor:
@@ -113,6 +118,7 @@ class BridgeModel(LanguageModel):
     def _logits(
         self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
+        self.require_rows(tokens)
         if hook_point is None or splice is None:
             logits: Tensor = self.module(tokens.to(self.device), return_type="logits")
             return logits.float()
@@ -143,28 +149,35 @@ class BridgeModel(LanguageModel):
             logits: Tensor = self.module.run_with_hooks(tokens.to(self.device), return_type="logits", fwd_hooks=hooks)
             return logits
         except KeyError as error:
-            hook_point = next((name for name, _ in hooks if name in str(error)), hooks[0][0])
-            close = get_close_matches(hook_point, self.module.hook_dict, n=4)
-            hint = f" Did you mean {', '.join(close)}?" if close else ""
-            raise ModelError(f"{self.id} has no hook point {hook_point!r}.{hint}") from error
+            raise self._unknown(next((name for name, _ in hooks if name in str(error)), hooks[0][0])) from error
 
-    def to_residual(self, hook_point: str) -> Float[Tensor, "d_in d_model"] | None:
-        if hook_point.endswith("mlp.hook_post"):
-            W_out: Tensor = self.module.W_out[layer_of(hook_point)]
-            return W_out.float()
-        return None
+    def _unknown(self, hook_point: str) -> ModelError:
+        close = get_close_matches(hook_point, self.module.hook_dict, n=4)
+        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        return ModelError(f"{self.id} has no hook point {hook_point!r}.{hint}")
+
+    def direct_path(self, hook_point: str) -> DirectPath:
+        if hook_point not in self.module.hook_dict:
+            raise self._unknown(hook_point)
+        return self._kept(hook_point, lambda: bridge_paths.direct_path(self.module, self._run, hook_point))
+
+    def readout(self) -> Readout:
+        return self._kept("readout", lambda: bridge_paths.readout(self.module, self._run))
+
+    def _kept(self, name: str, find: Callable[[], Found]) -> Found:
+        """What `find` gives, or the NoLinearPath that it raises; found once, because it runs the model."""
+        if name not in self._paths:
+            try:
+                self._paths[name] = find()
+            except NoLinearPath as error:
+                self._paths[name] = error
+        if isinstance(self._paths[name], NoLinearPath):
+            raise self._paths[name]
+        return cast(Found, self._paths[name])
 
     @property
     def n_layers(self) -> int:
         return int(self.module.cfg.n_layers)
-
-    @property
-    def norm_eps(self) -> float:
-        return float(self.module.cfg.eps)
-
-    def unembedding(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model d_vocab"], bool]:
-        centred = "RMS" not in str(self.module.cfg.normalization_type)
-        return self.module.ln_final.weight.float(), self.module.W_U.float(), centred
 
 
 def _tokenizer_of(bridge: Any, model_id: str) -> Tokenizer:

@@ -18,6 +18,7 @@ from sae.jobs.checkpoint import read_tensors
 from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice, layer_of, read_json_file
 from sae.lm.bridge import bridge_with
 from sae.lm.identity import sha256_of_model, sha256_of_parameters
+from sae.lm.paths import DirectPath, NoLinearPath, Norm, Readout
 from sae.lm.transformer import Transformer, TransformerConfig
 from sae.text.tokenizer import load_tokenizer
 
@@ -61,6 +62,7 @@ class NativeModel(LanguageModel):
     ) -> dict[str, Float[Tensor, "batch pos _"]]:
         for hook_point in hook_points:
             self.hook_width(hook_point)
+        self.require_rows(tokens)
         caught = Catch(hook_points)
 
         def look(name: str, value: Tensor) -> Tensor:
@@ -76,6 +78,7 @@ class NativeModel(LanguageModel):
     def _logits(
         self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
+        self.require_rows(tokens)
         if hook_point is None or splice is None:
             clean: Tensor = self.module(tokens.to(self.device))
             return clean
@@ -85,15 +88,23 @@ class NativeModel(LanguageModel):
         )
         return spliced
 
-    def to_residual(self, hook_point: str) -> Float[Tensor, "d_in d_model"] | None:
+    def direct_path(self, hook_point: str) -> DirectPath:
         self.hook_width(hook_point)
-        if hook_point.endswith("mlp.hook_post"):
-            block = self.module.blocks[layer_of(hook_point)]
-            return block.get_submodule("mlp.out").get_parameter("weight").T
-        return None
+        layer = layer_of(hook_point)
+        name = hook_point.removeprefix(f"blocks.{layer}.")
+        if name == "mlp.hook_in":
+            raise NoLinearPath(hook_point, "the MLP reads it, and it is not a part of the residual stream")
+        writers = {"mlp.hook_post": "mlp.out", "attn.hook_z": "attn.o"}
+        matrix = None
+        if name in writers:
+            matrix = self.module.blocks[layer].get_submodule(writers[name]).get_parameter("weight").T
+        unread = ["mlp.hook_post", "hook_mlp_out", "hook_resid_post"]  # by layers, in the last block
+        unread += ["attn.hook_z", "hook_attn_out"] if self.module.config.attn_only else []
+        return DirectPath(matrix, alone=layer == self.n_layers - 1 and name in unread)
 
-    def unembedding(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model d_vocab"], bool]:
-        return self.module.ln_final.weight, self.module.unembed.weight.T, True
+    def readout(self) -> Readout:
+        norm = self.module.ln_final
+        return Readout(Norm(norm.weight, True, norm.eps), self.module.unembed.weight.T)
 
     @property
     def context_bos(self) -> bool:
@@ -102,10 +113,6 @@ class NativeModel(LanguageModel):
     @property
     def n_layers(self) -> int:
         return self.module.config.n_layers
-
-    @property
-    def norm_eps(self) -> float:
-        return self.module.ln_final.eps
 
     def downstream(self, hook_point: str) -> Callable[[Tensor, Tensor], Tensor]:
         if self.module.config.n_layers != 1 or hook_point != "blocks.0.mlp.hook_post":

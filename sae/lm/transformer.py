@@ -59,6 +59,10 @@ class TransformerConfig:
         return cls(**{name: settings[name] for name in cls.__dataclass_fields__.keys() - added.keys()}, **added)
 
 
+def unchanged(value: Tensor) -> Tensor:
+    return value
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with biases on q, k, v and o."""
 
@@ -71,7 +75,10 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.d_model, width)
         self.o = nn.Linear(width, config.d_model)
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], hook_z: Callable[[Tensor], Tensor] = unchanged
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """`o(hook_z(z))`, z the heads' outputs [batch, pos, n_heads · d_head], head by head."""
         batch, pos, _ = x.shape
 
         def heads(projected: Tensor) -> Tensor:  # [batch, n_heads, pos, d_head]
@@ -80,7 +87,7 @@ class Attention(nn.Module):
         q, k, v = (heads(part(x)).to(x.dtype) for part in (self.q, self.k, self.v))
         with torch.autocast(x.device.type, enabled=False):  # narrow heads: bfloat16 takes twice as long on a CPU
             z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        out: Tensor = self.o(z.transpose(1, 2).reshape(batch, pos, -1))
+        out: Tensor = self.o(hook_z(z.transpose(1, 2).reshape(batch, pos, -1)))
         return out
 
     def pattern(self, x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "head dst src"]:
@@ -149,7 +156,8 @@ class Block(nn.Module):
 
     def forward(self, resid: Tensor, hook: Hook = no_hook) -> Tensor:
         resid = hook(f"{self.name}.hook_resid_pre", resid)
-        resid = resid + hook(f"{self.name}.hook_attn_out", self.attn(self.ln1(resid)))
+        attn_out = self.attn(self.ln1(resid), lambda z: hook(f"{self.name}.attn.hook_z", z))
+        resid = resid + hook(f"{self.name}.hook_attn_out", attn_out)
         if self.attn_only:
             return hook(f"{self.name}.hook_resid_post", resid)
         resid = hook(f"{self.name}.hook_resid_mid", resid)
@@ -209,7 +217,8 @@ class Transformer(nn.Module):
     def hook_widths(self) -> dict[str, int]:
         """Width of the activations at each hook point."""
         d_model, d_mlp = self.config.d_model, self.config.d_mlp
-        attention = {"hook_resid_pre": d_model, "hook_attn_out": d_model}
+        d_z = self.config.n_heads * self.config.d_head
+        attention = {"hook_resid_pre": d_model, "attn.hook_z": d_z, "hook_attn_out": d_model}
         mlp = {"hook_resid_mid": d_model, "mlp.hook_in": d_model, "hook_mlp_out": d_model, "mlp.hook_post": d_mlp}
         of_block = attention | ({} if self.config.attn_only else mlp) | {"hook_resid_post": d_model}
         return {f"blocks.{n}.{name}": width for n in range(self.config.n_layers) for name, width in of_block.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sae.analysis import comparison
+from sae.analysis.comparison import LogitWeights
 from sae.analysis.parquet import write_table
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.trained_rows import rows_that_count
@@ -53,10 +54,7 @@ def compare(
         tokens=tokens,
         same_space=same_weights and hooks[0] == hooks[1],
         same_outputs=same_weights and written[0] == written[1],
-        logit_weights=(
-            lambda directions: models[0].logit_weights(directions.to(models[0].device), written[0]),
-            lambda directions: models[1].logit_weights(directions.to(models[1].device), written[1]),
-        ),
+        logit_weights=_logit_weights(models, written),
         seed=seed,
     )
     directory = Path(out) if out else a / "compare" / f"{b.resolve().parent.name}--{b.resolve().name}"
@@ -70,6 +68,19 @@ def compare(
         write_table(directory / f"{name}.parquet", columns)
     write_json(directory / "compare.json", result)
     return result | {"path": str(directory)}
+
+
+def _logit_weights(models: Sequence[LanguageModel], hooks: Sequence[str]) -> tuple[LogitWeights, LogitWeights] | None:
+    """Logit weights of the tokens of either model; None if one has no linear path, or embeds fewer tokens."""
+    if any(model.why_no_path(hook) for model, hook in zip(models, hooks, strict=True)):
+        return None
+    if not torch.equal(models[0].token_ids, models[1].token_ids):
+        return None
+
+    def of(model: LanguageModel, hook: str) -> LogitWeights:
+        return lambda directions: model.of_tokens(model.logit_weights(directions.to(model.device), hook))
+
+    return of(models[0], hooks[0]), of(models[1], hooks[1])
 
 
 def _described(sae: SAE, directory: Path, model: LanguageModel) -> dict[str, Any]:

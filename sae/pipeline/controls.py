@@ -185,7 +185,7 @@ class Setup:
         """k-sparse probes of each token's domain and, for `learned` dictionaries, absorption."""
         (train, train_labels), (test, test_labels) = self._seen(sae, TRAIN), self._seen(sae, HELD_OUT)
         found = probe(Labelled(train.acts, train_labels), Labelled(test.acts, test_labels), self.domains)
-        kinds = kinds_of_token(token_bytes(self.model.tokenizer)) if learned else {}
+        kinds = kinds_of_token(token_bytes(self.model.tokenizer, self.model.d_vocab)) if learned else {}
         return {
             "probe": found["mean"],
             "probe_by_domain": found["classes"],

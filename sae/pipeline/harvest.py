@@ -126,6 +126,8 @@ def harvest(
     planned = plan(tokens, heldout_tokens or default_heldout_tokens(tokens), seq_len, keep_rows)
     forecast = forecast_harvest(planned, widths, dtypes, out)
     report(f"forecast: {forecast}")
+    for reason in filter(None, map(lm.why_no_path, hook_points)):
+        report(f"note: {reason} A dictionary trained on it gets no logit weights.")
     only = _within(planned, forecast, max_disk_bytes)
     wanted_bytes = forecast.disk_bytes if only is None else max_disk_bytes or 0
     if forecast.free_bytes is not None and not Path(out).exists() and wanted_bytes > forecast.free_bytes:

@@ -33,7 +33,8 @@ def index(
     """Builds the feature index (`features.zarr` next to the dictionary) over `tokens` tokens, held-out ones first.
 
     A feature's effect on the output is that of its decoder row at the hook point of x̂ (a transcoder's target). Where
-    activations came as arrays, there is no model, and the index has no logit weights and no Δloss.
+    activations came as arrays, there is no model, and the index has no logit weights and no Δloss. If no linear map
+    leads from the hook point to the logits, it has no logit weights and says why (`no_logit_weights`).
     Raises: PipelineError if the store or the model is not the dictionary's.
     """
     dictionary, directory = opened(sae)
@@ -59,6 +60,7 @@ def _build(
     markers = {split: acts.markers(split) for split in (HELD_OUT, TRAIN)}
     contexts = sum(markers[split][shard].contexts for split, shard in shards)
     documents, renumbered = _documents_of(markers, shards)
+    no_path = lm.why_no_path(written) if lm else None
     writer = FeatureWriter(
         path,
         d_sae=dictionary.d_sae,
@@ -71,11 +73,12 @@ def _build(
             "model": lm.id if lm else acts.provenance["model"]["id"],
             "sae": directory.name if directory else dictionary.config.get("recipe", "sae"),
             "bos": lm.bos_id if lm else None,
+            **({"no_logit_weights": no_path} if no_path else {}),
             **({} if lm else {"rows": acts.provenance["rows"]}),
             "heldout_contexts": sum(markers[split][shard].contexts for split, shard in shards if split == HELD_OUT),
             "provenance": {"store": acts.provenance, "recipe": dictionary.config.get("recipe")},
         },
-        vocabulary=token_bytes(lm.tokenizer) if lm else acts.vocabulary(),
+        vocabulary=token_bytes(lm.tokenizer, lm.d_vocab) if lm else acts.vocabulary(),
         documents=documents,
     )
     blocks = _index_blocks(acts, hook, shards, renumbered)

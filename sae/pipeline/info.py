@@ -173,9 +173,8 @@ def describe_feature(path: str | Path, feature: int) -> dict[str, Any]:
     }
     for side, name in (("top", "raises"), ("bottom", "lowers")):
         if index.has(f"logits/{side}_id"):
-            tokens, weights = (index.panel(f"logits/{side}_{part}", feature)[:N_TOKENS] for part in ("id", "value"))
-            pairs = zip(tokens.tolist(), weights.tolist(), strict=True)
-            found[name] = {visible(index.token_bytes(i)): weight for i, weight in pairs if i >= 0}
+            pairs = index.logit_weights(side, feature)[:N_TOKENS]
+            found[name] = {visible(index.token_bytes(i)): weight for i, weight in pairs}
     order = np.argsort(-values, kind="stable")
     _, first = np.unique(rows[order] // index.seq_len, return_index=True)
     strongest = order[np.sort(first)[:N_EXAMPLES]]

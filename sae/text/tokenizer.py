@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 
@@ -112,14 +113,42 @@ def continuation(tokenizer: Tokenizer, before: Sequence[int], new: Sequence[int]
 
     Decoded alone it would lose a space at its beginning (SentencePiece), or the start of a character (byte tokens).
     """
-    head = tokenizer.decode(list(before), skip_special_tokens=False)
-    whole = tokenizer.decode([*before, *new], skip_special_tokens=False)
+    head = decode(tokenizer, before)
+    whole = decode(tokenizer, [*before, *new])
     return whole[len(commonprefix([head, whole])) :]
 
 
-def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes that each token id stands for, exact for byte-level tokenizers.
+def token_name(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token as its vocabulary spells it; `[id]` for an id without a token.
 
+    Models embed more rows than their tokenizer has tokens (padding to a round number), and vocabularies have gaps.
+    """
+    return tokenizer.id_to_token(token_id) or f"[{token_id}]"
+
+
+def token_ids(tokenizer: Tokenizer, rows: int) -> list[int]:
+    """The ids below `rows` that stand for a token, ascending."""
+    return sorted(i for i in tokenizer.get_vocab(with_added_tokens=True).values() if i < rows)
+
+
+def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """The text of token ids, special tokens included; an id without a token is written `[id]`."""
+    known = [bool(tokenizer.id_to_token(token_id)) for token_id in token_ids]
+    if all(known):  # decoded together, because a character may be spread over several tokens
+        text: str = tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text
+    runs = groupby(zip(known, token_ids, strict=True), key=lambda pair: pair[0])
+    return "".join(
+        tokenizer.decode(ids, skip_special_tokens=False) if is_known else "".join(f"[{i}]" for i in ids)
+        for is_known, run in runs
+        for ids in [[token_id for _, token_id in run]]
+    )
+
+
+def token_bytes(tokenizer: Tokenizer, rows: int = 0) -> list[bytes]:
+    """The bytes that each token id stands for, exact for byte-level tokenizers, and `[id]` for an id without a token.
+
+    The table has an entry for every token, and for at least the ids below `rows` (the rows that a model embeds).
     Byte-level vocabularies write a byte as one printable character (GPT-2's table), SentencePiece's byte fallback
     writes it as `<0x0A>`; all other tokens (SentencePiece, WordPiece, special tokens) are their text in UTF-8.
     """
@@ -130,9 +159,11 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     byte_level = "ByteLevel" in json.dumps([settings["pre_tokenizer"], settings["decoder"]])
     byte_fallback = bool(settings["model"].get("byte_fallback"))
     table: list[bytes] = []
-    for index in range(max(pieces, default=-1) + 1):
+    for index in range(max(rows, max(pieces, default=-1) + 1)):
         piece = added.get(index, pieces.get(index, ""))
-        if byte_fallback and FALLBACK_BYTE.fullmatch(piece):
+        if not piece:
+            table.append(f"[{index}]".encode())
+        elif byte_fallback and FALLBACK_BYTE.fullmatch(piece):
             table.append(bytes([int(piece[3:5], 16)]))
         elif index in added or not byte_level or any(c not in byte_of for c in piece):
             text = piece if byte_level else piece.replace("\u2581", " ")
