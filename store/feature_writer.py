@@ -68,6 +68,7 @@ PANEL_DTYPES = {
     "label/kind": "int8",
     "label/keys": "int32",
     "label/score": "float32",
+    "heads/share": "float32",
     "map/pca": "float32",
     "map/umap": "float32",
     "map/cluster": "int32",

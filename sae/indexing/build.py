@@ -18,6 +18,7 @@ from sae.indexing import ablation_effects, co_activation, rules
 from sae.indexing import map as feature_map
 from sae.indexing.correlation import NEURONS, FeatureNeuronCorrelation
 from sae.indexing.firings import Firings
+from sae.interventions.attention_attribution import HOOK_Z, head_shares
 from sae.jobs.progress import progress
 from sae.kernels.activations import SparseActs
 from sae.lm import LanguageModel
@@ -125,6 +126,7 @@ def _resampled_step(d_sae: int, resampled: Mapping[int, int]) -> Int[np.ndarray,
 def weight_panels(sae: SAE, model: LanguageModel | None, hook_point: str) -> Panels:
     """The panels that follow from the weights alone: logit weights, neurons, nearest features, map.
 
+    A dictionary of head outputs has `heads/share`, the share of each head in a feature's decoder row.
     Without a linear path from `hook_point` to the logits there are no logit weights.
     A transcoder has no `neurons/weight_*` (its decoder does not write to neurons of x) and no `stats/cos_enc_dec` (its
     encoder and decoder directions lie in different spaces).
@@ -139,6 +141,8 @@ def weight_panels(sae: SAE, model: LanguageModel | None, hook_point: str) -> Pan
             found |= _logit_panels(model.of_tokens(weights).cpu(), model.token_ids)
         if not sae.is_transcoder:
             found |= _neuron_panels(W_dec)
+        if model and hook_point.endswith(f".{HOOK_Z}"):
+            found["heads/share"] = head_shares(W_dec, model.n_heads).numpy()
         for name, array in found.items():
             parts.setdefault(name, []).append(array)
     panels = {name: np.concatenate(arrays) for name, arrays in parts.items()} | feature_map.panels(sae.W_dec)

@@ -19,6 +19,7 @@ from sae.dictionary.autoencoder import SAE, refuse_row_scale
 from sae.lm import LanguageModel, ModelError, NativeModel, layer_of
 from sae.lm.transformer import Block, norm_part, norm_scale
 
+HOOK_Z = "attn.hook_z"
 HOOKS = ("hook_attn_out", "hook_resid_mid", "mlp.hook_post", "hook_mlp_out", "hook_resid_post")
 
 
@@ -40,26 +41,29 @@ class Paths(NamedTuple):
 
 
 def patterns(model: LanguageModel, ids: Sequence[int], *, layer: int) -> Float[Tensor, "head dst src"]:
-    """Attention pattern of each head of a block; rows sum to 1. Raises: ModelError unless the model is native."""
+    """Attention pattern of each head of a block; rows sum to 1. Raises: ModelError if the model does not show it."""
     with model.lock, torch.inference_mode():
-        block, stream = _entering(model, ids, layer)
-        return block.attn.pattern(block.ln1(stream.sum(0))).cpu()
+        return model.attention(torch.tensor([list(ids)]), layer).pattern.cpu()
 
 
 def paths(model: LanguageModel, sae: SAE, ids: Sequence[int], *, feature: int, position: int, hook_point: str) -> Paths:
     """Splits the pre-activation of `feature` at `position` into its paths.
 
-    Raises: ModelError unless the model is native, and for a hook point before attention; ValueError for a feature or
-    position that does not exist.
+    A dictionary of head outputs (hook_z) reads values only, so that its parts are `pattern · value · W_enc`: exact, and
+    in any model (Kissane et al. 2024, "direct feature attribution"). Raises: ModelError for other hook points unless
+    the model is native, and for a hook point before attention; ValueError for a feature or position that does not
+    exist.
     """
     refuse_row_scale(sae, "paths")
     layer, name = layer_of(hook_point), hook_point.partition(".")[2].partition(".")[2]
-    if name not in HOOKS:
+    if name not in (*HOOKS, HOOK_Z):
         raise ModelError(f"{hook_point} comes before attention, so no head of its block pushes its features.")
     if not 0 <= feature < sae.d_sae:
         raise ValueError(f"paths: feature {feature} does not exist; features are 0 … {sae.d_sae - 1:,}.")
     if not 0 <= position < len(ids):
         raise ValueError(f"paths: position {position} is outside the prompt's 0 … {len(ids) - 1}.")
+    if name == HOOK_Z:
+        return _through_values(model, sae, ids[: position + 1], feature, layer)
     with model.lock, torch.inference_mode(False), torch.enable_grad():
         block, stream = _entering(model, ids[: position + 1], layer)
         whole = stream.sum(0)
@@ -80,12 +84,37 @@ def paths(model: LanguageModel, sae: SAE, ids: Sequence[int], *, feature: int, p
     return Paths(names, direct, heads, pre_act - float(heads.sum() + direct.sum()), pre_act, exact)
 
 
+@torch.inference_mode()
+def _through_values(model: LanguageModel, sae: SAE, ids: Sequence[int], feature: int, layer: int) -> Paths:
+    """Σ over heads and source tokens of `pattern · (value · W_enc)`, at the last position."""
+    with model.lock:
+        tokens = torch.tensor([list(ids)])
+        attended = model.attention(tokens, layer)
+        z = model.capture(tokens, f"blocks.{layer}.{HOOK_Z}")[0, -1].cpu()
+    pattern, values = attended.pattern[:, -1].cpu(), attended.values.cpu()
+    encoder = sae.W_enc[:, feature].view(values.shape[1:])
+    heads = pattern * torch.einsum("shd,hd->hs", values, encoder)
+    pre_act = float(sae.pre_acts(z)[feature])
+    return Paths(["value"], torch.zeros(1), heads[None], pre_act - float(heads.sum()), pre_act, True)
+
+
+def head_shares(W_dec: Float[Tensor, "d_sae d_in"], n_heads: int) -> Float[Tensor, "d_sae head"]:
+    """Share of each head in a decoder row of a dictionary of head outputs: ‖W_dec[head]‖ / Σ over heads of ‖…‖.
+
+    Source: Kissane et al. 2024, "Interpreting attention layer outputs with sparse autoencoders" (weight-based head
+    attribution).
+    """
+    norms: Tensor = W_dec.unflatten(-1, (n_heads, -1)).norm(dim=-1)
+    return norms / norms.sum(-1, keepdim=True).clamp_min(1e-12)
+
+
 def _entering(model: LanguageModel, ids: Sequence[int], layer: int) -> tuple[Block, Float[Tensor, "part pos d_model"]]:
     """A block and the residual stream entering it, in parts that sum to it."""
     if not isinstance(model, NativeModel):
         raise ModelError(
-            f"{model.id} runs through TransformerLens; attention paths are available for native models only "
-            "(tiny-relu-1l and the models that `sae pretrain` makes)."
+            f"{model.id} runs through TransformerLens; there, attention paths are available for dictionaries of head "
+            "outputs (attn.hook_z) only. For other hook points use a native model (tiny-relu-1l, or one that `sae "
+            "pretrain` makes)."
         )
     module, tokens = model.module, torch.tensor(list(ids), device=model.device)
     if not 0 <= layer < model.n_layers:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -44,6 +44,13 @@ class Catch(dict[str, Tensor]):
         self[name] = value if last else value.clone()
         if last:
             raise Captured
+
+
+class Attended(NamedTuple):
+    """Attention in one text: a head's output at `dst` is `Σ_src pattern[head, dst, src] · values[src, head]`."""
+
+    pattern: Float[Tensor, "head dst src"]
+    values: Float[Tensor, "src head d_head"]
 
 
 class LanguageModel(ABC):
@@ -89,6 +96,10 @@ class LanguageModel(ABC):
         Raises: NoLinearPath, which says why there is none (an activation function, the softmax of attention, …).
         """
 
+    @abstractmethod
+    def attention(self, tokens: Int[Tensor, "1 pos"], layer: int) -> Attended:
+        """What the heads of a block read in one text. Raises: ModelError unless Σ pattern · value is the heads' output."""
+
     def why_no_path(self, hook_point: str) -> str | None:
         """Why no linear map leads from `hook_point` to the logits; None if one does."""
         try:
@@ -120,6 +131,11 @@ class LanguageModel(ABC):
     @property
     @abstractmethod
     def n_layers(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def n_heads(self) -> int:
+        """Attention heads of a block; hook_z holds their outputs one after the other."""
 
     @cached_property
     def token_ids(self) -> Int[Tensor, " tokens"]:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sae.lm import bridge_paths
-from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice
+from sae.lm.base import Attended, Captured, Catch, LanguageModel, ModelError, Splice
 from sae.lm.identity import sha256_of_model, sha256_of_parameters
 from sae.lm.model_directory import require_whole
 from sae.lm.paths import DirectPath, NoLinearPath, Readout
@@ -160,6 +160,35 @@ class BridgeModel(LanguageModel):
         if hook_point not in self.module.hook_dict:
             raise self._unknown(hook_point)
         return self._kept(hook_point, lambda: bridge_paths.direct_path(self.module, self._run, hook_point))
+
+    @torch.inference_mode()
+    def attention(self, tokens: Int[Tensor, "1 pos"], layer: int) -> Attended:
+        names = [f"blocks.{layer}.attn.{name}" for name in ("hook_pattern", "hook_v", "hook_z")]
+        caught = Catch(names)
+
+        def look(value: Tensor, hook: Any, name: str) -> Tensor:
+            caught.take(name, value)
+            return value
+
+        with suppress(Captured):
+            self._run(tokens, [(name, partial(look, name=name)) for name in names])
+        if caught.keys() == set(names):
+            pattern, z = caught[names[0]][0].float(), caught[names[2]][0].float()
+            values = (
+                caught[names[1]][0].float().view(tokens.shape[1], -1, z.numel() // (tokens.shape[1] * self.n_heads))
+            )
+            values = values.repeat_interleave(self.n_heads // values.shape[1], 1)  # queries that share a value head
+            missed = torch.einsum("hts,shd->thd", pattern, values) - z.view_as(values)
+            if missed.norm() <= 1e-2 * z.norm():
+                return Attended(pattern, values)
+        raise ModelError(
+            f"{self.id}: what block {layer} adds by attention is not a sum of values over source tokens, or "
+            "TransformerLens does not show its parts, so it cannot be attributed to them."
+        )
+
+    @property
+    def n_heads(self) -> int:
+        return int(self.module.cfg.n_heads)
 
     def readout(self) -> Readout:
         return self._kept("readout", lambda: bridge_paths.readout(self.module, self._run))

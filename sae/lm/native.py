@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.jobs.checkpoint import read_tensors
-from sae.lm.base import Captured, Catch, LanguageModel, ModelError, Splice, layer_of, read_json_file
+from sae.lm.base import Attended, Captured, Catch, LanguageModel, ModelError, Splice, layer_of, read_json_file
 from sae.lm.bridge import bridge_with
 from sae.lm.identity import sha256_of_model, sha256_of_parameters
 from sae.lm.paths import DirectPath, NoLinearPath, Norm, Readout
-from sae.lm.transformer import Transformer, TransformerConfig
+from sae.lm.transformer import Attention, Transformer, TransformerConfig
 from sae.text.tokenizer import load_tokenizer
 
 
@@ -101,6 +101,18 @@ class NativeModel(LanguageModel):
         unread = ["mlp.hook_post", "hook_mlp_out", "hook_resid_post"]  # by layers, in the last block
         unread += ["attn.hook_z", "hook_attn_out"] if self.module.config.attn_only else []
         return DirectPath(matrix, alone=layer == self.n_layers - 1 and name in unread)
+
+    def attention(self, tokens: Int[Tensor, "1 pos"], layer: int) -> Attended:
+        if not 0 <= layer < self.n_layers:
+            raise ModelError(f"{self.id} has layers 0 … {self.n_layers - 1}; got {layer}.")
+        attn, ln1 = (self.module.blocks[layer].get_submodule(name) for name in ("attn", "ln1"))
+        assert isinstance(attn, Attention)
+        x = ln1(self.capture(tokens, f"blocks.{layer}.hook_resid_pre")[0])
+        return Attended(attn.pattern(x), attn.v(x).view(len(x), attn.n_heads, attn.d_head))
+
+    @property
+    def n_heads(self) -> int:
+        return self.module.config.n_heads
 
     def readout(self) -> Readout:
         norm = self.module.ln_final
