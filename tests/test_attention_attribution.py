@@ -156,5 +156,5 @@ def test_unsupported_models_and_hook_points_are_refused(tiny_model: NativeModel,
     bridge = BridgeModel.__new__(BridgeModel)
     bridge.id, bridge.lock = "gpt2", tiny_model.lock
     with pytest.raises(ModelError, match="gpt2 runs through TransformerLens"):
-        patterns(bridge, ids, layer=0)
+        paths(bridge, sae, ids, **settings)
     assert not tiny_model.lock.locked()

@@ -18,6 +18,7 @@ import torch
 from fakes import random_sae
 from torch import Tensor
 
+from sae.interventions.attention_attribution import head_shares, paths
 from sae.interventions.attribution import attribute
 from sae.lm import BridgeModel, ModelError, NoLinearPath, load_model
 
@@ -342,6 +343,43 @@ def test_where_no_linear_path_leads_to_the_logits_the_reason_is_said(case: Case,
     assert said.startswith(f"{hook_point} has no linear path to the logits: ")
     with pytest.raises(NoLinearPath):
         case.opened.logit_weights(torch.zeros(1, 4), hook_point)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_pushes_by_source_token_and_head_are_what_removing_the_value_changes(
+    case: Case, ids: list[int], layer: int
+) -> None:
+    """The truth: in plain transformers, one value head's output at one source token is set to zero; patterns stay."""
+    if not hasattr(case.sublayer(layer, "attn"), "v_proj"):
+        pytest.skip("queries, keys and values are one matrix in this family: no module of values alone")
+    hook_point, feature = f"blocks.{layer}.attn.hook_z", 5
+    sae = random_sae(case.opened.hook_width(hook_point), hook_point)
+    found = paths(case.opened, sae, ids, feature=feature, position=len(ids) - 1, hook_point=hook_point)
+    assert found.exact
+    assert float(found.heads.sum()) + found.rest == pytest.approx(found.pre_act, abs=1e-5)
+    encoder, values = sae.W_enc[:, feature].double(), case.sublayer(layer, "attn").v_proj
+    z = seen_at(case, ids, *case.place(hook_point))[0, -1]
+    n_heads = case.plain.config.num_attention_heads
+    d_head = len(z) // n_heads
+    kv_heads = values.weight.shape[0] // d_head
+    for source in range(len(ids)):
+        for group in range(kv_heads):
+
+            def without(v: Tensor, source: int = source, group: int = group) -> Tensor:
+                v = v.clone()
+                v[0, source, group * d_head : (group + 1) * d_head] = 0
+                return v
+
+            with replaced(values, True, without):
+                changed = seen_at(case, ids, *case.place(hook_point))[0, -1]
+            reading = slice(group * n_heads // kv_heads, (group + 1) * n_heads // kv_heads)
+            pushed = float(found.heads[0, reading, source].sum())
+            assert pushed == pytest.approx(float((z - changed) @ encoder), abs=1e-4 * float(found.heads.abs().max()))
+
+
+def test_head_shares_are_norms_of_the_decoders_parts() -> None:
+    W_dec = torch.tensor([[3.0, 4.0, 0.0, 0.0, 5.0, 0.0], [0.0] * 6])
+    assert head_shares(W_dec, 3).tolist() == [[0.5, 0.0, 0.5], [0.0, 0.0, 0.0]]
 
 
 def test_an_unknown_hook_point_is_named_and_not_called_nonlinear(case: Case) -> None:

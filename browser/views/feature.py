@@ -13,7 +13,15 @@ from browser.components import Histogram, draw_histograms
 from browser.markup import explain, facts, source_line
 from browser.state import Page
 from browser.tokens import plain_markdown
-from browser.views import feature_dump, feature_examples, feature_lists, feature_notes, feature_rule, feature_text
+from browser.views import (
+    feature_dump,
+    feature_examples,
+    feature_lists,
+    feature_notes,
+    feature_rule,
+    feature_sources,
+    feature_text,
+)
 from browser.views.feature_lists import LOGIT_WEIGHT
 
 SIZES = {"max": "max", "p99": "P99", "mean": "mean"}
@@ -33,7 +41,8 @@ HELP = {
     "header": "density: firings / kept tokens. max, P99, mean: of the activations above zero. purity: share of the "
     "firings in the main domain. Δloss: mean rise of the next token's loss without the feature, over sampled firings "
     "(nats). logit kurtosis: of its logit weights, high if it moves few tokens. cos enc·dec: cosine of encoder and "
-    "decoder direction. nearest cos: largest decoder cosine with another feature.",
+    "decoder direction. nearest cos: largest decoder cosine with another feature. heads: of a dictionary of head "
+    "outputs, ‖decoder row of the head‖ / Σ over heads.",
 }
 
 
@@ -84,6 +93,11 @@ def _tools(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
                 feature_text.show(page)
     if not len(rows):
         return
+    if feature_sources.applies(page):
+        sources = st.expander("Where it reads from", key="sources-open", on_change="rerun")
+        if sources.open:
+            with sources:
+                feature_sources.show(page, rows, values)
     specific = st.expander("Activation specificity", key="specificity", on_change="rerun")
     if specific.open:
         with specific:
@@ -112,6 +126,10 @@ def _statistics(page: Page) -> dict[str, str]:
     for name, title in WEIGHT_STATISTICS.items():
         if name in own and np.isfinite(own[name]):
             values[title] = f"{own[name]:.3f}"
+    if index.has("heads/share"):
+        shares = index.panel("heads/share", feature)
+        strongest = np.argsort(-shares, kind="stable")[:3].tolist()
+        values["heads"] = ", ".join(f"{head} ({shares[head]:.0%})" for head in strongest)
     if own.get("resampled_step", -1) >= 0:
         values["resampled at step"] = f"{own['resampled_step']:,}"
     return values

@@ -98,7 +98,10 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def attention(self, tokens: Int[Tensor, "1 pos"], layer: int) -> Attended:
-        """What the heads of a block read in one text. Raises: ModelError unless Σ pattern · value is the heads' output."""
+        """What the heads of a block read in one text.
+
+        Raises: ModelError if their outputs are not sums of values over source tokens.
+        """
 
     def why_no_path(self, hook_point: str) -> str | None:
         """Why no linear map leads from `hook_point` to the logits; None if one does."""

@@ -174,11 +174,10 @@ class BridgeModel(LanguageModel):
             self._run(tokens, [(name, partial(look, name=name)) for name in names])
         if caught.keys() == set(names):
             pattern, z = caught[names[0]][0].float(), caught[names[2]][0].float()
-            values = (
-                caught[names[1]][0].float().view(tokens.shape[1], -1, z.numel() // (tokens.shape[1] * self.n_heads))
-            )
+            z = z.view(tokens.shape[1], self.n_heads, -1)
+            values = caught[names[1]][0].float().view(len(z), -1, z.shape[-1])
             values = values.repeat_interleave(self.n_heads // values.shape[1], 1)  # queries that share a value head
-            missed = torch.einsum("hts,shd->thd", pattern, values) - z.view_as(values)
+            missed = torch.einsum("hts,shd->thd", pattern, values) - z
             if missed.norm() <= 1e-2 * z.norm():
                 return Attended(pattern, values)
         raise ModelError(
