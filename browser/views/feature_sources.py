@@ -54,7 +54,8 @@ def _pushes(page: Page, loaded: live.Live, example: data.Example) -> np.ndarray:
     """Push [head, source] on the pre-activation at the example's last token."""
     ids = [int(token) for token in example.token_ids]
     found = prompts.paths(loaded, page.entry, ids, feature=page.feature, position=len(ids) - 1)
-    return np.asarray(found.heads)[0]
+    heads: np.ndarray = np.asarray(found.heads)[0]
+    return heads
 
 
 def _lists(found: list[np.ndarray]) -> None:

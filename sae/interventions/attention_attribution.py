@@ -104,7 +104,7 @@ def head_shares(W_dec: Float[Tensor, "d_sae d_in"], n_heads: int) -> Float[Tenso
     Source: Kissane et al. 2024, "Interpreting attention layer outputs with sparse autoencoders" (weight-based head
     attribution).
     """
-    norms: Tensor = W_dec.unflatten(-1, (n_heads, -1)).norm(dim=-1)
+    norms: Tensor = W_dec.view(len(W_dec), n_heads, -1).norm(dim=-1)
     return norms / norms.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
