@@ -96,12 +96,12 @@ def test_solu_neurons_are_measured_after_the_layer_norm(tmp_path: Path, tokens: 
 
 def test_an_attention_only_model_equals_its_bridge(tmp_path: Path, tokens: Tensor) -> None:
     model = load_model(write_model(tmp_path / "attn", shape=replace(SHAPE, n_layers=2, attn_only=True)))
-    hook_points = [f"blocks.{n}.{name}" for n in (0, 1) for name in ("hook_resid_pre", "hook_attn_out")]
+    hook_points = [f"blocks.{n}.{name}" for n in (0, 1) for name in ("hook_resid_pre", "attn.hook_z", "hook_attn_out")]
     assert set(hook_points) == {name for name in model.module.hook_widths if not name.endswith("hook_resid_post")}
     logits, cache = model.bridge().run_with_cache(tokens, names_filter=hook_points)
     assert (model.logits(tokens) - logits).abs().max() <= TOLERANCE
     for hook_point in hook_points:
-        assert (model.capture(tokens, hook_point) - cache[hook_point]).abs().max() <= TOLERANCE
+        assert (model.capture(tokens, hook_point) - cache[hook_point].flatten(2)).abs().max() <= TOLERANCE
     with pytest.raises(ModelError, match=r"no hook point 'blocks\.0\.mlp\.hook_post'"):
         model.hook_width("blocks.0.mlp.hook_post")
 
