@@ -143,10 +143,7 @@ def _logit_histogram(index: FeatureIndex, feature: int) -> tuple[np.ndarray, np.
 
 
 def _tokens(index: FeatureIndex, side: str, feature: int) -> list[tuple[bytes, float]]:
-    if not index.has(f"logits/{side}_id"):
-        return []
-    ids, weights = (index.panel(f"logits/{side}_{part}", feature).tolist() for part in ("id", "value"))
-    return [(index.token_bytes(i), weight) for i, weight in zip(ids, weights, strict=True) if 0 <= i < index.d_vocab]
+    return [(index.token_bytes(i), weight) for i, weight in index.logit_weights(side, feature)]
 
 
 def _neurons(index: FeatureIndex, feature: int) -> list[tuple[int, float, float]]:
