@@ -461,3 +461,28 @@ def test_a_model_without_a_tokenizer_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bridge, "tokenizer", None, raising=False)
     with pytest.raises(ModelError, match=r"tokenizer\.json"):
         BridgeModel(bridge, "bare")
+
+
+@pytest.mark.parametrize(
+    ("bos", "eos", "tokens", "expected"),
+    [
+        ("<s>", "</s>", ["<s>", "</s>", "<|endoftext|>"], "<s>"),
+        (None, "<|im_end|>", ["<|im_end|>", "<|endoftext|>"], "<|endoftext|>"),  # Qwen's instruct models
+        (None, "</s>", ["</s>"], "</s>"),
+        (None, None, ["a"], None),
+    ],
+)
+def test_contexts_begin_with_the_token_that_separates_documents(
+    bos: str | None, eos: str | None, tokens: list[str], expected: str | None
+) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    from sae.lm.bridge import _bos_id_of
+
+    vocabulary = {token: number for number, token in enumerate(["a", *tokens, "[UNK]"])}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")), bos_token=bos, eos_token=eos
+    )
+    assert _bos_id_of(made) == (None if expected is None else vocabulary[expected])

@@ -128,6 +128,7 @@ def test_a_transcoder_keeps_its_function_with_two_scales() -> None:
         (random_source("topk"), "jumprelu", {}, "cannot have the same function"),
         (random_source("gated"), "balanced", {"k": K}, "cannot have the same function"),
         (random_source("jumprelu"), "towards-monosemanticity", {}, "cannot have the same function"),
+        (SAE(8, D_SAE, row_norm="layer_norm"), "towards-monosemanticity", {}, "normalises each row"),
         (SAE(7, D_SAE), "towards-monosemanticity", {}, "d_in = 7, this run 8"),
         (SAE(8, D_SAE + 1), "towards-monosemanticity", {}, "d_sae = 13, this run 12"),
     ],

@@ -59,8 +59,7 @@ class BridgeModel(LanguageModel):
         self.tokenizer = _tokenizer_of(bridge, model_id)
         self._hf_tokenizer = bridge.tokenizer  # of transformers
         self.tokenizer.encode_special_tokens = True
-        bos = bridge.tokenizer.bos_token_id
-        self.bos_id = bridge.tokenizer.eos_token_id if bos is None else bos
+        self.bos_id = _bos_id_of(bridge.tokenizer)
         self.context_tokens = int(bridge.cfg.n_ctx)
         self.d_vocab = int(bridge.cfg.d_vocab)
         self.device = torch.device(bridge.cfg.device or "cpu")
@@ -235,6 +234,20 @@ def _tokenizer_of(bridge: Any, model_id: str) -> Tokenizer:
             "another model's tokenizer. Copy the model's own tokenizer.json into its directory."
         )
     return tokenizer
+
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def _bos_id_of(tokenizer: Any) -> int | None:
+    """BOS; without one the end-of-text token, which separated documents in training (Qwen, NeoX).
+
+    Not the EOS of an instruct model, which ends a turn in the middle of a conversation.
+    """
+    if tokenizer.bos_token_id is not None:
+        return int(tokenizer.bos_token_id)
+    found = tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
+    return None if found is None else int(found)
 
 
 def open_directory(path: Path, model_id: str, device: str) -> BridgeModel:

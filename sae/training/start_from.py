@@ -31,12 +31,14 @@ def start_from_(sae: SAE, source: SAE, *, scale: float, target_scale: float, uni
     Exact but for rounding: biases and thresholds are multiplied by the scale; a pre-bias is moved into b_enc or out of
     it; decoder rows become unit rows where the recipe keeps them so. A ReLU becomes a JumpReLU with threshold 0, or a
     gate with magnitudes equal to its pre-activations.
-    Raises: CannotStart for other shapes, or an activation that the recipe's cannot equal.
+    Raises: CannotStart for other shapes, a `row_norm`, or an activation that the recipe's cannot equal.
     """
     for name in ("d_in", "d_out", "d_sae", "skip"):
         mine, theirs = getattr(sae, name), getattr(source, name)
         if mine != theirs:
             raise CannotStart(f"it has {name} = {theirs}, this run {mine}.")
+    if source.row_norm is not None:
+        raise CannotStart(f"it normalises each row before it encodes ({source.row_norm}), which no recipe does.")
     if source.activation not in CONTINUES[sae.activation]:
         raise CannotStart(
             f"its activation is {source.activation}, and this recipe's is {sae.activation}, which cannot have the same "
