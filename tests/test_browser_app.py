@@ -168,7 +168,7 @@ def test_ablation_reaches_the_tokens_it_changes(visit: Any, monkeypatch: pytest.
     row = int(rows[values.argmax()])
     context, position = divmod(row, index.seq_len)
     effect = Effect(1.0, 0.5, [(5, 0.3)], [(6, -0.2)])
-    monkeypatch.setattr(live, "load", lambda entry: object())
+    monkeypatch.setattr(live, "load", lambda entry, **_: object())
     monkeypatch.setattr(feature_examples, "effects", lambda *a, **k: Effects({(context, position): effect}, True, 0.1))
     page = visit(view="Feature", feature=str(HOSTILE))
     (sent,) = [p for p in payloads(page.main) if "scale" in p]
