@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -62,11 +63,12 @@ def select_features(
     domain: str = "",
     log_density: tuple[float, float] | None = None,
     text: str = "",
+    features: Sequence[int] | None = None,
 ) -> pd.DataFrame:
     """Rows of `feature_table` that pass every filter; `text` is searched for in tokens, labels and domains.
 
     `flag` is "" (any), "alive" or one of the flags; `log_density` are bounds on log₁₀ density, which exclude features
-    that never fire.
+    that never fire; `features` are the only ones that pass.
     """
     keep = np.ones(len(table), bool)
     if flag == "alive":
@@ -79,6 +81,8 @@ def select_features(
         share = table["density"].to_numpy()
         low, high = 10.0 ** log_density[0], 10.0 ** log_density[1]
         keep &= (share >= low) & (share <= high)
+    if features is not None:
+        keep &= table["feature"].isin(features).to_numpy()
     if text:
         needle = label(text.encode()).casefold()
         hit = np.zeros(len(table), bool)

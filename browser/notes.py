@@ -1,6 +1,6 @@
 """Your own labels, notes and bookmarks, in a SQLite file in the dictionary's directory (`notes.sqlite`).
 
-The first write creates the file; only looking at features does not.
+The first write creates the file; only looking at features does not. `browser.named_lists` keeps its lists there, too.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Notes:
         """Saves `note` in place of the feature's earlier one; an empty note deletes it."""
         label, text = note.label.strip()[:MAX_LABEL], note.note.strip()[:MAX_NOTE]
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        with self._open(create=True) as database:
+        with writing(self.path, _TABLE) as database:
             if not (label or text or note.bookmarked):
                 database.execute("DELETE FROM notes WHERE feature = ?", (note.feature,))
                 return
@@ -68,28 +68,45 @@ class Notes:
         return [asdict(note) for note in self.all()]
 
     def _read(self, query: str, values: tuple[Any, ...]) -> list[Note]:
-        if not self.path.is_file():
-            return []
-        with self._open(create=False) as database:
-            rows = database.execute(query, values).fetchall()
+        with reading(self.path, "notes") as database:
+            rows = database.execute(query, values).fetchall() if database else []
         return [Note(r["feature"], r["label"], r["note"], bool(r["bookmarked"]), r["changed"]) for r in rows]
 
-    @contextlib.contextmanager
-    def _open(self, *, create: bool) -> Iterator[sqlite3.Connection]:
-        """A connection with one transaction: it waits for another session's write, and a failed one changes nothing."""
-        if self.path.is_symlink():
-            raise NotesError(
-                f"{self.path} is a link; notes must be a regular file. Replace the link by the file it points to."
-            )
+
+@contextlib.contextmanager
+def reading(path: Path, table: str) -> Iterator[sqlite3.Connection | None]:
+    """A connection for reading; None if the file does not exist or has no such table yet."""
+    if not path.is_file() and not path.is_symlink():
+        yield None
+        return
+    with _connection(path) as database:
+        found = database.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (table,)).fetchone()
+        yield database if found else None
+
+
+@contextlib.contextmanager
+def writing(path: Path, *tables: str) -> Iterator[sqlite3.Connection]:
+    """A connection with one transaction: it waits for another session's write, and a failed one changes nothing.
+
+    `tables` are the statements that create the tables where they do not exist.
+    """
+    with _connection(path) as database, database:
+        database.execute("BEGIN IMMEDIATE")
+        for table in tables:
+            database.execute(table)
+        yield database
+
+
+@contextlib.contextmanager
+def _connection(path: Path) -> Iterator[sqlite3.Connection]:
+    if path.is_symlink():
+        raise NotesError(f"{path} is a link; notes must be a regular file. Replace the link by the file it points to.")
+    try:
+        database = sqlite3.connect(path, timeout=5)
         try:
-            database = sqlite3.connect(self.path, timeout=5)
-            try:
-                database.row_factory = sqlite3.Row
-                if create:
-                    database.execute(_TABLE)
-                with database:
-                    yield database
-            finally:
-                database.close()
-        except sqlite3.Error as error:
-            raise NotesError(f"{self.path}: {error}. Move the file away, or make its directory writable.") from error
+            database.row_factory = sqlite3.Row
+            yield database
+        finally:
+            database.close()
+    except sqlite3.Error as error:
+        raise NotesError(f"{path}: {error}. Move the file away, or make its directory writable.") from error

@@ -1,4 +1,4 @@
-"""Your own label, note and bookmark of a feature, and its export."""
+"""Your own label, note, bookmark and lists of a feature, and its export."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from browser.markup import explain
 from browser.notes import MAX_LABEL, MAX_NOTE, Note, Notes, NotesError
 from browser.state import Page
 from browser.tokens import plain_markdown
+from browser.views import named_lists
 
 
 def show(page: Page, provenance: str) -> None:
-    """Three menus: label and note, bookmarks, export."""
+    """Four menus: label and note, bookmarks, lists, export."""
     notes = Notes(page.entry.path)
     try:
         note, everything = notes.get(page.feature), notes.all()
@@ -44,6 +45,7 @@ def show(page: Page, provenance: str) -> None:
             st.button(plain_markdown(name), key=f"go-{each.feature}", on_click=state.open_feature, args=(each.feature,))
         if not marked:
             st.caption("No bookmarks yet.")
+    named_lists.feature_menu(bar, page)
     with bar.popover("Export", icon=":material/download:"):
         _downloads(page, provenance, notes, "this feature", [page.feature])
         if marked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import streamlit as st
 from browser import catalogue, data, state
 from browser.markup import explain, facts
 from browser.state import Page
+from browser.views import named_lists
 
 HELP = (
     "Density = firings / kept tokens (all but BOS and padding). dead: never fires. ultra-low: density below "
@@ -38,15 +40,16 @@ def show(page: Page) -> None:
     """Draws the table and its filters."""
     table = state.table_of(page)
     _summary(page, table)
-    shown = _filters(page, table)
+    lists = named_lists.lists_of(page)
+    shown = _filters(page, table, lists)
     _table(shown)
-    left, right = st.columns([0.8, 0.2], vertical_alignment="center")
+    left, right = st.columns([0.7, 0.3], vertical_alignment="center")
     left.caption(
         f"{len(shown):,} of {len(table):,} features, sorted by {st.session_state['sort']}. Select a row to open its "
         "feature; click a column's head to sort by it."
     )
     name = f"features-{page.entry.id.replace('/', '-')}"
-    csv, parquet = right.columns(2)
+    csv, parquet, menu = right.columns(3)
     csv.download_button(
         "CSV", data=lambda: catalogue.to_csv(shown), file_name=f"{name}.csv", mime="text/csv", width="stretch"
     )
@@ -57,6 +60,7 @@ def show(page: Page) -> None:
         width="stretch",
         mime="application/vnd.apache.parquet",
     )
+    named_lists.manage(menu, page, lists, shown)
 
 
 def _summary(page: Page, table: pd.DataFrame) -> None:
@@ -88,9 +92,9 @@ def _summary(page: Page, table: pd.DataFrame) -> None:
     st.html(facts(values, help=HELP))
 
 
-def _filters(page: Page, table: pd.DataFrame) -> pd.DataFrame:
+def _filters(page: Page, table: pd.DataFrame, lists: Mapping[str, Sequence[int]]) -> pd.DataFrame:
     """Draws the filters above the table; returns the rows that pass."""
-    search, flag, domain, density, sort = st.columns([0.27, 0.14, 0.16, 0.23, 0.2])
+    search, place, flag, domain, density, sort = st.columns([0.23, 0.15, 0.12, 0.13, 0.19, 0.18])
     text = search.text_input(
         "Search",
         key="q",
@@ -100,6 +104,7 @@ def _filters(page: Page, table: pd.DataFrame) -> pd.DataFrame:
         "spaces count.",
         max_chars=80,
     )
+    chosen = named_lists.choose(place, lists)
     flag_now = flag.selectbox(
         "Flag",
         ["all", *FLAGS],
@@ -128,6 +133,7 @@ def _filters(page: Page, table: pd.DataFrame) -> pd.DataFrame:
         domain="" if domain_now == "all" else str(domain_now),
         log_density=None if bounds == (-7.0, 0.0) else bounds,
         text=text or "",
+        features=lists.get(chosen) if chosen is not None else None,
     )
     column, ascending = SORTS[str(sorting)]
     return shown.sort_values(column, ascending=ascending, kind="stable")
