@@ -188,9 +188,10 @@ def test_a_memory_budget_stops_with_a_usable_store_and_continues_when_raised(
 
     def growing() -> int:
         looks[0] += 1
-        return 10**9 + looks[0] * 10**7  # the first look is the forecast's
+        return 10**9 + looks[0] * 10**7
 
     with monkeypatch.context() as patch:
+        patch.setattr(import_module("sae.pipeline.harvest"), "resident_bytes", lambda: 10**9)  # of the forecast
         patch.setattr(harvesting, "resident_bytes", growing)
         with pytest.raises(harvesting.OutOfMemoryBudget, match=r"more than the 1,400 MB.*--max-ram .*to continue"):
             pipeline.harvest(tiny_model, tiny_text, out, max_ram_bytes=14 * 10**8, **BUDGET)

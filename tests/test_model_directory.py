@@ -99,7 +99,7 @@ def test_a_head_that_is_the_embedding_need_not_be_in_the_file(copy: Path) -> Non
     drop(copy, "lm_head")
     change(copy, tie_word_embeddings=True)
     model = load_model(copy)
-    _, W_U, _ = model.unembedding()
+    W_U = model.readout().W_U
     held = {name: tensor for file in parts(copy) for name, tensor in load_file(file).items()}
     assert torch.equal(W_U, held["model.embed_tokens.weight"].T)
 
