@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from browser.data import LABEL_KINDS, density, flags, rule_text
+from browser.notes import Note
 from browser.tokens import label
 from store.features import FeatureIndex
 
@@ -54,6 +55,16 @@ def feature_table(index: FeatureIndex) -> pd.DataFrame:
         ]
         columns["auto_f1"] = index.column("label/score")[:, 2]
     return pd.DataFrame(columns)
+
+
+def with_labels(table: pd.DataFrame, notes: Iterable[Note]) -> pd.DataFrame:
+    """The table with your own labels as its second column, if there are any."""
+    labels = {note.feature: note.label for note in notes if note.label}
+    if not labels:
+        return table
+    table = table.copy(deep=False)
+    table.insert(1, "label", [labels.get(feature, "") for feature in table["feature"].tolist()])
+    return table
 
 
 def select_features(

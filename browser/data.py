@@ -23,6 +23,8 @@ LEVELS = 4  # directories below the root that are searched for SAEs
 ULTRA_LOW = 1e-5  # density (firings per kept token), as in eval.json's ultra_low_share
 DENSE = 0.1  # density
 N_INTERVALS = 11
+# panel of related features → column of its score
+RELATED = {"successors": "share", "neighbours": "cosine", "correlated": "pearson", "together": "jaccard"}
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from browser import data, dumps
 from browser.data import Example
@@ -60,11 +61,54 @@ def describe(index: FeatureIndex, feature: int, note: Note) -> dict[str, Any]:
                 {"token_id": i, "token": label(index.token_bytes(i)), "logit_weight": weight}
                 for i, weight in data.logit_weights(index, side, feature, N_LIST)
             ]
+    found |= _related(index, feature)
+    found["histograms"] = {
+        name: {column: frame[column].tolist() for column in frame}
+        for name, frame in _histograms(index, feature, values).items()
+        if len(frame)
+    }
     found["examples"] = [
         {"title": title, "note": said, "texts": [_text(example) for example in shown]}
         for title, said, shown in _examples(index, feature, rows, values)
     ]
     return found
+
+
+def _related(index: FeatureIndex, feature: int) -> dict[str, Any]:
+    """Other features and neurons, each with its score, as in the lists of the page."""
+    found: dict[str, Any] = {}
+    for name, score in data.RELATED.items():
+        if index.has(f"{name}/id"):
+            found[name] = _scored(index, feature, "feature", f"{name}/id", {score: f"{name}/{score}"})
+    if index.has("neurons/weight_id"):
+        columns = {"weight": "neurons/weight_value", "share": "neurons/weight_share"}
+        found["aligned_neurons"] = _scored(index, feature, "neuron", "neurons/weight_id", columns)
+    if index.has("neurons/corr_id"):
+        found["correlated_neurons"] = _scored(
+            index, feature, "neuron", "neurons/corr_id", {"pearson": "neurons/corr_value"}
+        )
+    return found
+
+
+def _scored(
+    index: FeatureIndex, feature: int, what: str, numbers: str, columns: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Rows of a list: the number of a feature or neuron, and its scores; unknown scores are None."""
+    scores = {name: index.panel(panel, feature).tolist() for name, panel in columns.items() if index.has(panel)}
+    return [
+        {what: number} | {name: value[i] if np.isfinite(value[i]) else None for name, value in scores.items()}
+        for i, number in enumerate(index.panel(numbers, feature).tolist())
+        if number >= 0
+    ]
+
+
+def _histograms(index: FeatureIndex, feature: int, values: np.ndarray) -> dict[str, pd.DataFrame]:
+    if index.sampled:
+        return {
+            name: dumps.histogram(index, kind, feature)
+            for name, kind in (("activations", "act"), ("logit_weights", "logit"))
+        }
+    return {"activations": data.activation_histogram(values), "logit_weights": data.logit_histogram(index, feature)}
 
 
 def _share(index: FeatureIndex, each: data.TokenShare) -> dict[str, Any]:

@@ -83,14 +83,9 @@ def table_of(page: Page) -> pd.DataFrame:
     """`catalogue.feature_table` of the page's index with your own labels; callers must not change it."""
     table = _feature_table(page.index, page.index.path, _stamp(page.index.path))
     try:
-        labels = {note.feature: note.label for note in Notes(page.entry.path).all() if note.label}
+        return catalogue.with_labels(table, Notes(page.entry.path).all())
     except NotesError:  # the feature's page reports it
-        labels = {}
-    if not labels:
         return table
-    table = table.copy(deep=False)
-    table.insert(1, "label", [labels.get(feature, "") for feature in table["feature"].tolist()])
-    return table
 
 
 @st.cache_resource(max_entries=4, show_spinner="Reading the dictionary …")

@@ -33,12 +33,11 @@ HELP = {
     "tokens": "Precision = firings on the token / all firings of the feature. Recall = firings on the token / "
     "occurrences of the token.",
 }
-# panel → column of its score, title
-FEATURE_LISTS = {
-    "successors": ("share", "Fires next"),
-    "neighbours": ("cosine", "Similar direction"),
-    "correlated": ("pearson", "Similar activations"),
-    "together": ("jaccard", "Fires together"),
+TITLES = {
+    "successors": "Fires next",
+    "neighbours": "Similar direction",
+    "correlated": "Similar activations",
+    "together": "Fires together",
 }
 
 
@@ -53,8 +52,8 @@ def show(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
     if len(rows):
         lists.append(_token_list(page, rows, values))
     lists += [
-        RowList(title, _feature_rows(page, name, score), HELP[name], empty="none found")
-        for name, (score, title) in FEATURE_LISTS.items()
+        RowList(TITLES[name], _feature_rows(page, name, score), HELP[name], empty="none found")
+        for name, score in data.RELATED.items()
         if index.has(f"{name}/id")
     ]
     if index.has("neurons/weight_id"):
