@@ -27,7 +27,7 @@ Answer = dict[str, Any]
 ADDRESSES = {
     "dictionaries": "every dictionary below the root, with its configuration",
     "features?sae=ID": "the table of its features; filters: list, flag, domain, q",
-    "feature?sae=ID&feature=N": f"what the page of a feature shows; also of several (N,M,…), up to {export.MAX_FEATURES}",
+    "feature?sae=ID&feature=N": f"what the page of a feature shows; N,M,… for several, up to {export.MAX_FEATURES}",
     "notes?sae=ID": "your labels, notes, bookmarks and lists",
 }
 
