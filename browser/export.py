@@ -28,7 +28,7 @@ h1 { font-size: 1.2rem; } h2 { font-size: 1.1rem; border-top: 1px solid var(--li
 h3 { font-size: 0.9rem; margin: 1rem 0 0.2rem; } h3 small, .source, dt { opacity: 0.65; font-weight: 400; }
 dl { display: flex; flex-wrap: wrap; gap: 0.2rem 1.4rem; margin: 0; } dl div { display: flex; gap: 0.4rem; }
 dd { margin: 0; } .ex { font: 12.5px/1.7 ui-monospace, monospace; border-bottom: 1px solid var(--line);
-  white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; }
+  white-space: break-spaces; overflow-wrap: anywhere; unicode-bidi: plaintext; }
 .ex b { font: 11px system-ui; opacity: 0.65; display: inline-block; min-width: 3.6em; }
 .t { border-radius: 2px; background: rgb(var(--hot) / var(--p, 0)); } .x { opacity: 0.55; }
 """

@@ -28,6 +28,7 @@ OPTIONS = {
     "browser.gatherUsageStats": "false",
     "server.showEmailPrompt": "false",  # else Streamlit waits for an answer on its first run
     "client.toolbarMode": "minimal",
+    "logger.hideWelcomeMessage": "true",  # the address is printed here; else Streamlit offers its skills in the app
     "runner.magicEnabled": "false",
     "global.disableWidgetStateDuplicationWarning": "true",  # links and callbacks set the same widgets
 }
