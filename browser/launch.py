@@ -28,7 +28,6 @@ OPTIONS = {
     "browser.gatherUsageStats": "false",
     "server.showEmailPrompt": "false",  # else Streamlit waits for an answer on its first run
     "client.toolbarMode": "minimal",
-    "logger.hideWelcomeMessage": "true",  # the address is printed here; else Streamlit offers its skills in the app
     "runner.magicEnabled": "false",
     "global.disableWidgetStateDuplicationWarning": "true",  # links and callbacks set the same widgets
 }
@@ -67,6 +66,8 @@ def command(*, port: int, open_browser: bool, proxy: Proxy = DIRECT) -> list[str
     """The command line that serves the app on `port`."""
     app = Path(__file__).with_name("server.py")
     options = OPTIONS | {"server.port": str(port), "server.headless": "false" if open_browser else "true"}
+    if open_browser:  # with its greeting Streamlit also offers its skills for agents inside the app
+        options |= {"logger.hideWelcomeMessage": "true"}
     if proxy.path:
         options["server.baseUrlPath"] = proxy.path
     flags = [f"--{name}={value}" for name, value in (options | THEME).items()]
