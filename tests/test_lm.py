@@ -411,6 +411,7 @@ def _fake_bridge() -> Any:
         tokenizer = SimpleNamespace(
             backend_tokenizer=Tokenizer(models.WordLevel({f"word{i}": i for i in range(300)})),
             bos_token_id=None,
+            get_vocab=dict,
             eos_token_id=7,
         )
         cfg = SimpleNamespace(n_ctx=32, d_vocab=300, device="cpu")
