@@ -66,7 +66,9 @@ def test_links_components_and_downloads_work_below_a_path_of_another_host(
         wait_feature(page, 1)
         page.locator(".charts .plot").first.wait_for()  # drawn by our component's script
         assert page.locator("#mono-refused").count() == 0
+        wait_idle(page)  # a run that is under way would replace the button
         page.get_by_role("button", name="Export").click()
+        wait_idle(page)
         with page.expect_download() as download:
             page.get_by_role("button", name="HTML: this feature").click()
         assert Path(download.value.path()).stat().st_size > 0
