@@ -22,8 +22,9 @@ from sae.jobs.checkpoint import read_tensors
 from sae.jobs.progress import Interrupted
 from sae.lm import load_model
 from sae.lm import pretrain as module
+from sae.lm.cross_entropy import ChunkedCrossEntropy
 from sae.lm.held_out import held_out_contexts, held_out_loss, neuron_figures
-from sae.lm.pretrain import ChunkedCrossEntropy, PretrainConfig, TokenStream, configured, learning_rate, pretrain
+from sae.lm.pretrain import PretrainConfig, TokenStream, configured, learning_rate, pretrain
 from sae.lm.transformer import TransformerConfig
 from sae.text.documents import Document, TextReport, split_of
 from sae.text.sources import TextSource, open_text
