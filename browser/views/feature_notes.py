@@ -15,6 +15,7 @@ from browser.notes import MAX_LABEL, MAX_NOTE, Note, Notes, NotesError
 from browser.state import Page
 from browser.tokens import plain_markdown
 from browser.views import named_lists
+from browser.views.download import download
 
 
 def show(page: Page, provenance: str) -> None:
@@ -52,12 +53,11 @@ def show(page: Page, provenance: str) -> None:
             numbers = [each.feature for each in marked][: export.MAX_FEATURES]
             _downloads(page, provenance, notes, "all bookmarks", numbers)
         if everything:
-            st.download_button(
+            download(
                 "Labels, notes and bookmarks as JSON",
-                data=lambda: json.dumps(notes.export(), ensure_ascii=False, indent=1).encode(),
-                file_name="notes.json",
-                mime="application/json",
-                key="notes-json",
+                "notes.json",
+                "application/json",
+                lambda: json.dumps(notes.export(), ensure_ascii=False, indent=1).encode(),
             )
 
 
@@ -67,13 +67,7 @@ def _downloads(page: Page, provenance: str, notes: Notes, what: str, numbers: li
 
     name = f"features-{page.entry.id.replace('/', '-')}-{numbers[0]}"
     for kind, mime, write in (("HTML", "text/html", export.to_html), ("JSON", "application/json", export.to_json)):
-        st.download_button(
-            f"{kind}: {what}",
-            data=partial(written, write),
-            file_name=f"{name}.{kind.lower()}",
-            mime=mime,
-            key=f"export-{kind}-{what[:8]}",
-        )
+        download(f"{kind}: {what}", f"{name}.{kind.lower()}", mime, partial(written, write))
 
 
 def _save(notes: Notes, note: Note) -> None:

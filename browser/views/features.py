@@ -13,6 +13,7 @@ from browser import catalogue, data, state
 from browser.markup import explain, facts
 from browser.state import Page
 from browser.views import named_lists
+from browser.views.download import download
 
 HELP = (
     "Density = firings / kept tokens (all but BOS and padding). dead: never fires. ultra-low: density below "
@@ -50,16 +51,9 @@ def show(page: Page) -> None:
     )
     name = f"features-{page.entry.id.replace('/', '-')}"
     csv, parquet, menu = right.columns(3)
-    csv.download_button(
-        "CSV", data=lambda: catalogue.to_csv(shown), file_name=f"{name}.csv", mime="text/csv", width="stretch"
-    )
-    parquet.download_button(
-        "Parquet",
-        data=lambda: shown.to_parquet(index=False),
-        file_name=f"{name}.parquet",
-        width="stretch",
-        mime="application/vnd.apache.parquet",
-    )
+    download("CSV", f"{name}.csv", "text/csv", lambda: catalogue.to_csv(shown), csv)
+    mime = "application/vnd.apache.parquet"
+    download("Parquet", f"{name}.parquet", mime, lambda: shown.to_parquet(index=False), parquet)
     named_lists.manage(menu, page, lists, shown)
 
 

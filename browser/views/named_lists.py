@@ -16,6 +16,7 @@ from browser.named_lists import MAX_NAME, Lists, read_lists
 from browser.notes import NotesError
 from browser.state import Page
 from browser.tokens import plain_markdown
+from browser.views.download import download
 
 CHOSEN = "list"  # the chosen list, in the session and in the address
 _FAILED = "list-failed"
@@ -108,7 +109,7 @@ def manage(place: DeltaGenerator, page: Page, lists: Mapping[str, Sequence[int]]
                 ("JSON", "application/json", named_lists.to_json),
                 ("CSV", "text/csv", named_lists.to_csv),
             ):
-                _download(f"All lists as {kind}", f"{stem}.{kind.lower()}", mime, partial(write, lists))
+                download(f"All lists as {kind}", f"{stem}.{kind.lower()}", mime, partial(write, lists))
         with st.form("import-lists", border=False, clear_on_submit=True):
             file = st.file_uploader("Import lists", ["json", "csv"], key="lists-file")
             imported = st.form_submit_button("Import")
@@ -133,10 +134,6 @@ def _change_chosen(page: Page, chosen: str) -> None:
 
     st.text_input("Name of this list", chosen, max_chars=MAX_NAME, key=key, on_change=rename)
     st.button("Delete this list", icon=":material/delete:", key="delete-list", on_click=delete)
-
-
-def _download(label: str, file: str, mime: str, write: Callable[[], bytes]) -> None:
-    st.download_button(label, data=write, file_name=file, mime=mime, key=f"download-{file}", width="stretch")
 
 
 def _attempt(change: Callable[[], Any]) -> bool:
