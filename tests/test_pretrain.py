@@ -24,7 +24,7 @@ from sae.lm import load_model
 from sae.lm import pretrain as module
 from sae.lm.cross_entropy import ChunkedCrossEntropy
 from sae.lm.held_out import held_out_contexts, held_out_loss, neuron_figures
-from sae.lm.pretrain import PretrainConfig, TokenStream, configured, learning_rate, pretrain
+from sae.lm.pretrain import PretrainConfig, TokenStream, configured, learning_rate, pretrain, shape_of
 from sae.lm.transformer import TransformerConfig
 from sae.text.documents import Document, TextReport, split_of
 from sae.text.sources import TextSource, open_text
@@ -336,6 +336,22 @@ def test_the_blocks_learn_at_their_share_of_the_rate(tmp_path: Path) -> None:
             continue
         moved = (tensor - start[name]).abs().max().item()
         assert moved == pytest.approx(2.5e-4 if name.startswith("blocks.") else 1e-3, rel=0.02), name
+
+
+def test_training_starts_from_the_weights_of_another_model(unbroken: Path, tmp_path: Path) -> None:
+    """At a rate too small to move a weight, the new model is the old one; another shape or no model is refused."""
+    config = replace(CONFIG, train_tokens=64, lr=1e-12, weight_decay=0.0, seed=9)
+    out = pretrain(source(), tmp_path / "lm", shape=shape_of(unbroken), config=config, start=unbroken)
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (out / name).read_bytes() == (unbroken / name).read_bytes(), name
+    pretrain(source(), out, shape=SHAPE, config=config, start=unbroken)  # finished: nothing to do
+    with pytest.raises(ValueError, match="start_sha256 is '[0-9a-f]{64}' there, None asked for"):
+        pretrain(source(), out, shape=SHAPE, config=config)
+    with pytest.raises(ValueError, match="has the shape .*'d_mlp': 32.* asked for .*'d_mlp': 64"):
+        pretrain(source(), tmp_path / "other", shape=replace(SHAPE, d_mlp=64), config=config, start=unbroken)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match="no finished model of `sae pretrain`"):
+        shape_of(tmp_path)
 
 
 def _parameters_in_state(out: Path) -> dict[str, Tensor]:

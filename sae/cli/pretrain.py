@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from sae.cli.flags import Renamed, add_text, add_text_column, add_verb, print_text_read
@@ -21,6 +22,9 @@ def pretrain(verbs: Any) -> None:
     add_text(verb)
     add_text_column(verb)
     verb.add_argument("--out", required=True, metavar="DIR", help="directory of the model, e.g. lm/tiny")
+    verb.add_argument(
+        "--from", dest="start", metavar="DIR", help="start from this model of `sae pretrain`, with a new optimizer"
+    )
     verb.add_argument("--tokens", type=int, default=60_000_000, metavar="N", help="tokens to train on")
     verb.add_argument("--lr", type=float, default=4e-3, metavar="X", help="highest learning rate of the schedule")
     verb.add_argument(
@@ -40,16 +44,15 @@ def pretrain(verbs: Any) -> None:
         metavar="TOKENS",
         help="keep a copy of the model in DIR/kept after so many tokens (0: before the first step)",
     )
-    verb.add_argument("--n-layers", type=int, default=1, metavar="N", help="number of blocks")
-    verb.add_argument("--attn-only", action="store_true", help="blocks without MLPs")
+    verb.add_argument("--n-layers", type=int, metavar="N", help="number of blocks (1)")
+    verb.add_argument("--attn-only", action="store_true", default=None, help="blocks without MLPs")
     verb.add_argument(
         "--act",
         choices=sorted(ACTIVATION_NAMES),
-        default="relu",
-        help="activation function of the MLPs; solu includes the LayerNorm after it",
+        help="activation function of the MLPs (relu); solu includes the LayerNorm after it",
     )
-    verb.add_argument("--d-model", type=int, default=128, metavar="N", help="width of the residual stream")
-    verb.add_argument("--d-mlp", type=int, default=512, metavar="N", help="number of MLP neurons per block")
+    verb.add_argument("--d-model", type=int, metavar="N", help="width of the residual stream (128)")
+    verb.add_argument("--d-mlp", type=int, metavar="N", help="number of MLP neurons per block (512)")
     verb.add_argument(
         "--set",
         action="append",
@@ -68,15 +71,20 @@ def pretrain(verbs: Any) -> None:
 
 def _run_pretrain(args: argparse.Namespace) -> int:
     from sae import pipeline
-    from sae.lm.pretrain import configured
+    from sae.lm.pretrain import configured, shape_of
 
+    start = None if args.start is None else Path(args.start)
+    asked = {
+        "d_model": args.d_model,
+        "d_mlp": args.d_mlp,
+        "n_layers": args.n_layers,
+        "act_fn": args.act and ACTIVATION_NAMES[args.act],
+        "attn_only": args.attn_only,
+    }
     shape, config = configured(
         args.set,
-        d_model=args.d_model,
-        d_mlp=args.d_mlp,
-        n_layers=args.n_layers,
-        act_fn=ACTIVATION_NAMES[args.act],
-        attn_only=args.attn_only,
+        None if start is None else shape_of(start),
+        **{name: value for name, value in asked.items() if value is not None},
         train_tokens=args.tokens,
         lr=args.lr,
         block_lr_share=args.block_lr_share,
@@ -85,6 +93,6 @@ def _run_pretrain(args: argparse.Namespace) -> int:
         keep_at=tuple(sorted(args.keep_at)),
     )
     source = pipeline.source_of(args.text, text_column=args.text_column)
-    print(pipeline.pretrain(source, args.out, shape=shape, config=config))
+    print(pipeline.pretrain(source, args.out, shape=shape, config=config, start=start))
     print_text_read(source)
     return 0

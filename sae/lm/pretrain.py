@@ -10,8 +10,9 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,9 +31,10 @@ from sae.lm.transformer import Transformer, TransformerConfig
 from sae.text.sources import TextSource
 from sae.text.splits import DIVIDED, WHOLE, SplitRule, rule_named
 from sae.text.tokenizer import BOS, load_tokenizer, train_tokenizer
-from store.common import HELD_OUT, TRAIN, atomic_write, explaining_full_disk, write_json
+from store.common import HELD_OUT, TRAIN, atomic_write, explaining_full_disk, write_bytes, write_json
 
 SETTINGS = "pretrain.json"  # the settings of the run that a directory holds
+MODEL = "model.safetensors"
 LOSS_CONTEXTS, NEURON_CONTEXTS = 256, 64  # held-out contexts that the log measures
 
 
@@ -77,8 +79,12 @@ class PretrainConfig:
         return (0.9, 0.95)
 
 
-def configured(assignments: Iterable[str], **given: Any) -> tuple[TransformerConfig, PretrainConfig]:
+def configured(
+    assignments: Iterable[str], shape: TransformerConfig | None = None, **given: Any
+) -> tuple[TransformerConfig, PretrainConfig]:
     """The architecture and the training of `given` settings and of texts such as `n_ctx=128`, which win.
+
+    What neither gives is as in `shape`, or else the default.
 
     Raises: ValueError for an unknown setting, naming the nearest one, and for a value of the wrong type.
     """
@@ -93,8 +99,22 @@ def configured(assignments: Iterable[str], **given: Any) -> tuple[TransformerCon
             given[name] = _PARSERS[types[name]](value)
         except (KeyError, ValueError) as error:
             raise ValueError(f"pretrain: {name} must be of type {types[name]}, got {value!r}.") from error
-    shape = {name: given.pop(name) for name in TransformerConfig.__dataclass_fields__ if name in given}
-    return TransformerConfig(**shape), PretrainConfig(**given)
+    changes = {name: given.pop(name) for name in TransformerConfig.__dataclass_fields__ if name in given}
+    return replace(shape or TransformerConfig(), **changes), PretrainConfig(**given)
+
+
+def shape_of(directory: Path) -> TransformerConfig:
+    """The architecture of the model that `sae pretrain` wrote to `directory`.
+
+    Raises: ValueError if there is no such model.
+    """
+    try:
+        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{directory} holds no finished model of `sae pretrain`: it has no config.json.") from error
+    if settings.get("kind") != "native-transformer":
+        raise ValueError(f"{directory} holds no model of `sae pretrain`, the only kind that training can start from.")
+    return TransformerConfig.from_dict(settings)
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
@@ -153,13 +173,19 @@ def learning_rate(step: int, total_steps: int, config: PretrainConfig) -> float:
     return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 
 
-def pretrain(source: TextSource, out: Path, *, shape: TransformerConfig, config: PretrainConfig) -> Path:
+def pretrain(
+    source: TextSource, out: Path, *, shape: TransformerConfig, config: PretrainConfig, start: Path | None = None
+) -> Path:
     """Trains tokenizer and transformer into `out` (model.safetensors, tokenizer.json, config.json, metrics.jsonl).
 
-    After an interruption, the same call continues from the last checkpoint.
+    With `start`, a directory of such a model, its weights and its tokenizer are where training starts; the optimizer is
+    new. After an interruption, the same call continues from the last checkpoint.
 
-    Raises: ValueError for too little text, or if `out` holds a run with other settings; Interrupted on Ctrl-C.
+    Raises: ValueError for too little text, for a `start` of another shape, or if `out` holds a run with other settings;
+    Interrupted on Ctrl-C.
     """
+    if start is not None and shape_of(start) != shape:
+        raise ValueError(f"pretrain: {start} has the shape {shape_of(start).to_dict()}, asked for {shape.to_dict()}.")
     rule = _split_rule(out)
     settings = {
         "shape": shape.to_dict(),
@@ -167,12 +193,16 @@ def pretrain(source: TextSource, out: Path, *, shape: TransformerConfig, config:
         "text_sha256": source.fingerprint,
         "held_out": rule.held_out,
     }
+    if start is not None:
+        settings["start_sha256"] = sha256((start / MODEL).read_bytes()).hexdigest()
     version_0_1 = {"train": {"block_lr_share": 1.0, "keep_at": ()}, "held_out": WHOLE.held_out}
     if shape.d_vocab > 1 << 16:
         raise ValueError(f"pretrain: d_vocab = {shape.d_vocab:,}; tokens are stored in 16 bits, so at most 65,536.")
     with explaining_full_disk(out, lambda: _kept(out)):
         claim(out, SETTINGS, settings, absent=version_0_1)
-        return _pretrain(source, out, shape, config, rule)
+        if start is not None:
+            write_bytes(out / "tokenizer.json", (start / "tokenizer.json").read_bytes())
+        return _pretrain(source, out, shape, config, rule, start)
 
 
 def _kept(out: Path) -> str:
@@ -181,7 +211,9 @@ def _kept(out: Path) -> str:
     return f"Everything up to step {step:,} is saved." if step else "Nothing was saved yet."
 
 
-def _pretrain(source: TextSource, out: Path, shape: TransformerConfig, config: PretrainConfig, rule: SplitRule) -> Path:
+def _pretrain(
+    source: TextSource, out: Path, shape: TransformerConfig, config: PretrainConfig, rule: SplitRule, start: Path | None
+) -> Path:
     tokens = {split: _token_file(source, out, split, shape, config, rule) for split in (TRAIN, HELD_OUT)}
     if len(tokens[HELD_OUT]) <= shape.n_ctx and not (out / "state.safetensors").exists():
         raise ValueError(
@@ -190,6 +222,8 @@ def _pretrain(source: TextSource, out: Path, shape: TransformerConfig, config: P
             f"short documents are held out whole, one in twenty, and longer ones are divided. Delete {out} first."
         )
     model = Transformer(shape, seed=config.seed)
+    if start is not None:
+        model.load_state_dict(read_tensors(start / MODEL)[0])
     stream = TokenStream(tokens[TRAIN], shape.n_ctx, config.batch_contexts, config.seed)
     _train(model, stream, tokens[HELD_OUT], out, config)
     write_model(model, out)
@@ -199,7 +233,7 @@ def _pretrain(source: TextSource, out: Path, shape: TransformerConfig, config: P
 def write_model(model: Transformer, directory: Path) -> None:
     """Writes the weights, in 16 bits, and config.json; with tokenizer.json beside them, `load_model` opens it."""
     write_tensors(
-        directory / "model.safetensors",
+        directory / MODEL,
         {name: tensor.half() for name, tensor in model.state_dict().items()},
         {"kind": "native-transformer"},
     )
