@@ -43,7 +43,7 @@ def load(entry: SaeEntry, *, transcoders: bool = False) -> Live:
     model = entry.config.get("model")
     model = model if isinstance(model, dict) else {}
     name, sha256 = str(model.get("id", "")), str(model.get("sha256", ""))
-    found = _load(entry.id, str(entry.path), name, weights.stat().st_mtime_ns)
+    found = _load(entry.id, str(entry.path), name, sha256 or None, weights.stat().st_mtime_ns)
     from sae.dictionary.autoencoder import refuse_row_scale, refuse_transcoder
     from store.common import same_model
 
@@ -81,11 +81,11 @@ def _warm(entry: SaeEntry) -> None:
 
 
 @st.cache_resource(max_entries=2, show_spinner="Loading the model …")
-def _load(sae_id: str, path: str, model_name: str, stamp: int) -> Live:
+def _load(sae_id: str, path: str, model_name: str, weights_sha256: str | None, stamp: int) -> Live:
     try:
         import sae
         from sae.lm import load_model
 
-        return Live(load_model(model_name, device="cpu"), sae.load(path))
+        return Live(load_model(model_name, device="cpu", weights_sha256=weights_sha256), sae.load(path))
     except (ImportError, OSError, ValueError, KeyError) as error:
         raise LiveError(f"The language model {model_name!r} of {sae_id} could not be loaded: {error}") from error

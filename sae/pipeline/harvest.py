@@ -114,10 +114,13 @@ def harvest(
     StoreError when `out` is another store, or another process writes one of these lanes; TextError for bad text;
     EmptySplit when the text has nothing to train on or nothing to hold out, before anything is written.
     """
-    lm = load_model(model, device=model_device(device)) if isinstance(model, str) else model
-    source = source_of(text).for_model(lm)
     out = out if is_url(out) else Path(out)
     begun = _begun(out)
+    held_weights = begun.provenance.get("model", {}).get("sha256") if begun else None
+    lm = model
+    if isinstance(lm, str):
+        lm = load_model(lm, device=model_device(device), weights_sha256=held_weights)
+    source = source_of(text).for_model(lm)
     context_bos = begins_with_bos(lm, _bos_recorded(begun) if context_bos is None else context_bos)
     seq_len = context_length(lm, seq_len, context_bos)
     lanes = lanes_of(rank, world)

@@ -45,9 +45,14 @@ def live_rows(
 
     A run that `out` holds keeps the rules by which its text is divided and its contexts begin.
     """
-    lm = load_model(live.model, device=device) if isinstance(live.model, str) else live.model
-    source, hook = source_of(live.text).for_model(lm), hook_point or DEFAULT_HOOK_POINT
     begun = _recorded(out)
+    held_weights = begun.get("model", {}).get("sha256")
+    lm = (
+        load_model(live.model, device=device, weights_sha256=held_weights)
+        if isinstance(live.model, str)
+        else live.model
+    )
+    source, hook = source_of(live.text).for_model(lm), hook_point or DEFAULT_HOOK_POINT
     rule = rule_named(begun["held_out"]) if "held_out" in begun else DIVIDED
     bos_recorded = contexts_begin_with_bos(begun) if begun else None
     context_bos = begins_with_bos(lm, bos_recorded if live.context_bos is None else live.context_bos)

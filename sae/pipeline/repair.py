@@ -68,9 +68,11 @@ def _as_harvested(
             f"{store.path} does not say from which model and text it was harvested (a merged or cut store does not): "
             "repair the stores it was made from, and make it again."
         )
-    chosen = model or store.provenance["model"]["id"]
-    lm = chosen if isinstance(chosen, LanguageModel) else load_model(chosen, device=model_device(device))
     recorded = store.provenance
+    chosen = model or recorded["model"]["id"]
+    if not isinstance(chosen, LanguageModel):
+        chosen = load_model(chosen, device=model_device(device), weights_sha256=recorded["model"].get("sha256"))
+    lm = chosen
     source = source_of(
         text or recorded["text_specs"],
         text_column=recorded.get("text_column"),

@@ -204,7 +204,7 @@ def model_in(store: ActivationReader) -> LanguageModel:
     held = _model_in(store)
     if not can_run(held):
         raise PipelineError(f"{store.path} holds activations that came as arrays; this recipe has to run their model.")
-    lm = load_model(held["id"])
+    lm = load_model(held["id"], weights_sha256=held.get("sha256"))
     if not same_model(held, lm.identity()):
         raise PipelineError(
             f"{store.path} holds activations of {_named(held)}, the model of that name is {_named(lm.identity())}: "
@@ -228,7 +228,7 @@ def _named_model(sae: SAE, asked: str | None, device: str) -> LanguageModel:
             "this dictionary was trained on activations that came as arrays (sae harvest --from), without a model that "
             "can be run here. Training, eval, index, browse and export work without one."
         )
-    return load_model(asked or ours["id"], device=device)
+    return load_model(asked or ours["id"], device=device, weights_sha256=None if asked else ours.get("sha256"))
 
 
 def open_pair(directory: str | Path, model: str | None = None, *, device: str = "auto") -> tuple[SAE, LanguageModel]:
