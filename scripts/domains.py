@@ -20,7 +20,9 @@ from sae.evaluation.domains import DomainCounts, f1
 from store.features import FeatureIndex
 
 SCRIPT_BLOCKS = {"arabic": ((0x0600, 0x06FF), (0x0750, 0x077F)), "hebrew": ((0x0590, 0x05FF),)}
-ALPHABETS = {"base64": string.ascii_letters + string.digits + "+/", "hex": string.hexdigits, "dna": "ATCG"}
+ALPHABETS = {"base64": string.ascii_letters + string.digits + "+/", "hex": string.hexdigits}
+# The paper's text writes nucleotides in capitals; databases also write them small, never both in one sequence.
+NUCLEOTIDES = ("ATCG", "atcg")
 OUTSIDE = 1e-10
 
 
@@ -74,14 +76,19 @@ def proxy(domain: str, tokens: np.ndarray, keep: np.ndarray, vocabulary: list[by
     if domain in SCRIPT_BLOCKS:
         belongs = in_script(tokens, vocabulary, SCRIPT_BLOCKS[domain])
         return script_proxy(tokens, keep, belongs, len(vocabulary))
+    unigram = np.bincount(tokens[keep], minlength=len(vocabulary)) / keep.sum()
     if domain in ALPHABETS:
-        unigram = np.bincount(tokens[keep], minlength=len(vocabulary)) / keep.sum()
-        ratio = log_ratio_of_alphabet(vocabulary, unigram, ALPHABETS[domain])[tokens]
-        if domain == "dna":  # as in the paper: at least two tokens, binarised by sign
-            pair = ratio[:, 1:] + best_ending_here(ratio)[:, :-1]
-            return np.pad((pair > 0).astype(float), ((0, 0), (1, 0)))
-        return best_ending_here(ratio)
+        return best_ending_here(log_ratio_of_alphabet(vocabulary, unigram, ALPHABETS[domain])[tokens])
+    if domain == "dna":
+        return np.maximum(*(nucleotides(tokens, vocabulary, unigram, alphabet) for alphabet in NUCLEOTIDES))
     return None
+
+
+def nucleotides(tokens: np.ndarray, vocabulary: list[bytes], unigram: np.ndarray, alphabet: str) -> np.ndarray:
+    """1 where two tokens or more that end here are likelier under the alphabet, as in the paper; else 0."""
+    ratio = log_ratio_of_alphabet(vocabulary, unigram, alphabet)[tokens]
+    pair = ratio[:, 1:] + best_ending_here(ratio)[:, :-1]
+    return np.pad((pair > 0).astype(float), ((0, 0), (1, 0)))
 
 
 class DomainTable:

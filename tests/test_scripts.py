@@ -86,6 +86,15 @@ def test_a_dictionary_from_text_and_the_features_of_its_domains(
     assert drawing.read_text().count("<polyline") == 5
 
 
+def test_the_proxy_of_dna_finds_sequences_in_capitals_and_in_small_letters() -> None:
+    """Two tokens of nucleotides or more, of one case; one such token alone, or a change of case, is a word."""
+    vocabulary = [b"GATT", b"gatt", b"act", b" of", b"the", b" and"]
+    text = np.array([[3, 0, 0, 3, 4, 3], [3, 1, 1, 1, 3, 4], [4, 2, 3, 4, 3, 2], [0, 1, 3, 4, 3, 4]])
+    tokens = np.concatenate([text, np.full((200, 6), 5)])  # else a token would be rarer in a sequence than elsewhere
+    found = script("domains").proxy("dna", tokens, np.ones(tokens.shape, bool), vocabulary)[:4]
+    assert found.tolist() == [[0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0] * 6, [0] * 6]
+
+
 def test_a_models_card_knows_its_baselines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
