@@ -26,8 +26,8 @@ BETTER = {
     "dead_share": "lower",
 }
 # Three seeds can agree by chance. With a smaller sd the bound would be tighter than the difference between machines, or
-# between default texts of two Pythons: seed 0 gave 0.9936 and 0.0097 nats on 3.11.2, 0.9983 and 0.0025 on 3.11.7.
-LEAST_SD = {"ce_loss_score_zero": 2e-3, "ce_loss_score_mean": 3e-3, "delta_ce": 3e-3, "fvu": 2e-3, "dead_share": 1e-2}
+# between default texts of two Pythons (on the earlier, sparse model 0.9936 and 0.9983 on 3.11.2 and 3.11.7).
+LEAST_SD = {"ce_loss_score_zero": 6e-3, "ce_loss_score_mean": 7e-3, "delta_ce": 1e-2, "fvu": 6e-3, "dead_share": 1e-2}
 
 
 def main() -> int:
