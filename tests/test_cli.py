@@ -28,6 +28,7 @@ VERBS = (
     "steer",
     "compare",
     "controls",
+    "lens",
     "export",
     "import",
     "info",

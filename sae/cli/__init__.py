@@ -23,6 +23,7 @@ from sae.cli.harvest import harvest
 from sae.cli.import_dictionary import import_dictionary
 from sae.cli.index import index
 from sae.cli.info import info
+from sae.cli.lens import lens
 from sae.cli.output import escape_unknown_characters, nobody_reads
 from sae.cli.pretrain import pretrain
 from sae.cli.steer import steer
@@ -42,6 +43,7 @@ VERBS = (
     steer,
     compare,
     controls,
+    lens,
     export,
     import_dictionary,
     info,

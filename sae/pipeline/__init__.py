@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, for type checkers and editors
     from sae.pipeline.info import describe as describe
     from sae.pipeline.info import describe_feature as describe_feature
     from sae.pipeline.info import machine_facts as machine_facts
+    from sae.pipeline.lenses import lens as lens
     from sae.pipeline.live import Live as Live
     from sae.pipeline.own_activations import store_activations as store_activations
     from sae.pipeline.pages import PAGE_FORMATS as PAGE_FORMATS
@@ -58,6 +59,7 @@ _PUBLIC = {  # by module
     "harvest": ("DEFAULT_HOOK_POINT", "Forecast", "forecast_harvest", "harvest", "source_of"),
     "index": ("index",),
     "info": ("describe", "describe_feature", "machine_facts"),
+    "lenses": ("lens",),
     "live": ("Live",),
     "own_activations": ("store_activations",),
     "pages": ("PAGE_FORMATS", "export_pages"),

@@ -1,0 +1,104 @@
+"""Lenses: one function each, on a model or on a dictionary and its model. Results go to files, with their controls."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sae.circuits.depth import Tuning, feature_depth, layer_depth
+from sae.circuits.results import DIRECTORY, Result, write_result
+from sae.circuits.text import Contexts, contexts_of
+from sae.dictionary.autoencoder import SAE
+from sae.lm import LanguageModel, load_model
+from sae.lm.base import read_json_file
+from sae.pipeline.errors import PipelineError
+from sae.pipeline.harvest import Text, source_of
+from sae.pipeline.resolve import model_device, open_pair
+from store.common import HELD_OUT, TRAIN
+
+RUNS = Path("runs")  # where the results of models go
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a lens looks at: a model, perhaps a dictionary of it, and the directory for results."""
+
+    model: LanguageModel
+    sae: SAE | None
+    directory: Path
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a result records about it."""
+        found: dict[str, Any] = {"model": self.model.identity()}
+        return found if self.sae is None else found | {"hook_point": self.hook_point}
+
+    @property
+    def hook_point(self) -> str:
+        """That of the dictionary. Raises: PipelineError without a dictionary, or if it does not say."""
+        if self.sae is None:
+            raise PipelineError("this needs a dictionary: name its directory instead of a model.")
+        if "hook_point" not in self.sae.config:
+            raise PipelineError("this dictionary does not say which hook point it was trained on.")
+        return str(self.sae.config["hook_point"])
+
+
+def lens(
+    name: str, path: LanguageModel | str | Path, *, out: str | Path | None = None, device: str = "auto", **settings: Any
+) -> Path:
+    """Runs one lens on a model or a dictionary and writes what it found; returns the JSON file.
+
+    `path` is a dictionary's directory, or a model as `sae.load_model` finds it. Results go to `lenses/` in the
+    dictionary's directory, or to `runs/lenses/<model>/`; `out` names another directory. `settings` are those of the
+    lens's own function in `sae.pipeline.lenses`.
+    Raises: PipelineError for an unknown lens, or a setting that it does not have.
+    """
+    if name not in LENSES:
+        raise PipelineError(f"there is no lens {name!r}; there are {', '.join(sorted(LENSES))}.")
+    run = LENSES[name]
+    takes = [each for each in inspect.signature(run).parameters if each != "subject"]
+    if unknown := [setting for setting in settings if setting not in takes]:
+        raise PipelineError(f"the lens {name} has no setting {unknown[0]!r}; it has {', '.join(takes) or 'none'}.")
+    subject = subject_of(path, out=out, device=device)
+    with subject.model.lock:
+        result = run(subject, **settings)
+    return write_result(result, subject.directory)
+
+
+def subject_of(path: LanguageModel | str | Path, *, out: str | Path | None = None, device: str = "auto") -> Subject:
+    """A dictionary with its model, or a model alone. Raises: PipelineError, ModelError if there is neither."""
+    if isinstance(path, LanguageModel):
+        lm, sae = path, None
+    elif (Path(path) / "config.json").is_file() and read_json_file(Path(path) / "config.json").get("kind") == "sae":
+        sae, lm = open_pair(path, device=device)
+    else:
+        lm, sae = load_model(path, device=model_device(device)), None
+    if out is None:
+        out = RUNS / DIRECTORY / Path(lm.id).name if sae is None else Path(str(path)) / DIRECTORY
+    return Subject(lm, sae, Path(out))
+
+
+def held_out_contexts(lm: LanguageModel, text: Text | None, n: int, split: str = HELD_OUT) -> Contexts:
+    """`n` contexts of held-out text (by default of the text on this machine)."""
+    return contexts_of(lm, source_of("default" if text is None else text), split, n)
+
+
+def depth(subject: Subject, *, text: Text | None = None, n: int = 64, seed: int = 0) -> Result:
+    """How early the model's prediction is there: the logit lens and the tuned lens at each depth, and by feature.
+
+    `n` contexts of held-out text are measured; the tuned lens is trained on training text.
+    """
+    lm = subject.model
+    held_out, train = (held_out_contexts(lm, text, size, split) for split, size in ((HELD_OUT, n), (TRAIN, 4 * n)))
+    tuning = Tuning(seed=seed)
+    measures, readings = layer_depth(lm, train, held_out, tuning)
+    if subject.sae is not None:
+        measures |= feature_depth(lm, subject.sae, subject.hook_point, held_out, readings, seed=seed)
+    about = subject.about | {"text": source_of("default" if text is None else text).name, "tuning": asdict(tuning)}
+    return Result("depth", measures, about, labels={"depth": readings.names})
+
+
+LENSES: dict[str, Callable[..., Result]] = {"depth": depth}
