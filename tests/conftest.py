@@ -6,12 +6,14 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import shape_checks  # before `sae`: its modules are imported with their shapes checked
 import torch
 from browser_sites import chromium, live_root, live_site, open_page, planted_root, planted_site, windows  # noqa: F401
 from fakes import made_up_documents, write_jsonl, write_model
+from sink_model import write_sink_model
 from without_torch import no_waiting_for_the_disk, pytest_terminal_summary  # noqa: F401
 
 from sae import pipeline
@@ -47,6 +49,13 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_model_dir: Path) -> NativeModel:
     return NativeModel(tiny_model_dir, str(tiny_model_dir))
+
+
+@pytest.fixture(scope="session")
+def model_with_sink(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> tuple[Path, Any]:
+    """A model of `transformers` with a sink at its first position: its directory, and the model itself."""
+    directory = tmp_path_factory.mktemp("sink") / "model"
+    return directory, write_sink_model(directory, tiny_model_dir / "tokenizer.json")
 
 
 @pytest.fixture(scope="session")

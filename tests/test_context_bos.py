@@ -12,7 +12,7 @@ import torch
 from fakes import made_up_documents, text_source, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
-from sink_model import N_CTX, write_sink_model
+from sink_model import N_CTX
 
 from sae import pipeline
 from sae.lm import LanguageModel, NativeModel, load_model
@@ -56,14 +56,8 @@ def test_without_it_contexts_are_the_text_cut_anywhere(tokens: list[int], seq_le
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> tuple[Path, Any]:
-    directory = tmp_path_factory.mktemp("sink") / "model"
-    return directory, write_sink_model(directory, tiny_model_dir / "tokenizer.json")
-
-
-@pytest.fixture(scope="module")
-def model(plain: tuple[Path, Any]) -> LanguageModel:
-    return load_model(plain[0])
+def model(model_with_sink: tuple[Path, Any]) -> LanguageModel:
+    return load_model(model_with_sink[0])
 
 
 def harvest(model: LanguageModel | str, out: Path, **settings: Any) -> ActivationStore:
@@ -85,7 +79,7 @@ def store(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Act
 
 
 def test_rows_are_those_of_transformers_on_contexts_that_begin_with_bos(
-    store: ActivationStore, plain: tuple[Path, Any]
+    store: ActivationStore, model_with_sink: tuple[Path, Any]
 ) -> None:
     assert store.provenance["bos"] == BOS_BEFORE_CONTEXTS
     for place in shards(store)[::9]:
@@ -93,7 +87,7 @@ def test_rows_are_those_of_transformers_on_contexts_that_begin_with_bos(
         assert (contexts.tokens[:, 0] == BOS).all()
         assert not contexts.keep[:, 0].any()
         assert (contexts.tokens[:, 1] != BOS).all()
-        expected = last_block(plain[1], torch.from_numpy(contexts.tokens.astype(np.int64)))
+        expected = last_block(model_with_sink[1], torch.from_numpy(contexts.tokens.astype(np.int64)))
         np.testing.assert_allclose(
             store.read_acts(*place, HOOK).reshape(expected.shape), expected.numpy(), rtol=1e-5, atol=1e-4
         )

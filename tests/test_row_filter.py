@@ -17,7 +17,6 @@ import torch
 from fakes import FewRows, made_up_documents, text_source
 from hypothesis import given
 from hypothesis import strategies as st
-from sink_model import write_sink_model
 
 from sae import pipeline
 from sae.cli.tables import eval_table
@@ -39,14 +38,8 @@ Rows = list[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> tuple[Path, Any]:
-    directory = tmp_path_factory.mktemp("sink") / "model"
-    return directory, write_sink_model(directory, tiny_model_dir / "tokenizer.json")
-
-
-@pytest.fixture(scope="module")
-def model(plain: tuple[Path, Any]) -> LanguageModel:
-    return load_model(plain[0])
+def model(model_with_sink: tuple[Path, Any]) -> LanguageModel:
+    return load_model(model_with_sink[0])
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +233,7 @@ def test_fvu_with_and_without_outliers_against_brute_force(store: ActivationStor
 
 @pytest.mark.parametrize("which", ["filtered", "whole"])
 def test_x_hat_replaces_x_on_the_rows_that_count_and_nowhere_else(
-    which: str, store: ActivationStore, plain: tuple[Path, Any], request: pytest.FixtureRequest
+    which: str, store: ActivationStore, model_with_sink: tuple[Path, Any], request: pytest.FixtureRequest
 ) -> None:
     """By plain transformers with a torch hook on the block."""
     directory: Path = request.getfixturevalue(which)
@@ -258,11 +251,11 @@ def test_x_hat_replaces_x_on_the_rows_that_count_and_nowhere_else(
 
     def cross_entropy() -> float:
         with torch.inference_mode():
-            log_p = plain[1](tokens).logits[:, :-1].double().log_softmax(-1)
+            log_p = model_with_sink[1](tokens).logits[:, :-1].double().log_softmax(-1)
         return float(-log_p.gather(-1, tokens[:, 1:, None])[..., 0][predicts].mean())
 
     assert result["metrics"]["ce_clean"]["value"] == pytest.approx(cross_entropy(), rel=1e-5)
-    handle = plain[1].transformer.h[1].register_forward_hook(replace)
+    handle = model_with_sink[1].transformer.h[1].register_forward_hook(replace)
     spliced = cross_entropy()
     handle.remove()
     assert result["metrics"]["ce_sae"]["value"] == pytest.approx(spliced, rel=1e-5)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import random_sae
-from sink_model import D_MODEL, N_CTX, write_sink_model
+from sink_model import D_MODEL, N_CTX
 
 from sae.dictionary.autoencoder import SAE
 from sae.interventions.attribution import inspect
@@ -30,14 +30,8 @@ PROMPT = "the quick brown fox"
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> tuple[Path, Any]:
-    directory = tmp_path_factory.mktemp("sink") / "model"
-    return directory, write_sink_model(directory, tiny_model_dir / "tokenizer.json")
-
-
-@pytest.fixture(scope="module")
-def model(plain: tuple[Path, Any]) -> LanguageModel:
-    return load_model(plain[0])
+def model(model_with_sink: tuple[Path, Any]) -> LanguageModel:
+    return load_model(model_with_sink[0])
 
 
 def dictionary(**config: Any) -> SAE:
@@ -77,15 +71,17 @@ FILTERS = {
 
 @pytest.mark.parametrize("name", FILTERS)
 @torch.inference_mode()
-def test_edits_act_where_the_dictionary_was_trained(name: str, plain: tuple[Path, Any], model: LanguageModel) -> None:
+def test_edits_act_where_the_dictionary_was_trained(
+    name: str, model_with_sink: tuple[Path, Any], model: LanguageModel
+) -> None:
     row_filter = FILTERS[name]
     sae = dictionary(**({} if row_filter.is_off else {"row_filter": row_filter.to_json()}))
     tokens = torch.tensor([model.encode_prompt(PROMPT)])
     assert tokens[0, 0] == BOS
     found = next_tokens(model, sae, tokens[0].tolist(), EDITS, n=300, **MAXIMA)
-    base = plain[1](tokens).logits[0, -1].softmax(-1)
-    with hooked(plain[1], sae, row_filter, tokens):
-        steered = plain[1](tokens).logits[0, -1].softmax(-1)
+    base = model_with_sink[1](tokens).logits[0, -1].softmax(-1)
+    with hooked(model_with_sink[1], sae, row_filter, tokens):
+        steered = model_with_sink[1](tokens).logits[0, -1].softmax(-1)
     np.testing.assert_allclose(found.base, base[found.ids].numpy(), rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(found.steered, steered[found.ids].numpy(), rtol=1e-3, atol=1e-6)
     assert found.kl > 1e-4
@@ -123,14 +119,14 @@ def test_bos_alone_is_not_edited(model: LanguageModel, tiny_model: NativeModel) 
 )
 @torch.inference_mode()
 def test_a_long_text_keeps_bos_in_front_if_contexts_of_training_had_it(
-    config: dict[str, Any], keeps_bos: bool, plain: tuple[Path, Any], model: LanguageModel
+    config: dict[str, Any], keeps_bos: bool, model_with_sink: tuple[Path, Any], model: LanguageModel
 ) -> None:
     found = steer(model, dictionary(**config), PROMPT * 4, [], max_new_tokens=6, temperature=0.0)
     ids = list(found.prompt_ids)
     assert len(ids) > N_CTX
     for new in found.base_ids:
         window = [BOS, *ids[1 - N_CTX :]] if keeps_bos else ids[-N_CTX:]
-        assert int(plain[1](torch.tensor([window])).logits[0, -1].argmax()) == new
+        assert int(model_with_sink[1](torch.tensor([window])).logits[0, -1].argmax()) == new
         ids.append(new)
 
 
@@ -143,7 +139,7 @@ def test_a_native_model_continues_from_the_end_of_a_long_text(tiny_model: Native
 
 
 @torch.inference_mode()
-def test_the_microscope_replaces_x_on_the_same_rows(plain: tuple[Path, Any], model: LanguageModel) -> None:
+def test_the_microscope_replaces_x_on_the_same_rows(model_with_sink: tuple[Path, Any], model: LanguageModel) -> None:
     row_filter = FILTERS["positions"]
     sae = dictionary(row_filter=row_filter.to_json())
     ids = model.encode_prompt(PROMPT)
@@ -154,8 +150,8 @@ def test_the_microscope_replaces_x_on_the_same_rows(plain: tuple[Path, Any], mod
         replaced = torch.cat([x[:, :3], sae(x[:, 3:])], 1)
         return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
 
-    handle = plain[1].transformer.h[0].register_forward_hook(replace)
-    log_p = plain[1](torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    handle = model_with_sink[1].transformer.h[0].register_forward_hook(replace)
+    log_p = model_with_sink[1](torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
     handle.remove()
     expected = -log_p[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
     torch.testing.assert_close(found.loss_spliced[1:], expected, rtol=1e-3, atol=1e-4)
