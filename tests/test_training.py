@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.files import load
+from sae.dictionary.sites import Site
 from sae.jobs.checkpoint import read_tensors
 from sae.jobs.progress import Interrupted
 from sae.kernels import choose, matmul
@@ -46,6 +47,7 @@ class Planted:
         self.to_y = torch.randn(D_IN, D_OUT, generator=generator)
         self.to_logits = torch.randn(D_IN, 7, generator=generator) / size
         self.d_in, self.d_out, self.batch_tokens, self.size = D_IN, D_OUT, batch_tokens, size
+        self.sites = [Site("first", 6, 0.5), Site("second", D_IN - 6, 2.0)]  # as a crosscoder sees them
         self.bad_step: int | None = None
         self.before_batch: Callable[[int], None] = lambda step: None
         self.samples: list[tuple[int, int]] = []

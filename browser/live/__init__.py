@@ -38,6 +38,11 @@ def load(entry: SaeEntry, *, transcoders: bool = False) -> Live:
             f"{entry.id} has no sae.safetensors, so its dictionary cannot be run. Train it again, or copy the file "
             "back into its directory."
         )
+    if "sites" in entry.config:
+        raise LiveError(
+            f"{entry.id} is a crosscoder: its rows join several hook points or models, so no single model can be run "
+            "for it. Its evaluation is on the page Run, and `sae eval` prints it."
+        )
     if not entry.has_model:
         raise LiveError(f"The activations of {entry.id} came as arrays, without a model that could be run.")
     model = entry.config.get("model")

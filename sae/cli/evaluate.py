@@ -20,8 +20,10 @@ def evaluate(verbs: Any) -> None:
 
 def _run_eval(args: argparse.Namespace) -> int:
     from sae import pipeline
+    from sae.cli.crosscoder_table import crosscoder_table
     from sae.cli.tables import eval_table
 
     result = pipeline.evaluate(args.sae, store=args.acts, model=args.model, device=args.device, kernels=args.kernels)
-    print(json.dumps(result, indent=2) if args.json else eval_table(result))
+    table = crosscoder_table if result.get("kind") == "crosscoder" else eval_table
+    print(json.dumps(result, indent=2) if args.json else table(result))
     return 0

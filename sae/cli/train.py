@@ -33,9 +33,10 @@ def train(verbs: Any) -> None:
         "--live",
         action=Either,
         const={"--acts": "acts", "--live": "live"},
+        repeated=True,
         metavar="SOURCE",
-        help="--acts STORE: the activation store to train on; --live MODEL: run this model on --text while training, "
-        "nothing on disk",
+        help="--acts STORE: the activation store to train on, several of one text for a crosscoder; --live MODEL: run "
+        "this model on --text while training, nothing on disk",
     )
     verb.set_defaults(live=None)
     verb.add_argument(
@@ -72,8 +73,8 @@ def train(verbs: Any) -> None:
         "--hook-point",
         action="append",
         metavar="NAME",
-        help="where in the model to read; given twice for a transcoder: its input, then its output (default: the "
-        "store's only one; live: blocks.0.mlp.hook_post)",
+        help="where in the model to read; given twice for a transcoder: its input, then its output; once for each "
+        "site of a crosscoder (default: the store's only one; live: blocks.0.mlp.hook_post)",
     )
     verb.add_argument("--keep", type=int, default=1, metavar="N", help="number of saved states to keep on disk")
     verb.add_argument(
@@ -97,14 +98,22 @@ def _run_train(args: argparse.Namespace) -> int:
 
     if bool(args.acts) == bool(args.live) or bool(args.live) != bool(args.text):
         raise ValueError("name what to train on: either --acts STORE, or --live MODEL with --text SOURCE.")
-    hook_point, target_hook_point = (*(args.hook_point or []), None, None)[:2]
+    hook_points = args.hook_point or []
+    sites = bool(args.acts) and (args.recipe == "crosscoder" or len(args.acts) > 1)
+    if not sites and len(args.acts or args.live) + len(hook_points[2:]) > 1:
+        raise ValueError(
+            "several stores, or more than two hook points, are the sites of a crosscoder (--acts and "
+            f"--recipe crosscoder); got {len(args.acts or args.live)} and {len(hook_points)} with {args.recipe}."
+        )
+    hook_point, target_hook_point = (None, None) if sites else (*hook_points, None, None)[:2]
     memory = {} if args.max_ram is None else {"max_ram_bytes": args.max_ram}
     if not args.live and (args.text_column or args.special_tokens):
         raise ValueError("--text-column and --special-tokens go with --live: a store's text has been read already.")
     text: dict[str, Any] = {"text_column": args.text_column, "special_tokens": args.special_tokens}
     source = pipeline.source_of(args.text, **text) if args.live else None
+    stored = pipeline.Sites(args.acts, hook_points) if sites else (args.acts or [None])[0]
     pipeline.train(
-        pipeline.Live(args.live, source, **memory) if source else args.acts,
+        pipeline.Live(args.live[0], source, **memory) if source else stored,
         args.out,
         recipe=args.recipe,
         d_sae=args.d_sae,

@@ -103,6 +103,11 @@ class SAE(nn.Module):
         return elsewhere or self.skip or self.d_out != self.d_in
 
     @property
+    def is_crosscoder(self) -> bool:
+        """Whether its rows join the activations of several hook points or models (`sae.dictionary.sites`)."""
+        return "sites" in self.config
+
+    @property
     def scales_rows(self) -> bool:
         """Whether each row is divided by a scale of its own, so that no activation has a fixed size in units of x."""
         return self.row_norm in ("layer_norm", "unit_mean_square")
@@ -223,7 +228,7 @@ def fold_scale(sae: SAE, scale: float, target_scale: float | None = None) -> SAE
     target_scale = target_scale or scale
     factors = {"W_enc": scale / target_scale, "W_skip": scale / target_scale}
     factors |= dict.fromkeys(("b_enc", "b_dec", "b_mag", "threshold"), 1 / target_scale)
-    return _rescaled(sae, {name: torch.tensor(factor, dtype=torch.float64) for name, factor in factors.items()})
+    return rescaled(sae, {name: torch.tensor(factor, dtype=torch.float64) for name, factor in factors.items()})
 
 
 @torch.no_grad()
@@ -238,10 +243,10 @@ def fold_decoder_norms(sae: SAE) -> SAE:
     norms = sae.W_dec.double().norm(dim=-1)
     norms = torch.where(norms > 0, norms, 1.0)
     factors = dict.fromkeys(("W_enc", "b_enc", "b_mag", "threshold"), norms)
-    return _rescaled(sae, {**factors, "W_dec": 1 / norms[:, None]})
+    return rescaled(sae, {**factors, "W_dec": 1 / norms[:, None]})
 
 
-def _rescaled(sae: SAE, factors: Mapping[str, Tensor]) -> SAE:
+def rescaled(sae: SAE, factors: Mapping[str, Tensor]) -> SAE:
     """A copy whose tensors are multiplied by these factors, in float64."""
     twin = SAE(**sae.shape).to(sae.W_dec.dtype).train(sae.training)
     mine = sae.tensors()

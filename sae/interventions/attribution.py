@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE, refuse_row_scale, refuse_transcoder
+from sae.dictionary.sites import refuse_crosscoder
 from sae.dictionary.row_norm import restored
 from sae.dictionary.trained_rows import rows_that_count
 from sae.interventions.ablation import only_final_norm_reads
@@ -40,6 +41,7 @@ def inspect(model: LanguageModel, sae: SAE, ids: Sequence[int], *, hook_point: s
 
     Raises: ValueError for a transcoder.
     """
+    refuse_crosscoder(sae, "microscope")
     refuse_transcoder(sae, "microscope")
     tokens = torch.tensor([list(ids)])
     with model.lock:
@@ -98,6 +100,7 @@ def attribute(
     activation over all positions. The mean over the vocabulary is subtracted because it cancels in the softmax.
     Raises: ValueError when position or token does not exist, for a transcoder, or if each row is scaled by itself.
     """
+    refuse_crosscoder(sae, "attribution")
     refuse_transcoder(sae, "attribution")
     refuse_row_scale(sae, "attribution")
     if not 0 <= position < len(ids):

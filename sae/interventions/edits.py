@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE, refuse_row_scale, refuse_transcoder
+from sae.dictionary.sites import refuse_crosscoder
 from sae.dictionary.trained_rows import rows_that_count
 from sae.lm import LanguageModel, Splice
 
@@ -162,6 +163,7 @@ def where_trained(
 
 
 def _check(sae: SAE, edits: Sequence[Edit], units: dict[str, Float[np.ndarray, " d_sae"]]) -> None:
+    refuse_crosscoder(sae, "steering")
     refuse_row_scale(sae, "steering")
     for name, values in units.items():
         if len(values) != sae.d_sae:

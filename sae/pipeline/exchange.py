@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.files import save
+from sae.dictionary.sites import refuse_crosscoder
 from sae.interop import hub, registry
 from sae.lm import load_model
 from sae.pipeline.errors import PipelineError
@@ -29,6 +30,8 @@ def export(sae: SAE | str | Path, format: str, out: str | Path) -> Path:
     out = Path(out)
     if format not in EXPORT_FORMATS:
         raise PipelineError(f"export: format must be one of {', '.join(EXPORT_FORMATS)}; got {format!r}.")
+    if format != "native":
+        refuse_crosscoder(dictionary, f"export to {format}", PipelineError)
     refuse_filled(out, "export")
     with _whole_or_empty(out):
         if format == "native":

@@ -102,7 +102,13 @@ def _recorded(out: Path) -> dict[str, Any]:
 
 
 def check_target(recipe: str, target_hook_point: str | None) -> None:
-    """Raises: PipelineError when a transcoder recipe has no target hook point, or another recipe has one."""
+    """Raises: PipelineError when a transcoder recipe has no target hook point, another recipe has one, or for a
+    crosscoder, which has sites."""
+    if recipe_named(recipe).needs == "sites":
+        raise PipelineError(
+            f"recipe {recipe} joins the activations of several places: name two hook points of one store, or the same "
+            "hook point of two stores (--acts A --acts B; in Python rows = pipeline.Sites([A, B]))."
+        )
     needs_target = recipe_named(recipe).needs == "y"
     if needs_target != bool(target_hook_point):
         wants = "predicts y from x: name a second hook point, that of y" if needs_target else "takes one hook point"

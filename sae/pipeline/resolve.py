@@ -12,6 +12,7 @@ import torch
 
 from sae.dictionary.autoencoder import SAE, refuse_transcoder
 from sae.dictionary.files import load
+from sae.dictionary.sites import refuse_crosscoder
 from sae.dictionary.trained_rows import trained_with_context_bos
 from sae.jobs.progress import progress
 from sae.kernels import device_named
@@ -45,8 +46,9 @@ def opened(sae: SAE | str | Path) -> tuple[SAE, Path | None]:
 
 
 def autoencoder(directory: str | Path) -> SAE:
-    """A dictionary that reconstructs its own input. Raises: PipelineError for a transcoder."""
+    """A dictionary that reconstructs its own input. Raises: PipelineError for a transcoder or a crosscoder."""
     sae = _load(directory)
+    refuse_crosscoder(sae, X_HAT_FOR_X, PipelineError)
     refuse_transcoder(sae, X_HAT_FOR_X, PipelineError)
     return sae
 
@@ -61,7 +63,11 @@ def _load(directory: str | Path) -> SAE:
 
 
 def output_hook_point(sae: SAE) -> str:
-    """The hook point of x̂: that of x, or a transcoder's target. Raises: PipelineError when it is not recorded."""
+    """The hook point of x̂: that of x, or a transcoder's target.
+
+    Raises: PipelineError when it is not recorded, or there are several (a crosscoder).
+    """
+    refuse_crosscoder(sae, "here", PipelineError)
     key = "target_hook_point" if sae.is_transcoder else "hook_point"
     if key not in sae.config:
         raise PipelineError(
@@ -74,8 +80,10 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
     """The store a dictionary was trained on, or the one asked for, which must hold activations of the same model.
 
     Rows that the dictionary's row filter leaves out are not kept in it.
-    Raises: PipelineError for another model's store, or one without a hook point that the dictionary reads or predicts.
+    Raises: PipelineError for another model's store, or one without a hook point that the dictionary reads or predicts,
+    and for a crosscoder.
     """
+    refuse_crosscoder(sae, str(directory or "this command"), PipelineError)
     if asked is None:
         held = sae.config.get("store", {}).get("path")
         if "live" in sae.config:
@@ -175,8 +183,9 @@ def model_of(
     """The dictionary's model, by its recorded name, or by the name or as the model asked for.
 
     Its weights must have the recorded hash; without a recorded one it must be the store's model.
-    Raises: PipelineError for a model with other weights.
+    Raises: PipelineError for a model with other weights, and for a crosscoder, which may have several.
     """
+    refuse_crosscoder(sae, "with one model", PipelineError)
     lm = asked if isinstance(asked, LanguageModel) else _named_model(sae, asked, str(device_named(device)))
     ours = sae.config.get("model", {})
     if "sha256" in ours and not same_model(ours, lm.identity()):

@@ -104,14 +104,15 @@ def open_rows(
     )
 
 
-def training_view(
-    store: ActivationReader, hook: str, config: TrainConfig, target_hook_point: str | None = None
-) -> ActivationReader:
-    """The store without the rows that the run leaves out; the store itself if it leaves none out."""
+def training_view(store: ActivationReader, hook: str, config: TrainConfig, *others: str | None) -> ActivationReader:
+    """The store without the rows that the run leaves out; the store itself if it leaves none out.
+
+    Other hook points that are read as well, and count in `max_norm_multiple`, are named in `others`.
+    """
     wanted = config.row_filter
     if wanted.is_off:
         return store
-    hooks = [hook, *([target_hook_point] if target_hook_point else [])]
+    hooks = [hook, *(other for other in others if other)]
     if wanted.max_norm_multiple:
         wanted = replace(wanted, median_norms={name: median_norm(store, name, wanted) for name in hooks})
     return FilteredStore(store, wanted, hooks, row_filter_progress)

@@ -52,6 +52,11 @@ def grid(
         recipe, config = resolve(name, d_sae=width, target_l0=aim, seed=seed, **settings)
         if recipe.needs == "y":
             raise PipelineError(f"recipe {name} has another target than x, so it cannot be on a frontier of x̂.")
+        if recipe.needs == "sites":
+            raise PipelineError(
+                f"recipe {name} reads several hook points or models, so it cannot be on a frontier of one hook point. "
+                "Train it with sae train."
+            )
         points.append(Point(f"{name}-{width}-l0_{aim:g}-s{seed}", config))
     if len({point.name for point in points}) != len(points):
         raise PipelineError("the sweep names a recipe, a size, an L0 or a seed twice.")

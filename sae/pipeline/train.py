@@ -16,6 +16,7 @@ from sae.pipeline.errors import PipelineError
 from sae.pipeline.live import Live, live_rows
 from sae.pipeline.resolve import opened
 from sae.pipeline.rows import SHUFFLE_BYTES, hook_point_of, provenance_of, rows_for, training_view
+from sae.pipeline.sites import JoinedRows, Sites, open_sites, provenance_of_sites
 from sae.pipeline.stores import warn_of_few_rows
 from sae.training import loop, recipes
 from sae.training.config import TrainConfig
@@ -29,7 +30,7 @@ UNITS_ROWS = 2048  # on which the L0 of the activations themselves is measured
 
 
 def train(
-    rows: str | Path | Live | Rows,
+    rows: str | Path | Live | Sites | Rows,
     out: str | Path,
     *,
     recipe: str = "balanced",
@@ -48,6 +49,8 @@ def train(
     start_from: SAE | str | Path | None = None,
 ) -> SAE:
     """Trains a dictionary on a store (its path), a model and a text (`Live`: nothing on disk) or any `Rows`.
+
+    A crosscoder is trained on `Sites`: several hook points of a store, or of several stores of one text.
 
     `d_sae` is the number of features (default: that of `start_from`, else 4096); `l0` is the mean number of active
     features per token to aim for (default: the recipe's; saved as `target_l0`);
@@ -70,6 +73,18 @@ def train(
     how: dict[str, Any] = {"kernels": kernels, "device": device, "keep": keep, "trackers": trackers_named(log_to)}
     if started:
         how["source"] = started.sae
+    if isinstance(rows, Sites):
+        if recipes.recipe_named(recipe).needs != "sites":
+            raise PipelineError(f"recipe {recipe} takes one hook point of one store; recipe crosscoder joins several.")
+        places = open_sites(rows)
+        warn_of_few_rows(places[0].store)
+        _, resolved = recipes.resolve(recipe, tokens=tokens or 4 * places[0].totals(TRAIN).kept_rows, **overrides)
+        joined = JoinedRows.of(places, resolved, max_ram_bytes)
+        provenance = provenance_of_sites(joined, out, max_ram_bytes)
+        if started:
+            provenance |= started.record(provenance)
+        _warn_unless_sparser(joined, resolved, out)
+        return loop.train(joined, out, resolved, provenance=provenance, **how)
     if not isinstance(rows, str | Path):
         _, resolved = recipes.resolve(recipe, tokens=tokens or TrainConfig.tokens, **overrides)
         provenance: dict[str, Any] = {}
@@ -104,6 +119,10 @@ class Started:
     def record(self, provenance: dict[str, Any]) -> dict[str, Any]:
         """The entry `started_from` of config.json. Raises: PipelineError if it belongs to other hook points."""
         config = self.sae.config
+        ours, theirs = ([site["hook_point"] for site in each.get("sites", [])] for each in (provenance, config))
+        if ours != theirs:
+            names = [" and ".join(hooks) if hooks else "one hook point" for hooks in (theirs, ours)]
+            raise PipelineError(f"the dictionary to start from joins {names[0]}, this run {names[1]}.")
         for key, what in (("hook_point", "reads"), ("target_hook_point", "predicts")):
             ours, theirs = provenance.get(key), config.get(key)
             unknown = key == "hook_point" and theirs is None  # of an imported dictionary

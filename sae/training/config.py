@@ -64,6 +64,7 @@ class RunSettings:
     skip_positions: int = setting(0, NOT_NEGATIVE)  # leaves out this many positions at the start of each context
     skip_token_ids: tuple[int, ...] = setting((), TOKEN_IDS)  # leaves out these tokens (BOS always is)
     skip: bool = setting(False, recipe_specific=True)  # a transcoder's linear skip connection
+    shuffle_sites: bool = setting(False, recipe_specific=True)  # a crosscoder's control: sites paired at random
 
     @property
     def row_filter(self) -> RowFilter:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE, fold_decoder_norms, fold_scale
 from sae.dictionary.files import save
+from sae.dictionary.sites import fold_site_scales
 from sae.jobs.checkpoint import read_header
 from sae.jobs.directory import claim, cut_log
 from sae.jobs.progress import Interrupted, interruptible, progress
@@ -243,6 +244,8 @@ class Run:
     def finish(self, rows: Rows) -> SAE:
         """The trained dictionary on raw rows, written next to its state, which keeps the thresholds of training."""
         sae = fold_scale(self.state.sae, self.state.scale, self.state.target_scale)
+        if self.state.sites:
+            sae = fold_site_scales(sae, self.state.sites)
         if self.recipe.activation == "batchtopk" and self.config.calibrate_threshold:
             with matmul.using(self.state.matmul):
                 sae.threshold.copy_(calibrated_threshold(self.state, rows, self.config) / self.state.target_scale)

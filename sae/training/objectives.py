@@ -48,6 +48,7 @@ class StepContext:
     p: float = 1.0
     scale: float = 1.0
     downstream: Downstream | None = None
+    site_widths: tuple[int, ...] = ()  # of a crosscoder's rows
 
 
 class Outcome(NamedTuple):
@@ -94,6 +95,20 @@ def l1_of_norms(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     acts = activations(sae, batch.x, context)
     error = losses.squared_error(batch.target, sae.output(acts, batch.x))
     penalty = losses.l1_norm(acts, sae.W_dec.norm(dim=-1))
+    return Outcome(error + context.coefficient * penalty, error, acts, penalty)
+
+
+def l1_of_site_norms(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
+    """`Σ_s ‖x^s − x̂^s‖² + λ Σ_i f_i Σ_s ‖d_i^s‖`, x^s the part of a row that comes from site s.
+
+    A sum of norms, not the norm of the joined row: a feature pays for each site that it is at, so that one of a single
+    site can have a decoder row of 0 at the others.
+    Source: Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer Features and Model Diffing".
+    """
+    acts = activations(sae, batch.x, context)
+    error = losses.squared_error(batch.target, sae.output(acts, batch.x))
+    parts = sae.W_dec.split(context.site_widths, dim=-1)
+    penalty = losses.l1_norm(acts, torch.stack([part.norm(dim=-1) for part in parts]).sum(0))
     return Outcome(error + context.coefficient * penalty, error, acts, penalty)
 
 

@@ -30,7 +30,8 @@ class Recipe:
     unit_norm: bool = True  # of decoder rows
     pre_bias: bool = True
     balance_share: float = 0.0  # default min_density, as a share of the mean density k / d_sae
-    needs: str = ""  # of a batch besides x: "y" (the target) or "resid" (for the rest of the model)
+    # Of the rows besides x: "y" (the target), "resid" (for the rest of the model) or "sites" (the parts of x).
+    needs: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)  # the recipe-specific settings it has, and other defaults
 
     @property
@@ -208,6 +209,21 @@ RECIPES = {
             pre_bias=False,
             needs="y",
             defaults={"l1": 5.0, "skip": False, "penalty_warmup_share": 0.05},
+        ),
+        Recipe(
+            name="crosscoder",
+            summary="ReLU + L1 on several layers or models at once: one set of features, a decoder for each site",
+            loss="Σ_s ‖x^s − x̂^s‖² + λ Σ f Σ_s ‖d^s‖",
+            when="to see which features layers or models share, and which only one of them has",
+            source="Lindsey et al. 2024, Sparse Crosscoders for Cross-Layer Features and Model Diffing",
+            activation="relu",
+            objective=objectives.l1_of_site_norms,
+            initialise=tied_,
+            coefficient="l1",
+            unit_norm=False,
+            pre_bias=False,
+            needs="sites",
+            defaults={"l1": 5.0, "decay_share": 0.2, "penalty_warmup_share": 0.05, "clip": 1.0, "shuffle_sites": False},
         ),
         Recipe(
             name="end-to-end",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.dictionary.sites import Site
 from store.common import read_ahead
 
 BATCHES_AHEAD = 3  # a running model makes no batch or two at once: three waiting batches even that out
@@ -53,6 +54,13 @@ class TargetRows(Rows, Protocol):
     def sample_targets(self, n: int, seed: int) -> Float[Tensor, "n d_out"]:
         """y of the rows that `sample` draws."""
         ...
+
+
+@runtime_checkable
+class SiteRows(Rows, Protocol):
+    """Rows that join several sites, as crosscoders need: the values of each site, in order, times its scale."""
+
+    sites: Sequence[Site]
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.outliers import outliers_among
+from sae.dictionary.sites import Site, fold_site_scales
 from sae.jobs.checkpoint import read_header, read_tensors, write_tensors
 from sae.kernels import choose, device_named, matmul
 from sae.kernels.activations import FeatureActs
@@ -21,7 +22,7 @@ from sae.kernels.autograd import Kernels
 from sae.training.adam import Adam
 from sae.training.config import TrainConfig
 from sae.training.recipes import Recipe
-from sae.training.rows import Downstream, ModelRows, Rows, TargetRows
+from sae.training.rows import Downstream, ModelRows, Rows, SiteRows, TargetRows
 from sae.training.sparsity_penalty import LambdaController
 from sae.training.start_from import start_from_
 
@@ -45,6 +46,7 @@ class TrainState:
     target_scale: float = 0.0  # of y, where it is not x
     downstream: Downstream | None = None  # not saved: it comes with the rows
     matmul: str = "highest"  # how dense products are computed: chosen at the start, kept when the run resumes
+    sites: tuple[Site, ...] = ()  # of a crosscoder's rows; not saved: they come with the rows
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +75,7 @@ def start(
     Raises: ValueError when the rows are all zero or lack what the recipe needs; CannotStart if the recipe cannot start
     from `source`.
     """
-    sae, downstream = _dictionary(rows, config, recipe), _downstream(rows, recipe)
+    sae, downstream, sites = _dictionary(rows, config, recipe), _downstream(rows, recipe), _sites(rows, recipe)
     x, scale = _to_scale(rows.sample(SCALE_ROWS, config.seed))
     found = outliers_among(x)
     if found.notable:
@@ -85,6 +87,8 @@ def start(
     y, target_scale = x, scale
     if recipe.needs == "y":
         y, target_scale = _to_scale(_with_targets(rows, recipe).sample_targets(SCALE_ROWS, config.seed))
+    if source is not None and sites:
+        source = fold_site_scales(source, [site._replace(scale=1 / site.scale) for site in sites])
     if source is None:
         recipe.initialise(sae, x, y, config)
     else:
@@ -98,6 +102,7 @@ def start(
         target_scale=target_scale,
         downstream=downstream,
         matmul=matmul.choose(config.matmul, sae.W_enc.device),
+        sites=sites,
     )
 
 
@@ -163,6 +168,7 @@ def restore(out: Path, rows: Rows, config: TrainConfig, recipe: Recipe, device: 
         header["target_scale"],
         _downstream(rows, recipe),
         matmul.resumed(header["matmul"], config.matmul),
+        _sites(rows, recipe),
     )
 
 
@@ -206,6 +212,19 @@ def _with_targets(rows: Rows, recipe: Recipe) -> TargetRows:
     if not isinstance(rows, TargetRows):
         raise ValueError(f"recipe {recipe.name} learns y from x; these rows have no y. Name a target hook point.")
     return rows
+
+
+def _sites(rows: Rows, recipe: Recipe) -> tuple[Site, ...]:
+    """The sites of a crosscoder's rows, else (). Raises: ValueError if there are fewer than two, or of other widths."""
+    if recipe.needs != "sites":
+        return ()
+    sites = tuple(rows.sites) if isinstance(rows, SiteRows) else ()
+    if len(sites) < 2 or sum(site.width for site in sites) != rows.d_in:
+        raise ValueError(
+            f"recipe {recipe.name} needs rows that join at least two sites, and says so by their `sites`; these have "
+            f"{rows.d_in} values and {len(sites)} sites. Name two stores or two hook points."
+        )
+    return sites
 
 
 def _downstream(rows: Rows, recipe: Recipe) -> Downstream | None:

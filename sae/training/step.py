@@ -77,6 +77,7 @@ def _context(state: TrainState, config: TrainConfig) -> StepContext:
         p=state.penalty.p,
         scale=state.scale,
         downstream=state.downstream,
+        site_widths=tuple(site.width for site in state.sites),
     )
 
 
