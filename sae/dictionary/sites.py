@@ -35,13 +35,13 @@ def fold_site_scales(sae: SAE, sites: Sequence[Site]) -> SAE:
     return rescaled(sae, {"W_enc": scales[:, None], "W_dec": 1 / scales, "b_dec": 1 / scales})
 
 
-def site_decoders(sae: SAE, sites: Sequence[Site]) -> list[Float[Tensor, "d_sae width"]]:
+def site_decoders(sae: SAE, sites: Sequence[Site]) -> list[Float[Tensor, "d_sae _"]]:
     """`s W_dec^s` of each site, float64: decoder rows in units where all sites have the same mean squared norm."""
     parts = sae.W_dec.detach().double().split([site.width for site in sites], dim=-1)
     return [part * site.scale for part, site in zip(parts, sites, strict=True)]
 
 
-def norm_shares(decoders: Sequence[Float[Tensor, "d_sae width"]]) -> Float[Tensor, "d_sae n_sites"]:
+def norm_shares(decoders: Sequence[Float[Tensor, "d_sae _"]]) -> Float[Tensor, "d_sae n_sites"]:
     """`‖W_dec,i^s‖ / Σ_t ‖W_dec,i^t‖`, the share of each site in a feature's decoder norms; NaN where all are 0.
 
     Of two sites, the second column is the relative decoder norm of Lindsey et al. 2024 ("Model diffing"): near 0 a
@@ -51,7 +51,7 @@ def norm_shares(decoders: Sequence[Float[Tensor, "d_sae width"]]) -> Float[Tenso
     return norms / norms.sum(-1, keepdim=True)
 
 
-def site_cosines(decoders: Sequence[Float[Tensor, "d_sae width"]]) -> dict[tuple[int, int], Float[Tensor, " d_sae"]]:
+def site_cosines(decoders: Sequence[Float[Tensor, "d_sae _"]]) -> dict[tuple[int, int], Float[Tensor, " d_sae"]]:
     """The cosine of each feature's decoder rows at two sites, for each pair of sites of one width.
 
     NaN where a row is 0. Source: Lindsey et al. 2024, "Model diffing".

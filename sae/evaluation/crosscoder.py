@@ -44,15 +44,15 @@ def evaluate(
     sae: SAE,
     blocks: Iterable[SiteBlock],
     *,
-    means: Sequence[Float[np.ndarray, " width"]],
+    means: Sequence[Float[np.ndarray, " _"]],
     kept_tokens: int,
     device: str = "auto",
     kernels: str = "auto",
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content of eval.json and of sites.safetensors of a crosscoder, from held-out rows.
 
-    `means` are the mean held-out rows of the sites. The tensors: `fired` [d_sae], on how many held-out rows a feature is active; `norm_share` [d_sae, n_sites];
-    `cosine_<a>_<b>` [d_sae] for each pair of sites of one width, counted from 1.
+    `means` are the mean held-out rows of the sites. The tensors: `fired` [d_sae], on how many held-out rows a feature
+    is active; `norm_share` [d_sae, n_sites]; `cosine_<a>_<b>` [d_sae] for each pair of sites of one width, from 1.
     Raises: ValueError when there is no held-out token.
     """
     if kept_tokens < 1:

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE, refuse_row_scale, refuse_transcoder
-from sae.dictionary.sites import refuse_crosscoder
 from sae.dictionary.row_norm import restored
+from sae.dictionary.sites import refuse_crosscoder
 from sae.dictionary.trained_rows import rows_that_count
 from sae.interventions.ablation import only_final_norm_reads
 from sae.lm import LanguageModel
