@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 from fakes import SHAPE, made_up_documents, write_jsonl, write_model
+from streamlit.testing.v1 import AppTest
 from torch import Tensor
 
+import browser
+from browser.state import ROOT_VARIABLE
 from sae import pipeline
 from sae.cli import main
 from sae.dictionary.autoencoder import SAE
@@ -390,6 +393,24 @@ def test_verbs_that_need_one_hook_point_refuse_it_in_words(
     assert main(["export", cross, "--format", "native", "--out", out]) == 0
     with pytest.raises(ValueError, match="microscope: this dictionary is a crosscoder"):
         inspect(tiny_model, load(trained), [1, 2], hook_point=POST)
+
+
+def test_the_apps_pages_show_its_evaluation_and_say_what_does_not_work(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.evaluate(trained)
+    monkeypatch.setenv(ROOT_VARIABLE, str(trained.parent))
+    said = {}
+    for view in ("Run", "Feature", "Steering", "Microscope"):
+        page = AppTest.from_file(str(Path(browser.__file__).with_name("app.py")), default_timeout=120)
+        for name, value in {"sae": trained.name, "feature": "5", "view": view, "prompt": "the"}.items():
+            page.query_params[name] = value
+        page.run()
+        assert not page.exception, page.exception
+        said[view] = " ".join(element.body for element in page.get("html")) + " ".join(c.value for c in page.caption)
+    assert "crosscoder" in said["Run"]
+    for view in ("Steering", "Microscope"):
+        assert "is a crosscoder" in said[view], view
 
 
 def test_an_evaluation_on_stores_that_changed_is_refused(two_models: list[Path], tmp_path: Path) -> None:
