@@ -187,6 +187,14 @@ def _explain_index(entry: SaeEntry, error: str) -> None:
             f"sae eval {entry.path} && sae index {entry.path}",
         )
         return
+    if entry.is_crosscoder:
+        explain(
+            f"{entry.id} is a crosscoder",
+            "Its rows join several hook points or models, and a feature index describes those of one. The view Run "
+            "shows its training and its evaluation at each site; where its features are is printed by:",
+            f"sae eval {entry.path}",
+        )
+        return
     explain(
         f"{entry.id} has no feature index yet",
         "Feature pages are drawn from an index of every activation of every feature. One command builds it, from the "

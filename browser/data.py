@@ -55,6 +55,11 @@ class SaeEntry:
         return can_run(model if isinstance(model, dict) else {})
 
     @property
+    def is_crosscoder(self) -> bool:
+        """Whether its rows join several hook points or models, so that it has no feature pages."""
+        return "sites" in self.config
+
+    @property
     def unfinished(self) -> bool:
         """Whether training has started and not finished."""
         return bool(self.config.get("unfinished"))

@@ -409,8 +409,8 @@ def test_the_apps_pages_show_its_evaluation_and_say_what_does_not_work(
         assert not page.exception, page.exception
         said[view] = " ".join(element.body for element in page.get("html")) + " ".join(c.value for c in page.caption)
     assert "crosscoder" in said["Run"]
-    for view in ("Steering", "Microscope"):
-        assert "is a crosscoder" in said[view], view
+    for view in ("Feature", "Steering", "Microscope"):
+        assert f"{trained.name} is a crosscoder" in said[view], view
 
 
 def test_an_evaluation_on_stores_that_changed_is_refused(two_models: list[Path], tmp_path: Path) -> None:

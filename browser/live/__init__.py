@@ -38,7 +38,7 @@ def load(entry: SaeEntry, *, transcoders: bool = False) -> Live:
             f"{entry.id} has no sae.safetensors, so its dictionary cannot be run. Train it again, or copy the file "
             "back into its directory."
         )
-    if "sites" in entry.config:
+    if entry.is_crosscoder:
         raise LiveError(
             f"{entry.id} is a crosscoder: its rows join several hook points or models, so no single model can be run "
             "for it. Its evaluation is on the page Run, and `sae eval` prints it."

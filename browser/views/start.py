@@ -62,7 +62,8 @@ def _row(found: Summary) -> Run:
     entry = found.entry
     d_in = "?" if found.d_in is None else f"{found.d_in:,}"
     progress = "" if found.progress is None else f", {found.progress:.0%}"
-    tone, next_step = TONES.get(found.state, VIOLET), NEXT_STEP.get(found.state, "")
+    next_step = "" if entry.is_crosscoder and found.state == "evaluated" else NEXT_STEP.get(found.state, "")
+    tone = TONES.get(found.state, VIOLET)
     cells = [
         Cell(entry.path.name if entry.id == "." else entry.id, entry.id),
         Cell(found.recipe, found.recipe),

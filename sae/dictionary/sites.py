@@ -37,7 +37,7 @@ def fold_site_scales(sae: SAE, sites: Sequence[Site]) -> SAE:
 
 def site_decoders(sae: SAE, sites: Sequence[Site]) -> list[Float[Tensor, "d_sae _"]]:
     """`s W_dec^s` of each site, float64: decoder rows in units where all sites have the same mean squared norm."""
-    parts = sae.W_dec.detach().double().split([site.width for site in sites], dim=-1)
+    parts = torch.split(sae.W_dec.detach().double(), [site.width for site in sites], dim=-1)
     return [part * site.scale for part, site in zip(parts, sites, strict=True)]
 
 

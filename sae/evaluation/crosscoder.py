@@ -32,7 +32,7 @@ class SiteBlock(NamedTuple):
 
 def shuffled(x: Float[Tensor, "rows d_in"], sites: Sequence[Site], seed: Sequence[int]) -> Float[Tensor, "rows d_in"]:
     """The rows with those of each site but the first permuted, so that sites are paired at random."""
-    parts = list(x.split([site.width for site in sites], dim=-1))
+    parts = list(torch.split(x, [site.width for site in sites], dim=-1))
     for n in range(1, len(parts)):
         order = np.random.default_rng([*seed, n]).permutation(len(x))
         parts[n] = parts[n][torch.from_numpy(order)]
@@ -105,7 +105,7 @@ def evaluate(
 
 def _site_sums(name: str, difference: Float[Tensor, "rows d_in"], sites: Sequence[Site]) -> Sums:
     """`s² ‖difference‖²` of each row at each site: in units where all sites have the same mean squared norm."""
-    parts = difference.split([site.width for site in sites], dim=-1)
+    parts = torch.split(difference, [site.width for site in sites], dim=-1)
     return {
         f"{name}_{n}": (part.pow(2).sum(-1) * site.scale**2).numpy()
         for n, (part, site) in enumerate(zip(parts, sites, strict=True), 1)

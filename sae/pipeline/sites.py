@@ -65,7 +65,7 @@ def open_sites(sites: Sites) -> list[Place]:
     stores of other tokens.
     """
     stores = [ActivationStore.open(path) for path in sites.stores]
-    hooks = list(sites.hook_points) or [None]
+    hooks: list[str | None] = [*sites.hook_points] or [None]
     found = [(store, hook_point_of(store, hook)) for store in stores for hook in hooks]
     if len(found) < 2:
         raise PipelineError(

@@ -73,11 +73,12 @@ def train(
     how: dict[str, Any] = {"kernels": kernels, "device": device, "keep": keep, "trackers": trackers_named(log_to)}
     if started:
         how["source"] = started.sae
+    provenance: dict[str, Any]
     if isinstance(rows, Sites):
         if recipes.recipe_named(recipe).needs != "sites":
             raise PipelineError(f"recipe {recipe} takes one hook point of one store; recipe crosscoder joins several.")
         places = open_sites(rows)
-        warn_of_few_rows(places[0].store)
+        warn_of_few_rows(ActivationStore.open(rows.stores[0]))
         _, resolved = recipes.resolve(recipe, tokens=tokens or 4 * places[0].totals(TRAIN).kept_rows, **overrides)
         joined = JoinedRows.of(places, resolved, max_ram_bytes)
         provenance = provenance_of_sites(joined, out, max_ram_bytes)
@@ -87,7 +88,7 @@ def train(
         return loop.train(joined, out, resolved, provenance=provenance, **how)
     if not isinstance(rows, str | Path):
         _, resolved = recipes.resolve(recipe, tokens=tokens or TrainConfig.tokens, **overrides)
-        provenance: dict[str, Any] = {}
+        provenance = {}
         if isinstance(rows, Live):
             where = str(device_named(device))
             rows, provenance = live_rows(rows, resolved, hook_point, target_hook_point, where, Path(out))
@@ -119,18 +120,16 @@ class Started:
     def record(self, provenance: dict[str, Any]) -> dict[str, Any]:
         """The entry `started_from` of config.json. Raises: PipelineError if it belongs to other hook points."""
         config = self.sae.config
-        ours, theirs = ([site["hook_point"] for site in each.get("sites", [])] for each in (provenance, config))
-        if ours != theirs:
-            names = [" and ".join(hooks) if hooks else "one hook point" for hooks in (theirs, ours)]
+        here, there = ([site["hook_point"] for site in each.get("sites", [])] for each in (provenance, config))
+        if here != there:
+            names = [" and ".join(hooks) if hooks else "one hook point" for hooks in (there, here)]
             raise PipelineError(f"the dictionary to start from joins {names[0]}, this run {names[1]}.")
         for key, what in (("hook_point", "reads"), ("target_hook_point", "predicts")):
             ours, theirs = provenance.get(key), config.get(key)
             unknown = key == "hook_point" and theirs is None  # of an imported dictionary
             if ours != theirs and not unknown:
-                here = ours or "its own input"
-                raise PipelineError(
-                    f"the dictionary to start from {what} {theirs or 'its own input'}, this run {here}."
-                )
+                own = ours or "its own input"
+                raise PipelineError(f"the dictionary to start from {what} {theirs or 'its own input'}, this run {own}.")
         kept = ("recipe", "hook_point", "target_hook_point", "model", "imported")
         return {
             "started_from": {

@@ -107,7 +107,7 @@ def l1_of_site_norms(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outc
     """
     acts = activations(sae, batch.x, context)
     error = losses.squared_error(batch.target, sae.output(acts, batch.x))
-    parts = sae.W_dec.split(context.site_widths, dim=-1)
+    parts = torch.split(sae.W_dec, list(context.site_widths), dim=-1)
     penalty = losses.l1_norm(acts, torch.stack([part.norm(dim=-1) for part in parts]).sum(0))
     return Outcome(error + context.coefficient * penalty, error, acts, penalty)
 
