@@ -300,8 +300,9 @@ def test_end_to_end(sparse: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_every_recipe_has_its_test_here() -> None:
+    """But for crosscoder, whose rows have sites: its loss and gradients are tested in test_crosscoder.py."""
     tested = {"towards-monosemanticity", "anthropic-2024-04", "p-anneal", "gated", "jumprelu", "topk", "batch-topk"}
-    assert set(RECIPES) == tested | {"balanced", "matryoshka", "transcoder", "end-to-end"}
+    assert set(RECIPES) == tested | {"balanced", "matryoshka", "transcoder", "end-to-end", "crosscoder"}
 
 
 def test_no_gradient_reaches_a_feature_that_is_off() -> None:

@@ -133,7 +133,7 @@ def test_every_wrong_setting_is_named() -> None:
             with pytest.raises(ValueError, match=f"training: {each.name} .*, got {re.escape(repr(value))}"):
                 TrainConfig(**{each.name: value})
     unchecked = {each.name for each in fields(TrainConfig) if not each.metadata.get("check")}
-    assert unchecked == {"recipe", "skip", "exact", "calibrate_threshold"}
+    assert unchecked == {"recipe", "skip", "exact", "calibrate_threshold", "shuffle_sites"}
 
 
 def test_recipes_refuse_what_they_have_no_use_for() -> None:
@@ -150,5 +150,7 @@ def test_the_file_format_is_flat() -> None:
     names = "recipe d_sae tokens batch_tokens lr beta1 warmup_share decay_share l1 k aux_coefficient dead_tokens "
     names += "resample_shares seed exact matmul target_l0 l0_penalty penalty_warmup_share rewarm_share clip bandwidth "
     names += "threshold_init threshold_lr_ratio min_density multi_k prefix_shares p_end p_from_share skip "
-    names += "max_norm_multiple skip_positions skip_token_ids calibrate_threshold"  # new after version 0.1
+    names += (
+        "max_norm_multiple skip_positions skip_token_ids calibrate_threshold shuffle_sites"  # new after version 0.1
+    )
     assert set(TrainConfig().to_dict()) == set(names.split())
