@@ -191,7 +191,7 @@ def _explain_index(entry: SaeEntry, error: str) -> None:
         explain(
             f"{entry.id} is a crosscoder",
             "Its rows join several hook points or models, and a feature index describes those of one. The view Run "
-            "shows its training and its evaluation at each site; where its features are is printed by:",
+            "shows its training, its evaluation at each site and where its features are, once it is evaluated:",
             f"sae eval {entry.path}",
         )
         return

@@ -135,6 +135,27 @@ def density_chart(histogram: pd.DataFrame) -> alt.Chart:
     return chart
 
 
+def share_chart(histogram: pd.DataFrame) -> alt.LayerChart:
+    """Features by the share of one site in their decoder norms; the grey steps are the control's."""
+    x = alt.X("low:Q", bin="binned", axis=alt.Axis(tickCount=5, grid=False, title=None, format=".1f"))
+    y = alt.Axis(title=None, labelFontSize=10, format="~s", tickCount=3)
+    tooltip = [
+        alt.Tooltip("low:Q", format=".2f", title="share from"),
+        alt.Tooltip("high:Q", format=".2f", title="to"),
+        alt.Tooltip("features:Q", format=","),
+        alt.Tooltip("control:Q", format=",.1f"),
+    ]
+    bars = (
+        alt.Chart(histogram)
+        .mark_bar(color=BLUE, binSpacing=0.5)
+        .encode(x=x, x2="high:Q", y=alt.Y("features:Q", axis=y), tooltip=tooltip)
+    )
+    control = alt.Chart(histogram.dropna(subset=["control"])).mark_rule(color=GREY, strokeWidth=2)
+    layers = bars + control.encode(x="low:Q", x2="high:Q", y=alt.Y("control:Q", axis=y), tooltip=tooltip)
+    chart: alt.LayerChart = layers.properties(height=HEIGHT)
+    return chart
+
+
 def frontier_chart(table: pd.DataFrame) -> alt.LayerChart:
     """FVU by L0 (logarithmic), one line for each recipe and size; a ring marks the run that is shown.
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from browser.data import SaeEntry, read_config
+from store.common import is_control_of
 
 POINTS = 400  # drawn per curve
 QUIET_S = 600  # a run whose log has not grown for this long has stopped
@@ -118,6 +119,47 @@ def baseline_of(report: dict[str, Any]) -> Baseline | None:
         return None
     largest = {name.removeprefix(OF_UNITS): value for name, value in values.items() if name.startswith(OF_UNITS)}
     return Baseline(units["n_units"], l0, ratio, units["k"], largest, units.get("verdict"))
+
+
+def site_table(report: dict[str, Any]) -> pd.DataFrame:
+    """A crosscoder's metrics, a row each, in a column for each site and for all sites of a model at once."""
+    titles = {f"site_{n}": f"site {n}" for n in range(1, len(report.get("sites") or []) + 1)}
+    titles |= {f"model_{n}": f"all of model {n}" for n in range(1, len(report.get("models") or []) + 1)}
+    cells: dict[str, dict[str, Any]] = {}
+    for name, entry in (report.get("metrics") or {}).items():
+        for place, title in titles.items():
+            if name.endswith(f"_{place}"):
+                cells.setdefault(name.removesuffix(f"_{place}"), {})[title] = entry.get("value")
+    return pd.DataFrame([{"metric": metric, **values} for metric, values in cells.items()])
+
+
+def share_table(report: dict[str, Any], control: dict[str, Any]) -> pd.DataFrame:
+    """The histogram of each site's share in a feature's decoder norms: site, low, high, features, control.
+
+    Of two sites only the second is there; the first's share is 1 − it. `control` counts the features of the control's
+    evaluation (empty: none), scaled to as many features as there are here.
+    """
+    found, theirs = (each.get("norm_share") or {} for each in (report, control))
+    histogram = found.get("histogram") or {}
+    edges, counts = histogram.get("edges") or [], histogram.get("features") or []
+    scale = (found.get("features") or 0) / max(1, theirs.get("features") or 0)
+    beside = (theirs.get("histogram") or {}).get("features") or [[None] * len(each) for each in counts]
+    rows = [
+        {"site": n, "low": low, "high": high, "features": count, "control": None if other is None else other * scale}
+        for n, (mine, its) in enumerate(zip(counts, beside, strict=True), 1)
+        if n > 1 or len(counts) != 2
+        for low, high, count, other in zip(edges[:-1], edges[1:], mine, its, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["site", "low", "high", "features", "control"])
+
+
+def control_of(entry: SaeEntry, entries: Iterable[SaeEntry]) -> SaeEntry | None:
+    """The evaluated control of a crosscoder: the same run beside it, with its sites paired at random in training."""
+    for other in entries:
+        beside = other.path.parent == entry.path.parent and is_control_of(other.config, entry.config)
+        if beside and (other.path / "eval.json").is_file():
+            return other
+    return None
 
 
 def group_table(groups: dict[str, Any], named: str) -> pd.DataFrame:

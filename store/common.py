@@ -63,6 +63,21 @@ def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return bool(a.get("sha256")) and a["sha256"] == b.get("sha256")
 
 
+def is_control_of(other: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether one config.json is of the control of a crosscoder's: the same run with its sites paired at random."""
+
+    def run(of: Mapping[str, Any], *, shuffled: bool) -> tuple[object, ...]:
+        sites = [{key: site.get(key) for key in ("hook_point", "model", "width")} for site in of.get("sites", [])]
+        return sites, of.get("d_sae"), {**of.get("train", {}), "shuffle_sites": shuffled}
+
+    shuffled = [bool(each.get("train", {}).get("shuffle_sites")) for each in (other, config)]
+    return (
+        bool(config.get("sites"))
+        and shuffled == [True, False]
+        and run(other, shuffled=True) == run(config, shuffled=True)
+    )
+
+
 @dataclass(frozen=True)
 class RowFilter:
     """Which rows of kept tokens a dictionary leaves out of its training, its measurements and its edits.

@@ -170,7 +170,7 @@ def two_models(tiny_model_dir: Path, tiny_text: Path, tmp_path_factory: pytest.T
     shutil.copy(tiny_model_dir / "tokenizer.json", other / "tokenizer.json")
     return [
         pipeline.harvest(
-            NativeModel(path, path.name),
+            NativeModel(path, str(path)),
             tiny_text,
             root / f"{name}.zarr",
             hook_points=[POST],
@@ -191,6 +191,17 @@ def two_layers(tiny_model: NativeModel, tiny_text: Path, tmp_path_factory: pytes
 def trained(two_models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained") / "cross"
     pipeline.train(pipeline.Sites(two_models), out, **FEW)
+    return out
+
+
+@pytest.fixture(scope="module")
+def control(two_models: list[Path], trained: Path) -> Path:
+    """The same run with its sites paired at random, beside it, and both evaluated."""
+    out = trained.parent / "control"
+    settings = {**FEW, "config": {**FEW["config"], "shuffle_sites": True}}
+    pipeline.train(pipeline.Sites(two_models), out, **settings)
+    for run in (trained, out):
+        pipeline.evaluate(run)
     return out
 
 
@@ -308,6 +319,35 @@ def test_it_starts_from_a_crosscoder_with_its_function(trained: Path, two_models
         pipeline.train(two_models[0], tmp_path / "d", recipe="anthropic-2024-04", tokens=4096, start_from=trained)
 
 
+def test_a_model_that_moved_is_named_and_another_is_refused(
+    trained: Path, two_models: list[Path], tmp_path: Path
+) -> None:
+    recorded = Path(ActivationStore.open(two_models[1]).provenance["model"]["id"])
+    before = pipeline.evaluate(trained)
+    moved = Path(shutil.move(recorded, tmp_path / "moved"))
+    try:
+        with pytest.raises(ValueError, match="site 2, .*: its losses need a model that cannot be opened here"):
+            pipeline.evaluate(trained)
+        assert pipeline.evaluate(trained, model=str(moved))["metrics"] == before["metrics"]
+    finally:
+        shutil.move(moved, recorded)
+    another = write_model(tmp_path / "another", seed=9)
+    with pytest.raises(ValueError, match="no site of this crosscoder has the weights of"):
+        pipeline.evaluate(trained, model=str(another))
+
+
+def test_the_control_stands_beside_the_shares(trained: Path, control: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = pipeline.crosscoder_control(trained)
+    assert found is not None
+    assert found["directory"] == control.name
+    assert found["norm_share"] == json.loads((control / "eval.json").read_text())["norm_share"]
+    assert pipeline.crosscoder_control(control) is None
+    assert main(["eval", str(trained)]) == 0
+    said = capsys.readouterr().out
+    assert f"beside it the control, {control.name}: trained on rows of the sites paired at random" in said
+    assert "no control was found" not in said
+
+
 def test_from_the_command_line(two_models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stores = ["--acts", str(two_models[0]), "--acts", str(two_models[1])]
     few = ["--d-sae", "24", "--tokens", "4096", "--batch-tokens", "128"]
@@ -396,12 +436,11 @@ def test_verbs_that_need_one_hook_point_refuse_it_in_words(
 
 
 def test_the_apps_pages_show_its_evaluation_and_say_what_does_not_work(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, control: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline.evaluate(trained)
     monkeypatch.setenv(ROOT_VARIABLE, str(trained.parent))
     said = {}
-    for view in ("Run", "Feature", "Steering", "Microscope"):
+    for view in ("Run", "Features", "Feature", "Steering", "Compare", "Map", "Token", "Microscope", "Attention"):
         page = AppTest.from_file(str(Path(browser.__file__).with_name("app.py")), default_timeout=120)
         for name, value in {"sae": trained.name, "feature": "5", "view": view, "prompt": "the"}.items():
             page.query_params[name] = value
@@ -409,7 +448,9 @@ def test_the_apps_pages_show_its_evaluation_and_say_what_does_not_work(
         assert not page.exception, page.exception
         said[view] = " ".join(element.body for element in page.get("html")) + " ".join(c.value for c in page.caption)
     assert "crosscoder" in said["Run"]
-    for view in ("Feature", "Steering", "Microscope"):
+    assert "Features by the share of site 2 in their decoder norms" in said["Run"]
+    assert f"Grey: the control {control.name}" in said["Run"]
+    for view in set(said) - {"Run"}:
         assert f"{trained.name} is a crosscoder" in said[view], view
 
 

@@ -289,9 +289,11 @@ def test_losses_under_ablation_are_measured_once_for_several_dictionaries(
     blocks = make_blocks(tiny_model)
     mean = kept_mean(blocks)
     passes: list[str | None] = []
-    logits = tiny_model.logits
+    logits = tiny_model._logits
     monkeypatch.setattr(
-        tiny_model, "logits", lambda *a, **k: passes.append(a[1] if len(a) > 1 else None) or logits(*a, **k)
+        tiny_model,
+        "_logits",
+        lambda tokens, splices: passes.append(next(iter(splices), None)) or logits(tokens, splices),
     )
     ablated: dict[int, dict[str, torch.Tensor]] = {}
 

@@ -274,6 +274,40 @@ def test_splicing_the_middle_of_a_block_changes_the_stream_and_not_only_the_mlp(
     assert (opened.logits(tokens, "blocks.1.hook_resid_mid", mixed) - expected).abs().max() <= TOLERANCE
 
 
+def test_two_splices_in_one_run_are_those_of_plain_transformers(
+    hugging_face: tuple[str, Any, BridgeModel, Path], tokens: Tensor
+) -> None:
+    """In the middle of block 1 and at its end: the second is given what follows from the first."""
+    family, plain, opened, _ = hugging_face
+    block = FAMILIES[family][2](plain)
+    attention = block.attn if family == "gpt2" else block.self_attn
+    pre: list[Tensor] = []
+    given: list[Tensor] = []
+
+    def replace_end(_: Any, __: Any, output: Any) -> Any:
+        value = output[0] if isinstance(output, tuple) else output
+        given.append(value)
+        return (mixed(value), *output[1:]) if isinstance(output, tuple) else mixed(value)
+
+    def replace_and_look(x: Tensor) -> Tensor:
+        seen.append(x)
+        return mixed(x)
+
+    seen: list[Tensor] = []
+    handles = [
+        block.register_forward_pre_hook(lambda _, inputs: pre.append(inputs[0])),
+        block.register_forward_hook(replace_end),
+    ]
+    try:
+        expected, _ = _with_plain_hook(plain, attention, tokens, lambda out: mixed(pre[0] + out) - pre[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    splices = {"blocks.1.hook_resid_post": replace_and_look, "blocks.1.hook_resid_mid": mixed}
+    assert (opened.spliced_logits(tokens, splices) - expected).abs().max() <= TOLERANCE
+    assert (seen[0] - given[0]).abs().max() <= TOLERANCE
+
+
 def test_hugging_face_directories_know_their_bos_and_context(hugging_face: tuple[str, Any, BridgeModel, Path]) -> None:
     _, _, opened, directory = hugging_face
     assert (opened.bos_id, opened.context_tokens, opened.d_vocab) == (0, 32, 300)

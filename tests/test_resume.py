@@ -180,7 +180,7 @@ def test_every_other_recipe_killed_twice_ends_in_the_same_bytes(
     commands: Commands, places: Path, tmp_path: Path, recipe: str, rng: random.Random
 ) -> None:
     """Killed while it saves at every step: before and after its first resampling, or anywhere else."""
-    hooks = PLACES[::3] if recipe == "transcoder" else PLACES[2:3]
+    hooks = {"transcoder": PLACES[::3], "crosscoder": PLACES[1:3]}.get(recipe, PLACES[2:3])
     small = ["--d-sae", 48, "--tokens", 200 * 64, "--batch-tokens", 64, "--set", "lr=0.01"]
     command = ["train", "--acts", places, "--recipe", recipe, *small, *(f"--hook-point={hook}" for hook in hooks)]
     assert commands.run(*command, "--out", tmp_path / "whole") == 0

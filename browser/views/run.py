@@ -11,6 +11,7 @@ import streamlit as st
 from browser import charts, data, runs
 from browser.markup import explain, facts, heading
 from browser.state import Page
+from browser.views import run_sites
 
 CURVES = {  # logged name → title, definition
     "fvu": ("FVU", "Fraction of variance unexplained on the batch, Σ‖x − x̂‖² / Σ‖x − mean‖²."),
@@ -52,6 +53,8 @@ def show(page: Page) -> None:
     with right:
         report = data.read_config(page.entry.path / "eval.json")
         _fidelity(page, report, progress)
+        if page.entry.is_crosscoder:
+            run_sites.show(page, report)
         _density(page, report)
         _costs(page, log)
 

@@ -24,6 +24,10 @@ def _run_eval(args: argparse.Namespace) -> int:
     from sae.cli.tables import eval_table
 
     result = pipeline.evaluate(args.sae, store=args.acts, model=args.model, device=args.device, kernels=args.kernels)
-    table = crosscoder_table if result.get("kind") == "crosscoder" else eval_table
-    print(json.dumps(result, indent=2) if args.json else table(result))
+    if args.json:
+        print(json.dumps(result, indent=2))
+    elif result.get("kind") == "crosscoder":
+        print(crosscoder_table(result, pipeline.crosscoder_control(args.sae)))
+    else:
+        print(eval_table(result))
     return 0

@@ -2,88 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.inference import FrozenSAE
 from sae.dictionary.sites import Site, norm_shares, site_cosines, site_decoders, sites_of
-from sae.evaluation.metrics import Bootstrap, Sums, number
+from sae.evaluation import metrics
+from sae.evaluation.metrics import Bootstrap, Metric, Sums, number
+from sae.evaluation.site_shares import cosine_summary, shares_summary
 from sae.jobs.progress import progress
+from sae.kernels import device_named, matmul
+from sae.lm import LanguageModel
+from sae.lm.splice import jointly_replaced_losses, splice_identity_error
 
 CROSSCODER_FORMAT = 1
-ONE_SITE_ABOVE = 0.9  # of a feature's decoder norms
-SHARED_WITHIN = 0.2  # of an equal share, as a part of it: of two sites, between 0.4 and 0.6
-BINS = 20
-SHUFFLE_SEED = 0
+DONOR_SEED = 0
+OF_ROWS = ("fvu",)
+OF_LOSSES = (
+    *(f"ce_loss_score_{ablation}" for ablation in metrics.ABLATIONS),
+    "delta_ce",
+    *(f"ce_{which}" for which in ("clean", "sae", *metrics.ABLATIONS)),
+)
+WHOLE = {
+    "l0": metrics.METRICS["l0"],
+    "fvu": Metric(
+        "Σ‖x−x̂‖² / Σ‖x−μ‖² over all sites, each in units where its mean ‖x‖² in training is 1; μ the mean held-out row",
+        metrics.METRICS["fvu"].of,
+        "One number for all sites: a bad reconstruction at one hides behind good ones. Read fvu_site_n.",
+    ),
+    "fvu_random_pairs": Metric(
+        "fvu with each token's row at the other sites than the first replaced by that of a training token drawn at "
+        "random, for each site by itself: the control",
+        lambda s: np.asarray(s["random_error"]) / np.asarray(s["random_variance"]),
+        "Near fvu, the features do not depend on which tokens the sites' rows belong to: nothing is shared.",
+    ),
+}
 
 
 class SiteBlock(NamedTuple):
-    """Joined rows in the model's own units, and the number of the context of each."""
+    """Some whole contexts with the joined rows of all sites, in the models' own units."""
 
-    x: Float[Tensor, "rows d_in"]
-    context: Int[np.ndarray, " rows"]
+    x: Float[Tensor, "contexts pos d_in"]
+    tokens: Int[Tensor, "contexts pos"]
+    keep: Bool[Tensor, "contexts pos"]
 
 
-def shuffled(x: Float[Tensor, "rows d_in"], sites: Sequence[Site], seed: Sequence[int]) -> Float[Tensor, "rows d_in"]:
-    """The rows with those of each site but the first permuted, so that sites are paired at random."""
-    parts = list(torch.split(x, [site.width for site in sites], dim=-1))
-    for n in range(1, len(parts)):
-        order = np.random.default_rng([*seed, n]).permutation(len(x))
-        parts[n] = parts[n][torch.from_numpy(order)]
-    return torch.cat(parts, dim=-1)
+class SiteModel(NamedTuple):
+    """A model with the sites that are hook points of it: `hook_points` by the number of the site, from 1."""
+
+    model: LanguageModel
+    hook_points: dict[int, str]
+
+
+class Means(NamedTuple):
+    """Mean rows of all sites, joined."""
+
+    heldout: Float[np.ndarray, " d_in"]
+    train: Float[np.ndarray, " d_in"]
 
 
 @torch.inference_mode()
 def evaluate(
     sae: SAE,
+    models: Sequence[SiteModel],
     blocks: Iterable[SiteBlock],
     *,
-    means: Sequence[Float[np.ndarray, " _"]],
+    means: Means,
+    donors: Sequence[Float[Tensor, "n _"]],
     kept_tokens: int,
     device: str = "auto",
     kernels: str = "auto",
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The content of eval.json and of sites.safetensors of a crosscoder, from held-out rows.
+    """The content of eval.json and of sites.safetensors of a crosscoder, from the held-out `blocks`.
 
-    `means` are the mean held-out rows of the sites. The tensors: `fired` [d_sae], on how many held-out rows a feature
-    is active; `norm_share` [d_sae, n_sites]; `cosine_<a>_<b>` [d_sae] for each pair of sites of one width, from 1.
+    x̂ is computed from the rows of all sites as they are. It takes the place of x at one site at a time and, where a
+    model has several sites, at all of these at once. Sites whose model is not in `models` have no losses.
+    `donors` are training rows of each site: random pairs and resample ablation draw from them, for each site by itself.
+    The tensors: `fired` [d_sae], on how many held-out rows a feature is active; `norm_share` [d_sae, n_sites];
+    `cosine_<a>_<b>` [d_sae] for each pair of sites of one width, from 1.
     Raises: ValueError when there is no held-out token.
     """
     if kept_tokens < 1:
         raise ValueError("evaluation: the store has no held-out tokens. Harvest more text into a new store.")
     sites, placed = sites_of(sae), FrozenSAE(sae, device, kernels)
-    mean = torch.from_numpy(np.concatenate(means))
+    runner = SiteRunner(placed, sites, models, means, donors)
     fired = torch.zeros(sae.d_sae, dtype=torch.int64)
     sums: list[Sums] = []
-    contexts: list[np.ndarray] = []
-    with progress("eval", kept_tokens, "tok") as bar:
-        for number_of, block in enumerate(blocks):
-            acts, x_hat = placed.reconstruct(block.x)
-            active = acts.firings(torch.ones(len(block.x), dtype=torch.bool))
-            features = active.support.features.long()
+    place = models[0].model.device if models else device_named(device)
+    with progress("eval", kept_tokens, "tok") as bar, matmul.using(matmul.choose("auto", place)):
+        for block in blocks:
+            found, features = runner.run(block)
             fired += torch.bincount(features, minlength=sae.d_sae)
-            random_pairs = shuffled(block.x, sites, [SHUFFLE_SEED, number_of])
-            _, shuffled_hat = placed.reconstruct(random_pairs)
-            rows = {"rows": np.ones(len(block.x)), "l0": active.support.offsets.diff().double().numpy()}
-            rows |= _site_sums("error", block.x.double() - x_hat.double(), sites)
-            rows |= _site_sums("variance", block.x.double() - mean, sites)
-            rows |= _site_sums("shuffled_error", random_pairs.double() - shuffled_hat.double(), sites)
-            sums.append(rows)
-            contexts.append(block.context)
-            bar.update(len(block.x))
-    joined = {name: np.concatenate([each[name] for each in sums]) for name in sums[0]}
-    measured = _measured(joined, np.concatenate(contexts), sites)
-    dead = int((fired == 0).sum())
+            sums.append(found)
+            bar.update(int(block.keep.sum()))
+    by_context = {name: np.concatenate([each[name] for each in sums]) for name in sums[0]}
+    measured = _measured(by_context, sites, models)
     measured["dead_share"] = {
-        "value": dead / sae.d_sae,
+        "value": int((fired == 0).sum()) / sae.d_sae,
         "ci95": None,
-        "formula": "share of features that are active on no held-out row",
+        "formula": "share of features with no firing in the kept held-out tokens",
         "version": 1,
     }
     decoders = site_decoders(sae, sites)
@@ -93,82 +116,164 @@ def evaluate(
         "kind": "crosscoder",
         "tokens": kept_tokens,
         "sites": [site._asdict() for site in sites],
+        "models": [{"id": each.model.id, "sites": sorted(each.hook_points)} for each in models],
         "shuffled_in_training": bool(sae.config.get("train", {}).get("shuffle_sites", False)),
         "metrics": measured,
-        "norm_share": _shares_summary(shares[fired > 0], sites),
-        "cosine": [_cosine_summary(pair, found[fired > 0], sites) for pair, found in cosines.items()],
+        "norm_share": shares_summary(shares[fired > 0]),
+        "cosine": [cosine_summary(pair, found[fired > 0], sites) for pair, found in cosines.items()],
+        "checks": _checks(measured, models, runner.splice_identity_errors),
     }
     tensors = {"fired": fired, "norm_share": shares.float()}
     tensors |= {f"cosine_{a + 1}_{b + 1}": found.float() for (a, b), found in cosines.items()}
     return result, tensors
 
 
-def _site_sums(name: str, difference: Float[Tensor, "rows d_in"], sites: Sequence[Site]) -> Sums:
-    """`s² ‖difference‖²` of each row at each site: in units where all sites have the same mean squared norm."""
-    parts = torch.split(difference, [site.width for site in sites], dim=-1)
-    return {
-        f"{name}_{n}": (part.pow(2).sum(-1) * site.scale**2).numpy()
-        for n, (part, site) in enumerate(zip(parts, sites, strict=True), 1)
-    }
+class SiteRunner:
+    """Runs a crosscoder, and its models with what replaces x at their sites, on one block after another."""
+
+    def __init__(
+        self,
+        placed: FrozenSAE,
+        sites: Sequence[Site],
+        models: Sequence[SiteModel],
+        means: Means,
+        donors: Sequence[Float[Tensor, "n _"]],
+    ) -> None:
+        self._placed, self._sites, self._models = placed, sites, models
+        self._heldout_mean = torch.from_numpy(means.heldout)
+        self._train_mean = _parts(torch.from_numpy(means.train.astype(np.float32)), sites)
+        self._donors, self._draw = donors, np.random.default_rng(DONOR_SEED)
+        self.splice_identity_errors: dict[int, float] = {}  # by site, on the first block
+
+    def run(self, block: SiteBlock) -> tuple[Sums, Int[Tensor, " firings"]]:
+        """The sums of each context, by the names of `metrics.SUMS` and of the site or model, and what fires."""
+        acts, x_hat = self._placed.reconstruct(block.x.flatten(0, 1))
+        x_hat = x_hat.view_as(block.x)
+        fired = acts.firings(block.keep.flatten())
+        of_rows = {
+            "rows": torch.ones(block.keep.shape),
+            "l0": fired.support.offsets.diff().view(block.keep.shape),
+            **self._squares("error", block.x.double() - x_hat.double()),
+            **self._squares("variance", block.x.double() - self._heldout_mean),
+            **self._random_pairs(block),
+        }
+        drawn = [self._donated(part, block) for part in self._donors]  # also without a model: the same draws
+        of_predictions: dict[str, Tensor] = {}
+        for number_of, each in enumerate(self._models, 1):
+            of_predictions |= self._losses(number_of, each, block, x_hat, drawn)
+        predicts = block.keep & torch.nn.functional.pad(block.keep[:, 1:], (0, 1))
+        if of_predictions:
+            of_predictions["predictions"] = torch.ones(block.keep.shape)
+        counted = [(block.keep, of_rows), (predicts, of_predictions)]
+        sums = {
+            name: torch.where(counts, value.double(), 0.0).sum(-1).numpy()
+            for counts, values in counted
+            for name, value in values.items()
+        }
+        return sums, fired.support.features.long()
+
+    def _squares(self, name: str, difference: Float[Tensor, "contexts pos d_in"]) -> dict[str, Tensor]:
+        """`‖difference‖²` at each site; over all sites, `Σ_s s² ‖difference^s‖²`: all have one mean squared norm."""
+        squares = [part.pow(2).sum(-1) for part in _parts(difference, self._sites)]
+        whole = torch.stack([square * site.scale**2 for square, site in zip(squares, self._sites, strict=True)]).sum(0)
+        return {name: whole} | {f"{name}_site_{n}": square for n, square in enumerate(squares, 1)}
+
+    def _random_pairs(self, block: SiteBlock) -> dict[str, Tensor]:
+        first, *_ = _parts(block.x, self._sites)
+        x = torch.cat([first, *(self._donated(part, block) for part in self._donors[1:])], dim=-1)
+        _, x_hat = self._placed.reconstruct(x.flatten(0, 1))
+        return {
+            "random_error": self._squares("", x.double() - x_hat.view_as(x).double())[""],
+            "random_variance": self._squares("", x.double() - self._heldout_mean)[""],
+        }
+
+    def _donated(self, donors: Float[Tensor, "n _"], block: SiteBlock) -> Float[Tensor, "contexts pos _"]:
+        return donors[torch.from_numpy(self._draw.integers(len(donors), size=block.keep.shape))]
+
+    def _losses(
+        self,
+        number_of: int,
+        group: SiteModel,
+        block: SiteBlock,
+        x_hat: Float[Tensor, "contexts pos d_in"],
+        drawn: Sequence[Float[Tensor, "contexts pos _"]],
+    ) -> dict[str, Float[Tensor, "contexts pos"]]:
+        """The losses of a model with each replacement, at one site at a time and at all of its sites at once."""
+        parts = _parts(x_hat, self._sites)
+        zeros = [torch.zeros_like(mean) for mean in self._train_mean]
+        by_name = {"sae": parts, "zero": zeros, "mean": self._train_mean, "resample": drawn}
+        runs: dict[str, dict[str, Tensor]] = {f"clean_model_{number_of}": {}}
+        for where, at in places(number_of, group):
+            for name, values in by_name.items():
+                runs[f"{name}_{where}"] = {group.hook_points[n]: values[n - 1] for n in at}
+        for n, hook_point in group.hook_points.items():
+            if n not in self.splice_identity_errors:
+                error = splice_identity_error(group.model, block.tokens, hook_point, parts[n - 1])
+                self.splice_identity_errors[n] = error
+        losses = jointly_replaced_losses(group.model, block.tokens, block.keep, runs)
+        clean = losses[f"ce_clean_model_{number_of}"]
+        return losses | {f"ce_clean_{where}": clean for where, _ in places(number_of, group)}
 
 
-def _measured(sums: Sums, context: Int[np.ndarray, " rows"], sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
-    """Each metric with its 95% bootstrap interval over contexts."""
-    _, context = np.unique(context, return_inverse=True)
-    drawn = Bootstrap(int(context.max()) + 1).drawn(sums, context)
-    whole = {name: values.sum() for name, values in sums.items()}
-    every = range(1, len(sites) + 1)
+def places(number_of: int, group: SiteModel) -> Iterator[tuple[str, list[int]]]:
+    """Where a model's activations are replaced: `site_n` for each site and, if it has several, `model_n` for all."""
+    for n in group.hook_points:
+        yield f"site_{n}", [n]
+    if len(group.hook_points) > 1:
+        yield f"model_{number_of}", list(group.hook_points)
 
-    def ratio(top: str, over: Iterable[int]) -> Callable[[Mapping[str, Any]], Any]:
-        return lambda s: sum(s[f"{top}_{n}"] for n in over) / sum(s[f"variance_{n}"] for n in over)
 
-    fvu = "Σ‖x−x̂‖² / Σ‖x−μ‖², μ the mean held-out row"
-    metrics: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
-        "l0": ("mean number of features with f > 0 per kept token", lambda s: s["l0"] / s["rows"]),
-        "fvu": (f"{fvu}, over all sites, each in units where its mean ‖x‖² is 1", ratio("error", every)),
-        **{f"fvu_site_{n}": (f"{fvu}, at {site.name}", ratio("error", [n])) for n, site in enumerate(sites, 1)},
-        "fvu_random_pairs": (
-            "fvu with each token's row at the other sites replaced by that of a token drawn at random: the control",
-            ratio("shuffled_error", every),
-        ),
-    }
-    found = {}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for name, (formula, of) in metrics.items():
-            values = of(drawn)
-            defined = values[np.isfinite(values)]
-            ends = np.percentile(defined, [2.5, 97.5]) if len(defined) else (np.nan, np.nan)
-            interval = [number(end) for end in ends]
-            found[name] = {"value": number(of(whole)), "ci95": interval, "formula": formula, "version": 1}
+def _parts(x: Tensor, sites: Sequence[Site]) -> list[Tensor]:
+    return list(torch.split(x, [site.width for site in sites], dim=-1))
+
+
+def _measured(by_context: Sums, sites: Sequence[Site], models: Sequence[SiteModel]) -> dict[str, dict[str, Any]]:
+    """Each metric with its 95% bootstrap interval over contexts: of all sites, then of each site, then of models."""
+    contexts = len(by_context["rows"])
+    drawn = Bootstrap(contexts).drawn(by_context, np.arange(contexts))
+    whole = {name: values.sum() for name, values in by_context.items()}
+
+    def entry(metric: Metric, where: str = "", what: str = "") -> dict[str, Any]:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = np.asarray(metric.of(_at(drawn, where)))
+            value = number(metric.of(_at(whole, where)))
+        defined = values[np.isfinite(values)]
+        ends = np.percentile(defined, [2.5, 97.5]) if len(defined) else (np.nan, np.nan)
+        formula = metric.formula + (f"; {what}" if what else "")
+        return {"value": value, "ci95": [number(end) for end in ends], "formula": formula, "version": metric.version}
+
+    found = {name: entry(metric) for name, metric in WHOLE.items()}
+    for n, site in enumerate(sites, 1):
+        for name in OF_ROWS:
+            found[f"{name}_site_{n}"] = entry(metrics.METRICS[name], f"site_{n}", f"x the row at {site.name}")
+    for number_of, group in enumerate(models, 1):
+        for where, at in places(number_of, group):
+            what = f"x the row{'s' if len(at) > 1 else ''} at {' and '.join(sites[n - 1].name for n in at)}"
+            for name in OF_LOSSES:
+                found[f"{name}_{where}"] = entry(metrics.METRICS[name], where, what)
     return found
 
 
-def _shares_summary(shares: Float[Tensor, "alive n_sites"], sites: Sequence[Site]) -> dict[str, Any]:
-    """How many features belong to one site or to all, and the histogram of each site's share."""
-    equal = 1 / len(sites)
-    edges = np.linspace(0, 1, BINS + 1)
-    return {
-        "formula": "‖W_dec,i^s‖ / Σ_t ‖W_dec,i^t‖ of features that are active on held-out rows, in units where each "
-        "site's mean ‖x‖² is 1 (Lindsey et al. 2024)",
-        "features": len(shares),
-        "one_site_above": ONE_SITE_ABOVE,
-        "one_site": [int((shares[:, n] > ONE_SITE_ABOVE).sum()) for n in range(len(sites))],
-        "shared_between": [equal * (1 - SHARED_WITHIN), equal * (1 + SHARED_WITHIN)],
-        "shared": int(((shares - equal).abs() <= equal * SHARED_WITHIN).all(-1).sum()),
-        "histogram": {
-            "edges": edges.tolist(),
-            "features": [np.histogram(shares[:, n].numpy(), edges)[0].tolist() for n in range(len(sites))],
-        },
-    }
+def _at(sums: Mapping[str, Float64[np.ndarray, ...] | float], where: str) -> dict[str, Any]:
+    """The sums of one place under the names of `metrics.SUMS`."""
+    if not where:
+        return dict(sums)
+    here = {name.removesuffix(f"_{where}"): values for name, values in sums.items() if name.endswith(f"_{where}")}
+    return {name: sums[name] for name in ("rows", "predictions") if name in sums} | here
 
 
-def _cosine_summary(pair: tuple[int, int], cosine: Float[Tensor, " alive"], sites: Sequence[Site]) -> dict[str, Any]:
-    """The distribution of the cosine between the decoder rows of two sites."""
-    defined = cosine[cosine.isfinite()].numpy()
-    quantiles = np.percentile(defined, [5, 50, 95]) if len(defined) else np.full(3, np.nan)
-    return {
-        "sites": [sites[n].name for n in pair],
-        "formula": "cosine of W_dec,i^s and W_dec,i^t; comparable where both sites have the same basis, such as layers "
-        "of one residual stream or a model and its tuned copy",
-        **dict(zip(("p5", "median", "p95"), map(number, quantiles), strict=True)),
-    }
+def _checks(
+    measured: Mapping[str, Mapping[str, Any]], models: Sequence[SiteModel], errors: Mapping[int, float]
+) -> dict[str, dict[str, Any]]:
+    """For each place where x is replaced: ce_zero − ce_clean, whether scores are noise, the splice's identity error."""
+    found: dict[str, dict[str, Any]] = {}
+    for number_of, group in enumerate(models, 1):
+        for where, at in places(number_of, group):
+            zero, clean = (measured[f"{name}_{where}"]["value"] for name in ("ce_zero", "ce_clean"))
+            gap = None if zero is None or clean is None else zero - clean
+            found[where] = {
+                "ablation_gap_nats": gap,
+                "scores_are_noise": gap is None or gap < metrics.MIN_ABLATION_GAP_NATS,
+                "splice_identity_error": number(max(errors[n] for n in at)),
+            }
+    return found

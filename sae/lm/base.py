@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,9 +85,9 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def _logits(
-        self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
+        self, tokens: Int[Tensor, "batch pos"], splices: Mapping[str, Splice]
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """As `logits`, but differentiable with respect to what `splice` returns."""
+        """As `spliced_logits`, but differentiable with respect to what the splices return."""
 
     @abstractmethod
     def direct_path(self, hook_point: str) -> DirectPath:
@@ -179,7 +179,17 @@ class LanguageModel(ABC):
         self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Next-token logits; with `splice`, the activations x at `hook_point` are replaced by `splice(x)`."""
-        return self._logits(tokens, hook_point, splice)
+        return self._logits(tokens, {} if hook_point is None or splice is None else {hook_point: splice})
+
+    @torch.inference_mode()
+    def spliced_logits(
+        self, tokens: Int[Tensor, "batch pos"], splices: Mapping[str, Splice]
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Next-token logits with the activations x at several hook points replaced, each by its splice of x.
+
+        The x that a splice is given follows from what earlier splices put in its place.
+        """
+        return self._logits(tokens, splices)
 
     def gradient(
         self, tokens: Int[Tensor, "batch pos"], hook_point: str, objective: Callable[[Tensor], Tensor]
@@ -192,7 +202,7 @@ class LanguageModel(ABC):
             return leaves[-1]
 
         with torch.inference_mode(False), torch.enable_grad():
-            (found,) = torch.autograd.grad(objective(self._logits(tokens.clone(), hook_point, leaf)), leaves)
+            (found,) = torch.autograd.grad(objective(self._logits(tokens.clone(), {hook_point: leaf})), leaves)
         return leaves[0].detach(), found
 
     def identity(self) -> dict[str, Any]:

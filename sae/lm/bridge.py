@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
@@ -24,7 +24,8 @@ from sae.lm.transformer import Transformer
 from sae.text.model_text import Messages
 
 Found = TypeVar("Found")
-Hooks = list[tuple[str, Callable[..., Tensor]]]
+Hooked = tuple[str, Callable[..., Tensor]]
+Hooks = list[Hooked]
 
 LEGACY_HUB_IDS = {
     "gelu-1l": "NeelNanda/GELU_1L512W_C4_Code",
@@ -115,13 +116,19 @@ class BridgeModel(LanguageModel):
         return {name: value.flatten(2).float() for name, value in caught.items()}
 
     def _logits(
-        self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
+        self, tokens: Int[Tensor, "batch pos"], splices: Mapping[str, Splice]
     ) -> Float[Tensor, "batch pos d_vocab"]:
         self.require_rows(tokens)
-        if hook_point is None or splice is None:
+        if not splices:
             logits: Tensor = self.module(tokens.to(self.device), return_type="logits")
             return logits.float()
+        pairs = [self._splicing(hook_point, splice) for hook_point, splice in splices.items()]
+        # What catches up comes first: at hook_resid_post, a splice there has the last word.
+        hooks = [*(late for _, late in pairs if late), *(replace for replace, _ in pairs)]
+        return self._run(tokens, hooks).float()
 
+    def _splicing(self, hook_point: str, splice: Splice) -> tuple[Hooked, Hooked | None]:
+        """The hook that replaces x, and a later one that the replacement needs at hook_resid_mid."""
         bypassed: list[Tensor] = []
 
         def replace(value: Tensor, hook: Any) -> Tensor:
@@ -132,16 +139,15 @@ class BridgeModel(LanguageModel):
         def catch_up(value: Tensor, hook: Any) -> Tensor:
             return value + bypassed.pop()
 
-        hooks: Hooks = [(hook_point, replace)]
-        if hook_point.endswith(".hook_resid_mid"):
-            # The bridge's hook_resid_mid is only the input of the MLP's norm: replacing it leaves the residual stream
-            # itself unchanged. So the difference is added to the stream at the end of the block.
-            block = hook_point.removesuffix("hook_resid_mid")
-            held = self.module.hook_dict
-            if held.get(hook_point) is not held.get(f"{block}ln2.hook_in", ""):
-                raise ModelError(f"{self.id}: splicing at {hook_point} is not supported; use {block}hook_resid_post.")
-            hooks.append((f"{block}hook_resid_post", catch_up))
-        return self._run(tokens, hooks).float()
+        if not hook_point.endswith(".hook_resid_mid"):
+            return (hook_point, replace), None
+        # The bridge's hook_resid_mid is only the input of the MLP's norm: replacing it leaves the residual stream
+        # itself unchanged. So the difference is added to the stream at the end of the block.
+        block = hook_point.removesuffix("hook_resid_mid")
+        held = self.module.hook_dict
+        if held.get(hook_point) is not held.get(f"{block}ln2.hook_in", ""):
+            raise ModelError(f"{self.id}: splicing at {hook_point} is not supported; use {block}hook_resid_post.")
+        return (hook_point, replace), (f"{block}hook_resid_post", catch_up)
 
     def _run(self, tokens: Tensor, hooks: Hooks) -> Tensor:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import lru_cache
@@ -76,17 +76,15 @@ class NativeModel(LanguageModel):
         return caught
 
     def _logits(
-        self, tokens: Int[Tensor, "batch pos"], hook_point: str | None = None, splice: Splice | None = None
+        self, tokens: Int[Tensor, "batch pos"], splices: Mapping[str, Splice]
     ) -> Float[Tensor, "batch pos d_vocab"]:
         self.require_rows(tokens)
-        if hook_point is None or splice is None:
-            clean: Tensor = self.module(tokens.to(self.device))
-            return clean
-        self.hook_width(hook_point)  # raises for an unknown name
-        spliced: Tensor = self.module(
-            tokens.to(self.device), lambda name, value: splice(value) if name == hook_point else value
+        for hook_point in splices:
+            self.hook_width(hook_point)  # raises for an unknown name
+        logits: Tensor = self.module(
+            tokens.to(self.device), lambda name, value: splices[name](value) if name in splices else value
         )
-        return spliced
+        return logits
 
     def direct_path(self, hook_point: str) -> DirectPath:
         self.hook_width(hook_point)

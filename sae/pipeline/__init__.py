@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names as in _PUBLIC, for type checkers and editors
     from sae.pipeline.compare import compare as compare
     from sae.pipeline.controls import controls as controls
+    from sae.pipeline.crosscoders import crosscoder_control as crosscoder_control
     from sae.pipeline.dashboards import DUMP_FORMATS as DUMP_FORMATS
     from sae.pipeline.dashboards import import_dump as import_dump
     from sae.pipeline.errors import PipelineError as PipelineError
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, for type checkers and editors
 _PUBLIC = {  # by module
     "compare": ("compare",),
     "controls": ("controls",),
+    "crosscoders": ("crosscoder_control",),
     "dashboards": ("DUMP_FORMATS", "import_dump"),
     "errors": ("PipelineError",),
     "evaluate": ("evaluate",),

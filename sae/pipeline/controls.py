@@ -18,7 +18,8 @@ from sae.dictionary.inference import FrozenSAE
 from sae.evaluation import evaluate as evaluation
 from sae.lm import LanguageModel
 from sae.lm.units import units_to_match
-from sae.pipeline.evaluate import donors, eval_blocks, thinned
+from sae.pipeline.donors import donors
+from sae.pipeline.evaluate import eval_blocks, thinned
 from sae.pipeline.resolve import autoencoder, model_of, store_of
 from sae.text.tokenizer import token_bytes
 from sae.training import loop

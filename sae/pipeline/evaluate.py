@@ -11,18 +11,17 @@ import torch
 
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.inference import FrozenSAE
-from sae.evaluation import crosscoder
 from sae.evaluation import evaluate as evaluation
 from sae.evaluation.outliers import fvu_of_all_rows
 from sae.jobs.checkpoint import write_tensors
 from sae.lm import LanguageModel
+from sae.pipeline.crosscoders import evaluate_crosscoder
+from sae.pipeline.donors import donors
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.resolve import model_with, opened, output_hook_point, store_of
-from sae.pipeline.sites import heldout_blocks, recorded_places
 from store.activation_reader import ActivationReader
 from store.common import HELD_OUT, TRAIN, write_json
 
-DONORS, DONOR_SHARDS = 4096, 8
 CHOOSING_TOKENS = 65_536
 SPREAD_SHARDS = 64  # a few contexts are taken from each, because one shard holds few documents
 
@@ -39,8 +38,8 @@ def evaluate(
     """Evaluates a dictionary on the store's held-out split; writes eval.json and feature_stats.safetensors next to it.
 
     A dictionary given by its path names its store and model. A transcoder's ŷ takes the place of y, at its target hook
-    point. A crosscoder is measured at each of its sites, on its own stores and without a model; sites.safetensors gets
-    the shares of each feature's decoder norms. Where activations came as arrays there is no model to run, and the
+    point. A crosscoder is measured at each of its sites, on its own stores and with their models; sites.safetensors
+    gets the shares of each feature's decoder norms. Where activations came as arrays there is no model to run, and the
     metrics of its losses are left out.
     To measure several dictionaries of one store and output hook point, pass each the same `ablated`, {} at
     first: what does not depend on the dictionary is then computed once.
@@ -48,12 +47,11 @@ def evaluate(
     """
     dictionary, directory = opened(sae)
     if dictionary.is_crosscoder:
-        if store is not None or model is not None or directory is None:
+        if store is not None or directory is None:
             raise PipelineError(
-                "a crosscoder is evaluated on the stores that its config.json names, without running a model: give its "
-                "directory, and neither a store nor a model."
+                "a crosscoder is evaluated on the stores that its config.json names: give its directory, and no store."
             )
-        return _evaluate_crosscoder(dictionary, directory, device, kernels)
+        return evaluate_crosscoder(dictionary, directory, model, device, kernels)
     acts = store_of(dictionary, directory, store)
     lm = model_with(dictionary, model, acts, device=device)
     read, replaced = dictionary.config["hook_point"], output_hook_point(dictionary)
@@ -91,22 +89,6 @@ def evaluate(
     if directory:
         write_tensors(directory / "feature_stats.safetensors", stats, {"tokens": heldout.kept_rows, "split": HELD_OUT})
         write_json(directory / "eval.json", result)  # last: a sweep takes its presence for a finished evaluation
-    return result
-
-
-def _evaluate_crosscoder(sae: SAE, directory: Path, device: str, kernels: str) -> dict[str, Any]:
-    places = recorded_places(sae, directory)
-    totals = [place.totals(HELD_OUT) for place in places]
-    result, tensors = crosscoder.evaluate(
-        sae,
-        heldout_blocks(places),
-        means=[each.mean for each in totals],
-        kept_tokens=totals[0].kept_rows,
-        device=device,
-        kernels=kernels,
-    )
-    write_tensors(directory / "sites.safetensors", tensors, {"tokens": totals[0].kept_rows, "split": HELD_OUT})
-    write_json(directory / "eval.json", result)
     return result
 
 
@@ -158,17 +140,3 @@ def eval_blocks(
             lookup[contexts.document[::every]],
             wanted,
         )
-
-
-def donors(store: ActivationReader, hook_point: str) -> torch.Tensor:
-    """Training rows for resample ablation, from the first shards: documents are stored in a random order."""
-    rows: list[np.ndarray] = []
-    for shard in sorted(store.markers(TRAIN))[:DONOR_SHARDS]:
-        kept = store.read_contexts(TRAIN, shard).keep.reshape(-1)
-        if kept.any():
-            rows.append(store.read_acts(TRAIN, shard, hook_point)[kept])
-    if not rows:
-        raise PipelineError(f"{store.path} holds no training rows yet; finish the harvest.")
-    pool = np.concatenate(rows)
-    chosen = np.random.default_rng(0).permutation(len(pool))[:DONORS]
-    return torch.from_numpy(pool[chosen])

@@ -208,12 +208,12 @@ def require_model_of(store: ActivationReader, lm: LanguageModel) -> None:
         )
 
 
-def model_in(store: ActivationReader) -> LanguageModel:
+def model_in(store: ActivationReader, device: str = "cpu") -> LanguageModel:
     """Loads a store's model. Raises: PipelineError if the model of that name now has other weights."""
     held = _model_in(store)
     if not can_run(held):
         raise PipelineError(f"{store.path} holds activations that came as arrays; this recipe has to run their model.")
-    lm = load_model(held["id"], weights_sha256=held.get("sha256"))
+    lm = load_model(held["id"], device=device, weights_sha256=held.get("sha256"))
     if not same_model(held, lm.identity()):
         raise PipelineError(
             f"{store.path} holds activations of {_named(held)}, the model of that name is {_named(lm.identity())}: "

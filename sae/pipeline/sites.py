@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,19 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.dictionary.autoencoder import SAE
 from sae.dictionary.sites import Site
-from sae.evaluation.crosscoder import SiteBlock, shuffled
 from sae.pipeline.errors import PipelineError
-from sae.pipeline.resolve import row_filter_progress
 from sae.pipeline.rows import SHUFFLE_BYTES, hook_point_of, provenance_of, training_view
 from sae.training.config import TrainConfig
 from sae.training.rows import Batch
 from store.activation_reader import ActivationReader, Totals
 from store.activations import ActivationStore
 from store.batches import ShuffledRows
-from store.common import HELD_OUT, TRAIN, same_model
-from store.filtered import filtered
+from store.common import TRAIN
 from store.paired import require_same_rows
 
 OF_A_SAMPLE = 1  # separates the pairings of a sample from those of a batch
@@ -142,7 +137,18 @@ class JoinedRows:
     def _joined(self, parts: Sequence[np.ndarray], seed: Sequence[int]) -> Float[Tensor, "n d_in"]:
         scaled = [torch.from_numpy(part) * site.scale for part, site in zip(parts, self.sites, strict=True)]
         joined = torch.cat(scaled, dim=-1)
-        return shuffled(joined, self.sites, seed) if self._shuffle else joined
+        return _paired_at_random(joined, self.sites, seed) if self._shuffle else joined
+
+
+def _paired_at_random(
+    x: Float[Tensor, "rows d_in"], sites: Sequence[Site], seed: Sequence[int]
+) -> Float[Tensor, "rows d_in"]:
+    """The rows with those of each site but the first permuted."""
+    parts = list(torch.split(x, [site.width for site in sites], dim=-1))
+    for n in range(1, len(parts)):
+        order = np.random.default_rng([*seed, n]).permutation(len(x))
+        parts[n] = parts[n][torch.from_numpy(order)]
+    return torch.cat(parts, dim=-1)
 
 
 def _scale(place: Place) -> float:
@@ -182,50 +188,3 @@ def provenance_of_sites(rows: JoinedRows, out: str | Path, max_ram_bytes: int = 
         recorded.append({**site._asdict(), **origin})
     view = rows.places[0].store
     return {"sites": recorded, **({} if view.row_filter.is_off else {"row_filter": view.row_filter.to_json()})}
-
-
-# --- held-out rows ---------------------------------------------------------------------------------------------------
-
-
-def recorded_places(sae: SAE, directory: Path) -> list[Place]:
-    """The sites that a crosscoder was trained on, with their held-out rows.
-
-    Raises: PipelineError if a store now belongs to another model; StoreError if the rows no longer belong together.
-    """
-    recorded: list[Mapping[str, Any]] = sae.config["sites"]
-    stores: dict[str, ActivationStore] = {}
-    places = []
-    for site in recorded:
-        path = os.path.normpath(directory / site["store"]["path"])
-        store = stores.setdefault(path, ActivationStore.open(path))
-        theirs = store.provenance.get("model", {})
-        if site["model"] != theirs and not same_model(site["model"], theirs):
-            raise PipelineError(
-                f"{path} holds activations of {theirs.get('id')}, the crosscoder was trained on those of "
-                f"{site['model'].get('id')}, with other weights. Harvest that model's activations there."
-            )
-        places.append(Place(str(site["name"]), store, hook_point_of(store, site["hook_point"])))
-    first, *others = stores.values()
-    for other in others:
-        require_same_rows(first, other, HELD_OUT)
-    kept = sae.config.get("row_filter")
-    views = {
-        path: filtered(store, kept, [place.hook_point for place in places if place.store is store], row_filter_progress)
-        for path, store in stores.items()
-    }
-    return [place._replace(store=views[str(place.store.path)]) for place in places]
-
-
-def heldout_blocks(places: Sequence[Place]) -> Iterator[SiteBlock]:
-    """The held-out kept rows of all sites, joined, in the model's own units; one block for each shard."""
-    first = places[0].store
-    for shard, marker in first.markers(HELD_OUT).items():
-        if not marker.kept_rows:
-            continue
-        keep = first.read_keep(HELD_OUT, shard)
-        parts = [
-            torch.from_numpy(place.store.read_acts(HELD_OUT, shard, place.hook_point)[keep.reshape(-1)])
-            for place in places
-        ]
-        context = first.first_context(HELD_OUT, shard) + np.flatnonzero(keep.reshape(-1)) // first.seq_len
-        yield SiteBlock(torch.cat(parts, dim=-1), context)
