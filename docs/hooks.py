@@ -83,6 +83,20 @@ def metrics() -> str:
     return "\n".join(lines)
 
 
+def crosscoder_metrics() -> str:
+    """The metrics of a crosscoder: of all sites, and those that have the suffix of a site or of a model."""
+    from sae.evaluation.crosscoder import OF_LOSSES, OF_ROWS, WHOLE
+    from sae.evaluation.metrics import METRICS
+
+    lines = ["| metric | formula | version | trap |", "|---|---|---:|---|"]
+    lines += [f"| `{name}` | {m.formula} | {m.version} | {m.trap} |" for name, m in WHOLE.items()]
+    for names, places in ((OF_ROWS, "`_site_n`"), (OF_LOSSES, "`_site_n`, `_model_n`")):
+        for name in names:
+            metric = METRICS[name]
+            lines.append(f"| `{name}` with {places} | {metric.formula} | {metric.version} | {metric.trap} |")
+    return "\n".join(lines)
+
+
 def recipe_settings() -> str:
     """What each recipe sets, and which optional settings it takes besides."""
     from sae.training.recipes import RECIPES
@@ -142,6 +156,7 @@ VERBS_FIRST = (
     "harvest",
     "train",
     "Live",
+    "Sites",
     "sweep",
     "evaluate",
     "index",
@@ -180,6 +195,7 @@ def _documented(package: Any, names: Iterable[str]) -> str:
 PARTS = {
     "command line": command_line,
     "metrics": metrics,
+    "crosscoder metrics": crosscoder_metrics,
     "recipe settings": recipe_settings,
     "settings": settings,
     "pipeline": pipeline_names,

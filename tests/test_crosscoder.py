@@ -242,6 +242,7 @@ def test_a_run_records_its_sites_and_its_evaluation_is_that_of_the_formulas(
     sites = sae.config["sites"]
     assert [site["hook_point"] for site in sites] == [POST, POST]
     assert {"hook_point", "model", "store"}.isdisjoint(sae.config)
+    assert sae.config["lambda"].keys() == {"of", "scaled", "meaning"}  # raw rows of several scales have no λ
     result = pipeline.evaluate(trained)
     assert json.loads((trained / "eval.json").read_text()) == result
     parts = [kept(path, HELD_OUT).double() for path in two_models]
@@ -383,6 +384,7 @@ def test_stores_of_other_tokens_are_refused(two_models: list[Path], tiny_model: 
         (([0, 0], ()), {}, "is named twice"),
         (([0, 1], ()), {"recipe": "topk"}, "recipe topk takes one hook point of one store"),
         (([0, 1], ("blocks.0.hook_resid_mid",)), {}, "holds the hook points"),
+        (([0, 1], ()), {"hook_point": POST}, "a crosscoder's hook points are named in its rows"),
         (([0, 1], ()), {"config": {"max_norm_multiple": 10.0}}, "of several stores it would leave out other"),
     ],
 )

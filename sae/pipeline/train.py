@@ -77,6 +77,10 @@ def train(
     if isinstance(rows, Sites):
         if recipes.recipe_named(recipe).needs != "sites":
             raise PipelineError(f"recipe {recipe} takes one hook point of one store; recipe crosscoder joins several.")
+        if hook_point or target_hook_point:
+            raise PipelineError(
+                "a crosscoder's hook points are named in its rows: pipeline.Sites(stores, hook_points)."
+            )
         places = open_sites(rows)
         warn_of_few_rows(ActivationStore.open(rows.stores[0]))
         _, resolved = recipes.resolve(recipe, tokens=tokens or 4 * places[0].totals(TRAIN).kept_rows, **overrides)

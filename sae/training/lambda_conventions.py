@@ -29,6 +29,13 @@ def in_every_convention(found: float, penalised: str, scale: float, d_in: int) -
             "meaning": "scaled: KL in nats, mean over the batch, + λ Σ f with E‖x‖² = d_in; raw: the same with f in "
             "the model's units",
         }
+    if penalised == "λ · Σ f Σ ‖d^s‖":  # raw rows have no λ: each site has a scale of its own
+        return {
+            "of": penalised,
+            "scaled": found,
+            "meaning": "scaled: Σ_s ‖x^s−x̂^s‖², mean over the batch, + λ Σ f Σ_s ‖d^s‖, with the same E‖x^s‖² at each "
+            "site s and Σ_s E‖x^s‖² = d_in, the number of values of all sites",
+        }
     return {
         "of": penalised,
         "scaled": found,

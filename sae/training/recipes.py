@@ -39,6 +39,8 @@ class Recipe:
         """What λ multiplies, as config.json names it."""
         if self.needs == "resid":
             return "λ · Σ f beside KL"
+        if self.needs == "sites":
+            return "λ · Σ f Σ ‖d^s‖"
         return {"l1": "λ · Σ f", "l0_penalty": "λ · L0", "": "none: sparsity is k"}[self.coefficient]
 
     @property
