@@ -152,6 +152,8 @@ def _stamp(entry: SaeEntry) -> int:
     try:
         return (entry.index_path / "zarr.json").stat().st_mtime_ns
     except OSError as error:
+        if entry.is_crosscoder:
+            raise StoreError(f"{entry.id} is a crosscoder, of several sites: it has no feature index") from error
         raise StoreError(f"{entry.id} has no feature index; build it with `sae index`") from error
 
 

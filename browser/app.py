@@ -180,19 +180,19 @@ def _explain_index(entry: SaeEntry, error: str) -> None:
     if entry.has_index:
         explain("This dictionary's index cannot be read", error, f"sae index {entry.path}")
         return
-    if entry.unfinished:
-        explain(
-            f"{entry.id} is not trained yet",
-            "The view Run shows its progress. After training, evaluate it and build its index:",
-            f"sae eval {entry.path} && sae index {entry.path}",
-        )
-        return
     if entry.is_crosscoder:
         explain(
             f"{entry.id} is a crosscoder",
             "Its rows join several hook points or models, and a feature index describes those of one. The view Run "
             "shows its training, its evaluation at each site and where its features are, once it is evaluated:",
             f"sae eval {entry.path}",
+        )
+        return
+    if entry.unfinished:
+        explain(
+            f"{entry.id} is not trained yet",
+            "The view Run shows its progress. After training, evaluate it and build its index:",
+            f"sae eval {entry.path} && sae index {entry.path}",
         )
         return
     explain(

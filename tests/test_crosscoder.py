@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 from fakes import SHAPE, made_up_documents, write_jsonl, write_model
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 from streamlit.testing.v1 import AppTest
 from torch import Tensor
 
 import browser
+from browser import api
+from browser.refusals import HOSTS_VARIABLE
 from browser.state import ROOT_VARIABLE
 from sae import pipeline
 from sae.cli import main
@@ -441,6 +445,7 @@ def test_the_apps_pages_show_its_evaluation_and_say_what_does_not_work(
     trained: Path, control: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ROOT_VARIABLE, str(trained.parent))
+    monkeypatch.setenv(HOSTS_VARIABLE, "localhost")
     said = {}
     for view in ("Run", "Features", "Feature", "Steering", "Compare", "Map", "Token", "Microscope", "Attention"):
         page = AppTest.from_file(str(Path(browser.__file__).with_name("app.py")), default_timeout=120)
@@ -452,6 +457,9 @@ def test_the_apps_pages_show_its_evaluation_and_say_what_does_not_work(
     assert "crosscoder" in said["Run"]
     assert "Features by the share of site 2 in their decoder norms" in said["Run"]
     assert f"Grey: the control {control.name}" in said["Run"]
+    answers = TestClient(Starlette(routes=api.routes()), base_url="http://localhost")
+    answer = answers.get(f"/api/features?sae={trained.name}")
+    assert "is a crosscoder, of several sites" in answer.text
     for view in set(said) - {"Run"}:
         assert f"{trained.name} is a crosscoder" in said[view], view
 

@@ -56,6 +56,14 @@ def show(page: Page) -> None:
     pick, which = st.columns([0.4, 0.6], vertical_alignment="bottom")
     name = str(pick.selectbox("Compare this dictionary (A) with B", others, key="other", bind="query-params"))
     other = page.entries[name]
+    joined = next((entry for entry in (page.entry, other) if entry.is_crosscoder), None)
+    if joined is not None:
+        explain(
+            f"{joined.id} is a crosscoder",
+            "Its rows join several hook points or models, so its features cannot be matched with those of one hook "
+            "point. Its view Run shows which of them belong to which site.",
+        )
+        return
     found = state.comparison_of(page.entry, other)
     if found is None:
         _by_weights(page, other)

@@ -40,6 +40,7 @@ NEXT_STEP = {
     "stopped": "Repeat the command it was started with: it continues from the last checkpoint.",
     "imported pages": "Samples from another tool's feature pages, without weights.",
 }
+NEXT_STEP_OF_CROSSCODER = {**NEXT_STEP, "trained": "Next: sae eval.", "evaluated": ""}  # it has no feature index
 
 
 def show(root: Path, entries: Mapping[str, SaeEntry], *, in_place: bool = True) -> None:
@@ -62,7 +63,7 @@ def _row(found: Summary) -> Run:
     entry = found.entry
     d_in = "?" if found.d_in is None else f"{found.d_in:,}"
     progress = "" if found.progress is None else f", {found.progress:.0%}"
-    next_step = "" if entry.is_crosscoder and found.state == "evaluated" else NEXT_STEP.get(found.state, "")
+    next_step = (NEXT_STEP_OF_CROSSCODER if entry.is_crosscoder else NEXT_STEP).get(found.state, "")
     tone = TONES.get(found.state, VIOLET)
     cells = [
         Cell(entry.path.name if entry.id == "." else entry.id, entry.id),
