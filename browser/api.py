@@ -18,10 +18,10 @@ from starlette.routing import Route
 from browser import catalogue, data, export, state
 from browser.data import SaeEntry
 from browser.named_lists import Lists
-from browser.notes import Notes
 from browser.refusals import BASE_PATH_VARIABLE, HOSTS_VARIABLE
 from store.common import StoreError
 from store.features import FeatureIndex
+from store.notes import Notes
 
 Answer = dict[str, Any]
 ADDRESSES = {

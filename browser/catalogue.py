@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from browser.data import LABEL_KINDS, density, flags, rule_text
-from browser.notes import Note
 from browser.tokens import label
 from store.features import FeatureIndex
+from store.notes import Note
 
 TEXT_COLUMNS = ("label", "auto_label", "top_token", "top_logits", "domain")
 

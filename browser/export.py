@@ -12,9 +12,9 @@ import pandas as pd
 
 from browser import data, dumps
 from browser.data import Example
-from browser.notes import Note
 from browser.tokens import Piece, label, visible
 from store.features import FeatureIndex
+from store.notes import Note
 
 MAX_FEATURES = 200  # per page
 BEFORE, AFTER = 22, 12

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from browser.notes import NAME, NotesError, reading, writing
+from store.notes import NAME, NotesError, reading, writing
 
 KIND, FORMAT = "feature-lists", 1
 MAX_NAME = 80  # characters

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from browser import export
-from browser.notes import Notes
 from store.features import FeatureIndex
+from store.notes import Notes
 
 
 class Shown(bytes):

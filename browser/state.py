@@ -19,10 +19,10 @@ import streamlit as st
 from browser import catalogue, comparison, data, runs
 from browser.comparison import Comparison
 from browser.data import SaeEntry
-from browser.notes import Notes, NotesError
 from browser.tokens import label
 from store.common import StoreError
 from store.features import FeatureIndex
+from store.notes import Notes, NotesError
 
 ROOT_VARIABLE = "MONOSEM_ROOT"
 EDITS = "edits"  # the steering set, as text

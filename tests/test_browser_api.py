@@ -19,10 +19,10 @@ from starlette.testclient import TestClient
 from browser import api, launch
 from browser.launch import Proxy
 from browser.named_lists import Lists
-from browser.notes import NAME, Note, Notes
 from browser.refusals import BASE_PATH_VARIABLE, HOSTS_VARIABLE
 from browser.state import ROOT_VARIABLE
 from store.features import FeatureIndex
+from store.notes import NAME, Note, Notes
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from streamlit.testing.v1 import AppTest
 
 import browser
 from browser.named_lists import MAX_NAME, Lists, read_lists, to_csv, to_json
-from browser.notes import NAME, Note, Notes, NotesError
 from browser.state import ROOT_VARIABLE
+from store.notes import NAME, Note, Notes, NotesError
 
 D_SAE = 64
 

@@ -13,8 +13,8 @@ import pytest
 from browser_fixture import DEAD, DENSE, HOSTILE, HOSTILE_TOKENS, build_index
 
 from browser import export
-from browser.notes import MAX_LABEL, NAME, Note, Notes, NotesError
 from store.features import FeatureIndex
+from store.notes import MAX_LABEL, NAME, Note, Notes, NotesError
 
 
 def test_notes_are_kept_replaced_and_removed(tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ from streamlit.testing.v1 import AppTest
 import browser
 from browser import data, dumps, export
 from browser.catalogue import feature_table
-from browser.notes import Note
 from browser.state import ROOT_VARIABLE
 from sae import cli, pipeline
 from sae.interop.dashboards import token_bytes
 from sae.interop.files import InteropError
 from sae.pipeline import PipelineError
 from store.features import FeatureIndex
+from store.notes import Note
 
 MAKE: dict[str, Callable[[Path], Path]] = {"sae-dashboard": dump_files.dashboard, "paper": dump_files.paper}
 ORDER = {"sae-dashboard": [0, 1, 2], "paper": [1, 2, 0]}

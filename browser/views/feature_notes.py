@@ -11,11 +11,11 @@ import streamlit as st
 
 from browser import export, state
 from browser.markup import explain
-from browser.notes import MAX_LABEL, MAX_NOTE, Note, Notes, NotesError
 from browser.state import Page
 from browser.tokens import plain_markdown
 from browser.views import named_lists
 from browser.views.download import download
+from store.notes import MAX_LABEL, MAX_NOTE, Note, Notes, NotesError
 
 
 def show(page: Page, provenance: str) -> None:

@@ -13,10 +13,10 @@ from streamlit.delta_generator import DeltaGenerator
 from browser import named_lists
 from browser.markup import explain
 from browser.named_lists import MAX_NAME, Lists, read_lists
-from browser.notes import NotesError
 from browser.state import Page
 from browser.tokens import plain_markdown
 from browser.views.download import download
+from store.notes import NotesError
 
 CHOSEN = "list"  # the chosen list, in the session and in the address
 _FAILED = "list-failed"

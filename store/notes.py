@@ -1,4 +1,4 @@
-"""Your own labels, notes and bookmarks, in a SQLite file in the dictionary's directory (`notes.sqlite`).
+"""Your own labels, notes and bookmarks of features, in a SQLite file in the dictionary's directory (`notes.sqlite`).
 
 The first write creates the file; only looking at features does not. `browser.named_lists` keeps its lists there, too.
 """
