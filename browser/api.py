@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from browser import catalogue, data, export, state
 from browser.data import SaeEntry
+from browser.live import search
 from browser.named_lists import Lists
 from browser.refusals import BASE_PATH_VARIABLE, HOSTS_VARIABLE
 from store.common import StoreError
@@ -24,9 +25,10 @@ from store.features import FeatureIndex
 from store.notes import Notes
 
 Answer = dict[str, Any]
+FILTERS = ("list", "flag", "domain", "q")
 ADDRESSES = {
     "dictionaries": "every dictionary below the root, with its configuration",
-    "features?sae=ID": "the table of its features; filters: list, flag, domain, q",
+    "features?sae=ID": f"the table of its features; filters: {', '.join(FILTERS)}; ranked by meaning: meaning",
     "feature?sae=ID&feature=N": f"what the page of a feature shows; N,M,… for several, up to {export.MAX_FEATURES}",
     "notes?sae=ID": "your labels, notes, bookmarks and lists",
 }
@@ -44,8 +46,18 @@ def routes() -> list[Route]:
     """The addresses, below the base path of the app if it has one."""
     base = os.environ.get(BASE_PATH_VARIABLE, "")
     prefix = f"/{base}/api" if base else "/api"
-    answers = {"": _index, "dictionaries": _dictionaries, "features": _features, "feature": _feature, "notes": _notes}
-    known = [Route(f"{prefix}/{name}", _endpoint(answer), methods=["GET"]) for name, answer in answers.items()]
+    answers = {
+        "": (_index, ()),
+        "/": (_index, ()),
+        "/dictionaries": (_dictionaries, ()),
+        "/features": (_features, ("sae", *FILTERS, "meaning")),
+        "/feature": (_feature, ("sae", "feature")),
+        "/notes": (_notes, ("sae",)),
+    }
+    known = [
+        Route(prefix + name, _endpoint(answer, parameters), methods=["GET"])
+        for name, (answer, parameters) in answers.items()
+    ]
     return [*known, Route(prefix + "/{name:path}", _endpoint(_unknown), methods=["GET"])]
 
 
@@ -55,8 +67,13 @@ def allowed_host(header: str, hosts: Sequence[str]) -> bool:
     return any(fnmatchcase(name.casefold(), host.casefold()) for host in hosts)
 
 
-def _endpoint(answer: Callable[[Request], Answer]) -> Callable[[Request], Response]:
-    """Checks the host and turns errors into answers; it runs in a thread of its own, apart from the app's loop."""
+def _endpoint(
+    answer: Callable[[Request], Answer], parameters: Sequence[str] | None = None
+) -> Callable[[Request], Response]:
+    """Checks the host and the names of the parameters (None: any), and turns errors into answers.
+
+    It runs in a thread of its own, apart from the app's loop.
+    """
 
     @wraps(answer)
     def endpoint(request: Request) -> Response:
@@ -64,6 +81,7 @@ def _endpoint(answer: Callable[[Request], Answer]) -> Callable[[Request], Respon
         try:
             if not allowed_host(request.headers.get("host", ""), hosts):
                 raise ApiError(403, f"this app accepts requests for {', '.join(hosts)}; see `sae browse --allow-host`")
+            _require_known(request, parameters)
             return _json(answer(request), 200)
         except ApiError as error:
             return _json({"error": str(error)}, error.status)
@@ -71,6 +89,14 @@ def _endpoint(answer: Callable[[Request], Answer]) -> Callable[[Request], Respon
             return _json({"error": str(error)}, 409)
 
     return endpoint
+
+
+def _require_known(request: Request, parameters: Sequence[str] | None) -> None:
+    """Raises: ApiError for a misspelt filter, without which the answer would be of all features."""
+    unknown = [] if parameters is None else sorted(set(request.query_params) - set(parameters))
+    if unknown:
+        there = ", ".join(parameters or ()) or "none"
+        raise ApiError(400, f"unknown parameter {', '.join(unknown)}; this address has {there}")
 
 
 def _json(content: Answer, status: int) -> Response:
@@ -104,6 +130,8 @@ def _features(request: Request) -> Answer:
     lists = Lists(entry.path).all() if name is not None else {}
     if name is not None and name not in lists:
         raise ApiError(404, f"{entry.id} has no list “{name}”; it has {', '.join(lists) or 'none'}")
+    _require_choice("flag", asked.get("flag", ""), catalogue.FLAGS)
+    _require_choice("domain", asked.get("domain", ""), index.domains)
     table = catalogue.with_labels(_table(index.path, _stamp(entry)), Notes(entry.path).all())
     shown = catalogue.select_features(
         table,
@@ -112,7 +140,17 @@ def _features(request: Request) -> Answer:
         text=asked.get("q", ""),
         features=lists[name] if name is not None else None,
     )
-    return {"sae": entry.id, "features": json.loads(shown.to_json(orient="records", double_precision=15))}
+    meaning = asked.get("meaning", "").strip()
+    middle = {}
+    if meaning:
+        found = search.similarities(index, entry.path, meaning)
+        shown, middle = catalogue.by_similarity(shown, found), {"median_similarity": search.median(found)}
+    return {"sae": entry.id, **middle, "features": json.loads(shown.to_json(orient="records", double_precision=15))}
+
+
+def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value and value not in choices:
+        raise ApiError(404, f"{name}={value}: expected one of {', '.join(choices)}")
 
 
 def _feature(request: Request) -> Answer:

@@ -14,6 +14,7 @@ from browser.tokens import label
 from store.features import FeatureIndex
 from store.notes import Note
 
+FLAGS = ("alive", "dead", "ultra-low", "dense", "absent")
 TEXT_COLUMNS = ("label", "auto_label", "top_token", "top_logits", "domain")
 
 
@@ -102,6 +103,14 @@ def select_features(
                 hit |= table[name].str.casefold().str.contains(needle, regex=False).to_numpy()
         keep &= hit
     return table[keep]
+
+
+def by_similarity(table: pd.DataFrame, similarity: np.ndarray) -> pd.DataFrame:
+    """The table with each feature's `similarity` [d_sae] as its second column, the largest first, without those of
+    nan."""
+    found = table.copy(deep=False)
+    found.insert(1, "similarity", similarity[table["feature"].to_numpy()])
+    return found.dropna(subset="similarity").sort_values("similarity", ascending=False, kind="stable")
 
 
 def to_csv(table: pd.DataFrame) -> bytes:

@@ -17,6 +17,7 @@ from browser.refusals import BASE_PATH_VARIABLE, HOSTS_VARIABLE
 from browser.style import THEME
 
 ROOT_VARIABLE = "MONOSEM_ROOT"
+TEXT_MODEL_VARIABLE = "MONOSEM_TEXT_MODEL"  # directory of the text model of the search by meaning; unset: the default
 NO_HOME = "/nonexistent"  # Streamlit looks for its settings in the home directory, and fails if it has no name
 HOST = "127.0.0.1"
 # Any other Host header is refused, so that no web page can reach the app by DNS rebinding.
@@ -79,13 +80,15 @@ def command(*, port: int, open_browser: bool, proxy: Proxy = DIRECT) -> list[str
     return [sys.executable, "-P", "-m", "streamlit", "run", str(app), *flags]
 
 
-def environment(root: Path, proxy: Proxy = DIRECT) -> dict[str, str]:
-    """This process's environment, plus the root to browse and the path of the packages."""
+def environment(root: Path, proxy: Proxy = DIRECT, text_model: Path | None = None) -> dict[str, str]:
+    """This process's environment, plus the root to browse, the text model and the path of the packages."""
     found = os.environ | {
         ROOT_VARIABLE: str(root),
         HOSTS_VARIABLE: " ".join((*HOSTS, *proxy.hosts)),
         BASE_PATH_VARIABLE: proxy.path,
     }
+    if text_model:
+        found[TEXT_MODEL_VARIABLE] = str(text_model.expanduser().resolve())
     try:
         Path.home()
     except RuntimeError:  # a user without an entry in the password file and without HOME, as in a container
@@ -112,19 +115,21 @@ def require_free(port: int) -> None:
             ) from error
 
 
-def launch(root: Path, *, port: int, open_browser: bool, proxy: Proxy = DIRECT) -> int:
+def launch(root: Path, *, port: int, open_browser: bool, proxy: Proxy = DIRECT, text_model: Path | None = None) -> int:
     """Serves the runs under `root` until interrupted; returns the exit code of Streamlit.
 
-    Raises ValueError when `root` is not a directory, or nothing can be served on `port`.
+    Raises ValueError when `root` or `text_model` is not a directory, or nothing can be served on `port`.
     """
     root = Path(root).resolve()
     if not root.is_dir():
         raise ValueError(f"{root} is not a directory; give the directory that holds your runs")
+    if text_model and not text_model.expanduser().is_dir():
+        raise ValueError(f"--text-model {text_model}: no directory here; give the one of a sentence-transformers model")
     require_free(port)
     path = f"/{proxy.path}/" if proxy.path else ""
     print(f"monosem: http://localhost:{port}{path}  ({root}; Ctrl-C stops it)", flush=True)
     started = command(port=port, open_browser=open_browser, proxy=proxy)
-    with subprocess.Popen(started, env=environment(root, proxy)) as child:
+    with subprocess.Popen(started, env=environment(root, proxy, text_model)) as child:
         # Ending this process must end the server.
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         while True:
@@ -142,10 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-open", action="store_true")
     parser.add_argument("--allow-host", action="append", default=[])
     parser.add_argument("--base-path", default="")
+    parser.add_argument("--text-model", type=Path)
     args = parser.parse_args(argv)
     try:
         proxy = Proxy(tuple(args.allow_host), args.base_path)
-        return launch(args.root, port=args.port, open_browser=not args.no_open, proxy=proxy)
+        return launch(args.root, port=args.port, open_browser=not args.no_open, proxy=proxy, text_model=args.text_model)
     except ValueError as error:
         print(f"sae browse: {error}", file=sys.stderr)
         return 2

@@ -160,6 +160,7 @@ VERBS_FIRST = (
     "sweep",
     "evaluate",
     "index",
+    "search",
     "compare",
     "controls",
     "export",

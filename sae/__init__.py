@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from sae.pipeline.index import index as index
     from sae.pipeline.live import Live as Live
     from sae.pipeline.own_activations import store_activations as store_activations
+    from sae.pipeline.search import search as search
     from sae.pipeline.train import train as train
 
 _HOME = {
@@ -39,6 +40,7 @@ _HOME = {
     "harvest": "sae.pipeline.harvest",
     "index": "sae.pipeline.index",
     "Live": "sae.pipeline.live",
+    "search": "sae.pipeline.search",
     "store_activations": "sae.pipeline.own_activations",
     "train": "sae.pipeline.train",
 }

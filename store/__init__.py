@@ -1,1 +1,1 @@
-"""Arrays on disk: activation stores, shuffled batches, the feature index (numpy and zarr)."""
+"""Arrays on disk: activation stores, shuffled batches, the feature index, notes of features (numpy and zarr)."""

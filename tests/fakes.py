@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,3 +137,19 @@ class FakeWandb(ModuleType):
 
     def finish(self) -> None:
         self.finished += 1
+
+
+class WordCounts:
+    """A text model whose truth is known: how often each of a few words is in the text, as a vector of length 1."""
+
+    FLOOR = 1e-3  # added to each count, so that no text is without a direction
+
+    def __init__(self, words: Sequence[str], name: str = "word counts") -> None:
+        self.words, self.id = list(words), name
+        self.asked: list[str] = []
+
+    def embed(self, texts: Sequence[str], *, query: bool = False) -> np.ndarray:
+        self.asked += [] if query else texts
+        found = [re.findall(r"\w+", text) for text in texts]
+        counts = np.array([[self.FLOOR + words.count(word) for word in self.words] for words in found], np.float32)
+        return counts / np.linalg.norm(counts, axis=1, keepdims=True)

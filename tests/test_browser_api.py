@@ -97,6 +97,10 @@ def test_filters_notes_and_lists(client: TestClient, directory: Path) -> None:
         ("/api/features?sae=../../etc", 404, "no dictionary"),
         ("/api/features?sae=demo/no-index", 409, "no feature index"),
         ("/api/features?sae=demo/tm&list=gone", 404, "no list"),
+        ("/api/features?sae=demo/tm&flagg=dead", 400, "unknown parameter flagg; this address has sae, list, flag,"),
+        ("/api/dictionaries?sae=demo/tm", 400, "unknown parameter sae; this address has none"),
+        ("/api/features?sae=demo/tm&flag=deed", 404, "flag=deed: expected one of alive, dead,"),
+        ("/api/features?sae=demo/tm&domain=latin", 404, "domain=latin: expected one of"),
         ("/api/feature?sae=demo/tm", 404, "0 to 63"),
         ("/api/feature?sae=demo/tm&feature=64", 404, "0 to 63"),
         ("/api/feature?sae=demo/tm&feature=-1", 404, "0 to 63"),
@@ -106,6 +110,12 @@ def test_filters_notes_and_lists(client: TestClient, directory: Path) -> None:
 )
 def test_what_does_not_exist_is_named(client: TestClient, address: str, status: int, message: str) -> None:
     assert message in get(client, address, status)["error"]
+
+
+def test_the_addresses_are_named_with_and_without_a_slash(client: TestClient) -> None:
+    told = get(client, "/api")
+    assert told == get(client, "/api/")
+    assert set(told["addresses"]) == set(api.ADDRESSES)
 
 
 def test_damaged_notes_are_an_answer(client: TestClient, directory: Path) -> None:

@@ -25,6 +25,7 @@ VERBS = (
     "eval",
     "index",
     "browse",
+    "search",
     "steer",
     "compare",
     "controls",

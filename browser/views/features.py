@@ -12,7 +12,7 @@ import streamlit as st
 from browser import catalogue, data, state
 from browser.markup import explain, facts
 from browser.state import Page
-from browser.views import named_lists
+from browser.views import meaning, named_lists
 from browser.views.download import download
 
 HELP = (
@@ -34,7 +34,6 @@ SORTS = {
     "F1 of the label by rule": ("auto_f1", False),
     "label": ("label", False),
 }
-FLAGS = ["alive", "dead", "ultra-low", "dense", "absent"]
 
 
 def show(page: Page) -> None:
@@ -42,11 +41,12 @@ def show(page: Page) -> None:
     table = state.table_of(page)
     _summary(page, table)
     lists = named_lists.lists_of(page)
-    shown = _filters(page, table, lists)
+    shown, by_meaning = meaning.rank(page, _filters(page, table, lists))
     _table(shown)
     left, right = st.columns([0.7, 0.3], vertical_alignment="center")
+    order = "similarity to the text" if by_meaning else st.session_state["sort"]
     left.caption(
-        f"{len(shown):,} of {len(table):,} features, sorted by {st.session_state['sort']}. Select a row to open its "
+        f"{len(shown):,} of {len(table):,} features, sorted by {order}. Select a row to open its "
         "feature; click a column's head to sort by it."
     )
     name = f"features-{page.entry.id.replace('/', '-')}"
@@ -101,7 +101,7 @@ def _filters(page: Page, table: pd.DataFrame, lists: Mapping[str, Sequence[int]]
     chosen = named_lists.choose(place, lists)
     flag_now = flag.selectbox(
         "Flag",
-        ["all", *FLAGS],
+        ["all", *catalogue.FLAGS],
         key="flag",
         bind="query-params",
         help=f"dead: never fires in the indexed text. ultra-low: density below {data.ULTRA_LOW:g}. dense: density "
@@ -164,6 +164,7 @@ def _columns() -> dict[str, Any]:
     share = st.column_config.ProgressColumn
     return {
         "feature": number("feature", format="%d", width=62, pinned=True),
+        "similarity": number("similarity", format="%.3f", width=76, help="cosine of the feature's text and yours"),
         "flag": text("flag", width=62),
         "density": number("density", format="%.2e", width=76, help="firings / kept tokens (all but BOS and padding)"),
         "max": number("max", format="%.2f", width=58, help="largest activation in the index"),

@@ -26,6 +26,7 @@ from sae.cli.info import info
 from sae.cli.lens import lens
 from sae.cli.output import escape_unknown_characters, nobody_reads
 from sae.cli.pretrain import pretrain
+from sae.cli.search import search
 from sae.cli.steer import steer
 from sae.cli.store import store
 from sae.cli.sweep import sweep
@@ -40,6 +41,7 @@ VERBS = (
     evaluate,
     index,
     browse,
+    search,
     steer,
     compare,
     controls,

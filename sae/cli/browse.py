@@ -29,6 +29,11 @@ def browse(verbs: Any) -> None:
         metavar="PATH",
         help="path below which a proxy shows the app, such as /user/ann/proxy/absolute/8501",
     )
+    verb.add_argument(
+        "--text-model",
+        metavar="DIR",
+        help="search by meaning with this sentence-transformers model (default: all-MiniLM-L6-v2, of the extra search)",
+    )
     verb.add_argument("--no-open", action="store_true", help="do not open a browser window")
 
 
@@ -37,6 +42,7 @@ def _run_browse(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "browser.launch", args.root, "--port", str(args.port)]
     command += [f"--allow-host={host}" for host in args.allow_host or []]
     command += [f"--base-path={args.base_path}"] if args.base_path else []
+    command += [f"--text-model={args.text_model}"] if args.text_model else []
     return subprocess.call(command + (["--no-open"] if args.no_open else []), env=_escaping(os.environ))
 
 

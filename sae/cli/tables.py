@@ -184,6 +184,18 @@ def feature_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def found_table(found: dict[str, Any]) -> str:
+    """The features that `pipeline.search` found, one line each: feature, similarity, your label, text."""
+    from sae.pipeline.info import visible
+
+    lines = [f"{'feature':>9} {'similarity':>10}  text"]
+    for each in found["features"]:
+        own = f"“{each['label']}”  " if each["label"] else ""
+        lines.append(f"{each['feature']:>9,} {each['similarity']:>10.3f}  {visible((own + each['text']).encode())}")
+    lines.append(f"{'':9} {_small(found['median_similarity']):>10}  (the median feature)")
+    return "\n".join(lines)
+
+
 def description(found: dict[str, Any], indent: int = 0) -> str:
     """A nested description, indented by level."""
     lines = []

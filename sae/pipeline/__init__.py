@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, for type checkers and editors
     from sae.pipeline.repair import repair as repair
     from sae.pipeline.resolve import open_pair as open_pair
     from sae.pipeline.rows import open_rows as open_rows
+    from sae.pipeline.search import search as search
     from sae.pipeline.sites import Sites as Sites
     from sae.pipeline.steer import feature_max as feature_max
     from sae.pipeline.steer import feature_units as feature_units
@@ -70,6 +71,7 @@ _PUBLIC = {  # by module
     "repair": ("repair",),
     "resolve": ("open_pair",),
     "rows": ("open_rows",),
+    "search": ("search",),
     "sites": ("Sites",),
     "steer": ("feature_max", "feature_units"),
     "stores": ("clean", "export_numpy", "merge_stores", "subset_store", "verify"),
