@@ -68,7 +68,7 @@ def stand_in_for_small_dependencies() -> None:
 
 
 def ours(kernels: str, variant: str, d_in: int, d_sae: int, k: int, batches: list[Any]) -> Callable[[], None]:
-    """`sae.training.step.train_step` as `sae train` calls it."""
+    """A step as `sae train` takes it: in fixed shapes, or by `sae.training.step.train_step`."""
     from dataclasses import replace
 
     from sae.kernels import choose
@@ -89,7 +89,12 @@ def ours(kernels: str, variant: str, d_in: int, d_sae: int, k: int, batches: lis
     def take_step() -> None:
         step.train_step(started, Batch(batches[next(place) % len(batches)]), config)
 
-    return take_step
+    if started.fixed_plan is None:
+        return take_step
+    from sae.training.fixed_steps import FixedSteps
+
+    fixed = FixedSteps(started, config)
+    return lambda: fixed.take(Batch(batches[next(place) % len(batches)]))
 
 
 def dense_torch(

@@ -16,6 +16,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae.kernels import choose
-from sae.training.recipes import resolve
+from sae.training.config import TrainConfig
+from sae.training.fixed_plan import FixedPlan, plan_for
+from sae.training.fixed_steps import FixedSteps
+from sae.training.recipes import Recipe, resolve
 from sae.training.state import start
 from sae.training.step import train_step
 
@@ -215,19 +219,31 @@ def costs_of(step: Callable[[], object]) -> Costs:
 
 
 def step_costs(recipe: str, settings: dict[str, Any], density: float | None, dead: int) -> Costs:
-    """The costs of the third step of a small run with the Triton kernels."""
+    """The costs of the third step of a small run with the Triton kernels: of the step that a GPU would take.
+
+    A fixed-shape step is counted launch by launch; on a GPU one graph holds all of them but the copy of the batch. With
+    dead features AuxK needs the general step.
+    """
     found, config = resolve(
         recipe, d_sae=D_SAE, tokens=BATCH_TOKENS * 40, batch_tokens=BATCH_TOKENS, dead_tokens=10**6, **settings
     )
     rows, state = FewRows(), start(FewRows(), config, found, choose("triton", "cpu"))
+    state.fixed_plan = as_on_a_gpu(found, config)
+    take = (
+        FixedSteps(state, config).take if state.fixed_plan and not dead else partial(train_step, state, config=config)
+    )
     for step in range(3):
         if density is not None:
             state.density = density
         if step == 2:
             state.tokens_since_fired[:dead] = 10**7
-            return costs_of(lambda: train_step(state, rows.batch(2), config))
-        train_step(state, rows.batch(step), config)
+            return costs_of(partial(take, rows.batch(2)))
+        take(rows.batch(step))
     raise AssertionError
+
+
+def as_on_a_gpu(recipe: Recipe, config: TrainConfig) -> FixedPlan | None:
+    return plan_for(recipe, config, torch.device("cuda"), "triton")
 
 
 def counted() -> dict[str, dict[str, int]]:

@@ -65,17 +65,17 @@ def test_a_run_continues_where_it_began(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_resumed_run_on_the_gpu_is_the_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, config = resolve("topk", d_sae=96, tokens=640, batch_tokens=16, k=3, resample_shares=(0.5,), dead_tokens=32)
     whole = loop.train(FewRows(), tmp_path / "whole", config, device="cuda")
-    step = training_step.train_step
+    step = loop.Run._step
 
-    def broken(state: loop.TrainState, *args: Any) -> Any:
-        if state.step == 25:
+    def broken(run: loop.Run, *args: Any) -> Any:
+        if run.state.step == 25:
             raise KeyboardInterrupt
-        return step(state, *args)
+        return step(run, *args)
 
-    monkeypatch.setattr(loop, "train_step", broken)
+    monkeypatch.setattr(loop.Run, "_step", broken)
     with pytest.raises(KeyboardInterrupt):
         loop.train(FewRows(), tmp_path / "broken", config, device="cuda", save_minutes=0.0)
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(loop.Run, "_step", step)
     again = loop.train(FewRows(), tmp_path / "broken", config, device="cuda")
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, again.tensors()[name]), name
@@ -139,6 +139,7 @@ def test_the_gpu_benchmarks_contender_takes_real_steps(bench_gpu: ModuleType, mo
         choose_there, start_there = choose, loop.start
         monkeypatch.setattr("sae.kernels.choose", lambda name, device: choose_there(name, "cpu"))
         monkeypatch.setattr("sae.training.state.start", lambda *args: start_there(*args[:-1], "cpu"))
+    monkeypatch.setenv("SAE_FIXED_STEP", "0")
     steps: list[Any] = []
     take = training_step.train_step
     monkeypatch.setattr(training_step, "train_step", lambda *args: steps.append(take(*args)))

@@ -26,6 +26,7 @@ from sae.jobs.trackers import Tracker
 from sae.kernels import choose, device_named, matmul
 from sae.training import lambda_conventions
 from sae.training.config import DEFAULTS, TrainConfig, with_overrides
+from sae.training.fixed_steps import FixedSteps
 from sae.training.recipes import recipe_named
 from sae.training.rows import Batch, Rows, prefetched
 from sae.training.state import STATE, TrainState, restore, save_state, start
@@ -185,6 +186,7 @@ class Run:
         ]
         self.logged_at, self.logged_step, self.stall_s = time.perf_counter(), self.state.step, 0.0
         self.diverged: Diverged | None = None
+        self.fixed_steps = FixedSteps(self.state, self.config) if self.state.fixed_plan else None
 
     def _start(self, rows: Rows, kernels: str, device: str, source: SAE | None) -> TrainState:
         place = device_named(device)
@@ -207,11 +209,13 @@ class Run:
         shown = ""
         try:
             with matmul.using(self.state.matmul):
-                metrics = train_step(self.state, batch, self.config)
+                metrics = self._step(batch, saving)
             self.stall_s += waited_s
-            if self.recipe.resample and self.state.step in self.config.resample_steps:
+            if self._resamples:
                 _append(self.events, resample_dead(self.state, rows, self.config, self.recipe))
-            if self.state.step % LOG_STEPS == 0 or not self.unfinished:
+                if self.fixed_steps:
+                    self.fixed_steps.weights_changed()
+            if self._logs:
                 shown = self._report(metrics, batch.mixing)
             if saving or not self.unfinished:
                 check_weights(self.state, self.config)
@@ -219,6 +223,21 @@ class Run:
         except Diverged as error:
             self.diverged = error
         return shown
+
+    def _step(self, batch: Batch, saving: bool) -> dict[str, Tensor]:
+        """Takes a step; its figures, or {} where nothing needs them and the device may still be at it."""
+        if self.fixed_steps is None:
+            return train_step(self.state, batch, self.config)
+        self.fixed_steps.take(batch)
+        return self.fixed_steps.settle() if saving or self._logs or self._resamples else {}
+
+    @property
+    def _logs(self) -> bool:
+        return self.state.step % LOG_STEPS == 0 or not self.unfinished
+
+    @property
+    def _resamples(self) -> bool:
+        return self.recipe.resample is not None and self.state.step in self.config.resample_steps
 
     def _report(self, metrics: dict[str, Tensor], mixing: float | None) -> str:
         """Writes a line of metrics.jsonl, gives it to the trackers, and returns its main figures as text."""

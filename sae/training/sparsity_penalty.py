@@ -54,6 +54,11 @@ class LambdaController:
         """λ of the present step."""
         return self.coefficient * self.response * self.annealing * self._warmup(self.step)
 
+    def value_at(self, step: int) -> float:
+        """λ of a coming step, where it is neither searched for nor annealed."""
+        assert not self.searches
+        return self.coefficient * self.response * self.annealing * self._warmup(step)
+
     @property
     def p(self) -> float:
         """The exponent of Σ f^p at the present step."""

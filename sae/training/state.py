@@ -21,6 +21,7 @@ from sae.kernels.activations import FeatureActs
 from sae.kernels.autograd import Kernels
 from sae.training.adam import Adam
 from sae.training.config import TrainConfig
+from sae.training.fixed_plan import FixedPlan, plan_for
 from sae.training.recipes import Recipe
 from sae.training.rows import Downstream, ModelRows, Rows, SiteRows, TargetRows
 from sae.training.sparsity_penalty import LambdaController
@@ -47,6 +48,7 @@ class TrainState:
     downstream: Downstream | None = None  # not saved: it comes with the rows
     matmul: str = "highest"  # how dense products are computed: chosen at the start, kept when the run resumes
     sites: tuple[Site, ...] = ()  # of a crosscoder's rows; not saved: they come with the rows
+    fixed_plan: FixedPlan | None = None  # of fixed-shape steps, which a run on a GPU takes
 
     @property
     def device(self) -> torch.device:
@@ -103,6 +105,7 @@ def start(
         downstream=downstream,
         matmul=matmul.choose(config.matmul, sae.W_enc.device),
         sites=sites,
+        fixed_plan=plan_for(recipe, config, sae.W_enc.device, kernels.NAME),
     )
 
 
@@ -124,6 +127,8 @@ def save_state(out: Path, state: TrainState, *, keep: int = 1) -> None:
         "matmul": state.matmul,
         "device": state.device.type,
     }
+    if state.fixed_plan is not None:
+        header["fixed_step"] = state.fixed_plan.saved()
     write_tensors(out / STATE, tensors, header)
 
 
@@ -169,6 +174,7 @@ def restore(out: Path, rows: Rows, config: TrainConfig, recipe: Recipe, device: 
         _downstream(rows, recipe),
         matmul.resumed(header["matmul"], config.matmul),
         _sites(rows, recipe),
+        FixedPlan(**header["fixed_step"]) if "fixed_step" in header else None,
     )
 
 

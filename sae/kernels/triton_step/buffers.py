@@ -1,0 +1,151 @@
+"""The memory of a fixed-shape step: its sizes, and every tensor that one stage leaves for another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+LARGEST_ROOM = 1024  # candidates of a row
+LOG_STEPS = 32  # steps whose figures are kept until the host reads them
+RATES = 1024  # coming steps whose learning rates and λ are on the device
+PROGRAMS = 528  # of `learn_encoder`: four for each of an H200's multiprocessors, and the same number everywhere
+BAR_BINS, DIGIT_BINS = 2048, 4096  # of histograms: for the batch's bar, and for the three digits (`batch_select`)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a fixed-shape step is made for. All of it is known before the first step, and only `room` may change."""
+
+    rows: int
+    d_in: int
+    d_sae: int
+    k: int
+    room: int  # candidates of a row
+    of_batch: bool = False  # whether k · rows entries of the batch are chosen, instead of k of each row
+    all_positive: bool = False  # whether every positive entry is, whatever k
+    prefix_ends: tuple[int, ...] = ()  # of matryoshka; () is one prefix with all features
+
+    @property
+    def width(self) -> int:
+        """Entries of a row at most: a power of two."""
+        return self.room if self.of_batch or self.all_positive else power_of_two(self.k)
+
+    @property
+    def entries(self) -> int:
+        """Entries of a batch at most."""
+        return self.rows * (self.width if self.all_positive else self.k)
+
+    @property
+    def group(self) -> int:
+        """Features in a group: about 1,024 groups, and at least 2 k of them."""
+        group = max(32, power_of_two(self.d_sae) // 1024)
+        while group > 1 and self.d_sae < 2 * self.k * group:
+            group //= 2
+        return group
+
+    @property
+    def groups(self) -> int:
+        return -(-self.d_sae // self.group)
+
+    @property
+    def words(self) -> int:
+        """Words of 32 rows."""
+        return -(-self.rows // 32)
+
+    @property
+    def prefixes(self) -> int:
+        return max(1, len(self.prefix_ends))
+
+    @property
+    def programs(self) -> int:
+        return min(PROGRAMS, self.d_sae)
+
+    def with_more_room(self) -> Sizes:
+        """Twice the room, as far as there is more."""
+        return replace(self, room=min(2 * self.room, LARGEST_ROOM))
+
+
+def first_room(k: int, d_sae: int, *, of_batch: bool) -> int:
+    """Room for a row's candidates: twice its entries, or eight times the mean number where rows share a batch's."""
+    wanted = power_of_two(8 * k if of_batch else 2 * k)
+    return max(32, min(wanted, power_of_two(d_sae), LARGEST_ROOM))
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Numbers that stay the same in all steps of a run."""
+
+    scale: float
+    beta1: float
+    beta2: float
+    eps: float
+    unit_norm: bool
+    dead_after: int = 0  # rows without a firing after which a feature stops the step; 0: never
+    min_density: float = 0.0  # batch-topk's balance
+    patience: float = 1.0
+    most_entries: int = 2**31 - 1  # of a batch after which the next step should not be sparse
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a step changes: parameters with their moments, one row per feature, and the rows since each firing."""
+
+    W_enc: Tensor  # [d_sae, d_in], like its moments
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    moments: dict[str, tuple[Tensor, Tensor]]
+    tokens_since_fired: Tensor
+    threshold: Tensor | None = None  # of batch-topk
+
+
+class Buffers:
+    """The tensors of a step, by the stage that writes them."""
+
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        rows, d_in, d_sae, width = sizes.rows, sizes.d_in, sizes.d_sae, sizes.width
+
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        def whole(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=torch.int32)
+
+        def narrow(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=torch.float16)
+
+        # the batch, and the screen's copy of the encoder
+        self.x, self.centred, self.narrow_x = floats(rows, d_in), floats(rows, d_in), narrow(rows, d_in)
+        self.row_error, self.row_floor = floats(rows), floats(rows)
+        self.narrow_w, self.narrow_b = narrow(d_sae, d_in), narrow(d_sae)
+        self.group_norm, self.group_floor = whole(sizes.groups), whole(sizes.groups)  # bits of float32 numbers
+        # the screen
+        self.screened, self.best = narrow(rows, d_sae), narrow(rows, sizes.groups)
+        self.bar = floats(1 if sizes.of_batch or sizes.all_positive else rows)
+        self.candidates, self.count = whole(rows, sizes.room), whole(rows)
+        # the choice
+        self.features, self.values, self.d_values = whole(rows, width), floats(rows, width), floats(rows, width)
+        self.kept, self.counts, self.bitmap = whole(rows), whole(d_sae), whole(d_sae, sizes.words)
+        if sizes.of_batch:
+            self.sure_ranks = floats(rows, sizes.groups)
+            self.pre, self.ranks, self.ties = floats(rows, width), floats(rows, width), whole(rows)
+        self.histograms = whole(BAR_BINS + DIGIT_BINS if sizes.of_batch else 1)
+        self.lift, self.level, self.next_level = floats(d_sae if sizes.of_batch else 1), floats(1), whole(1)
+        self.smallest_rank = whole(1)
+        # the loss and its gradients
+        self.gradient, self.sums = floats(sizes.prefixes, rows, d_in), floats(d_in)
+        self.row_losses, self.losses = floats(2, rows), floats(2)
+        self.prefix_ends = torch.tensor(sizes.prefix_ends or (d_sae,), dtype=torch.int32, device=device)
+        # by feature
+        self.starts, self.entries, self.entry_count = whole(d_sae), whole(sizes.entries), whole(1)
+        self.through_encoder = floats(sizes.programs, d_in)
+        # what a step is told, and what it tells
+        self.rates, self.log = floats(RATES, 3), floats(LOG_STEPS, 3)
+        self.flags, self.coming_flags, self.step, self.steps_done = whole(1), whole(1), whole(1), whole(1)

@@ -1,0 +1,258 @@
+"""The last stages: gradients by feature and Adam's step on them in one pass, so that no gradient is stored.
+
+`rates` holds, for each coming step, the learning rate over Adam's first correction, the second correction, and λ.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Kernels are written in Triton's language, which has no annotations for tensors.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sae.kernels.triton_step.by_feature import sums_of_entries
+
+LEVEL_RATE: tl.constexpr = tl.constexpr(0.01)
+
+
+@triton.jit
+def adam_moved(p, g, exp_avg, exp_avg_sq, at, mask, rate, rest1, beta2, rest2, correction, eps):
+    """Stores the moments and returns the parameter after one step."""
+    m = tl.load(exp_avg + at, mask=mask, other=0.0)
+    v = tl.load(exp_avg_sq + at, mask=mask, other=0.0)
+    m += rest1 * (g - m)
+    v = beta2 * v + rest2 * g * g
+    tl.store(exp_avg + at, m, mask=mask)
+    tl.store(exp_avg_sq + at, v, mask=mask)
+    return p - rate * m / (tl.sqrt(v) * correction + eps)
+
+
+@triton.jit
+def learn_decoder(
+    w,
+    exp_avg,
+    exp_avg_sq,
+    gradient,
+    values,
+    entries,
+    starts,
+    counts,
+    prefix_ends,
+    rates,
+    step,
+    flags,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    width,
+    rows,
+    d,
+    rates_held,
+    UNIT: tl.constexpr,
+    PREFIXES: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A feature's decoder row: its gradient, made from its entries, and Adam's step (UNIT: at unit norm)."""
+    if tl.load(flags) != 0:
+        return
+    feature = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    mask = column < d
+    at = feature * d + column
+    p = tl.load(w + at, mask=mask, other=0.0)
+    prefix = feature * 0
+    for end in tl.static_range(PREFIXES - 1):
+        prefix += (feature >= tl.load(prefix_ends + end)).to(tl.int64)
+    source = gradient + prefix * rows * d
+    first, n = tl.load(starts + feature), tl.load(counts + feature)
+    g, _ = sums_of_entries(entries, first, n, values, source, column, mask, width, d, ENTRIES, COLUMNS)
+    if UNIT:
+        g -= tl.sum(g * p, 0) * p
+    now = rates + 3 * (tl.load(step) % rates_held)
+    rate, correction = tl.load(now), tl.load(now + 1)
+    p = adam_moved(p, g, exp_avg, exp_avg_sq, at, mask, rate, rest1, beta2, rest2, correction, eps)
+    if UNIT:
+        p = p / tl.maximum(tl.sqrt(tl.sum(tl.where(mask, p * p, 0.0), 0)), 1e-12)
+    tl.store(w + at, p, mask=mask)
+
+
+@triton.jit
+def finite_bits(number):
+    """A number that is not negative as an integer of the same order; NaN, whatever its sign, as infinity."""
+    return tl.where(number < float("inf"), number, float("inf")).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def learn_encoder(
+    w,
+    exp_avg,
+    exp_avg_sq,
+    b,
+    b_exp_avg,
+    b_exp_avg_sq,
+    narrow,
+    narrow_b,
+    group_norm,
+    group_floor,
+    centred,
+    d_values,
+    entries,
+    starts,
+    counts,
+    bitmap,
+    silent,
+    through_encoder,
+    threshold,
+    lift,
+    level,
+    next_level,
+    smallest_rank,
+    rates,
+    step,
+    flags,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    wanted_firings,
+    patience,
+    width,
+    d,
+    d_sae,
+    words,
+    rows,
+    rates_held,
+    THRESHOLDS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A feature's encoder row and bias, their float16 copy and its norm for the next screen, and its silent rows.
+
+    A program takes every n-th feature, so that it adds up what reaches b_dec through the encoder in one fixed order.
+    With THRESHOLDS also batch-topk's thresholds (`sae.training.batch_topk_threshold`).
+    """
+    if tl.load(flags) != 0:
+        return
+    column = tl.arange(0, COLUMNS)
+    mask = column < d
+    now = rates + 3 * (tl.load(step) % rates_held)
+    rate, correction = tl.load(now), tl.load(now + 1)
+    through = tl.full([COLUMNS], 0.0, tl.float32)
+    if THRESHOLDS:
+        old_level = tl.load(level)
+        smallest = tl.load(smallest_rank).to(tl.float32, bitcast=True)
+        some = smallest < float("inf")
+        begun = (tl.load(step) > 0) | (old_level > 0)
+        new_level = tl.where(begun, old_level + LEVEL_RATE * (smallest - old_level), smallest)
+        new_level = tl.where(some, new_level, old_level)
+    for feature in range(tl.program_id(0), d_sae, tl.num_programs(0)):
+        wide = tl.cast(feature, tl.int64)
+        at = wide * d + column
+        p = tl.load(w + at, mask=mask, other=0.0)
+        first, n = tl.load(starts + feature), tl.load(counts + feature)
+        g, d_b = sums_of_entries(entries, first, n, d_values, centred, column, mask, width, d, ENTRIES, COLUMNS)
+        through -= d_b * p
+        p = adam_moved(p, g, exp_avg, exp_avg_sq, at, mask, rate, rest1, beta2, rest2, correction, eps)
+        tl.store(w + at, p, mask=mask)
+        bias = tl.load(b + feature)
+        bias = adam_moved(bias, d_b, b_exp_avg, b_exp_avg_sq, feature, True, rate, rest1, beta2, rest2, correction, eps)
+        if THRESHOLDS:
+            own = tl.load(lift + feature)
+            if wanted_firings > 0:
+                own += new_level / patience * (wanted_firings - n)
+                bias += tl.where(some, tl.maximum(own - new_level, 0.0), 0.0)
+            bar = new_level - tl.minimum(tl.maximum(own, 0.0), new_level)
+            bar = tl.where(some, bar, tl.load(threshold + feature))
+            tl.store(threshold + feature, bar)
+            tl.atomic_max(next_level, bar.to(tl.int32, bitcast=True))
+        tl.store(b + feature, bias)
+        thin = p.to(tl.float16)
+        back = thin.to(tl.float32)
+        tl.store(narrow + at, thin, mask=mask)
+        tl.store(narrow_b + feature, bias.to(tl.float16))
+        p = tl.where(mask, p, 0.0)
+        norm = tl.sqrt(tl.maximum(tl.sum(p * p, 0), tl.sum(back * back, 0))) * (1 + 2.0**-20)
+        floor = tl.abs(bias) * (2.0**-11 + 2.0**-21) + 2.0**-20 * norm + 2.0**-24
+        tl.atomic_max(group_norm + feature // GROUP, finite_bits(norm))
+        tl.atomic_max(group_floor + feature // GROUP, finite_bits(floor))
+        tl.store(silent + feature, tl.where(n > 0, 0, tl.load(silent + feature) + rows))
+        for start in range(0, n, ENTRIES):
+            i = start + tl.arange(0, ENTRIES)
+            row = tl.load(entries + first + i, mask=i < n, other=0) // width
+            tl.store(bitmap + wide * words + row // 32, tl.full([ENTRIES], 0, tl.int32), mask=i < n)
+        tl.store(counts + feature, 0)
+    tl.store(through_encoder + tl.program_id(0) * d + column, through, mask=mask)
+
+
+@triton.jit
+def finish(
+    b_dec,
+    exp_avg,
+    exp_avg_sq,
+    sums,
+    through_encoder,
+    parts,
+    threshold,
+    lift,
+    level,
+    next_level,
+    rates,
+    step,
+    steps_done,
+    flags,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    d,
+    d_sae,
+    entry_count,
+    losses,
+    log,
+    log_steps,
+    rates_held,
+    most_entries,
+    coming_flags,
+    THRESHOLDS: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """b_dec, what is logged, and the number of steps done, which `prepare` makes the next step's number.
+
+    With `most_entries` or more entries this step is the last one, for now.
+    """
+    if tl.load(flags) != 0:
+        return
+    at = tl.load(step)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = column < d
+    total = tl.full([PARTS, COLUMNS], 0.0, tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        place = through_encoder + part[:, None] * d + column[None, :]
+        total += tl.load(place, mask=(part < parts)[:, None] & mask[None, :], other=0.0)
+    g = tl.load(sums + column, mask=mask, other=0.0) + tl.sum(total, 0)
+    p = tl.load(b_dec + column, mask=mask, other=0.0)
+    now = rates + 3 * (at % rates_held)
+    p = adam_moved(p, g, exp_avg, exp_avg_sq, column, mask, tl.load(now), rest1, beta2, rest2, tl.load(now + 1), eps)
+    tl.store(b_dec + column, p, mask=mask)
+    if THRESHOLDS:
+        highest = tl.load(next_level).to(tl.float32, bitcast=True)
+        for start in range(tl.program_id(0) * FEATURES, d_sae, tl.num_programs(0) * FEATURES):
+            feature = start + tl.arange(0, FEATURES)
+            inside = feature < d_sae
+            tl.store(lift + feature, highest - tl.load(threshold + feature, mask=inside, other=0.0), mask=inside)
+        if tl.program_id(0) == 0:
+            tl.store(level, highest)
+    if tl.program_id(0) == 0:
+        tl.store(log + 3 * (at % log_steps), tl.load(losses))
+        tl.store(log + 3 * (at % log_steps) + 1, tl.load(losses + 1))
+        tl.store(log + 3 * (at % log_steps) + 2, tl.load(entry_count).to(tl.float32))
+        tl.store(steps_done, at + 1)
+        # Not into `flags` here: programs of this launch that begin later would do nothing.
+        tl.store(coming_flags, tl.where(tl.load(entry_count) >= most_entries, 8, 0))

@@ -1,0 +1,107 @@
+"""Which candidates of a row are active: their products in float32, and the choice among them."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Kernels are written in Triton's language, which has no annotations for tensors.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def exact_products(centred, w, bias, candidates, count, row, d, ROOM: tl.constexpr, COLUMNS: tl.constexpr):
+    """The candidates of a row, which of them exist, and their pre-activations in float32."""
+    place = tl.arange(0, ROOM)
+    there = place < tl.load(count + row)
+    feature = tl.load(candidates + row * ROOM + place, mask=there, other=0)
+    wide = feature.to(tl.int64)
+    total = tl.full([ROOM, COLUMNS], 0.0, tl.float32)
+    for start in range(0, d, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        mask = column < d
+        left = tl.load(centred + row * d + column, mask=mask, other=0.0)
+        right = tl.load(w + wide[:, None] * d + column[None, :], mask=there[:, None] & mask[None, :], other=0.0)
+        total += left[None, :] * right
+    pre = tl.sum(total, 1) + tl.load(bias + wide, mask=there, other=0.0)
+    return feature, there, pre
+
+
+@triton.jit
+def keep_entries(features, values, kept, counts, bitmap, row, feature, value, keep, width, words):
+    """Writes the chosen entries of a row in the order of features, counts them by feature, and marks their rows."""
+    chosen = keep.to(tl.int32)
+    place = tl.cumsum(chosen, 0) - chosen
+    tl.store(features + row * width + place, feature, mask=keep)
+    tl.store(values + row * width + place, value, mask=keep)
+    tl.store(kept + row, tl.sum(chosen, 0))
+    tl.atomic_add(counts + feature, 1, mask=keep)
+    bit = (row % 32).to(tl.int32)
+    word = bitmap + feature.to(tl.int64) * words + row // 32
+    tl.atomic_or(word, (1 << bit) + feature * 0, mask=keep)
+
+
+@triton.jit
+def choose_positive(
+    centred,
+    w,
+    bias,
+    candidates,
+    count,
+    features,
+    values,
+    kept,
+    counts,
+    bitmap,
+    flags,
+    d,
+    width,
+    words,
+    ROOM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Every positive candidate of a row: ReLU."""
+    if tl.load(flags) != 0:
+        return
+    row = tl.program_id(0).to(tl.int64)
+    feature, there, pre = exact_products(centred, w, bias, candidates, count, row, d, ROOM, COLUMNS)
+    keep_entries(features, values, kept, counts, bitmap, row, feature, pre, there & (pre > 0), width, words)
+
+
+@triton.jit
+def choose(
+    centred,
+    w,
+    bias,
+    candidates,
+    count,
+    features,
+    values,
+    kept,
+    counts,
+    bitmap,
+    flags,
+    k,
+    d,
+    width,
+    words,
+    ROOM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The k largest positive candidates of a row; of equal ones the first.
+
+    Finds the k-th largest bit by bit: positive float32 numbers are ordered as their bits are, read as integers.
+    """
+    if tl.load(flags) != 0:
+        return
+    row = tl.program_id(0).to(tl.int64)
+    feature, there, pre = exact_products(centred, w, bias, candidates, count, row, d, ROOM, COLUMNS)
+    key = tl.where(there & (pre > 0), pre.to(tl.int32, bitcast=True), 0)
+    bar = 0
+    for step in range(31):
+        higher = bar | (1 << (30 - step))
+        bar = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= k, higher, bar)
+    tied = ((key == bar) & (key > 0)).to(tl.int32)
+    allowed = k - tl.sum((key > bar).to(tl.int32), 0)
+    keep = (key > bar) | ((tied == 1) & (tl.cumsum(tied, 0) <= allowed))
+    keep_entries(features, values, kept, counts, bitmap, row, feature, pre, keep, width, words)

@@ -1,0 +1,192 @@
+"""Takes a run's steps in fixed shapes where they fit, and every other one by the general path.
+
+The host launches steps without looking. From time to time `settle` asks the device how far it came: where it halted,
+nothing has changed since, so that step is taken by `train_step` (which raises as it always does) and the ones after it
+again. What is computed does not depend on when `settle` is called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae.kernels.triton_step import DENSE, OVERRUN
+from sae.kernels.triton_step.buffers import LOG_STEPS, RATES, Constants, Learned
+from sae.training.adam import learning_rate
+from sae.training.batch_topk_threshold import PATIENCE
+from sae.training.config import TrainConfig
+from sae.training.fixed_plan import FixedPlan, room_for, sizes_of
+from sae.training.recipes import recipe_named
+from sae.training.rows import Batch
+from sae.training.state import TrainState
+from sae.training.step import SPARSE_BELOW_DENSITY, train_step
+
+KEPT_NUMBERS = 2**28  # of launched batches, kept until they are known to be done: 1 GiB
+
+Metrics = dict[str, Tensor]
+
+if TYPE_CHECKING:  # the others need triton, which only a run that takes fixed steps has to have
+    from sae.kernels.triton_step.step import FixedStep
+
+
+class FixedSteps:
+    """The steps of one run. Between two calls of `settle`, `state.step` counts steps that may not have been done."""
+
+    def __init__(
+        self, state: TrainState, config: TrainConfig, capture: Callable[[FixedStep], Callable[[], None]] | None = None
+    ) -> None:
+        assert state.fixed_plan is not None
+        from sae.kernels.triton_step.graph import captured
+
+        self.state, self.config, self.capture = state, config, capture or captured
+        self.plan: FixedPlan = state.fixed_plan
+        self.of_relu = recipe_named(config.recipe).activation == "relu"
+        self.settled = state.step  # steps known to be done
+        self.rates_from = -RATES
+        self.launched: list[Batch] = []  # of the steps not yet known to be done
+        self.metrics: Metrics = {}  # of the last step that is known to be done
+        self._made: FixedStep | None = None
+        self._replay: Callable[[], None] = lambda: None
+        self._stale = True
+
+    def take(self, batch: Batch) -> None:
+        """Takes the next step, or launches it."""
+        if not self._fits(batch):
+            self.settle()
+            self.metrics = train_step(self.state, batch, self.config)
+            self.settled, self._stale = self.state.step, True
+            return
+        self._launch(batch)
+        if len(self.launched) >= min(LOG_STEPS, KEPT_NUMBERS // batch.x.numel()):
+            self.settle()
+
+    def _fits(self, batch: Batch) -> bool:
+        """Whether the next step can be tried in fixed shapes: decided by the steps before it, never by the time."""
+        if self.of_relu and not self.launched:
+            entries = round(self.state.density * self.config.batch_tokens * self.config.d_sae)
+            if entries >= _most_entries(self.config):
+                return False
+            self.plan.room = self.plan.room or room_for(self.state.density * self.config.d_sae)
+        waiting = self.state.step < self.plan.resume_at
+        return self.plan.room > 0 and not waiting and len(batch.x) == self.config.batch_tokens
+
+    def settle(self) -> Metrics:
+        """Waits for the launched steps, takes again what was not done, and returns the figures of the last step.
+
+        Raises: what `train_step` raises for a step that cannot be done at all.
+        """
+        while self.launched:
+            again, flags = self._find_out()
+            if again and flags & ~DENSE:
+                self._halted(flags)
+            for batch in again:
+                self.take(batch)
+        return self.metrics
+
+    def _halted(self, flags: int) -> None:
+        sizes = self.made.sizes
+        self.plan.halted(self.state.step, sizes, overrun=bool(flags & OVERRUN))
+        if self.plan.room != sizes.room:
+            self._made = None
+
+    def weights_changed(self) -> None:
+        """Must be called after anything else has changed the dictionary, such as resampling."""
+        assert self.settled == self.state.step
+        self._stale = True
+
+    @property
+    def made(self) -> FixedStep:
+        """The step with its buffers, made when it is first needed."""
+        if self._made is None:
+            self._made = fixed_step_of(self.state, self.config)
+            self._replay = self.capture(self._made)
+            self._stale, self.rates_from = True, -RATES
+        return self._made
+
+    def _launch(self, batch: Batch) -> None:
+        held, step = self.made.buffers, self.state.step
+        if self._stale:
+            self.made.renew()
+            held.steps_done.fill_(step)
+            self._stale = False
+        if not self.rates_from <= step < self.rates_from + RATES:
+            held.rates.copy_(coming_rates(step, self.config, self.state), non_blocking=True)
+            self.rates_from = step
+        held.x.copy_(batch.x, non_blocking=True)
+        self._replay()
+        self.launched.append(batch)
+        self.state.step += 1
+
+    def _find_out(self) -> tuple[list[Batch], int]:
+        """Brings the state to the last step that was done; returns the batches of the others, and the flags."""
+        held, state, launched = self.made.buffers, self.state, self.launched
+        done, flags, coming = torch.cat([held.steps_done, held.flags, held.coming_flags]).tolist()
+        log = held.log.tolist()
+        for step in range(self.settled, done):
+            active = log[step % LOG_STEPS][2] / self.config.batch_tokens
+            state.density = active / state.sae.d_sae
+            state.penalty.update(active)
+        finished = done - self.settled
+        if finished:
+            self.metrics = self._logged(done - 1, launched[finished - 1])
+        self.launched = []
+        self._stale = self._stale or bool(flags or coming)
+        self.settled = state.step = state.optimizer.step_count = done
+        return launched[finished:], flags
+
+    def _logged(self, step: int, batch: Batch) -> Metrics:
+        loss, error, entries = self.made.buffers.log[step % LOG_STEPS].clone()
+        x = batch.x.to(self.state.device) * self.state.scale
+        return {"loss": loss, "error": error, "l0": entries / self.config.batch_tokens, "x": x}
+
+
+def fixed_step_of(state: TrainState, config: TrainConfig) -> FixedStep:
+    """The kernels' view of a run."""
+    from sae.kernels.triton_step.step import FixedStep
+
+    assert state.fixed_plan is not None
+    recipe, adam, sae = recipe_named(config.recipe), state.optimizer, state.sae
+    constants = Constants(
+        state.scale,
+        adam.beta1,
+        adam.beta2,
+        adam.eps,
+        adam.unit_norm,
+        config.dead_after_tokens if config.aux_coefficient else 0,
+        config.min_density,
+        PATIENCE,
+        _most_entries(config) if recipe.activation == "relu" else 2**31 - 1,
+    )
+    moments = {name: (m["exp_avg"], m["exp_avg_sq"]) for name, m in adam.moments.items()}
+    moments["W_enc"] = (moments["W_enc"][0].t(), moments["W_enc"][1].t())
+    learned = Learned(
+        sae.W_enc.detach().t(),
+        sae.b_enc.detach(),
+        sae.W_dec.detach(),
+        sae.b_dec.detach(),
+        moments,
+        state.tokens_since_fired,
+        sae.threshold if recipe.activation == "batchtopk" else None,
+    )
+    return FixedStep(sizes_of(state.fixed_plan, recipe, config, sae.d_in), constants, learned)
+
+
+def _most_entries(config: TrainConfig) -> int:
+    """The entries of a batch from which on dense products are faster."""
+    return math.ceil(SPARSE_BELOW_DENSITY * config.batch_tokens * config.d_sae)
+
+
+def coming_rates(first: int, config: TrainConfig, state: TrainState) -> Tensor:
+    """For RATES steps from `first` on, each at its number modulo RATES: the rate over Adam's first correction, the
+    second correction, and λ."""
+    beta1, beta2 = state.optimizer.beta1, state.optimizer.beta2
+    rates = torch.zeros(RATES, 3, pin_memory=state.device.type == "cuda")
+    for step in range(first, min(first + RATES, config.steps)):
+        rate = learning_rate(step, config) / (1 - beta1 ** (step + 1))
+        coefficient = state.penalty.value_at(step) if state.penalty.coefficient else 0.0
+        rates[step % RATES] = torch.tensor([rate, (1 - beta2 ** (step + 1)) ** -0.5, coefficient])
+    return rates

@@ -1,0 +1,137 @@
+"""Compiles the kernels of the fixed-shape step for GPUs, without one: `test_fixed_step` runs it.
+
+    python tests/compile_fixed_step.py sm_80 sm_90 sm_100 gfx942
+
+The kernels and their arguments are those of real launches at real size, recorded on tensors without memory ("meta"), so
+a step that needed a number from the device could not be recorded. Prints a line for each kernel, with the registers of
+a thread and the bytes of local memory (spilled registers) where the tool to read them is there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from sae.kernels.triton_step.buffers import Constants, Learned, Sizes, first_room
+from sae.kernels.triton_step.step import FixedStep
+
+SHAPES = ((512, 16_384), (4096, 131_072))
+ROWS, K = 4096, 32
+PREFIX_SHARES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"}
+READER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+Launch = tuple[Any, dict[str, str], dict[str, Any], int]  # kernel, types, what is compiled in, warps
+
+
+def sizes(d_in: int, d_sae: int) -> Iterator[Sizes]:
+    """Of topk, batch-topk, matryoshka and ReLU."""
+    yield Sizes(ROWS, d_in, d_sae, K, first_room(K, d_sae, of_batch=False))
+    room = first_room(K, d_sae, of_batch=True)
+    yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True)
+    prefix_ends = tuple(round(share * d_sae) for share in PREFIX_SHARES)
+    yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True, prefix_ends=prefix_ends)
+    yield Sizes(ROWS, d_in, d_sae, 0, 1024, all_positive=True)
+
+
+def launches(wanted: Sizes) -> list[Launch]:
+    """What a step of this size launches."""
+    found: list[Launch] = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        warps = options.pop("num_warps", 4)
+        given = dict(zip(kernel.arg_names, args, strict=False)) | options
+        assert set(given) == set(kernel.arg_names), f"{kernel.__name__}: {set(given) ^ set(kernel.arg_names)}"
+        held = {name: value for name, value in given.items() if name in options or _compiled_in(value)}
+        types = {name: "constexpr" if name in held else _type(value) for name, value in given.items()}
+        found.append((kernel, types, held, warps))
+
+    with torch.device("meta"):
+        d_in, d_sae = wanted.d_in, wanted.d_sae
+        matrix, vector = torch.zeros(d_sae, d_in), torch.zeros(d_sae)
+        moments = {"W_enc": (matrix,) * 2, "W_dec": (matrix,) * 2, "b_enc": (vector,) * 2}
+        moments["b_dec"] = (torch.zeros(d_in),) * 2
+        learned = Learned(
+            matrix,
+            vector,
+            matrix,
+            torch.zeros(d_in),
+            moments,
+            torch.zeros(d_sae, dtype=torch.int64),
+            vector if wanted.of_batch else None,
+        )
+        step = FixedStep(wanted, Constants(1.5, 0.9, 0.999, 1e-8, True, 10**6, 1e-4, 16.0), learned)
+        launch, JITFunction.run = JITFunction.run, record
+        try:
+            step.run()
+        finally:
+            JITFunction.run = launch
+    return found
+
+
+def _compiled_in(value: Any) -> bool:
+    """Triton compiles the number 1 in."""
+    return isinstance(value, int) and value == 1
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def compiled(launch: Launch, target: GPUTarget) -> Any:
+    kernel, types, held, warps = launch
+    aligned = {
+        (number,): [["tt.divisibility", 16]]
+        for number, name in enumerate(kernel.arg_names)
+        if types[name].startswith("*") or name in ("d", "d_sae", "rows", "words", "width", "groups")
+    }
+    source = ASTSource(fn=kernel, signature=types, constexprs=held, attrs=aligned)
+    warps = warps if target.backend == "cuda" else min(warps, 8)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+def used(binary: bytes) -> str:
+    """Registers of a thread, and its bytes of local memory."""
+    if not READER.exists():
+        return ""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        shown = subprocess.run([READER, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", shown)}
+    return f"{found['REG']} registers {found['STACK'] + found['LOCAL']} local"
+
+
+def main() -> int:
+    assert os.environ.get("TRITON_INTERPRET") != "1"
+    seen: set[str] = set()
+    for d_in, d_sae in SHAPES:
+        for launch in [each for wanted in sizes(d_in, d_sae) for each in launches(wanted)]:
+            kernel, types, held, warps = launch
+            if (key := f"{kernel.__name__} {types} {held} {warps}") in seen:
+                continue
+            seen.add(key)
+            for name in sys.argv[1:]:
+                of_nvidia = name.startswith("sm_")
+                target = GPUTarget("cuda", int(name[3:]), 32) if of_nvidia else GPUTarget("hip", name, 64)
+                code = compiled(launch, target).asm["cubin" if of_nvidia else "hsaco"]
+                print(name, kernel.__name__, d_in, len(code), used(code) if of_nvidia else "", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
