@@ -1,0 +1,350 @@
+"""Checks and measures the fixed-shape training step on a CUDA device, in at most eight minutes.
+
+    python scripts/check_gpu.py --json gpu.json
+    TRITON_INTERPRET=1 python scripts/check_gpu.py --json rehearsal.json --rehearse      # tiny, on a CPU: no figures
+
+Stages, the most important first; each writes its findings to the JSON file at once, also when it fails:
+
+- machine: what it is, and its rates;
+- tests: `pytest -m cuda`;
+- twin: fixed steps against general steps of the same run, at four sizes and for every recipe that has fixed steps;
+- capture: 20 steps without a synchronisation, a graph against the same launches one by one, two runs bit for bit;
+- sanitizer: compute-sanitizer, where it is installed, on a small twin;
+- bench: every recipe at d_in 512 and d_sae 16,384; topk and batch-topk at six sizes; peers in turn;
+- profile: the kernels' own times at two sizes;
+- train: `sae.training.loop.train` from rows on the device, as a share of the step's speed.
+
+Needs what `scripts/bench_gpu.py` needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bench_gpu  # makes this source tree importable
+import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = [(512, 16384), (4096, 65536), (512, 65536), (4096, 16384), (512, 131072), (4096, 131072)]
+TWIN_SIZES = [(64, 1024, 4), (512, 16384, 32), (1000, 5000, 20), (4096, 16384, 32)]
+RECIPES = ["topk", "batch-topk", "balanced", "matryoshka"]  # ReLU is sparse only after a while
+BATCHES, STEPS = 4, 20
+
+
+class Setting:
+    """Where it runs, and how large."""
+
+    def __init__(self, *, rehearsal: bool) -> None:
+        self.rehearsal, self.device = rehearsal, "cpu" if rehearsal else "cuda"
+        self.rows, self.k = (8, 2) if rehearsal else (4096, 32)
+        self.sizes = [(8, 24)] if rehearsal else SIZES
+        self.twin_sizes = [(8, 24, 2)] if rehearsal else TWIN_SIZES
+        self.steps = 2 if rehearsal else STEPS
+
+    def batches(self, d_in: int) -> list[Any]:
+        import torch
+
+        if not self.rehearsal:
+            return bench_gpu.made_up(d_in, self.rows)
+        return [torch.randn(self.rows, d_in, generator=torch.Generator().manual_seed(n)) for n in range(BATCHES)]
+
+    def run(self, recipe: str, d_in: int, d_sae: int, k: int) -> tuple[list[Any], Any, Callable[[], Any]]:
+        """Batches, the configuration, and a function that starts the run anew."""
+        from dataclasses import replace
+
+        from sae.kernels import choose
+        from sae.training import fixed_plan, state
+        from sae.training.initialise import kaiming_
+        from sae.training.recipes import resolve
+
+        batches = self.batches(d_in)
+        settings = {"d_sae": d_sae, "tokens": self.rows * 4000, "batch_tokens": self.rows, "k": k, "lr": 1e-4}
+        found, config = resolve(recipe, **settings, dead_tokens=10**9)
+        found = replace(found, initialise=kaiming_)  # the start from data takes long and changes no step
+        if self.rehearsal:
+            fixed_plan.runs_on = lambda device: True
+        kernels = choose("triton", self.device)
+        return batches, config, lambda: state.start(bench_gpu.HeldRows(batches), config, found, kernels, self.device)
+
+    def seconds_of(self, work: Callable[[], Any], times: int) -> list[float]:
+        if not self.rehearsal:
+            return bench_gpu.seconds_of(work, times)
+        found = []
+        for _ in range(times):
+            began = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - began)
+        return found
+
+
+# --- stages: each returns what it found ------------------------------------------------------------------------------
+
+
+def about_the_machine(setting: Setting) -> dict[str, Any]:
+    if setting.rehearsal:
+        return machine.hardware(rehearsal=True)
+    import triton
+
+    copy, product = bench_gpu.rates()
+    rates = {"copy_gb_per_s": round(copy / 1e9), "float16_tflop_per_s": round(product / 1e12)}
+    return machine.hardware(triton=triton.__version__, **rates)
+
+
+def tests(setting: Setting) -> dict[str, Any]:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests"]
+    if setting.rehearsal:
+        command[-1:] = ["--collect-only", "tests/test_triton.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
+    return {"status": done.returncode, "end": (done.stdout + done.stderr)[-2000:]}
+
+
+def twin(setting: Setting) -> dict[str, Any]:
+    """The relative difference of every parameter after six steps, and whether each step was taken in fixed shapes."""
+    import torch
+
+    from sae.training.fixed_steps import FixedSteps
+    from sae.training.rows import Batch
+    from sae.training.step import train_step
+
+    found = {}
+    for recipe in RECIPES:
+        for d_in, d_sae, k in setting.twin_sizes if recipe == "topk" else setting.twin_sizes[:2]:
+            batches, config, start = setting.run(recipe, d_in, d_sae, k)
+            one, other = start(), start()
+            fixed = FixedSteps(other, config)
+            for step in range(6 if not setting.rehearsal else 2):
+                batch = Batch(batches[step % BATCHES])
+                train_step(one, batch, config)
+                fixed.take(batch)
+            fixed.settle()
+            theirs = other.sae.tensors()
+            found[f"{recipe} {d_in} {d_sae}"] = {
+                "relative": {n: float((theirs[n] - t).norm() / t.norm()) for n, t in one.sae.tensors().items()},
+                "counts equal": bool(torch.equal(one.tokens_since_fired, other.tokens_since_fired)),
+                "all fixed": other.fixed_plan.resume_at == 0,
+                "most candidates": int(fixed.made.buffers.count.max()),
+                "room": fixed.made.sizes.room,
+            }
+    return found
+
+
+def capture(setting: Setting) -> dict[str, Any]:
+    import torch
+
+    from sae.kernels.triton_step.graph import captured
+    from sae.training.fixed_steps import FixedSteps
+    from sae.training.rows import Batch
+
+    found = {}
+    for recipe in RECIPES:
+        results = []
+        d_in, d_sae = setting.sizes[0]
+        batches, config, start = setting.run(recipe, d_in, d_sae, setting.k)
+        for how in (lambda step: step.run, captured, captured):
+            state = start()
+            fixed = FixedSteps(state, config, how)
+            fixed.take(Batch(batches[0]))  # makes the buffers and compiles
+            fixed.settle()
+            if not setting.rehearsal:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                for step in range(1, setting.steps):
+                    fixed.take(Batch(batches[step % BATCHES]))
+            finally:
+                if not setting.rehearsal:
+                    torch.cuda.set_sync_debug_mode("default")
+            fixed.settle()
+            results.append([tensor.clone() for tensor in state.sae.tensors().values()])
+        launched, first, second = results
+        found[recipe] = {
+            "graph as launches": all(torch.equal(a, b) for a, b in zip(launched, first, strict=True)),
+            "twice the same bits": all(torch.equal(a, b) for a, b in zip(first, second, strict=True)),
+        }
+    return found
+
+
+def sanitizer(setting: Setting) -> dict[str, Any]:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or setting.rehearsal:
+        return {"skipped": "compute-sanitizer is not installed" if tool is None else "rehearsal"}
+    command = [tool, "--tool", "memcheck", sys.executable, __file__, "--only", "small-twin"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return {"status": done.returncode, "end": (done.stdout + done.stderr)[-1500:]}
+
+
+def bench(setting: Setting, deadline: float, save: Callable[[str, Any], None]) -> None:
+    """Milliseconds a step, contenders in turn, and the largest memory."""
+    cases = [(recipe, *setting.sizes[0]) for recipe in RECIPES]
+    cases += [(recipe, *size) for size in setting.sizes[1:] for recipe in ("topk", "batch-topk")]
+    for recipe, d_in, d_sae in cases:
+        if time.monotonic() > deadline:
+            save(f"bench {recipe} {d_in} {d_sae}", {"skipped": "no time left"})
+            continue
+        try:
+            save(f"bench {recipe} {d_in} {d_sae}", times(setting, recipe, d_in, d_sae))
+        except Exception:
+            save(f"bench {recipe} {d_in} {d_sae}", {"failed": traceback.format_exc()[-1500:]})
+
+
+def times(setting: Setting, recipe: str, d_in: int, d_sae: int) -> dict[str, Any]:
+    import torch
+
+    from sae.training.fixed_steps import FixedSteps
+    from sae.training.rows import Batch
+    from sae.training.step import train_step
+
+    if not setting.rehearsal:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    batches, config, start = setting.run(recipe, d_in, d_sae, setting.k)
+    state, place = start(), iter(range(10**9))
+    fixed = FixedSteps(state, config)
+    who: dict[str, Callable[[], Any]] = {"monosem": lambda: fixed.take(Batch(batches[next(place) % BATCHES]))}
+    setting.seconds_of(who["monosem"], setting.steps)
+    fixed.settle()
+    began, in_a_row = time.perf_counter(), 10 * setting.steps
+    for _ in range(in_a_row):
+        who["monosem"]()
+    fixed.settle()
+    found: dict[str, Any] = {"monosem, in a row, ms": 1000 * (time.perf_counter() - began) / in_a_row}
+    found["all fixed"] = state.fixed_plan is not None and state.fixed_plan.resume_at == 0
+    if not setting.rehearsal:
+        found["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
+    if (d_in, d_sae) == setting.sizes[0]:
+        general = start()
+        who["general step"] = lambda: train_step(general, Batch(batches[next(place) % BATCHES]), config)
+    if recipe in ("topk", "batch-topk") and not setting.rehearsal:
+        who |= peers(recipe.replace("-", ""), d_in, d_sae, setting.k, batches, found)
+    taken: dict[str, list[float]] = {name: [] for name in who}
+    for name, step in who.items():
+        setting.seconds_of(step, 3)
+        taken[name].clear()
+    for _ in range(setting.steps):
+        for name, step in who.items():
+            taken[name] += setting.seconds_of(step, 1)
+    return found | {f"{name}, ms": round(1000 * statistics.median(each), 3) for name, each in taken.items()}
+
+
+def peers(
+    variant: str, d_in: int, d_sae: int, k: int, batches: list[Any], found: dict[str, Any]
+) -> dict[str, Callable[[], Any]]:
+    """The contenders that fit and are installed; the others are named in `found`."""
+    import torch
+
+    who: dict[str, Callable[[], Any]] = {}
+    dense = bench_gpu.dense_torch
+    makers: dict[str, Callable[[], Callable[[], None]]] = {
+        "dense torch bf16": lambda: dense(variant, d_in, d_sae, k, batches, bfloat16=True),
+        "dense torch bf16 compiled": lambda: torch.compile(
+            dense(variant, d_in, d_sae, k, batches, bfloat16=True), mode="reduce-overhead"
+        ),
+        "sparsify": lambda: bench_gpu.sparsify(variant, d_in, d_sae, k, batches),
+    }
+    for name, make in makers.items():
+        try:
+            step = make()
+            step()
+            who[name] = step
+        except Exception as error:  # a peer that cannot run here is no reason to lose our figures
+            found[f"{name}, problem"] = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return who
+
+
+def profile(setting: Setting) -> dict[str, Any]:
+    """Microseconds a step, by kernel."""
+    if setting.rehearsal:
+        return {"skipped": "rehearsal"}
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    from sae.training.fixed_steps import FixedSteps
+    from sae.training.rows import Batch
+
+    found = {}
+    for recipe, (d_in, d_sae) in (("topk", SIZES[0]), ("topk", SIZES[1]), ("balanced", SIZES[0])):
+        batches, config, start = setting.run(recipe, d_in, d_sae, setting.k)
+        fixed = FixedSteps(start(), config)
+        for step in range(10):
+            fixed.take(Batch(batches[step % BATCHES]))
+        fixed.settle()
+        with profiled(activities=[ProfilerActivity.CUDA]) as taken:
+            for step in range(10):
+                fixed.take(Batch(batches[step % BATCHES]))
+            fixed.settle()
+        times = {event.key[:60]: round(event.self_device_time_total / 10, 1) for event in taken.key_averages()}
+        found[f"{recipe} {d_in} {d_sae}"] = times
+    return found
+
+
+def train(setting: Setting) -> dict[str, Any]:
+    """Rows per second of a whole run whose rows are on the device: the median over the lines of its log."""
+    from sae.training import loop
+    from sae.training.recipes import resolve
+
+    d_in, d_sae = setting.sizes[0]
+    batches, _, _ = setting.run("topk", d_in, d_sae, setting.k)
+    steps = 4 if setting.rehearsal else 1000
+    settings = {"tokens": setting.rows * steps, "batch_tokens": setting.rows, "k": setting.k, "resample_shares": ()}
+    _, config = resolve("topk", d_sae=d_sae, dead_tokens=10**9, **settings)
+    with tempfile.TemporaryDirectory() as out:
+        loop.train(bench_gpu.HeldRows(batches), out, config, kernels="triton", device=setting.device)
+        lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    return {"rows_per_s": statistics.median(json.loads(line)["rows_per_s"] for line in lines)}
+
+
+# --- the script ------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="rewritten after each stage")
+    parser.add_argument("--seconds", type=float, default=480, help="about the time it may take")
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on a CPU in Triton's interpreter")
+    parser.add_argument("--only", help="small-twin: what compute-sanitizer runs")
+    args = parser.parse_args()
+    began, setting = time.monotonic(), Setting(rehearsal=args.rehearse)
+    import torch
+
+    if not args.rehearse and not torch.cuda.is_available():
+        print("This script needs a CUDA device, and none is available. --rehearse runs it on a CPU.", file=sys.stderr)
+        return 2
+    bench_gpu.stand_in_for_small_dependencies()
+    if args.only == "small-twin":
+        setting.twin_sizes, setting.rows = TWIN_SIZES[:1], 256
+        print(twin(setting))
+        return 0
+    said: dict[str, Any] = {}
+
+    def save(name: str, found: Any) -> None:
+        said[name] = found
+        args.json.write_text(json.dumps(said, indent=1, default=str) + "\n")
+        print(f"{time.monotonic() - began:4.0f} s  {name}: {str(found)[:300]}", flush=True)
+
+    def stage(name: str, work: Callable[[Setting], Any]) -> None:
+        try:
+            save(name, work(setting))
+        except Exception:
+            save(name, {"failed": traceback.format_exc()[-1500:]})
+
+    for name, work in (("machine", about_the_machine), ("tests", tests), ("twin", twin), ("capture", capture)):
+        stage(name, work)
+    stage("sanitizer", sanitizer)
+    bench(setting, began + args.seconds - 60, save)
+    stage("profile", profile)
+    stage("train", train)
+    return 1 if any("failed" in found for found in said.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
