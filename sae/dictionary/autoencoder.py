@@ -191,7 +191,15 @@ class SAE(nn.Module):
 
     def output(self, acts: FeatureActs, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_out"]:
         """x̂ from the activations on x, sparse or dense, including the skip connection."""
-        return self._output(acts.decode(self.W_dec) + self.b_dec, x)
+        return self._output(self.decoded(acts) + self.b_dec, x)
+
+    def gathered(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "gathered d_in"]:
+        """The rows to encode for these rows: with a shard of a dictionary those of all ranks that hold the others."""
+        return x
+
+    def decoded(self, acts: FeatureActs) -> Float[Tensor, "rows d_out"]:
+        """`f W_dec`, from the activations on `gathered(x)`."""
+        return acts.decode(self.W_dec)
 
     def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """`decode(encode(x))`, including the skip connection and with the `row_norm` undone."""

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
 from sae.kernels.autograd import Kernels
+from sae.parallel.mesh import ONE, Mesh
 from sae.training.config import TrainConfig
+from sae.training.shard import WHOLE
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -53,9 +55,10 @@ class Adam:
         unit_norm: bool = True,
         clip: float = 0.0,
         threshold_lr_ratio: float = 1.0,
+        mesh: Mesh = ONE,
     ) -> None:
         self.sae, self.kernels, self.beta1, self.beta2, self.eps = sae, kernels, beta1, beta2, eps
-        self.unit_norm, self.clip, self.threshold_lr_ratio = unit_norm, clip, threshold_lr_ratio
+        self.unit_norm, self.clip, self.threshold_lr_ratio, self.mesh = unit_norm, clip, threshold_lr_ratio, mesh
         self.step_count = 0
         self.moments = {
             name: {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
@@ -68,8 +71,9 @@ class Adam:
     def step(self, lr: float) -> None:
         """Updates every parameter from its gradient (clipped to norm `clip`), and zeroes the gradients."""
         self.step_count += 1
+        self._share_gradients()
         if self.clip:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.clip)
+            self._clip_gradients()
         for name, parameter in self.sae.named_parameters():
             assert parameter.grad is not None
             rows = [_rows(name, t) for t in (parameter, parameter.grad, *self.moments[name].values())]
@@ -87,13 +91,35 @@ class Adam:
             if name == "threshold":
                 parameter.clamp_(min=0.0)
 
+    def _share_gradients(self) -> None:
+        """Replaces each gradient of this rank's loss by that of the loss of the step, the mean over ranks."""
+        if self.mesh.world == 1:
+            return
+        for name, parameter in self.sae.named_parameters():
+            assert parameter.grad is not None
+            gradient = _rows(name, parameter.grad).div_(self.mesh.world)
+            self.mesh.reduce_(gradient, "sum", "world" if name in WHOLE else "rows")
+
+    def _clip_gradients(self) -> None:
+        """Scales the gradients to a joint norm of at most `clip`."""
+        if self.mesh.shards == 1:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.clip)
+            return
+        squares = {name: p.grad.pow(2).sum() for name, p in self.sae.named_parameters() if p.grad is not None}
+        own = torch.stack([square for name, square in squares.items() if name not in WHOLE]).sum()
+        total = self.mesh.reduce(own, "sum", "features") + sum(squares[name] for name in WHOLE if name in squares)
+        factor = (self.clip / (total.sqrt() + 1e-6)).clamp_max(1.0)
+        for parameter in self.sae.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(factor)
+
     def reset_rows(self, features: Int[Tensor, " n"]) -> None:
         """Zeroes the moments of some features: encoder columns, decoder rows, biases, gates and thresholds."""
         for name, moments in self.moments.items():
             for moment in moments.values():
                 if name == "W_enc":
                     moment[:, features] = 0.0
-                elif name not in ("b_dec", "W_skip"):
+                elif name not in WHOLE:
                     moment[features] = 0.0
 
     def tensors(self) -> dict[str, Tensor]:

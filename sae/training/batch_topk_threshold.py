@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
 from sae.kernels.activations import FeatureActs
+from sae.parallel.mesh import ONE, Mesh
 from sae.training.config import TrainConfig
 
 LEVEL_RATE = 0.01  # of the running mean that becomes the level
@@ -30,6 +31,7 @@ def update_thresholds_(
     acts: FeatureActs,
     step: int,
     config: TrainConfig,
+    mesh: Mesh = ONE,
 ) -> None:
     """Updates the thresholds, for inference and for the ranks within the next batch, from the activations of a batch.
 
@@ -46,34 +48,29 @@ def update_thresholds_(
     sparse = acts.sparse()
     active = sparse.values.detach() > 0
     values, features = sparse.values.detach()[active], sparse.support.features[active].long()
-    if not len(features):
+    level, lift = split(threshold, mesh)
+    mine = (values + lift[features]).min() if len(features) else values.new_tensor(torch.inf)
+    smallest = mesh.reduce(mine, "min", "world")
+    if smallest == torch.inf:
         return
-    level, lift = split(threshold)
-    smallest = (values + lift[features]).min()
     begun = step > 0 or bool(level > 0)  # a run that starts from a dictionary has its level
     level = level.lerp(smallest, LEVEL_RATE) if begun else smallest
     if config.min_density:
-        lift = lift + level / PATIENCE * missing_firings(features, acts.n_rows, len(threshold), config.min_density)
+        firings = mesh.reduce(torch.bincount(features, minlength=len(threshold)), "sum", "rows")
+        lift = lift + level / PATIENCE * (config.min_density * acts.n_rows * mesh.row_groups - firings)
         b_enc += (lift - level).clamp_min(0)
     threshold.copy_(join(level, lift))
 
 
-def split(threshold: Float[Tensor, " d_sae"]) -> tuple[Float[Tensor, ""], Float[Tensor, " d_sae"]]:
+def split(threshold: Float[Tensor, " d_sae"], mesh: Mesh = ONE) -> tuple[Float[Tensor, ""], Float[Tensor, " d_sae"]]:
     """`level` and `lift`: the highest threshold, and how far below it each feature's threshold lies."""
-    level = threshold.amax()
+    level = mesh.reduce(threshold.amax(), "max", "features")
     return level, level - threshold
 
 
 def join(level: Float[Tensor, ""], lift: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
     """`threshold = level − lift`, the lift kept between 0 and the level."""
     return level - lift.clamp_min(0).clamp_max(level)
-
-
-def missing_firings(
-    features: Int[Tensor, " nnz"], n_rows: int, d_sae: int, min_density: float
-) -> Float[Tensor, " d_sae"]:
-    """`min_density · rows − firings` of each feature; negative for features that fire often enough."""
-    return min_density * n_rows - torch.bincount(features, minlength=d_sae)
 
 
 # --- at the end of training ------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from sae.dictionary.autoencoder import SAE
 from sae.kernels.activations import DenseActs, FeatureActs, SparseActs, sparse_or_dense
 from sae.kernels.autograd import Kernels, take_features
 from sae.kernels.sparsity import TopK
+from sae.parallel.mesh import ONE, Mesh
+from sae.parallel.selection import largest_acts
 
 LP_EPSILON = 1e-2  # in scaled units, where active features are about 1 to 10
 AUX_SPARSE_BELOW = 1 / 8  # of the dead features: with more per row, sparse products cost as much as dense ones
@@ -67,31 +69,37 @@ def aux_k_loss(
     error: Float[Tensor, "batch d_in"],
     dead: Bool[Tensor, " d_sae"],
     kernels: Kernels,
+    mesh: Mesh = ONE,
 ) -> Float[Tensor, ""]:
     """The share of the error's variance that the strongest dead features leave unexplained.
 
     `‖e − ê‖² / ‖e − mean e‖²`, ê from the k_aux = min(d_in/2, dead) largest dead pre-activations, e detached.
     Without unit; about 1 means that the dead features explain nothing. 0 if no feature is dead or e has no variance.
+    On a mesh each rank passes its own rows and the dead features of its shard; the mean over ranks is the loss.
     Source: Gao et al. 2024 (arXiv 2406.04093), A.2.
     """
     features = dead.nonzero().squeeze(-1)
     target = error.detach()
-    variance = (target - target.mean(0)).pow(2).sum()
-    if not len(features) or not variance > 0:
+    variance = mesh.average((target - mesh.average(target.mean(0))).pow(2).sum())
+    n_dead = int(mesh.reduce(torch.tensor(len(features)), "sum", "features"))
+    if not n_dead or not variance > 0:
         return x.new_zeros(())
     W_enc, W_dec = take_features(sae.W_enc, features, 1), take_features(sae.W_dec, features, 0)
-    k_aux = min(sae.d_in // 2, len(features))
-    acts = _largest(x, W_enc, sae.b_enc[features], sae.input_bias, k_aux, kernels)
-    return torch.nan_to_num((target - acts.decode(W_dec)).pow(2).sum() / variance)
+    k_aux = min(sae.d_in // 2, n_dead)
+    dense = x.is_cuda or k_aux >= AUX_SPARSE_BELOW * n_dead
+    acts = _largest(sae.gathered(x), W_enc, sae.b_enc[features], sae.input_bias, k_aux, kernels, mesh, dense=dense)
+    return torch.nan_to_num((target - mesh.scatter_sum(acts.decode(W_dec))).pow(2).sum() / variance)
 
 
-def _largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, kernels: Kernels) -> FeatureActs:
-    """The k largest of each row, where positive: sparse on a CPU if they are few of many, else dense."""
+def _largest(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, kernels: Kernels, mesh: Mesh, *, dense: bool
+) -> FeatureActs:
+    """The k largest of each row over all shards, where positive: sparse on a CPU if they are few of many."""
 
-    def dense() -> DenseActs:
+    def all_of_them() -> DenseActs:
         acts = DenseActs((x @ W_enc + (b_enc - b_dec @ W_enc)).relu())
-        return acts.largest_of_rows(k) if k < len(b_enc) else acts
+        return largest_acts(mesh, acts, k)
 
-    if x.is_cuda or k >= AUX_SPARSE_BELOW * len(b_enc):
-        return dense()
-    return sparse_or_dense(lambda: SparseActs.pre_activations(kernels, x, W_enc, b_enc, b_dec, TopK(k)), dense)
+    if dense:
+        return all_of_them()
+    return sparse_or_dense(lambda: SparseActs.pre_activations(kernels, x, W_enc, b_enc, b_dec, TopK(k)), all_of_them)

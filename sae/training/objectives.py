@@ -20,6 +20,8 @@ from sae.dictionary.autoencoder import SAE
 from sae.kernels.activations import DenseActs, FeatureActs, SparseActs, sparse_or_dense
 from sae.kernels.autograd import Kernels
 from sae.kernels.sparsity import Above, Rule, TopK
+from sae.parallel.mesh import ONE, Mesh
+from sae.parallel.selection import largest_acts
 from sae.training import losses
 from sae.training.config import TrainConfig
 from sae.training.rows import Downstream
@@ -49,6 +51,7 @@ class StepContext:
     scale: float = 1.0
     downstream: Downstream | None = None
     site_widths: tuple[int, ...] = ()  # of a crosscoder's rows
+    mesh: Mesh = ONE
 
 
 class Outcome(NamedTuple):
@@ -66,6 +69,8 @@ Objective = Callable[[SAE, ScaledBatch, StepContext], Outcome]
 def pre_activations(sae: SAE, x: Tensor, rule: Rule, context: StepContext) -> FeatureActs:
     """`(x − b_dec) W_enc + b_enc` of the features that the rule makes active, or of all where dense is faster."""
 
+    x = sae.gathered(x)
+
     def dense() -> DenseActs:
         return DenseActs(sae.pre_acts(x))
 
@@ -76,7 +81,8 @@ def pre_activations(sae: SAE, x: Tensor, rule: Rule, context: StepContext) -> Fe
 
 
 def activations(sae: SAE, x: Tensor, context: StepContext) -> FeatureActs:
-    """`sae.encode(x)`, sparse or, where that is faster, dense."""
+    """`sae.encode(sae.gathered(x))`, sparse or, where that is faster, dense."""
+    x = sae.gathered(x)
     if isinstance(sae.rule, Above) and not context.sparse:
         return sae.encode_dense(x)
     return sae.feature_acts(x, context.kernels)
@@ -86,7 +92,7 @@ def l1(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     """`‖y − ŷ‖² + λ Σ f`. Source: Bricken et al. 2023; for transcoders Dunefsky et al. 2024 (arXiv 2406.11944)."""
     acts = activations(sae, batch.x, context)
     error = losses.squared_error(batch.target, sae.output(acts, batch.x))
-    penalty = losses.l1_norm(acts)
+    penalty = context.mesh.over_shards(losses.l1_norm(acts))
     return Outcome(error + context.coefficient * penalty if context.coefficient else error, error, acts, penalty)
 
 
@@ -94,7 +100,7 @@ def l1_of_norms(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     """`‖x − x̂‖² + λ Σ f ‖d‖`. Source: Anthropic, April 2024 update, in the form of Templeton et al. 2024."""
     acts = activations(sae, batch.x, context)
     error = losses.squared_error(batch.target, sae.output(acts, batch.x))
-    penalty = losses.l1_norm(acts, sae.W_dec.norm(dim=-1))
+    penalty = context.mesh.over_shards(losses.l1_norm(acts, sae.W_dec.norm(dim=-1)))
     return Outcome(error + context.coefficient * penalty, error, acts, penalty)
 
 
@@ -116,7 +122,7 @@ def annealed_lp(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     """`‖x − x̂‖² + λ Σ f^p`, p falling from 1. Source: Karvonen et al. 2024 (arXiv 2408.00113)."""
     acts = activations(sae, batch.x, context)
     error = losses.squared_error(batch.target, sae.output(acts, batch.x))
-    penalty = losses.lp_norm(acts, context.p)
+    penalty = context.mesh.over_shards(losses.lp_norm(acts, context.p))
     return Outcome(error + context.coefficient * penalty, error, acts, penalty)
 
 
@@ -130,9 +136,10 @@ def gated(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     gate = pre.with_values(pre.values.relu())
     features = pre.support.features.long() if isinstance(pre, SparseActs) else None
     acts = pre.with_values(torch.where(pre.values > 0, sae.magnitudes(pre.values, features), 0.0))
-    error = losses.squared_error(batch.target, sae.output(acts, batch.x))
-    by_gate = gate.decode(sae.W_dec.detach()) + sae.b_dec.detach()
-    penalty = losses.l1_norm(gate)
+    x_hat, by_gate = context.mesh.scatter_sums([acts.decode(sae.W_dec), gate.decode(sae.W_dec.detach())])
+    error = losses.squared_error(batch.target, x_hat + sae.b_dec)
+    by_gate = by_gate + sae.b_dec.detach()
+    penalty = context.mesh.over_shards(losses.l1_norm(gate))
     loss = error + context.coefficient * penalty + losses.squared_error(batch.target, by_gate)
     return Outcome(loss, error, acts, penalty)
 
@@ -144,6 +151,7 @@ def jumprelu(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     rule = Above(sae.threshold.detach() - bandwidth / 2)
     acts, l0 = losses.jump(pre_activations(sae, batch.x, rule, context), sae.threshold, bandwidth)
     error = losses.squared_error(batch.target, sae.output(acts, batch.x))
+    l0 = context.mesh.over_shards(l0)
     return Outcome(error + context.coefficient * l0, error, acts, l0)
 
 
@@ -155,8 +163,8 @@ def topk(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     wide = None
     if context.config.multi_k:
         assert sae.k is not None
-        wide = _largest(sae, batch.x, min(sae.d_sae, context.config.multi_k * sae.k), context)
-        acts = wide.largest_of_rows(sae.k)
+        wide = _largest(sae, batch.x, min(context.config.d_sae, context.config.multi_k * sae.k), context)
+        acts = largest_acts(context.mesh, wide, sae.k)
     else:
         acts = activations(sae, batch.x, context)
     x_hat = sae.output(acts, batch.x)
@@ -174,8 +182,10 @@ def matryoshka(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     acts = activations(sae, batch.x, context)
     x_hat: Tensor = sae.b_dec
     loss: Tensor = batch.x.new_zeros(())
-    for start, stop in pairwise([0, *context.config.prefix_sizes]):
-        x_hat = x_hat + acts.prefix(start, stop).decode(sae.W_dec)
+    first = context.mesh.features(context.config.d_sae).start
+    ends = [max(0, end - first) for end in (0, *context.config.prefix_sizes)]  # in this shard's own numbers
+    for part in context.mesh.scatter_sums([acts.prefix(*ends).decode(sae.W_dec) for ends in pairwise(ends)]):
+        x_hat = x_hat + part
         error = losses.squared_error(batch.target, x_hat)
         loss = loss + error
     return Outcome(_with_aux(loss, sae, batch, x_hat, context), error, acts)
@@ -194,7 +204,7 @@ def end_to_end(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     for rows in torch.split(torch.arange(len(batch.x)), KL_ROWS):  # only one chunk's logits are in memory at a time
         arguments = (batch.x[rows], x_hat[rows], batch.resid[rows], context)
         kl = kl + checkpoint(_divergence, *arguments, use_reentrant=False)
-    penalty = losses.l1_norm(acts)
+    penalty = context.mesh.over_shards(losses.l1_norm(acts))
     loss = kl / len(batch.x) + context.coefficient * penalty
     return Outcome(loss, losses.squared_error(batch.target, x_hat), acts, penalty)
 
@@ -216,6 +226,7 @@ def _with_aux(loss: Tensor, sae: SAE, batch: ScaledBatch, x_hat: Tensor, context
     if not context.config.aux_coefficient:
         return loss
     # Gao et al. add AuxK to a squared error divided by the variance. Ours is not divided, so AuxK is multiplied by it.
-    variance = (batch.target - batch.target.mean(0)).pow(2).sum(-1).mean().detach()
-    aux = losses.aux_k_loss(sae, batch.x, batch.target - x_hat, context.dead, context.kernels)
+    average = context.mesh.average
+    variance = average((batch.target - average(batch.target.mean(0))).pow(2).sum(-1).mean()).detach()
+    aux = losses.aux_k_loss(sae, batch.x, batch.target - x_hat, context.dead, context.kernels, context.mesh)
     return loss + context.config.aux_coefficient * (aux * variance)

@@ -19,11 +19,14 @@ from sae.jobs.checkpoint import read_header, read_tensors, write_tensors
 from sae.kernels import choose, device_named, matmul
 from sae.kernels.activations import FeatureActs
 from sae.kernels.autograd import Kernels
+from sae.parallel.kernels import agreeing
+from sae.parallel.mesh import ONE, Mesh
 from sae.training.adam import Adam
 from sae.training.config import TrainConfig
 from sae.training.fixed_plan import FixedPlan, plan_for
 from sae.training.recipes import Recipe
 from sae.training.rows import Downstream, ModelRows, Rows, SiteRows, TargetRows
+from sae.training.shard import Shard, dealt
 from sae.training.sparsity_penalty import LambdaController
 from sae.training.start_from import start_from_
 
@@ -49,6 +52,7 @@ class TrainState:
     matmul: str = "highest"  # how dense products are computed: chosen at the start, kept when the run resumes
     sites: tuple[Site, ...] = ()  # of a crosscoder's rows; not saved: they come with the rows
     fixed_plan: FixedPlan | None = None  # of fixed-shape steps, which a run on a GPU takes
+    mesh: Mesh = ONE  # the ranks that train together; this state is of the features of one shard
 
     @property
     def device(self) -> torch.device:
@@ -60,8 +64,11 @@ class TrainState:
 
     def count_firings(self, acts: FeatureActs) -> None:
         """Takes in the firings of a batch."""
-        self.tokens_since_fired += acts.n_rows
-        self.tokens_since_fired[acts.fired()] = 0
+        self.tokens_since_fired += acts.n_rows * self.mesh.row_groups
+        fired = acts.fired()
+        if self.mesh.row_groups > 1:
+            fired = self.mesh.reduce(fired.to(torch.uint8), "max", "rows").bool()
+        self.tokens_since_fired[fired] = 0
 
 
 def start(
@@ -71,13 +78,39 @@ def start(
     kernels: Kernels,
     device: str | torch.device = "cpu",
     source: SAE | None = None,
+    mesh: Mesh = ONE,
 ) -> TrainState:
-    """A new run, from the dictionary `source` if there is one.
+    """A new run, from the dictionary `source` if there is one. On a mesh rank 0 makes it and deals out the shards.
 
     Raises: ValueError when the rows are all zero or lack what the recipe needs; CannotStart if the recipe cannot start
     from `source`.
     """
-    sae, downstream, sites = _dictionary(rows, config, recipe), _downstream(rows, recipe), _sites(rows, recipe)
+    downstream, sites = _downstream(rows, recipe), _sites(rows, recipe)
+    whole, scales = _initialised(rows, config, recipe, source) if mesh.is_first else (None, (0.0, 0.0))
+    sae = dealt(_dictionary(rows, config, recipe, mesh), whole, config.d_sae)
+    scale, target_scale = mesh.tell(scales)
+    products = mesh.tell(matmul.choose(config.matmul, device))  # one choice for all ranks, whatever their processors
+    kernels = agreeing(kernels, mesh)
+    return TrainState(
+        sae,
+        _adam(sae.to(device), kernels, config, recipe, mesh),
+        scale,
+        torch.zeros(sae.d_sae, dtype=torch.int64, device=device),
+        LambdaController.start(config, getattr(config, recipe.coefficient) if recipe.coefficient else 0.0),
+        target_scale=target_scale,
+        downstream=downstream,
+        matmul=products,
+        sites=sites,
+        fixed_plan=plan_for(recipe, config, sae.W_enc.device, kernels.NAME) if mesh.world == 1 else None,
+        mesh=mesh,
+    )
+
+
+def _initialised(
+    rows: Rows, config: TrainConfig, recipe: Recipe, source: SAE | None
+) -> tuple[SAE, tuple[float, float]]:
+    """The whole dictionary at the first step, in the memory of the host, and the scales of x and of the target."""
+    sae = _dictionary(rows, config, recipe, ONE)
     x, scale = _to_scale(rows.sample(SCALE_ROWS, config.seed))
     found = outliers_among(x)
     if found.notable:
@@ -95,18 +128,7 @@ def start(
         recipe.initialise(sae, x, y, config)
     else:
         start_from_(sae, source, scale=scale, target_scale=target_scale, unit_norm=recipe.unit_norm)
-    return TrainState(
-        sae,
-        _adam(sae.to(device), kernels, config, recipe),
-        scale,
-        torch.zeros(config.d_sae, dtype=torch.int64, device=device),
-        LambdaController.start(config, getattr(config, recipe.coefficient) if recipe.coefficient else 0.0),
-        target_scale=target_scale,
-        downstream=downstream,
-        matmul=matmul.choose(config.matmul, sae.W_enc.device),
-        sites=sites,
-        fixed_plan=plan_for(recipe, config, sae.W_enc.device, kernels.NAME),
-    )
+    return sae, (scale, target_scale)
 
 
 def save_state(out: Path, state: TrainState, *, keep: int = 1) -> None:
@@ -150,7 +172,7 @@ def restore(out: Path, rows: Rows, config: TrainConfig, recipe: Recipe, device: 
     if not (out / STATE).exists():
         return None
     tensors, header = read_tensors(out / STATE)
-    sae = _dictionary(rows, config, recipe)
+    sae = _dictionary(rows, config, recipe, ONE)
     sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
     began_on = header.get("device", "cpu")
     if device not in ("auto", began_on):
@@ -159,7 +181,7 @@ def restore(out: Path, rows: Rows, config: TrainConfig, recipe: Recipe, device: 
             "choose another --out."
         )
     place = device_named(began_on)
-    optimizer = _adam(sae.to(place), choose(header["kernels"], place), config, recipe)
+    optimizer = _adam(sae.to(place), choose(header["kernels"], place), config, recipe, ONE)
     optimizer.restore(tensors, header["step"])
     return TrainState(
         sae,
@@ -178,8 +200,9 @@ def restore(out: Path, rows: Rows, config: TrainConfig, recipe: Recipe, device: 
     )
 
 
-def _dictionary(rows: Rows, config: TrainConfig, recipe: Recipe) -> SAE:
-    return SAE(
+def _dictionary(rows: Rows, config: TrainConfig, recipe: Recipe, mesh: Mesh) -> Shard:
+    return Shard(
+        mesh,
         rows.d_in,
         config.d_sae,
         activation=recipe.activation,
@@ -190,7 +213,7 @@ def _dictionary(rows: Rows, config: TrainConfig, recipe: Recipe) -> SAE:
     )
 
 
-def _adam(sae: SAE, kernels: Kernels, config: TrainConfig, recipe: Recipe) -> Adam:
+def _adam(sae: SAE, kernels: Kernels, config: TrainConfig, recipe: Recipe, mesh: Mesh) -> Adam:
     return Adam(
         sae,
         kernels,
@@ -198,6 +221,7 @@ def _adam(sae: SAE, kernels: Kernels, config: TrainConfig, recipe: Recipe) -> Ad
         unit_norm=recipe.unit_norm,
         clip=config.clip,
         threshold_lr_ratio=config.threshold_lr_ratio,
+        mesh=mesh,
     )
 
 

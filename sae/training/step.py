@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.kernels.activations import FeatureActs, l0
+from sae.parallel.mesh import Mesh
 from sae.training import losses
 from sae.training.adam import learning_rate
 from sae.training.batch_topk_threshold import CALIBRATION_ROWS, calibrated, update_thresholds_
@@ -38,22 +39,31 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     recipe = recipe_named(config.recipe)
     scaled = _scaled(state, batch, recipe)
     outcome = recipe.objective(state.sae, scaled, _context(state, config))
-    if not outcome.loss.isfinite():
-        _refuse(outcome.loss.item(), state.step + 1, config, rows_are_finite=bool(batch.x.isfinite().all()))
+    mesh = state.mesh
+    if mesh.agree(~outcome.loss.isfinite()):
+        rows_are_finite = not mesh.agree(~batch.x.isfinite().all())
+        _refuse(mesh.average(outcome.loss.detach()).item(), state.step + 1, config, rows_are_finite=rows_are_finite)
     torch.autograd.backward(outcome.loss)
     state.optimizer.step(learning_rate(state.step, config))
-    active = l0(outcome.acts)
+    active = _l0(outcome.acts, mesh)
     state.count_firings(outcome.acts)
-    state.density = active.item() / state.sae.d_sae
+    state.density = active.item() / config.d_sae
     if recipe.activation == "batchtopk":
-        update_thresholds_(state.sae.threshold, state.sae.b_enc, outcome.acts, state.step, config)
+        update_thresholds_(state.sae.threshold, state.sae.b_enc, outcome.acts, state.step, config, mesh)
     elif config.min_density:
-        sae, rows = state.sae, outcome.acts.n_rows
-        raise_silent_biases_(sae.b_enc, sae.threshold, state.tokens_since_fired, rows, config.min_density)
+        sae, rows = state.sae, outcome.acts.n_rows * mesh.row_groups
+        raise_silent_biases_(sae.b_enc, sae.threshold, state.tokens_since_fired, rows, config.min_density, mesh)
     _keep_annealed_penalty(state, outcome.acts)
     state.penalty.update(active.item())
     state.step += 1
     return {"loss": outcome.loss.detach(), "error": outcome.error.detach(), "l0": active, "x": scaled.target.detach()}
+
+
+def _l0(acts: FeatureActs, mesh: Mesh) -> Tensor:
+    """Active features per row of the whole batch; from integer counts, so that all ranks find the same number."""
+    if mesh.world == 1:
+        return l0(acts)
+    return mesh.reduce(acts.n_active().long(), "sum", "world") / (acts.n_rows * mesh.row_groups)
 
 
 def _scaled(state: TrainState, batch: Batch, recipe: Recipe) -> ScaledBatch:
@@ -78,6 +88,7 @@ def _context(state: TrainState, config: TrainConfig) -> StepContext:
         scale=state.scale,
         downstream=state.downstream,
         site_widths=tuple(site.width for site in state.sites),
+        mesh=state.mesh,
     )
 
 
@@ -86,12 +97,14 @@ def _keep_annealed_penalty(state: TrainState, acts: FeatureActs) -> None:
     """Rescales λ so that, with the p of the next step, the penalty on these activations stays the same."""
     p, next_p = state.penalty.p, state.penalty.next_p
     if next_p < p:
-        state.penalty.keep_penalty(losses.lp_norm(acts, p).item(), losses.lp_norm(acts, next_p).item())
+        norms = torch.stack([losses.lp_norm(acts, p), losses.lp_norm(acts, next_p)])
+        before, after = state.mesh.average(state.mesh.over_shards(norms)).tolist()
+        state.penalty.keep_penalty(before, after)
 
 
 def check_weights(state: TrainState, config: TrainConfig) -> None:
     """Raises: Diverged when a weight is not finite, which can happen while the loss still is finite."""
-    if not all(tensor.isfinite().all() for tensor in state.sae.tensors().values()):
+    if state.mesh.agree(not all(tensor.isfinite().all() for tensor in state.sae.tensors().values())):
         _refuse(float("nan"), state.step, config, rows_are_finite=True)
 
 
@@ -107,15 +120,16 @@ def _refuse(loss: float, step: int, config: TrainConfig, *, rows_are_finite: boo
 
 def log_entry(metrics: dict[str, Tensor], state: TrainState, config: TrainConfig) -> dict[str, Any]:
     """A line of metrics.jsonl; fvu is relative to the batch's own variance (0 where all its rows are equal)."""
-    x = metrics["x"]
-    variance = (x - x.mean(0)).pow(2).sum(-1).mean()
+    x, average = metrics["x"], state.mesh.average
+    variance = average((x - average(x.mean(0))).pow(2).sum(-1).mean())
+    error, loss = average(metrics["error"]), average(metrics["loss"])
     entry = {
         "step": state.step,
         "rows": state.step * config.batch_tokens,
-        "loss": metrics["loss"].item(),
-        "fvu": (metrics["error"] / variance).item() if variance > 0 else 0.0,
+        "loss": loss.item(),
+        "fvu": (error / variance).item() if variance > 0 else 0.0,
         "l0": metrics["l0"].item(),
-        "dead_share": state.dead(config.dead_after_tokens).float().mean().item(),
+        "dead_share": state.mesh.mean_of_features(state.dead(config.dead_after_tokens).float()).item(),
         "lr": learning_rate(state.step - 1, config),
     }
     if recipe_named(config.recipe).coefficient:

@@ -1,0 +1,215 @@
+"""The processes (ranks) of one training as a mesh, and everything they do together.
+
+Rows are always split over all ranks. A row group is the ranks that hold one whole dictionary between them, a shard of
+its features each: the rows of a group are gathered on the way into the dictionary, and each rank gets its own rows of
+the summed partial reconstructions on the way out.
+
+Losses are means over a rank's own rows, and the loss of a step is the mean over ranks. With one rank (`ONE`) every
+operation returns what it was given.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+Axis = Literal["features", "rows", "world"]  # the ranks of a row group; the ranks with the same shard; all ranks
+OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before PyTorch 2.13
+
+Told = TypeVar("Told")
+
+
+class Mesh:
+    """`row_groups` × `shards` ranks: rank = row_group · shards + shard, so that a row group is neighbouring ranks.
+
+    `calls` and `received_bytes` count what was exchanged, by operation: the bytes are those that reach one rank when a
+    sum over n ranks is exchanged as a ring (2 (n − 1) / n of the tensor).
+    Raises: ValueError if the process group has another number of ranks.
+    """
+
+    def __init__(self, row_groups: int = 1, shards: int = 1) -> None:
+        self.row_groups, self.shards, self.world = row_groups, shards, row_groups * shards
+        started = dist.get_world_size() if self.world > 1 else 1
+        if self.world != started:
+            raise ValueError(
+                f"a mesh of {row_groups}x{shards} has {self.world} ranks, and {started} processes were started."
+            )
+        self.rank = dist.get_rank() if self.world > 1 else 0
+        self.row_group, self.shard = divmod(self.rank, shards)
+        self._groups: dict[Axis, Any] = {"world": None, "features": None, "rows": None}  # None: all ranks
+        if row_groups > 1 and shards > 1:  # every rank makes every group, in one order
+            by_features = [dist.new_group(list(range(r * shards, (r + 1) * shards))) for r in range(row_groups)]
+            by_rows = [dist.new_group(list(range(f, self.world, shards))) for f in range(shards)]
+            self._groups |= {"features": by_features[self.row_group], "rows": by_rows[self.shard]}
+        self.calls: Counter[str] = Counter()
+        self.received_bytes: Counter[str] = Counter()
+
+    def __str__(self) -> str:
+        return f"{self.row_groups}x{self.shards}"
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone writes, logs and draws the progress bar."""
+        return self.rank == 0
+
+    def features(self, d_sae: int, shard: int | None = None) -> range:
+        """The features of a shard (by default this rank's): even parts, the first ones larger by one if need be."""
+        which = self.shard if shard is None else shard
+        even, more = divmod(d_sae, self.shards)
+        start = which * even + min(which, more)
+        return range(start, start + even + (which < more))
+
+    def size(self, axis: Axis) -> int:
+        return {"features": self.shards, "rows": self.row_groups, "world": self.world}[axis]
+
+    # --- rows into the dictionary, reconstructions out of it ---------------------------------------------------------
+
+    def gather_rows(self, x: Float[Tensor, "own d"]) -> Float[Tensor, "gathered d"]:
+        """The rows of all ranks of the row group, in the order of ranks. Without a gradient for x."""
+        if self.shards == 1:
+            return x
+        out = x.new_empty((len(x) * self.shards, *x.shape[1:]))
+        all_gather(out, x.contiguous(), group=self._groups["features"])
+        self._count("gather_rows", (self.shards - 1) * _bytes(x))
+        return out
+
+    def scatter_sum(self, partial: Float[Tensor, "gathered ..."]) -> Float[Tensor, "own ..."]:
+        """This rank's own rows of the sum over the shards. Differentiable: the gradients of rows are gathered.
+
+        Summands are added in the order of ranks, so that the result has the same bits on every transport.
+        """
+        if self.shards == 1:
+            return partial
+        found: Tensor = _ScatterSum.apply(partial, self)  # type: ignore[no-untyped-call]
+        return found
+
+    def scatter_sums(self, partials: Sequence[Float[Tensor, "gathered d"]]) -> list[Float[Tensor, "own d"]]:
+        """`scatter_sum` of several tensors in one exchange."""
+        if self.shards == 1:
+            return list(partials)
+        return list(self.scatter_sum(torch.stack(list(partials), 1)).unbind(1))
+
+    def own_rows(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "own d"]:
+        """This rank's part of rows that all ranks hold; the last row is repeated where parts would be unequal."""
+        if self.world == 1:
+            return x
+        each = -(-len(x) // self.world)
+        places = torch.arange(self.rank * each, (self.rank + 1) * each, device=x.device)
+        return x[places.clamp_max(len(x) - 1)]
+
+    def all_rows(self, own: Float[Tensor, "own ..."], n: int) -> Float[Tensor, "n ..."]:
+        """The inverse of `own_rows`: n rows from the parts of all ranks."""
+        return own if self.world == 1 else self.stack(own, "world").flatten(0, 1)[:n]
+
+    # --- numbers -----------------------------------------------------------------------------------------------------
+
+    def reduce(self, x: Tensor, operation: str, axis: Axis) -> Tensor:
+        """The sum, max or min over the ranks of an axis, the same bits on each of them."""
+        return x if self.size(axis) == 1 else self.reduce_(x.clone(), operation, axis)
+
+    def reduce_(self, x: Tensor, operation: str, axis: Axis) -> Tensor:
+        """`reduce` in place, for a contiguous tensor."""
+        n = self.size(axis)
+        if n > 1:
+            dist.all_reduce(x, OPERATIONS[operation], group=self._groups[axis])
+            self._count("reduce", 2 * (n - 1) * _bytes(x) // n)
+        return x
+
+    def average(self, x: Tensor) -> Tensor:
+        """The mean over all ranks, which have equally many rows: of means over own rows, the mean over all rows."""
+        return x if self.world == 1 else self.reduce(x, "sum", "world") / self.world
+
+    def mean_of_features(self, x: Float[Tensor, " own"]) -> Float[Tensor, ""]:
+        """The mean of one number per feature over the features of all shards."""
+        if self.shards == 1:
+            return x.mean()
+        total = self.reduce(torch.stack([x.sum(), x.new_tensor(float(len(x)))]), "sum", "features")
+        return total[0] / total[1]
+
+    def over_shards(self, term: Tensor) -> Tensor:
+        """A loss term that sums over this shard's features, scaled so that its mean over ranks sums over all shards."""
+        return term if self.shards == 1 else term * self.shards
+
+    def stack(self, x: Tensor, axis: Axis) -> Tensor:
+        """Everyone's x along a new first dimension, in the order of ranks."""
+        n = self.size(axis)
+        if n == 1:
+            return x[None]
+        out = x.new_empty((n * x.numel(),))
+        all_gather(out, x.contiguous().flatten(), group=self._groups[axis])
+        self._count("stack", (n - 1) * _bytes(x))
+        return out.view(n, *x.shape)
+
+    # --- decisions ---------------------------------------------------------------------------------------------------
+
+    def agree(self, flag: bool | Tensor) -> bool:
+        """Whether the flag is true on any rank. All ranks leave the loop, save or raise together, or none does."""
+        if self.world == 1:
+            return bool(flag)
+        return bool(self.reduce_(torch.tensor([int(flag)]), "max", "world"))
+
+    def tell(self, value: Told) -> Told:
+        """Rank 0's value (of JSON types) on every rank; what the others pass is ignored."""
+        if self.world == 1:
+            return value
+        raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        length = torch.tensor([len(raw)])
+        dist.broadcast(length, 0)
+        text = raw if self.is_first else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(text, 0)
+        found: Told = json.loads(text.numpy().tobytes())
+        return found
+
+    def everyones(self, value: Told) -> list[Told]:
+        """The values (of JSON types) of all ranks, in their order."""
+        if self.world == 1:
+            return [value]
+        raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = self.stack(torch.tensor(len(raw)), "world").tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(raw)] = raw
+        rows = self.stack(padded, "world").numpy()
+        return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+    def send_first(self, x: Tensor) -> Tensor:
+        """Rank 0's tensor in place of x, which has the same shape and type on every rank."""
+        if self.world > 1:
+            dist.broadcast(x, 0)
+        return x
+
+    def _count(self, what: str, n_bytes: int) -> None:
+        self.calls[what] += 1
+        self.received_bytes[what] += n_bytes
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mesh = mesh
+        parts = torch.empty_like(partial, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(parts, partial.contiguous(), group=mesh._groups["features"])
+        mesh._count("scatter_sum", (mesh.shards - 1) * _bytes(partial) // mesh.shards)
+        parts = parts.view(mesh.shards, len(partial) // mesh.shards, *partial.shape[1:])
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.mesh.gather_rows(gradient), None
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+ONE = Mesh()

@@ -1,0 +1,114 @@
+"""Which entries are among the largest of a row or of a batch, where each shard sees its own features only.
+
+Exact: the same entries as if one process saw all features. Among equal values the first are kept, in the order of
+ranks and then of a rank's own entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import overload
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae.kernels.activations import DenseActs, FeatureActs, SparseActs
+from sae.kernels.sparsity import Support
+from sae.parallel.mesh import Mesh
+
+DIGIT_BITS = 11  # of a value's bits, counted at once: 3 rounds of 2,048 counts for float32
+AS_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def largest_of_rows(mesh: Mesh, support: Support, values: Float[Tensor, " nnz"], k: int) -> Bool[Tensor, " nnz"]:
+    """Of the entries of this shard, at most k a row, those among the k largest positive ones of the row on all shards.
+
+    Exchanges k candidates a row.
+    """
+    places = torch.arange(len(values), device=values.device) - support.offsets[support.rows]
+    candidates = values.new_zeros((support.n_rows, k))
+    candidates[support.rows, places] = values.detach()
+    everyones = mesh.stack(candidates, "features").transpose(0, 1).flatten(1)  # [rows, shards · k]
+    kept = among_largest(everyones, k)[:, mesh.shard * k : (mesh.shard + 1) * k]
+    return kept[support.rows, places]
+
+
+@overload
+def largest_acts(mesh: Mesh, acts: DenseActs, k: int) -> DenseActs: ...
+
+
+@overload
+def largest_acts(mesh: Mesh, acts: FeatureActs, k: int) -> FeatureActs: ...
+
+
+def largest_acts(mesh: Mesh, acts: FeatureActs, k: int) -> FeatureActs:
+    """Only those activations of this shard that are among the k largest of their row on all shards."""
+    if isinstance(acts, SparseActs):
+        if mesh.shards == 1:
+            return acts.largest_of_rows(k)
+        mine = acts.largest_of_rows(k)
+        return mine.where(largest_of_rows(mesh, mine.support, mine.values, k))
+    if mesh.shards == 1:
+        return acts.largest_of_rows(k) if k < acts.values.shape[1] else acts
+    return DenseActs(acts.values * largest_in_rows(mesh, acts.values, k))
+
+
+def largest_in_rows(mesh: Mesh, values: Float[Tensor, "rows own"], k: int) -> Bool[Tensor, "rows own"]:
+    """`largest_of_rows` for the values of all features of this shard."""
+    own, n = values.detach().topk(min(k, values.shape[1]), dim=-1), min(k, values.shape[1])
+    candidates = torch.nn.functional.pad(own.values, (0, k - n))
+    everyones = mesh.stack(candidates, "features").transpose(0, 1).flatten(1)
+    kept = among_largest(everyones, k)[:, mesh.shard * k : mesh.shard * k + n]
+    return torch.zeros_like(values, dtype=torch.bool).scatter(-1, own.indices, kept)
+
+
+def among_largest(values: Float[Tensor, "rows n"], k: int) -> Bool[Tensor, "rows n"]:
+    """True for the k largest positive values of each row; among equal ones for the first."""
+    if values.shape[1] <= k:
+        return values > 0
+    bar = values.topk(k, dim=-1).values[:, -1:]
+    above, equal = values > bar, values == bar
+    room = k - above.sum(-1, keepdim=True)
+    return (above | (equal & (equal.cumsum(-1) <= room))) & (values > 0)
+
+
+def largest_of_batch(mesh: Mesh, values: Float[Tensor, " n"], wanted: int) -> Bool[Tensor, " n"]:
+    """Of this rank's values, those among the `wanted` largest positive ones of all ranks.
+
+    Exchanges counts: the bits of positive floats are in the order of the floats, so the smallest kept value is found
+    digit by digit.
+    """
+    bits = values.detach().contiguous().view(AS_BITS[values.dtype])
+    positive = values > 0
+    rounds = -(-8 * values.element_size() // DIGIT_BITS)
+    bar, room = smallest_kept(bits[positive].long(), wanted, lambda counts: mesh.reduce(counts, "sum", "world"), rounds)
+    kept = positive & (bits > bar)
+    equal = (positive & (bits == bar)).nonzero().squeeze(-1)
+    before = mesh.stack(torch.tensor(len(equal), device=values.device), "world")[: mesh.rank].sum()
+    kept[equal[: max(0, room - int(before))]] = True
+    return kept
+
+
+def smallest_kept(
+    bits: Int[Tensor, " n"], wanted: int, over_ranks: Callable[[Tensor], Tensor], rounds: int
+) -> tuple[int, int]:
+    """The `wanted`-th largest of the non-negative integers of all ranks, and how many equal to it are wanted.
+
+    (0, 0) if there are no more than `wanted`. `over_ranks` sums counts over the ranks; integers have at most `rounds`
+    digits.
+    """
+    bar, room = 0, wanted
+    for place_of_digit in reversed(range(rounds)):
+        shift = DIGIT_BITS * place_of_digit
+        digits = (bits >> shift) & ((1 << DIGIT_BITS) - 1)
+        counts = over_ranks(torch.bincount(digits, minlength=1 << DIGIT_BITS)).cpu()
+        from_top = counts.flip(0).cumsum(0)
+        if place_of_digit == rounds - 1 and from_top[-1] <= wanted:
+            return 0, 0
+        place = int(torch.searchsorted(from_top, room))
+        digit = len(counts) - 1 - place
+        room -= int(from_top[place] - counts[digit])
+        bar = (bar << DIGIT_BITS) | digit
+        bits = bits[digits == digit]
+    return bar, room

@@ -1,0 +1,193 @@
+"""Ranks of a mesh as forked processes that talk through gloo, for tests of `sae.parallel`."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sae.dictionary.autoencoder import SAE
+from sae.kernels import reference
+from sae.kernels.sparsity import BatchTopK, PreparedEncoder, Rule, Support, TopK
+from sae.parallel.mesh import Mesh
+from sae.training.recipes import recipe_named, resolve
+from sae.training.rows import Batch
+from sae.training.shard import WHOLE
+from sae.training.state import TrainState, start
+from sae.training.step import resample_dead, train_step
+
+TIMEOUT_S = 60
+
+
+def on_ranks(n: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(*arguments)` returns in each of n processes of one gloo group; raises what it raised in one."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ranks"])
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(paths)}):  # the server does not get our sys.path
+        forkserver.ensure_running()
+    with tempfile.TemporaryDirectory() as directory:
+        pipes = [context.Pipe(False) for _ in range(n)]
+        processes = [
+            context.Process(target=_rank, args=(rank, n, f"{directory}/store", pipe[1], function, arguments))
+            for rank, pipe in enumerate(pipes)
+        ]
+        for process, (_, sending) in zip(processes, pipes, strict=True):
+            process.start()
+            sending.close()
+        found = [receiving.recv() for receiving, _ in pipes]
+        for process in processes:
+            process.join(TIMEOUT_S)
+    wrong = [what for ok, what in found if not ok]
+    assert not wrong, "\n".join(wrong)
+    return [what for _, what in found]
+
+
+def _rank(rank: int, n: int, store: str, answer: Connection, function: Callable[..., Any], arguments: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        if n > 1:
+            dist.init_process_group("gloo", store=dist.FileStore(store, n), rank=rank, world_size=n)
+        answer.send((True, function(*arguments)))
+    except BaseException:
+        answer.send((False, f"rank {rank}: {traceback.format_exc()}"))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# --- training on a mesh ----------------------------------------------------------------------------------------------
+
+
+class StableKernels:
+    """`reference`, but each pre-activation has the same bits in every shard, and the first of equal ones is kept."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(reference, name)
+
+    def select(self, x: Tensor, encoder: PreparedEncoder, bias: Tensor, rule: Rule) -> tuple[Support, Tensor]:
+        pre = (x[:, :, None] * encoder.W_enc).sum(1) + bias
+        if isinstance(rule, TopK):
+            kept = _first_largest(pre.relu(), rule.k)
+        elif isinstance(rule, BatchTopK):
+            kept = _first_largest(rule.rank(pre).reshape(1, -1), rule.k * len(x)).view_as(pre)
+        else:
+            kept = pre > rule.threshold
+        return Support.of(kept), pre[kept]
+
+
+def _first_largest(values: Tensor, k: int) -> Tensor:
+    order = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(values, dtype=torch.bool).scatter(-1, order, True) & (values > 0)
+
+
+class PlantedRows:
+    """Sparse sums of planted directions; a target and a residual stream are linear in x."""
+
+    d_in = d_out = 8
+
+    def __init__(self, batch_tokens: int) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.batch_tokens = batch_tokens
+        self.truth = torch.nn.functional.normalize(torch.randn(20, self.d_in, generator=generator), dim=-1)
+        self.mix = torch.randn(self.d_in, self.d_in, generator=generator) / self.d_in**0.5
+
+    def batch(self, step: int) -> Batch:
+        x = self.sample(self.batch_tokens, 1000 + step)
+        return Batch(x, x @ self.mix, x @ self.mix.T)
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        n = min(n, 256)
+        on = torch.rand(n, len(self.truth), generator=generator) < 0.15
+        noise = 0.05 * torch.randn(n, self.d_in, generator=generator)
+        return (on * (0.5 + torch.rand(n, len(self.truth), generator=generator))) @ self.truth + noise
+
+    def sample_targets(self, n: int, seed: int) -> Tensor:
+        return self.sample(n, seed) @ self.mix
+
+    def downstream(self, x: Tensor, resid: Tensor) -> Tensor:
+        return (x + resid) @ self.mix
+
+
+def own_part(batch: Batch, mesh: Mesh) -> Batch:
+    n = len(batch.x) // mesh.world
+    part = slice(mesh.rank * n, (mesh.rank + 1) * n)
+    return Batch(*(rows[part] if isinstance(rows, Tensor) else rows for rows in batch))
+
+
+@dataclass
+class Case:
+    """A short training in float64."""
+
+    recipe: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    tied: bool = False  # start from a dictionary in which every third feature equals the one before it
+    steps: int = 30
+    batch_tokens: int = 16
+    d_sae: int = 27
+
+    def dictionary(self, rows: PlantedRows) -> SAE:
+        recipe = recipe_named(self.recipe)
+        sae = SAE(rows.d_in, self.d_sae, activation=recipe.activation, k=self.settings["k"])
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            directions = torch.nn.functional.normalize(torch.randn(self.d_sae, rows.d_in, generator=generator), dim=-1)
+            directions[2::3] = directions[1::3]
+            sae.W_dec.copy_(directions)
+            sae.W_enc.copy_(directions.T)
+        return sae
+
+
+def train_on(mesh_shape: tuple[int, int], case: Case) -> dict[str, Any]:
+    """The curve of a case, and its final state put together from all shards."""
+    torch.set_default_dtype(torch.float64)
+    mesh, rows = Mesh(*mesh_shape), PlantedRows(case.batch_tokens)
+    tokens = case.steps * case.batch_tokens
+    given = {"d_sae": case.d_sae, "batch_tokens": case.batch_tokens, "tokens": tokens, "matmul": "highest"}
+    recipe, config = resolve(case.recipe, **given, **case.settings)
+    source = case.dictionary(rows) if case.tied and mesh.is_first else None
+    state = start(rows, config, recipe, StableKernels(), source=source, mesh=mesh)  # type: ignore[arg-type]
+    curve, dead, placed = [], 0, 0
+    for step in range(case.steps):
+        metrics = train_step(state, own_part(rows.batch(step), mesh), config)
+        curve.append([mesh.average(metrics[name]).item() for name in ("loss", "error")] + [metrics["l0"].item()])
+        dead += int(mesh.reduce(state.dead(config.dead_after_tokens).sum(), "sum", "features"))
+        if recipe.resample and state.step in config.resample_steps:
+            placed += len(resample_dead(state, rows, config, recipe))
+    tensors = {name: whole(state, name, tensor) for name, tensor in all_tensors(state).items()}
+    return {"curve": curve, "dead": dead, "placed": placed, "λ": state.penalty.value, **tensors}
+
+
+def train_all_on(mesh_shape: tuple[int, int], cases: list[Case]) -> list[dict[str, Any]]:
+    return [train_on(mesh_shape, case) for case in cases]
+
+
+def all_tensors(state: TrainState) -> dict[str, Tensor]:
+    moments = state.optimizer.tensors()
+    return {**state.sae.tensors(), **moments, "tokens_since_fired": state.tokens_since_fired}
+
+
+def whole(state: TrainState, name: str, tensor: Tensor) -> Any:
+    """A tensor of all shards, one row per feature."""
+    parameter = name.split(".")[1] if name.startswith("adam.") else name
+    if parameter in WHOLE:
+        return tensor.numpy().copy()
+    rows, mesh = tensor.t() if parameter == "W_enc" else tensor, state.mesh
+    padded = rows.new_zeros((len(mesh.features(27, 0)), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = mesh.stack(padded, "features")
+    return torch.cat([part[: len(mesh.features(27, i))] for i, part in enumerate(parts)]).numpy().copy()

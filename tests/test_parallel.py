@@ -1,0 +1,201 @@
+"""One dictionary on many ranks: the selection of one process, and its numbers step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import Case, StableKernels, on_ranks, train_all_on
+
+from sae.kernels.sparsity import BatchTopK, TopK
+from sae.parallel.kernels import agreeing
+from sae.parallel.mesh import ONE, Mesh
+from sae.parallel.selection import among_largest, smallest_kept
+from sae.training.recipes import RECIPES
+
+MESHES = [(1, 2), (2, 1), (2, 2)]
+
+
+# --- the mesh --------------------------------------------------------------------------------------------------------
+
+
+def test_one_rank_exchanges_nothing_and_changes_nothing() -> None:
+    x = torch.randn(3, 4)
+    for operation in (ONE.gather_rows, ONE.scatter_sum, ONE.own_rows, ONE.average, ONE.over_shards):
+        assert operation(x) is x
+    assert ONE.reduce(x, "sum", "world") is x
+    assert ONE.scatter_sums([x]) == [x]
+    assert ONE.tell({"a": 1}) == {"a": 1}
+    assert ONE.agree(True)
+    assert not ONE.agree(torch.tensor(False))
+    kernels = StableKernels()
+    assert agreeing(kernels, ONE) is kernels  # type: ignore[arg-type, comparison-overlap]
+    assert not ONE.calls
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 7])
+def test_shards_are_even_parts_of_all_features(shards: int) -> None:
+    mesh = Mesh()
+    mesh.shards = shards
+    parts = [mesh.features(23, i) for i in range(shards)]
+    assert [feature for part in parts for feature in part] == list(range(23))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def exchanges(shape: tuple[int, int]) -> dict[str, Any]:
+    mesh = Mesh(*shape)
+    own = torch.full((2, 3), float(mesh.rank), requires_grad=True)
+    gathered = mesh.gather_rows(own.detach())
+    partial = torch.arange(float(len(gathered) * 3)).view(-1, 3).requires_grad_()
+    summed = mesh.scatter_sum(partial * (mesh.rank + 1))
+    (summed * (mesh.rank + 1)).sum().backward()
+    assert partial.grad is not None
+    return {
+        "gathered": gathered.tolist(),
+        "summed": summed.tolist(),
+        "gradient": partial.grad.tolist(),
+        "max": mesh.reduce(torch.tensor(mesh.rank), "max", "rows").item(),
+        "agreed": (mesh.agree(mesh.rank == mesh.world - 1), mesh.agree(False)),
+        "told": mesh.tell({"rank": mesh.rank, "text": "λ" * (mesh.rank + 1)}),
+        "everyones": mesh.everyones("x" * mesh.rank),
+        "rows": mesh.all_rows(mesh.own_rows(torch.arange(5.0)[:, None]), 5).flatten().tolist(),
+    }
+
+
+def test_what_ranks_exchange() -> None:
+    """2 row groups × 2 shards: rank = 2 · row group + shard."""
+    for rank, found in enumerate(on_ranks(4, exchanges, (2, 2))):
+        group, shard = divmod(rank, 2)
+        ranks = [2 * group, 2 * group + 1]
+        assert found["gathered"] == [[float(r)] * 3 for r in ranks for _ in range(2)]
+        partial = np.arange(12.0).reshape(4, 3)
+        mine = slice(2 * shard, 2 * shard + 2)
+        assert found["summed"] == (partial[mine] * sum(r + 1 for r in ranks)).tolist()
+        # each row's sum is weighted by the rank that owns the row
+        owners = np.repeat([r + 1 for r in ranks], 2)[:, None]
+        assert found["gradient"] == (np.ones((4, 3)) * owners * (rank + 1)).tolist()
+        assert found["max"] == 2 + shard
+        assert found["agreed"] == (True, False)
+        assert found["told"] == {"rank": 0, "text": "λ"}
+        assert found["everyones"] == ["", "x", "xx", "xxx"]
+        assert found["rows"] == [0, 1, 2, 3, 4]
+
+
+# --- selection -------------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_of_a_row_are_those_of_a_stable_sort(rng: Any) -> None:
+    for _ in range(200):
+        n, k = rng.randint(1, 8), rng.randint(1, 8)
+        values = torch.tensor([[rng.randint(-1, 3) for _ in range(n)] for _ in range(4)], dtype=torch.float32)
+        for row, kept in zip(values.tolist(), among_largest(values, k).tolist(), strict=True):
+            ranked = sorted((i for i in range(n) if row[i] > 0), key=lambda i: (-row[i], i))[:k]
+            assert [i for i in range(n) if kept[i]] == sorted(ranked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_smallest_kept_value_is_found_digit_by_digit(rng: Any, dtype: torch.dtype) -> None:
+    """Against sorting, with equal values and values of very different size."""
+    bits_of = {torch.float32: (torch.int32, 3), torch.float64: (torch.int64, 6)}[dtype]
+    for _ in range(100):
+        n, wanted = rng.randint(0, 30), rng.randint(1, 20)
+        values = torch.tensor([rng.choice([1e-40, 0.5, 0.5, 1.0, rng.random(), 1e30]) for _ in range(n)], dtype=dtype)
+        bar, room = smallest_kept(values.view(bits_of[0]).long(), wanted, lambda counts: counts, bits_of[1])
+        if n <= wanted:
+            assert (bar, room) == (0, 0)
+            continue
+        expected = values.sort(descending=True).values[wanted - 1]
+        assert torch.tensor([bar]).to(bits_of[0]).view(dtype) == expected
+        assert room == wanted - int((values > expected).sum())
+
+
+def selected(shape: tuple[int, int], seed: int, k: int, batch: bool) -> list[tuple[int, int]]:
+    """The (row, feature) pairs that this rank's shard selects, with small whole numbers: many exact ties."""
+    mesh, generator = Mesh(*shape), torch.Generator().manual_seed(seed)
+    x = torch.randint(-2, 3, (8, 3), generator=generator).double()
+    W_enc = torch.randint(-2, 3, (3, 7), generator=generator).double()
+    lift = torch.randint(0, 2, (7,), generator=generator).double()
+    rows = slice(mesh.row_group * (8 // mesh.row_groups), (mesh.row_group + 1) * (8 // mesh.row_groups))
+    own = list(mesh.features(7))
+    kernels = agreeing(StableKernels(), mesh)  # type: ignore[arg-type]
+    rule = BatchTopK(k, lift[own]) if batch else TopK(k)
+    support, pre = kernels.select(x[rows], kernels.prepare(W_enc[:, own]), torch.zeros(len(own)).double(), rule)
+    assert torch.equal(pre, (x[rows] @ W_enc[:, own])[support.rows, support.features.long()])
+    return [(rows.start + r, own[f]) for r, f in zip(support.rows.tolist(), support.features.tolist(), strict=True)]
+
+
+def selections(shape: tuple[int, int], cases: list[tuple[int, int, bool]]) -> list[list[tuple[int, int]]]:
+    return [selected(shape, *case) for case in cases]
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_shards_select_what_brute_force_selects(shape: tuple[int, int], rng: Any) -> None:
+    """The largest values, and of equal ones those of the first rank, then of its first entries."""
+    cases = [(rng.randint(0, 10**6), rng.randint(1, 5), rng.random() < 0.5) for _ in range(40)]
+    found = on_ranks(shape[0] * shape[1], selections, shape, cases)
+    mesh = Mesh()
+    mesh.row_groups, mesh.shards = shape
+    shard_of = {feature: i for i in range(shape[1]) for feature in mesh.features(7, i)}
+    for number, (seed, k, batch) in enumerate(cases):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randint(-2, 3, (8, 3), generator=generator)
+        pre = (x @ torch.randint(-2, 3, (3, 7), generator=generator)).tolist()
+        lift = torch.randint(0, 2, (7,), generator=generator).tolist() if batch else [0] * 7
+        ranked = sorted(
+            ((r, f) for r in range(8) for f in range(7) if pre[r][f] > 0),
+            key=lambda e: (-pre[e[0]][e[1]] - lift[e[1]], e[0] * shape[0] // 8, shard_of[e[1]], e),
+        )
+        expected = ranked[: 8 * k] if batch else [e for r in range(8) for e in [e for e in ranked if e[0] == r][:k]]
+        assert sorted(e for rank in found for e in rank[number]) == sorted(expected), (seed, k, batch)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+DEAD = {"dead_tokens": 16}
+CASES = {
+    "topk": Case("topk", {"k": 3, "resample_shares": (), **DEAD}),
+    "topk, ties": Case("topk", {"k": 3, "resample_shares": (), "aux_coefficient": 0.0}, tied=True),
+    "topk, multi": Case("topk", {"k": 2, "multi_k": 4, "resample_shares": (), **DEAD}),
+    "batch-topk": Case("batch-topk", {"k": 3, **DEAD}),
+    "batch-topk, ties": Case("batch-topk", {"k": 3, "aux_coefficient": 0.0}, tied=True),
+    "balanced": Case("balanced", {"k": 3, "min_density": 0.02}),
+    "relu": Case("towards-monosemanticity", {"target_l0": 4, "resample_shares": (), **DEAD}),
+    "relu, free norms": Case("anthropic-2024-04", {"target_l0": 4, "clip": 0.5}),
+    "matryoshka": Case("matryoshka", {"k": 3, **DEAD}),
+    "gated": Case("gated", {"target_l0": 4, "resample_shares": (), **DEAD}),
+    "jumprelu": Case("jumprelu", {"target_l0": 4, "min_density": 0.02}),
+    "p-anneal": Case("p-anneal", {"target_l0": 4, "resample_shares": (), **DEAD}),
+    "transcoder": Case("transcoder", {"target_l0": 4, "skip": True}),
+    "end-to-end": Case("end-to-end", {"resample_shares": ()}),
+}
+
+
+@pytest.fixture(scope="module")
+def on_one() -> list[dict[str, Any]]:
+    (found,) = on_ranks(1, train_all_on, (1, 1), list(CASES.values()))
+    return found
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_many_ranks_compute_what_one_process_computes(on_one: list[dict[str, Any]], shape: tuple[int, int]) -> None:
+    """Every recipe, in float64: curves, all parameters, Adam's moments and counters, after 30 steps."""
+    worst = {}
+    for found in on_ranks(shape[0] * shape[1], train_all_on, shape, list(CASES.values())):
+        for name, mine, expected in zip(CASES, found, on_one, strict=True):
+            worst |= {(name, key): deviation(mine[key], expected[key]) for key in expected}
+    assert max(worst.values()) < 1e-12, {where: by for where, by in worst.items() if by >= 1e-12}
+
+
+def test_the_cases_are_the_hard_ones(on_one: list[dict[str, Any]]) -> None:
+    found = dict(zip(CASES, on_one, strict=True))
+    assert all(found[name]["dead"] > 100 for name in ("topk", "batch-topk", "matryoshka"))  # AuxK has work
+    assert {case.recipe for case in CASES.values()} == set(RECIPES)
+
+
+def deviation(found: Any, expected: Any) -> float:
+    """The largest difference, as a share of the largest value."""
+    found, expected = np.asarray(found, float), np.asarray(expected, float)
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max(initial=0) / max(1e-30, np.abs(expected).max(initial=0)))
