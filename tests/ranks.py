@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -19,13 +20,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
+from sae.jobs.progress import Interrupted
 from sae.kernels import reference
 from sae.kernels.sparsity import BatchTopK, PreparedEncoder, Rule, Support, TopK
 from sae.parallel.mesh import Mesh
+from sae.training import loop
 from sae.training.recipes import recipe_named, resolve
-from sae.training.rows import Batch
+from sae.training.rows import Batch, OwnRows
 from sae.training.shard import WHOLE
 from sae.training.state import TrainState, start
+from sae.training.state_files import saved_header
 from sae.training.step import resample_dead, train_step
 
 TIMEOUT_S = 60
@@ -123,12 +127,6 @@ class PlantedRows:
         return (x + resid) @ self.mix
 
 
-def own_part(batch: Batch, mesh: Mesh) -> Batch:
-    n = len(batch.x) // mesh.world
-    part = slice(mesh.rank * n, (mesh.rank + 1) * n)
-    return Batch(*(rows[part] if isinstance(rows, Tensor) else rows for rows in batch))
-
-
 @dataclass
 class Case:
     """A short training in float64."""
@@ -161,9 +159,9 @@ def train_on(mesh_shape: tuple[int, int], case: Case) -> dict[str, Any]:
     recipe, config = resolve(case.recipe, **given, **case.settings)
     source = case.dictionary(rows) if case.tied and mesh.is_first else None
     state = start(rows, config, recipe, StableKernels(), source=source, mesh=mesh)  # type: ignore[arg-type]
-    curve, dead, placed = [], 0, 0
+    own, curve, dead, placed = OwnRows(rows, mesh.rank, mesh.world), [], 0, 0  # type: ignore[var-annotated]
     for step in range(case.steps):
-        metrics = train_step(state, own_part(rows.batch(step), mesh), config)
+        metrics = train_step(state, own.batch(step), config)
         curve.append([mesh.average(metrics[name]).item() for name in ("loss", "error")] + [metrics["l0"].item()])
         dead += int(mesh.reduce(state.dead(config.dead_after_tokens).sum(), "sum", "features"))
         if recipe.resample and state.step in config.resample_steps:
@@ -191,3 +189,31 @@ def whole(state: TrainState, name: str, tensor: Tensor) -> Any:
     padded[: len(rows)] = rows
     parts = mesh.stack(padded, "features")
     return torch.cat([part[: len(mesh.features(27, i))] for i, part in enumerate(parts)]).numpy().copy()
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def run_on(mesh_shape: tuple[int, int], out: str, recipe: str, settings: dict[str, Any], stop_at: int = 0) -> int:
+    """`sae.training.loop.train` in float32; with `stop_at` it is interrupted after that step. Returns the last step."""
+    mesh = Mesh(*mesh_shape)
+    rows = StoppingRows(16, stop_at)
+    _, config = resolve(recipe, **{"d_sae": 27, "batch_tokens": 16, "tokens": 40 * 16, "matmul": "highest", **settings})
+    try:
+        loop.train(OwnRows(rows, mesh.rank, mesh.world), out, config, kernels="reference", mesh=mesh)
+    except Interrupted:
+        assert stop_at
+    return saved_header(Path(out))["step"]  # type: ignore[no-any-return]
+
+
+class StoppingRows(PlantedRows):
+    """Rows of which one batch comes with a signal to stop, to rank 1 or the only one."""
+
+    def __init__(self, batch_tokens: int, stop_at: int) -> None:
+        super().__init__(batch_tokens)
+        self.stop_at = stop_at
+
+    def batch(self, step: int) -> Batch:
+        if self.stop_at and step == self.stop_at and (not dist.is_initialized() or dist.get_rank() == 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().batch(step)

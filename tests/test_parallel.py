@@ -168,6 +168,9 @@ CASES = {
     "jumprelu": Case("jumprelu", {"target_l0": 4, "min_density": 0.02}),
     "p-anneal": Case("p-anneal", {"target_l0": 4, "resample_shares": (), **DEAD}),
     "transcoder": Case("transcoder", {"target_l0": 4, "skip": True}),
+    "reseeding": Case("topk", {"k": 3, "resample_shares": (0.3, 0.6), **DEAD}),
+    "resampling": Case("towards-monosemanticity", {"l1": 60.0, "lr": 0.02, "resample_shares": (0.5, 0.8), **DEAD}),
+    "gated resampling": Case("gated", {"l1": 60.0, "lr": 0.02, "resample_shares": (0.5, 0.8), **DEAD}),
     "end-to-end": Case("end-to-end", {"resample_shares": ()}),
 }
 
@@ -191,6 +194,7 @@ def test_many_ranks_compute_what_one_process_computes(on_one: list[dict[str, Any
 def test_the_cases_are_the_hard_ones(on_one: list[dict[str, Any]]) -> None:
     found = dict(zip(CASES, on_one, strict=True))
     assert all(found[name]["dead"] > 100 for name in ("topk", "batch-topk", "matryoshka"))  # AuxK has work
+    assert all(found[name]["placed"] for name in ("reseeding", "resampling", "gated resampling"))
     assert {case.recipe for case in CASES.values()} == set(RECIPES)
 
 

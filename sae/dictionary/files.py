@@ -17,12 +17,20 @@ FORMAT = 2  # of a dictionary with a row_norm, which version 0.1 would ignore; a
 def save(sae: SAE, directory: str | Path, config: Mapping[str, Any]) -> Path:
     """Writes `sae.safetensors` and then `config.json` (kind, format, shape, and what `config` adds)."""
     directory = Path(directory)
-    head = {"kind": "sae", "format": 1 if sae.row_norm is None else FORMAT}
     shape = {name: value for name, value in sae.shape.items() if name != "row_norm" or value is not None}
-    write_tensors(directory / "sae.safetensors", sae.tensors(), head)
-    rest = {name: value for name, value in config.items() if name != "row_norm"}
-    write_json(directory / "config.json", {**rest, **head, **shape})
+    write_tensors(directory / "sae.safetensors", sae.tensors(), _head(shape))
+    write_config(shape, directory, config)
     return directory
+
+
+def write_config(shape: Mapping[str, Any], directory: Path, config: Mapping[str, Any]) -> None:
+    """Writes `config.json`: the shape of the dictionary, and what `config` adds."""
+    rest = {name: value for name, value in config.items() if name != "row_norm"}
+    write_json(directory / "config.json", {**rest, **_head(shape), **shape})
+
+
+def _head(shape: Mapping[str, Any]) -> dict[str, Any]:
+    return {"kind": "sae", "format": FORMAT if "row_norm" in shape else 1}
 
 
 def load(path: str | Path) -> SAE:

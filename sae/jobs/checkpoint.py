@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,40 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str
     with atomic_write(path) as partial:
         save_file(plain, str(partial), metadata={"json": json.dumps(header, sort_keys=True)})
         partial.chmod(0o644)  # safetensors creates private files; results are shared
+
+
+def write_blocks(
+    path: str | Path,
+    shapes: Mapping[str, Sequence[int]],
+    header: Mapping[str, Any],
+    blocks: Iterable[tuple[str, int, Tensor]],
+) -> None:
+    """Writes a safetensors file of float32 tensors from blocks of their rows, holding one block at a time.
+
+    A block is (name, first row, rows); first row −1 means the whole tensor. `W_enc`'s blocks hold its columns as rows.
+    """
+    path, at, entries = Path(path), 0, {}
+    for name in sorted(shapes):
+        size = 4 * math.prod(shapes[name])
+        entries[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps({"__metadata__": {"json": json.dumps(dict(header), sort_keys=True)}, **entries}).encode()
+    head += b" " * (-len(head) % 8)
+    with atomic_write(path) as partial:
+        with partial.open("wb") as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            file.truncate(8 + len(head) + at)
+            for name, first, rows in blocks:
+                start = 8 + len(head) + entries[name]["data_offsets"][0]
+                array = rows.detach().to("cpu", torch.float32).contiguous().numpy()
+                if first < 0 or name != "W_enc":
+                    file.seek(start + max(0, first) * 4 * math.prod(shapes[name][1:]))
+                    file.write(array.tobytes())
+                    continue
+                for i, column in enumerate(array.T):  # each input's weights, for the features of this block
+                    file.seek(start + 4 * (i * shapes[name][1] + first))
+                    file.write(column.tobytes())
+        partial.chmod(0o644)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 
 @contextmanager
-def progress(description: str, total: int, unit: str, *, initial: int = 0) -> Iterator[tqdm]:
+def progress(description: str, total: int, unit: str, *, initial: int = 0, shown: bool = True) -> Iterator[tqdm]:
     """A progress bar with rate and ETA on standard error; one line every 30 s if that is not a terminal."""
     interval_s = 0.2 if sys.stderr.isatty() else 30.0
     with tqdm(
@@ -24,6 +24,7 @@ def progress(description: str, total: int, unit: str, *, initial: int = 0) -> It
         mininterval=interval_s,
         dynamic_ncols=True,
         smoothing=0.05,
+        disable=not shown,
     ) as bar:
         yield bar
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Axis = Literal["features", "rows", "world"]  # the ranks of a row group; the ranks with the same shard; all ranks
@@ -25,6 +25,10 @@ OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.Re
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before PyTorch 2.13
 
 Told = TypeVar("Told")
+
+
+class FailedElsewhere(ValueError):
+    """What stopped another rank, which says so itself."""
 
 
 class Mesh:
@@ -148,6 +152,15 @@ class Mesh:
         self._count("stack", (n - 1) * _bytes(x))
         return out.view(n, *x.shape)
 
+    def all_features(self, own: Float[Tensor, "own ..."], d_sae: int) -> Float[Tensor, "d_sae ..."]:
+        """What each shard holds of its features, for all features."""
+        if self.shards == 1:
+            return own
+        padded = own.new_zeros((len(self.features(d_sae, 0)), *own.shape[1:]))
+        padded[: len(own)] = own
+        parts = self.stack(padded, "features")
+        return torch.cat([part[: len(self.features(d_sae, shard))] for shard, part in enumerate(parts)])
+
     # --- decisions ---------------------------------------------------------------------------------------------------
 
     def agree(self, flag: bool | Tensor) -> bool:
@@ -168,6 +181,10 @@ class Mesh:
         found: Told = json.loads(text.numpy().tobytes())
         return found
 
+    def tell_numbers(self, x: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """Rank 0's whole numbers on every rank."""
+        return x if self.world == 1 else torch.tensor(self.tell(x.tolist()), dtype=x.dtype, device=x.device)
+
     def everyones(self, value: Told) -> list[Told]:
         """The values (of JSON types) of all ranks, in their order."""
         if self.world == 1:
@@ -179,10 +196,33 @@ class Mesh:
         rows = self.stack(padded, "world").numpy()
         return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
+    def on_first(self, work: Callable[[], Told]) -> Told:
+        """What `work` returns on rank 0 (of JSON types), on every rank.
+
+        Raises: ValueError or OSError as `work` does, on rank 0; FailedElsewhere with the same message on the others.
+        """
+        found: Told | None = None
+        failed: Exception | None = None
+        try:
+            found = work() if self.is_first else None
+        except (ValueError, OSError) as error:
+            failed = error
+        if fault := self.tell(str(failed) if failed else ""):
+            raise failed or FailedElsewhere(fault)
+        return self.tell(found)  # type: ignore[return-value]
+
     def send_first(self, x: Tensor) -> Tensor:
         """Rank 0's tensor in place of x, which has the same shape and type on every rank."""
         if self.world > 1:
             dist.broadcast(x, 0)
+        return x
+
+    def to_first(self, x: Tensor, *, owner: int) -> Tensor:
+        """On rank 0 the x of the rank `owner`; the others return what they passed."""
+        if owner != 0 and self.rank == owner:
+            dist.send(x, 0)
+        elif owner != 0 and self.is_first:
+            dist.recv(x, owner)
         return x
 
     def _count(self, what: str, n_bytes: int) -> None:

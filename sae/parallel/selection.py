@@ -90,6 +90,27 @@ def largest_of_batch(mesh: Mesh, values: Float[Tensor, " n"], wanted: int) -> Bo
     return kept
 
 
+def largest_values(mesh: Mesh, values: Float[Tensor, "rows own"], k: int) -> Float[Tensor, "rows k"]:
+    """The k largest values of each row over all shards, at least 0 on more than one."""
+    if mesh.shards == 1:
+        return values.topk(k, dim=-1).values
+    n = min(k, values.shape[1])
+    own = torch.nn.functional.pad(values.topk(n, dim=-1).values.relu(), (0, k - n))
+    return mesh.stack(own, "features").transpose(0, 1).flatten(1).topk(k, dim=-1).values
+
+
+def kth_largest(mesh: Mesh, values: Float[Tensor, " n"], k: int) -> Float[Tensor, ""]:
+    """The k-th largest of the positive values of all shards, of which there are k or more."""
+    if mesh.shards == 1:
+        return values.topk(k, sorted=False).values.amin()
+    bits = values.view(AS_BITS[values.dtype])
+    rounds = -(-8 * values.element_size() // DIGIT_BITS)
+    bar, _ = smallest_kept(bits.long(), k, lambda counts: mesh.reduce(counts, "sum", "features"), rounds)
+    if not bar:  # there are exactly k
+        return mesh.reduce(values.amin() if len(values) else values.new_tensor(torch.inf), "min", "features")
+    return bits.new_tensor([bar]).view(values.dtype)[0]
+
+
 def smallest_kept(
     bits: Int[Tensor, " n"], wanted: int, over_ranks: Callable[[Tensor], Tensor], rounds: int
 ) -> tuple[int, int]:

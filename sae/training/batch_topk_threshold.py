@@ -16,6 +16,7 @@ from torch import Tensor
 from sae.dictionary.autoencoder import SAE
 from sae.kernels.activations import FeatureActs
 from sae.parallel.mesh import ONE, Mesh
+from sae.parallel.selection import kth_largest
 from sae.training.config import TrainConfig
 
 LEVEL_RATE = 0.01  # of the running mean that becomes the level
@@ -77,7 +78,9 @@ def join(level: Float[Tensor, ""], lift: Float[Tensor, " d_sae"]) -> Float[Tenso
 
 
 @torch.no_grad()
-def calibrated(sae: SAE, x: Float[Tensor, "n d_in"], min_density: float = 0.0) -> Float[Tensor, " d_sae"]:
+def calibrated(
+    sae: SAE, x: Float[Tensor, "n d_in"], min_density: float = 0.0, mesh: Mesh = ONE
+) -> Float[Tensor, " d_sae"]:
     """The thresholds with which k features per row are active on x, and each on at least `min_density` of the rows.
 
     `thresholdᵢ = max(0, min(level, qᵢ))`: feature i is above qᵢ on `min_density` of the rows, and the level is the one
@@ -85,7 +88,7 @@ def calibrated(sae: SAE, x: Float[Tensor, "n d_in"], min_density: float = 0.0) -
     than `min_density` asks for keeps all of them.
     Both lie halfway to the next value, so that another order of summation counts the same.
     The estimate of training is the mean of what k · rows of each batch need, which is not what k per row need on other
-    rows: batches vary, and the weights have changed since.
+    rows: batches vary, and the weights have changed since. On a mesh x are the same rows on every rank.
     """
     assert sae.k is not None
     wanted, least = sae.k * len(x), round(min_density * len(x))
@@ -93,16 +96,17 @@ def calibrated(sae: SAE, x: Float[Tensor, "n d_in"], min_density: float = 0.0) -
     bar = sae.threshold.clamp_min(0.0) / 2  # a first guess of what is low enough
     values, features = _entries_above(bar, sae, x, everything)
     scarce = torch.bincount(features, minlength=sae.d_sae) <= (least or -1)
-    scarce = (bar > 0) & (scarce | ((values > bar.amax()).sum() <= wanted))
+    highest = mesh.reduce(bar.amax(), "max", "features")
+    scarce = (bar > 0) & (scarce | (mesh.reduce((values > highest).sum(), "sum", "features") <= wanted))
     if scarce.any():  # look at all their activations
         more, of = _entries_above(torch.zeros_like(bar), sae, x, everything[scarce])
         kept = ~scarce[features]
         values, features = torch.cat([values[kept], more]), torch.cat([features[kept], of])
-    if len(values) <= wanted:
+    if mesh.reduce(torch.tensor(len(values)), "sum", "features") <= wanted:
         return torch.zeros_like(bar)
     own = _exceeded_by(least, values, features, sae.d_sae) if least else torch.full_like(bar, torch.inf)
     ranks = torch.where(values > own[features], torch.inf, values)  # the level below which each entry is active
-    level = ranks.topk(wanted + 1, sorted=False).values.topk(2, largest=False).values.mean()
+    level = torch.stack([kth_largest(mesh, ranks, wanted + 1), kth_largest(mesh, ranks, wanted)]).mean()
     return torch.minimum(level, own)
 
 

@@ -5,6 +5,7 @@ Imports only torch, numpy and safetensors, so it runs on a bare GPU machine.
 
 from __future__ import annotations
 
+import io
 import json
 import time
 import warnings
@@ -19,17 +20,20 @@ from torch import Tensor
 from sae.dictionary.autoencoder import SAE, fold_decoder_norms, fold_scale
 from sae.dictionary.files import save
 from sae.dictionary.sites import fold_site_scales
-from sae.jobs.checkpoint import read_header
 from sae.jobs.directory import claim, cut_log
 from sae.jobs.progress import Interrupted, interruptible, progress
 from sae.jobs.trackers import Tracker
 from sae.kernels import choose, device_named, matmul
+from sae.parallel.decisions import refuse_different_settings
+from sae.parallel.mesh import ONE, Mesh
 from sae.training import lambda_conventions
 from sae.training.config import DEFAULTS, TrainConfig, with_overrides
 from sae.training.fixed_steps import FixedSteps
 from sae.training.recipes import recipe_named
 from sae.training.rows import Batch, Rows, prefetched
-from sae.training.state import STATE, TrainState, restore, save_state, start
+from sae.training.shard import save_from_shards
+from sae.training.state import TrainState, restore, save_state, start
+from sae.training.state_files import INDEX, STATE, saved_header
 from sae.training.step import Diverged, calibrated_threshold, check_weights, log_entry, resample_dead, train_step
 from store.common import explaining_full_disk
 
@@ -50,6 +54,7 @@ def train(
     device: str = "auto",
     trackers: Sequence[Tracker] = (),
     source: SAE | None = None,
+    mesh: Mesh = ONE,
 ) -> SAE:
     """Trains a dictionary on `rows` into the directory `out`; repeat the call to resume after an interruption.
 
@@ -59,10 +64,13 @@ def train(
     the first save on; with `keep` > 1 also earlier states as state-<step>.safetensors. `trackers` get the lines of
     metrics.jsonl (`sae.jobs.trackers`). A new run starts from the dictionary `source`, if there is one, with the same
     function on raw rows.
+    On a `mesh` of several ranks each calls this with the same settings, and with `rows` that give its own part of every
+    batch; rank 0 writes and logs.
     Raises: ValueError when `out` holds a run with other settings or the loss is not finite; Interrupted on Ctrl-C.
     """
     plan = Plan(Path(out), config, provenance or {}, trackers, source)
-    (found,) = train_together(rows, [plan], save_minutes=save_minutes, keep=keep, kernels=kernels, device=device)
+    how: dict[str, Any] = {"save_minutes": save_minutes, "keep": keep, "kernels": kernels, "device": device}
+    (found,) = train_together(rows, [plan], mesh=mesh, **how)
     if isinstance(found, Diverged):
         raise found
     return found
@@ -87,6 +95,7 @@ def train_together(
     keep: int = 1,
     kernels: str = "auto",
     device: str = "auto",
+    mesh: Mesh = ONE,
 ) -> list[SAE | Diverged]:
     """Trains several dictionaries on one pass over the rows, each bit for bit as `train` would alone.
 
@@ -101,28 +110,37 @@ def train_together(
             )
     outs = [plan.out for plan in plans]
     with explaining_full_disk(outs[0] if len(outs) == 1 else outs[0].parent, lambda: _kept(outs)):
-        bound = [replace(plan, config=bind_directory(plan.out, plan.config, plan.provenance)) for plan in plans]
-        return _train_together(rows, bound, save_minutes, keep, kernels, device)
+        bound = [replace(plan, config=_bound(plan, mesh)) for plan in plans]
+        return _train_together(rows, bound, save_minutes, keep, kernels, device, mesh)
+
+
+def _bound(plan: Plan, mesh: Mesh) -> TrainConfig:
+    """`bind_directory` by rank 0, once all ranks are found to want the same run."""
+    if mesh.world == 1:
+        return bind_directory(plan.out, plan.config, plan.provenance)
+    refuse_different_settings(mesh, {"out": str(plan.out), **plan.config.to_dict(), "rows": plan.provenance})
+    config = mesh.on_first(lambda: bind_directory(plan.out, plan.config, plan.provenance).to_dict())
+    return with_overrides(plan.config, {name: config[name] for name in SET_SINCE_0_1})
 
 
 def _kept(outs: Sequence[Path]) -> str:
     """What runs that stopped on a full disk continue from: of several, at least the step of the one furthest back."""
-    step = min(read_header(out / STATE).get("step", 0) for out in outs)
+    step = min(saved_header(out).get("step", 0) for out in outs)
     return f"Everything up to step {step:,} is saved." if step else "Nothing was saved yet."
 
 
 def _train_together(
-    rows: Rows, plans: Sequence[Plan], save_minutes: float, keep: int, kernels: str, device: str
+    rows: Rows, plans: Sequence[Plan], save_minutes: float, keep: int, kernels: str, device: str, mesh: Mesh
 ) -> list[SAE | Diverged]:
     with ExitStack() as open_files, interruptible() as interrupt:
-        runs = [Run(rows, plan, kernels, device, open_files) for plan in plans]
+        runs = [Run(rows, plan, kernels, device, open_files, mesh) for plan in plans]
         first, last = min(run.state.step for run in runs), max(run.config.steps for run in runs)
         rows_done = sum((run.state.step - first) * run.config.batch_tokens for run in runs)
         total = sum((last - first) * run.config.batch_tokens for run in runs)
         saved, pinned = time.monotonic(), any(run.state.device.type == "cuda" for run in runs)
-        with progress("train", total, "tok", initial=rows_done) as bar:
+        with progress("train", total, "tok", initial=rows_done, shown=mesh.is_first) as bar:
             for step, (batch, waited_s) in enumerate(prefetched(rows, first, last, pinned=pinned), first):
-                saving = interrupt.requested or time.monotonic() - saved > 60 * save_minutes
+                saving = mesh.agree(interrupt.requested or time.monotonic() - saved > 60 * save_minutes)
                 for run in runs:
                     if run.state.step == step and run.unfinished:
                         shown = run.advance(batch, rows, waited_s, saving, keep)
@@ -134,7 +152,7 @@ def _train_together(
                 unfinished = [run for run in runs if run.unfinished]
                 if not unfinished:
                     break
-                if saving and interrupt.requested:
+                if saving and mesh.agree(interrupt.requested):
                     run = unfinished[0]
                     raise Interrupted(
                         f"stopped at step {run.state.step:,} of {run.config.steps:,}, saved in {run.out}. "
@@ -149,7 +167,7 @@ def bind_directory(out: Path, config: TrainConfig, provenance: dict[str, Any]) -
     Returns the settings to train with: a run begun by version 0.1 does not get what recipes have set since.
     Raises: ValueError when it holds another run, or a state without settings (`sae.jobs.directory.claim`).
     """
-    if (out / STATE).exists() and not (out / SETTINGS).exists():
+    if ((out / STATE).exists() or (out / INDEX).exists()) and not (out / SETTINGS).exists():
         raise ValueError(
             f"{out} holds the state of a run but not its settings ({SETTINGS}): they were deleted, perhaps while "
             "it ran. Delete the directory, or choose another --out."
@@ -173,16 +191,18 @@ def _recorded(settings: Path) -> dict[str, Any]:
 class Run:
     """One dictionary in training: its steps, and the logging, checks, resampling and saving around them."""
 
-    def __init__(self, rows: Rows, plan: Plan, kernels: str, device: str, open_files: ExitStack) -> None:
-        self.out, self.config, self.provenance = plan.out, plan.config, plan.provenance
+    def __init__(
+        self, rows: Rows, plan: Plan, kernels: str, device: str, open_files: ExitStack, mesh: Mesh = ONE
+    ) -> None:
+        self.out, self.config, self.provenance, self.mesh = plan.out, plan.config, plan.provenance, mesh
         self.recipe = recipe_named(plan.config.recipe)
-        self.state = restore(self.out, rows, self.config, self.recipe, device) or self._start(
+        self.state = restore(self.out, rows, self.config, self.recipe, device, mesh) or self._start(
             rows, kernels, device, plan.source
         )
         self.log, self.events = (self._open_log(name, open_files) for name in ("metrics.jsonl", "resampled.jsonl"))
         self.reporters = [
             open_files.enter_context(tracker(self.out, self.config.to_dict(), self.state.step))
-            for tracker in plan.trackers
+            for tracker in (plan.trackers if mesh.is_first else ())
         ]
         self.logged_at, self.logged_step, self.stall_s = time.perf_counter(), self.state.step, 0.0
         self.diverged: Diverged | None = None
@@ -190,10 +210,12 @@ class Run:
 
     def _start(self, rows: Rows, kernels: str, device: str, source: SAE | None) -> TrainState:
         place = device_named(device)
-        return start(rows, self.config, self.recipe, choose(kernels, place), place, source)
+        return start(rows, self.config, self.recipe, choose(kernels, place), place, source, self.mesh)
 
     def _open_log(self, name: str, open_files: ExitStack) -> TextIO:
-        """A log, cut to the step from which the run continues."""
+        """A log, cut to the step from which the run continues; that of other ranks than the first goes nowhere."""
+        if not self.mesh.is_first:
+            return io.StringIO()
         if self.state.step:
             cut_log(self.out / name, self.state.step)
         else:
@@ -271,8 +293,11 @@ class Run:
         if not self.recipe.unit_norm:
             sae = fold_decoder_norms(sae)
         sae.config = self._final_config()
-        save(sae, self.out, sae.config)
-        if warning := self.state.penalty.missed_target():
+        if self.mesh.world > 1:
+            sae = save_from_shards(sae, self.mesh, self.config.d_sae, self.out, self.config.k or None)
+        else:
+            save(sae, self.out, sae.config)
+        if (warning := self.state.penalty.missed_target()) and self.mesh.is_first:
             warnings.warn(f"{self.out}: {warning}", stacklevel=2)
         return sae.eval().requires_grad_(False)
 

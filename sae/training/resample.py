@@ -10,7 +10,9 @@ from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.directions import spread_rows
+from sae.parallel.selection import largest_values
 from sae.training.adam import Adam
+from sae.training.shard import mesh_of, own_features
 
 ENCODER_SHARE_OF_ALIVE_NORM = 0.2
 POOL_PER_DEAD = 4
@@ -34,12 +36,14 @@ def resample_(
     norm of the features alive, the encoder bias 0.
     Source: Bricken et al. 2023, "Neuron resampling".
     """
+    mesh = mesh_of(sae)
     chosen = torch.multinomial(losses.double().pow(2), len(dead), replacement=True, generator=generator)
+    chosen = mesh.tell_numbers(chosen)
     directions = torch.nn.functional.normalize(rows[chosen].to(sae.W_enc.device), dim=-1)
     alive = torch.ones(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
-    alive[dead] = False
+    alive[own_features(sae, dead)[1]] = False
     encoder_norms = sae.W_enc.norm(dim=0)
-    alive_norm = encoder_norms[alive].mean() if alive.any() else encoder_norms.mean()
+    alive_norm = mesh.mean_of_features(encoder_norms[alive] if mesh.agree(alive.any()) else encoder_norms)
     _restart(sae, optimizer, dead, directions * (ENCODER_SHARE_OF_ALIVE_NORM * alive_norm), directions)
     return chosen
 
@@ -61,14 +65,16 @@ def reseed_(
     Where there are fewer rows than dead features, the other features wait for the next event.
     """
     assert sae.k is not None
+    mesh = mesh_of(sae)
     pool = min(POOL_PER_DEAD * len(dead), int((losses > 0).sum()))
     candidates = torch.multinomial(losses.double(), pool, replacement=False, generator=generator)
     centred = rows[candidates] - sae.b_dec.to(rows.device)
     chosen = candidates[spread_rows(torch.nn.functional.normalize(centred, dim=-1), len(dead), generator)]
+    chosen = mesh.tell_numbers(chosen)
     dead, x = dead[: len(chosen)], rows[chosen].to(sae.W_enc.device)
     feature_acts = sae.encode(x)
     rank = (sae.k + 1) // 2
-    middle = feature_acts.topk(rank, dim=-1).values[:, -1:]
+    middle = largest_values(mesh, feature_acts, rank)[:, -1:]
     centred = x - sae.b_dec
     encoder = centred * (middle / centred.pow(2).sum(-1, keepdim=True).clamp_min(1e-12))
     _restart(sae, optimizer, dead, encoder, torch.nn.functional.normalize(x - sae.decode(feature_acts), dim=-1))
@@ -77,6 +83,8 @@ def reseed_(
 
 def _restart(sae: SAE, optimizer: Adam, features: Tensor, encoder: Tensor, decoder: Tensor) -> None:
     """Sets the encoder columns and decoder rows of some features as if they had just been initialised."""
+    mine, features = own_features(sae, features)
+    encoder, decoder = encoder[mine], decoder[mine]
     sae.W_enc[:, features] = encoder.T
     sae.W_dec[features] = decoder
     sae.b_enc[features] = 0.0

@@ -70,6 +70,29 @@ class ModelRows(Rows, Protocol):
     downstream: Downstream | None
 
 
+class OwnRows:
+    """One rank's part of every batch of `rows`, which each rank reads whole; samples are of all rows.
+
+    For rows that cannot be read in parts: a store's can (`sae.pipeline.open_rows`).
+    """
+
+    def __init__(self, rows: Rows, rank: int, world: int) -> None:
+        self._rows, self._rank, self._world = rows, rank, world
+        for name in ("d_in", "d_out", "sample", "sample_targets", "downstream"):
+            if hasattr(rows, name):
+                setattr(self, name, getattr(rows, name))
+
+    def batch(self, step: int) -> Batch:
+        batch = self._rows.batch(step)
+        n = len(batch.x) // self._world
+        part = slice(self._rank * n, (self._rank + 1) * n)
+        y, resid = (None if rows is None else rows[part] for rows in (batch.y, batch.resid))
+        return Batch(batch.x[part], y, resid, batch.mixing)
+
+    d_in: int
+    sample: Callable[[int, int], Tensor]
+
+
 def prefetched(rows: Rows, start: int, stop: int, *, pinned: bool = False) -> Iterator[tuple[Batch, float]]:
     """The batches of steps start … stop − 1, read while earlier ones are processed, and the seconds waited for each.
 

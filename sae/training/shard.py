@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
+from sae.dictionary.files import load, write_config
+from sae.jobs.checkpoint import write_blocks
 from sae.kernels.activations import FeatureActs
 from sae.kernels.sparsity import BatchTopK, Rule
-from sae.parallel.mesh import Mesh
+from sae.parallel.mesh import ONE, Mesh
 from sae.parallel.selection import largest_in_rows
 
 WHOLE = ("b_dec", "W_skip")  # parameters that every rank holds alike; all others have a row or column per feature
@@ -31,6 +35,11 @@ class Shard(SAE):
         own = mesh.features(d_sae)
         super().__init__(d_in, len(own), k=min(k, len(own)) if k else None, **shape)
         self.k, self.mesh, self.first_feature = k, mesh, own.start
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The arguments with which a plain `SAE` has parameters of this shard's shapes."""
+        return {**super().shape, "k": min(self.k, self.d_sae) if self.k else None}
 
     @property
     def rule(self) -> Rule:
@@ -58,6 +67,61 @@ class Shard(SAE):
         if self.mesh.shards == 1:
             return super().decode(feature_acts)
         return self.mesh.reduce(feature_acts @ self.W_dec, "sum", "features") + self.b_dec
+
+
+def mesh_of(sae: SAE) -> Mesh:
+    """The ranks that hold a dictionary: one, unless it is a shard."""
+    return sae.mesh if isinstance(sae, Shard) else ONE
+
+
+def own_features(sae: SAE, features: Int[Tensor, " n"]) -> tuple[Bool[Tensor, " n"], Int[Tensor, " own"]]:
+    """Which of these features of a whole dictionary this shard holds, and their numbers in it."""
+    first = sae.first_feature if isinstance(sae, Shard) else 0
+    mine = (features >= first) & (features < first + sae.d_sae)
+    return mine, features[mine] - first
+
+
+@torch.no_grad()
+def save_from_shards(part: SAE, mesh: Mesh, d_sae: int, out: Path, k: int | None) -> SAE:
+    """Writes the dictionary of which each rank holds a part to sae.safetensors and config.json; returns it opened.
+
+    Rank 0 writes it to its place block by block, so that no rank holds more than its part and a block.
+    """
+    tensors, width = part.tensors(), part.d_out
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    shapes = {
+        name: shape if name in WHOLE else (shape[0], d_sae) if name == "W_enc" else (d_sae, *shape[1:])
+        for name, shape in shapes.items()
+    }
+    assert width
+    blocks = _blocks_of(tensors, mesh, d_sae)
+    if mesh.is_first:
+        write_blocks(out / "sae.safetensors", shapes, {"kind": "sae", "format": 1}, blocks)
+        shape = {**part.shape, "d_sae": d_sae, "k": k}
+        write_config({name: value for name, value in shape.items() if name != "row_norm"}, out, part.config)
+    else:
+        for _ in blocks:
+            pass
+    mesh.agree(False)  # rank 0 has written it
+    return load(out)
+
+
+def _blocks_of(tensors: dict[str, Tensor], mesh: Mesh, d_sae: int) -> Iterator[tuple[str, int, Tensor]]:
+    """(name, first feature, rows by feature) of the whole dictionary, on rank 0; the owners send them."""
+    for name, tensor in tensors.items():
+        if name in WHOLE:
+            yield name, -1, tensor
+            continue
+        rows = tensor.t() if name == "W_enc" else tensor
+        for shard in range(mesh.shards):
+            own = mesh.features(d_sae, shard)
+            for start in range(own.start, own.stop, DEALT_AT_ONCE):
+                stop = min(own.stop, start + DEALT_AT_ONCE)
+                if mesh.shard == shard:
+                    block = rows[start - own.start : stop - own.start].contiguous()
+                else:
+                    block = rows.new_empty((stop - start, *rows.shape[1:]))
+                yield name, start, mesh.to_first(block, owner=shard)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.outliers import outliers_among
 from sae.dictionary.sites import Site, fold_site_scales
-from sae.jobs.checkpoint import read_header, read_tensors, write_tensors
 from sae.kernels import choose, device_named, matmul
 from sae.kernels.activations import FeatureActs
 from sae.kernels.autograd import Kernels
@@ -29,8 +27,8 @@ from sae.training.rows import Downstream, ModelRows, Rows, SiteRows, TargetRows
 from sae.training.shard import Shard, dealt
 from sae.training.sparsity_penalty import LambdaController
 from sae.training.start_from import start_from_
+from sae.training.state_files import read_state, write_state
 
-STATE = "state.safetensors"
 SCALE_ROWS, SCALE_ROWS_AT_ONCE = 65_536, 4096
 
 
@@ -122,7 +120,7 @@ def _initialised(
     y, target_scale = x, scale
     if recipe.needs == "y":
         y, target_scale = _to_scale(_with_targets(rows, recipe).sample_targets(SCALE_ROWS, config.seed))
-    if source is not None and sites:
+    if source is not None and (sites := _sites(rows, recipe)):
         source = fold_site_scales(source, [site._replace(scale=1 / site.scale) for site in sites])
     if source is None:
         recipe.initialise(sae, x, y, config)
@@ -132,9 +130,7 @@ def _initialised(
 
 
 def save_state(out: Path, state: TrainState, *, keep: int = 1) -> None:
-    """Writes everything that is needed to resume into one file, atomically; keeps `keep` − 1 earlier states."""
-    if keep > 1:
-        _keep_earlier_states(out, keep - 1)
+    """Writes everything that is needed to resume (`sae.training.state_files`); keeps `keep` − 1 earlier states."""
     tensors = {f"sae.{name}": tensor for name, tensor in state.sae.tensors().items()}
     tensors |= state.optimizer.tensors()
     tensors["tokens_since_fired"] = state.tokens_since_fired
@@ -151,28 +147,23 @@ def save_state(out: Path, state: TrainState, *, keep: int = 1) -> None:
     }
     if state.fixed_plan is not None:
         header["fixed_step"] = state.fixed_plan.saved()
-    write_tensors(out / STATE, tensors, header)
+    write_state(out, state.mesh, tensors, header, state.penalty.config.d_sae, keep=keep)
 
 
-def _keep_earlier_states(out: Path, keep: int) -> None:
-    """Links the present state to state-<step>.safetensors, and deletes all but the newest `keep` of those."""
-    if (out / STATE).exists():
-        earlier = out / f"state-{read_header(out / STATE)['step']:09d}.safetensors"
-        if not earlier.exists():
-            os.link(out / STATE, earlier)
-    for old in sorted(out.glob("state-*.safetensors"))[:-keep]:
-        old.unlink()
-
-
-def restore(out: Path, rows: Rows, config: TrainConfig, recipe: Recipe, device: str = "auto") -> TrainState | None:
+def restore(
+    out: Path, rows: Rows, config: TrainConfig, recipe: Recipe, device: str = "auto", mesh: Mesh = ONE
+) -> TrainState | None:
     """The saved state, with the kernels and on the kind of device the run began with; None without a saved state.
+
+    The mesh need not be the one that saved it.
 
     Raises: ValueError for another device.
     """
-    if not (out / STATE).exists():
+    found = read_state(out, mesh, config.d_sae)
+    if found is None:
         return None
-    tensors, header = read_tensors(out / STATE)
-    sae = _dictionary(rows, config, recipe, ONE)
+    tensors, header = found
+    sae = _dictionary(rows, config, recipe, mesh)
     sae.load_state_dict({k.removeprefix("sae."): v for k, v in tensors.items() if k.startswith("sae.")})
     began_on = header.get("device", "cpu")
     if device not in ("auto", began_on):
@@ -181,7 +172,8 @@ def restore(out: Path, rows: Rows, config: TrainConfig, recipe: Recipe, device: 
             "choose another --out."
         )
     place = device_named(began_on)
-    optimizer = _adam(sae.to(place), choose(header["kernels"], place), config, recipe, ONE)
+    kernels = agreeing(choose(header["kernels"], place), mesh)
+    optimizer = _adam(sae.to(place), kernels, config, recipe, mesh)
     optimizer.restore(tensors, header["step"])
     return TrainState(
         sae,
@@ -194,9 +186,10 @@ def restore(out: Path, rows: Rows, config: TrainConfig, recipe: Recipe, device: 
         header["resampled"],
         header["target_scale"],
         _downstream(rows, recipe),
-        matmul.resumed(header["matmul"], config.matmul),
+        mesh.tell(matmul.resumed(header["matmul"], config.matmul)),
         _sites(rows, recipe),
-        FixedPlan(**header["fixed_step"]) if "fixed_step" in header else None,
+        FixedPlan(**header["fixed_step"]) if "fixed_step" in header and mesh.world == 1 else None,
+        mesh,
     )
 
 

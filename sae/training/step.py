@@ -18,6 +18,7 @@ from sae.training.objectives import ScaledBatch, StepContext
 from sae.training.recipes import Recipe, recipe_named
 from sae.training.revival import raise_silent_biases_
 from sae.training.rows import Batch, Rows
+from sae.training.shard import own_features
 from sae.training.state import TrainState
 
 SPARSE_BELOW_DENSITY = 1 / 20  # at about this density the four sparse products cost as much as dense ones
@@ -143,7 +144,7 @@ def log_entry(metrics: dict[str, Tensor], state: TrainState, config: TrainConfig
 def calibrated_threshold(state: TrainState, rows: Rows, config: TrainConfig) -> Float[Tensor, " d_sae"]:
     """Batch-topk's thresholds in scaled units, calibrated on rows drawn from the seed: a resumed run finds the same."""
     sample = rows.sample(CALIBRATION_ROWS, config.seed * SEED_STRIDE + config.steps)
-    return calibrated(state.sae, sample.to(state.device) * state.scale, config.min_density)
+    return calibrated(state.sae, sample.to(state.device) * state.scale, config.min_density, state.mesh)
 
 
 # --- resampling ------------------------------------------------------------------------------------------------------
@@ -156,7 +157,8 @@ def resample_dead(state: TrainState, rows: Rows, config: TrainConfig, recipe: Re
     Their losses on a sample of rows decide which rows the features start from.
     """
     assert recipe.resample is not None
-    dead = state.dead(config.resample_window_steps * config.batch_tokens).nonzero().squeeze(-1)
+    mesh, n = state.mesh, config.d_sae
+    dead = mesh.all_features(state.dead(config.resample_window_steps * config.batch_tokens), n).nonzero().squeeze(-1)
     if not len(dead):
         return []
     check_weights(state, config)
@@ -164,12 +166,12 @@ def resample_dead(state: TrainState, rows: Rows, config: TrainConfig, recipe: Re
     sample = rows.sample(config.resample_rows, seed) * state.scale
     l1 = state.penalty.value if recipe.coefficient == "l1" else 0.0
     chunks = torch.split(sample, config.batch_tokens)
-    errors = torch.cat([_row_losses(state, chunk.to(state.device), l1).cpu() for chunk in chunks])
+    errors = torch.cat([_all_row_losses(state, chunk.to(state.device), l1).cpu() for chunk in chunks])
     generator = torch.Generator().manual_seed(seed)
     parents = recipe.resample(state.sae, state.optimizer, dead, sample, errors, generator)
     dead = dead[: len(parents)]
-    ages = state.tokens_since_fired[dead].tolist()
-    state.tokens_since_fired[dead] = 0
+    ages = mesh.all_features(state.tokens_since_fired, n)[dead].tolist()
+    state.tokens_since_fired[own_features(state.sae, dead)[1]] = 0
     state.resampled.append({"step": state.step, "features": len(dead)})
     return [
         {"step": state.step, "feature": feature, "parent_row": row, "silent_tokens": age}
@@ -177,8 +179,13 @@ def resample_dead(state: TrainState, rows: Rows, config: TrainConfig, recipe: Re
     ]
 
 
+def _all_row_losses(state: TrainState, x: Float[Tensor, "rows d_in"], l1: float) -> Float[Tensor, " rows"]:
+    return state.mesh.all_rows(_row_losses(state, state.mesh.own_rows(x), l1), len(x))
+
+
 def _row_losses(state: TrainState, x: Float[Tensor, "rows d_in"], l1: float) -> Float[Tensor, " rows"]:
     """`‖x − x̂‖² + λ Σ f` of each row."""
-    acts = state.sae.feature_acts(x, state.optimizer.kernels).sparse()
-    total = acts.decode(x.new_ones(state.sae.d_sae, 1)).squeeze(-1)  # Σ f, summed in one order on every device
+    acts = state.sae.feature_acts(state.sae.gathered(x), state.optimizer.kernels).sparse()
+    ones = x.new_ones(state.sae.d_sae, 1)
+    total = state.mesh.scatter_sum(acts.decode(ones)).squeeze(-1)  # Σ f, summed in one order on every device
     return (x - state.sae.output(acts, x)).pow(2).sum(-1) + l1 * total
