@@ -70,6 +70,27 @@ BREACHES = [
 ]
 
 
+def test_torch_distributed_has_one_room() -> None:
+    """import-linter knows packages of others only as a whole, so this contract is checked here."""
+
+    def imports(path: Path) -> bool:
+        return any(
+            (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"))
+            or (isinstance(node, ast.ImportFrom) and node.module == "torch" and "distributed" in map(_name, node.names))
+            or (isinstance(node, ast.Import) and any(_name(a).startswith("torch.distributed") for a in node.names))
+            or (isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed"))
+            for node in ast.walk(ast.parse(path.read_text()))
+        )
+
+    found = {path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py") if imports(path)}
+    assert found
+    assert all(path.parent == Path("sae/parallel") for path in found), found
+
+
+def _name(alias: ast.alias) -> str:
+    return alias.name
+
+
 def test_each_contract_can_be_broken(copy: Path) -> None:
     """All breaches at once, in a copy: every contract of pyproject.toml must be reported."""
     for module, line, _ in BREACHES:

@@ -6,6 +6,7 @@ Heavy imports happen inside the verbs, so that `sae --help` answers at once.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -75,10 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and nobody_reads():
             return 1
-        print(f"sae {args.verb}: {_explained(error)}", file=sys.stderr)
+        if getattr(error, "reported_elsewhere", False):  # by another rank of this training
+            return 2
+        rank = int(os.environ.get("RANK") or 0)
+        print(f"sae {args.verb}: {f'rank {rank}: ' if rank else ''}{_explained(error)}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"\nsae {args.verb}: {error or 'interrupted'}", file=sys.stderr)
+        if not int(os.environ.get("RANK") or 0):
+            print(f"\nsae {args.verb}: {error or 'interrupted'}", file=sys.stderr)
         return 130
 
 

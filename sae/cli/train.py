@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from sae.cli.flags import (
@@ -14,7 +15,6 @@ from sae.cli.flags import (
     add_text_column,
     add_verb,
     print_text_read,
-    refuse_many_processes,
     settings,
     size,
 )
@@ -89,11 +89,16 @@ def train(verbs: Any) -> None:
         metavar="SIZE",
         help="memory for rows, e.g. 4GB: a larger store is shuffled in two levels (default: 1GB)",
     )
+    verb.add_argument(
+        "--shard",
+        metavar="HOW",
+        help="under torchrun, how the processes train one dictionary together: features (each holds a part of it), "
+        "rows (each holds all of it), RxF (R groups of F parts) or auto",
+    )
     add_kernels(verb)
 
 
 def _run_train(args: argparse.Namespace) -> int:
-    refuse_many_processes("train")
     from sae import pipeline
 
     if bool(args.acts) == bool(args.live) or bool(args.live) != bool(args.text):
@@ -128,8 +133,11 @@ def _run_train(args: argparse.Namespace) -> int:
         keep=args.keep,
         log_to=args.log_to or [],
         start_from=args.source,
+        shard=args.shard,
         **memory,
     )
+    if int(os.environ.get("RANK") or 0):
+        return 0
     if source:
         print_text_read(source)
     print(args.out)

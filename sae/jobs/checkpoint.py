@@ -43,7 +43,8 @@ def write_blocks(
 
     A block is (name, first row, rows); first row −1 means the whole tensor. `W_enc`'s blocks hold its columns as rows.
     """
-    path, at, entries = Path(path), 0, {}
+    path, at = Path(path), 0
+    entries: dict[str, dict[str, Any]] = {}
     for name in sorted(shapes):
         size = 4 * math.prod(shapes[name])
         entries[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [at, at + size]}

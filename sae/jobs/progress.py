@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -39,10 +40,13 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested = False
+        self.before: dict[int, Any] = {}  # the handlers in whose place it is
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.requested and number == signal.SIGTERM and callable(self.before.get(number)):
+            self.before[number](number, frame)
         self.requested = True
 
 
@@ -51,14 +55,15 @@ def interruptible() -> Iterator[Interrupt]:
     """Inside, Ctrl-C, SIGTERM and SIGUSR1 set a flag instead of killing. Without effect outside the main thread."""
     interrupt = Interrupt()
     try:
-        previous = {s: signal.signal(s, interrupt._handle) for s in STOPPING}
+        for s in STOPPING:
+            interrupt.before[s] = signal.signal(s, interrupt._handle)
     except ValueError:  # not the main thread, the only one that may handle signals
         yield interrupt
         return
     try:
         yield interrupt
     finally:
-        for number, handler in previous.items():
+        for number, handler in interrupt.before.items():
             signal.signal(number, handler)
 
 

@@ -30,6 +30,8 @@ Told = TypeVar("Told")
 class FailedElsewhere(ValueError):
     """What stopped another rank, which says so itself."""
 
+    reported_elsewhere = True
+
 
 class Mesh:
     """`row_groups` × `shards` ranks: rank = row_group · shards + shard, so that a row group is neighbouring ranks.

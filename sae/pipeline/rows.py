@@ -124,8 +124,13 @@ def rows_for(
     config: TrainConfig,
     target_hook_point: str | None,
     max_ram_bytes: int = SHUFFLE_BYTES,
+    rank: int = 0,
+    world: int = 1,
 ) -> StoreRows:
-    """The rows that a recipe trains on. Raises: PipelineError when the store lacks a hook point that it needs."""
+    """The rows that a recipe trains on: this rank's part of each batch.
+
+    Raises: PipelineError when the store lacks a hook point that it needs.
+    """
     check_target(config.recipe, target_hook_point)
     resid, downstream = None, None
     if recipes.recipe_named(config.recipe).needs == "resid":
@@ -134,12 +139,14 @@ def rows_for(
     return StoreRows(
         store,
         hook,
-        batch_tokens=config.batch_tokens,
+        batch_tokens=config.batch_tokens // world,
         seed=config.seed,
         target_hook_point=hook_point_of(store, target_hook_point) if target_hook_point else None,
         resid_hook_point=resid,
         downstream=downstream,
         max_ram_bytes=max_ram_bytes,
+        rank=rank,
+        world=world,
     )
 
 

@@ -12,6 +12,7 @@ from sae.dictionary.autoencoder import SAE
 from sae.jobs.trackers import trackers_named
 from sae.kernels import device_named
 from sae.lm.units import active_units
+from sae.parallel.launch import check_started, joined_ranks
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.live import Live, live_rows
 from sae.pipeline.resolve import opened
@@ -20,7 +21,7 @@ from sae.pipeline.sites import JoinedRows, Sites, open_sites, provenance_of_site
 from sae.pipeline.stores import warn_of_few_rows
 from sae.training import loop, recipes
 from sae.training.config import TrainConfig
-from sae.training.rows import Rows
+from sae.training.rows import OwnRows, Rows
 from sae.training.start_from import fingerprint
 from store.activations import ActivationStore
 from store.common import TRAIN
@@ -47,6 +48,7 @@ def train(
     log_to: Sequence[str] = (),
     max_ram_bytes: int = SHUFFLE_BYTES,
     start_from: SAE | str | Path | None = None,
+    shard: str | None = None,
 ) -> SAE:
     """Trains a dictionary on a store (its path), a model and a text (`Live`: nothing on disk) or any `Rows`.
 
@@ -61,6 +63,9 @@ def train(
     A run starts from the dictionary `start_from` (one of ours or an imported one) if it is given: with the same
     function at the first step, and a new optimizer. It may be of another model or recipe, as long as shapes and hook
     point agree.
+    Under torchrun `shard` says how the processes train one dictionary together: `features` gives each a part of the
+    dictionary, `rows` each the whole one, `RxF` both, `auto` the division that exchanges least. Settings are those of
+    the whole run, also `batch_tokens`.
     Repeat the call to continue after an interruption: the result is the same bit for bit.
     Raises: ValueError for wrong settings, before any work; Interrupted on Ctrl-C or SIGTERM.
     """
@@ -73,6 +78,7 @@ def train(
     how: dict[str, Any] = {"kernels": kernels, "device": device, "keep": keep, "trackers": trackers_named(log_to)}
     if started:
         how["source"] = started.sae
+    check_started(shard)
     provenance: dict[str, Any]
     if isinstance(rows, Sites):
         if recipes.recipe_named(recipe).needs != "sites":
@@ -88,8 +94,7 @@ def train(
         provenance = provenance_of_sites(joined, out, max_ram_bytes)
         if started:
             provenance |= started.record(provenance)
-        _warn_unless_sparser(joined, resolved, out)
-        return loop.train(joined, out, resolved, provenance=provenance, **how)
+        return _trained(joined, out, resolved, provenance, shard, how)
     if not isinstance(rows, str | Path):
         _, resolved = recipes.resolve(recipe, tokens=tokens or TrainConfig.tokens, **overrides)
         provenance = {}
@@ -98,20 +103,36 @@ def train(
             rows, provenance = live_rows(rows, resolved, hook_point, target_hook_point, where, Path(out))
         if started:
             provenance = provenance | started.record(provenance)
-        _warn_unless_sparser(rows, resolved, out)
-        return loop.train(rows, out, resolved, provenance=provenance, **how)
+        return _trained(rows, out, resolved, provenance, shard, how)
     whole = ActivationStore.open(rows)
     hook = hook_point_of(whole, hook_point)
     kept_rows = whole.totals(TRAIN, hook).kept_rows
-    warn_of_few_rows(whole)
     _, resolved = recipes.resolve(recipe, tokens=tokens or 4 * kept_rows, **overrides)
-    store = training_view(whole, hook, resolved, target_hook_point)
-    source = rows_for(store, hook, resolved, target_hook_point, max_ram_bytes)
-    provenance = provenance_of(store, hook, out, target_hook_point, max_ram_bytes)
-    if started:
-        provenance |= started.record(provenance)
-    _warn_unless_sparser(source, resolved, out)
-    return loop.train(source, out, resolved, provenance=provenance, **how)
+    with joined_ranks(shard, device, **_sizes(whole.hook_points[hook], resolved)) as mesh:
+        warn_of_few_rows(whole)
+        store = training_view(whole, hook, resolved, target_hook_point)
+        source = rows_for(store, hook, resolved, target_hook_point, max_ram_bytes, mesh.rank, mesh.world)
+        provenance = provenance_of(store, hook, out, target_hook_point, max_ram_bytes)
+        if started:
+            provenance |= started.record(provenance)
+        if mesh.is_first:
+            _warn_unless_sparser(source, resolved, out)
+        return loop.train(source, out, resolved, provenance=provenance, mesh=mesh, **how)
+
+
+def _trained(
+    rows: Rows, out: str | Path, config: TrainConfig, provenance: dict[str, Any], shard: str | None, how: dict[str, Any]
+) -> SAE:
+    """A run on rows that each rank reads whole."""
+    with joined_ranks(shard, how["device"], **_sizes(rows.d_in, config)) as mesh:
+        if mesh.is_first:
+            _warn_unless_sparser(rows, config, out)
+        own = rows if mesh.world == 1 else OwnRows(rows, mesh.rank, mesh.world)
+        return loop.train(own, out, config, provenance=provenance, mesh=mesh, **how)
+
+
+def _sizes(d_in: int, config: TrainConfig) -> dict[str, int]:
+    return {"d_in": d_in, "d_sae": config.d_sae, "batch_tokens": config.batch_tokens, "k": config.k}
 
 
 class Started:

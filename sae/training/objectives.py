@@ -114,7 +114,8 @@ def l1_of_site_norms(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outc
     acts = activations(sae, batch.x, context)
     error = losses.squared_error(batch.target, sae.output(acts, batch.x))
     parts = torch.split(sae.W_dec, list(context.site_widths), dim=-1)
-    penalty = losses.l1_norm(acts, torch.stack([part.norm(dim=-1) for part in parts]).sum(0))
+    norms = torch.stack([part.norm(dim=-1) for part in parts]).sum(0)
+    penalty = context.mesh.over_shards(losses.l1_norm(acts, norms))
     return Outcome(error + context.coefficient * penalty, error, acts, penalty)
 
 

@@ -78,7 +78,7 @@ class OwnRows:
 
     def __init__(self, rows: Rows, rank: int, world: int) -> None:
         self._rows, self._rank, self._world = rows, rank, world
-        for name in ("d_in", "d_out", "sample", "sample_targets", "downstream"):
+        for name in ("d_in", "d_out", "sample", "sample_targets", "downstream", "sites"):
             if hasattr(rows, name):
                 setattr(self, name, getattr(rows, name))
 

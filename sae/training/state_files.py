@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -137,22 +138,23 @@ def _delete_all_but(parts: Path, step: int, keep: int) -> None:
             shutil.rmtree(home)
 
 
-def _together(mesh: Mesh, write: Any) -> dict[str, list[Any]]:
+def _together(mesh: Mesh, write: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any]]:
     """What all ranks wrote. Raises: on every rank the error of the one that could not write."""
-    files, fault, failed = {}, "", None
+    files: dict[str, list[Any]] = {}
+    failed: Exception | None = None
     try:
         files = write()
     except (OSError, ValueError) as error:
-        fault, failed = str(error), error
+        failed = error
     if mesh.world == 1:
         if failed is not None:
             raise failed
-        return files  # type: ignore[no-any-return]
-    answers = mesh.everyones([fault, files])
-    faults = [f"rank {rank}: {said}" for rank, (said, _) in enumerate(answers) if said]
+        return files
+    said = mesh.everyones(str(failed) if failed else "")
+    faults = [f"rank {rank}: {fault}" for rank, fault in enumerate(said) if fault]
     if faults:
         raise OSError(f"the state could not be saved, the one before stays. {'; '.join(faults)}") from failed
-    return {name: entry for _, theirs in answers for name, entry in theirs.items()}
+    return {name: entry for theirs in mesh.everyones(files) for name, entry in theirs.items()}
 
 
 # --- names and files -------------------------------------------------------------------------------------------------

@@ -1,0 +1,181 @@
+"""The ranks that torchrun started: how they join, and how all of them stop when one does."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sae.parallel.cost import cheapest
+from sae.parallel.mesh import ONE, FailedElsewhere, Mesh
+
+ANSWER_WITHIN = timedelta(minutes=20)  # rank 0 initialises a dictionary while the others wait
+ROLL_CALL_S = 3.0  # within which every rank that still runs answers
+LAST_SECONDS = 20.0  # after SIGTERM: torchrun kills 30 s after it
+SHARD_FORMS = "features, rows, auto, or RxF such as 2x4"
+
+
+class RankStopped(ValueError):
+    """Another rank died, raised or does not answer."""
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process' number among those that torchrun started, and how many they are; 0 and 1 without torchrun."""
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def check_started(shard: str | None) -> None:
+    """Raises: ValueError unless `shard` is given if and only if torchrun started this process."""
+    rank, world = rank_and_world()
+    if shard is None and world > 1:
+        raise ValueError(
+            f"{world} processes were started (WORLD_SIZE) and --shard is not given, which says how they train one "
+            f"dictionary together: {SHARD_FORMS}. To train several dictionaries, `sae sweep` takes one process."
+        )
+    if shard is not None and "RANK" not in os.environ:
+        raise ValueError(
+            f"--shard {shard} divides the training among processes that torchrun starts. Start it with: torchrun "
+            f"--standalone --nproc-per-node N -m sae.cli train … --shard {shard}"
+        )
+    assert 0 <= rank < world
+
+
+def mesh_shape(shard: str, *, d_in: int, d_sae: int, batch_tokens: int, k: int) -> tuple[int, int]:
+    """(row groups, shards) for `--shard`. Raises: ValueError naming what would fit."""
+    _, world = rank_and_world()
+    if shard == "auto":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
+        found = cheapest(world, here, d_in=d_in, d_sae=d_sae, batch_tokens=batch_tokens, k=k)
+    elif shard in ("features", "rows"):
+        found = (1, world) if shard == "features" else (world, 1)
+    elif match := re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", shard):
+        found = int(match[1]), int(match[2])
+    else:
+        raise ValueError(f"--shard must be one of {SHARD_FORMS}; got {shard!r}.")
+    if found[0] * found[1] != world:
+        fitting = ", ".join(f"{world // n}x{n}" for n in range(1, world + 1) if world % n == 0)
+        raise ValueError(f"--shard {shard} needs {found[0] * found[1]} processes, and {world} run. Use {fitting}.")
+    if batch_tokens % world:
+        lower = max(world, batch_tokens // world * world)
+        raise ValueError(
+            f"a batch of {batch_tokens:,} rows cannot be divided evenly among {world} processes. Use --batch-tokens "
+            f"{lower} or {lower + world}."
+        )
+    if found[1] > d_sae:
+        raise ValueError(f"{d_sae:,} features cannot be divided among {found[1]} shards. Use fewer shards.")
+    return found
+
+
+@contextmanager
+def joined_ranks(shard: str | None, device: str, **sizes: int) -> Iterator[Mesh]:
+    """The mesh of the processes that torchrun started, as `--shard` says; one rank without it.
+
+    `device` is auto, cpu or cuda; with CUDA each process takes the GPU of its LOCAL_RANK. When a rank fails inside,
+    it says why, and the others stop with an error that names it.
+    Raises: ValueError for a wrong `shard`; RankStopped when another rank stopped; FailedElsewhere when another
+    rank says so already.
+    """
+    check_started(shard)
+    rank, world = rank_and_world()
+    if shard is None or world == 1:
+        yield ONE
+        return
+    shape = mesh_shape(shard, **sizes)
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    store, _, _ = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=ANSWER_WITHIN)
+    roll = RollCall(dist.PrefixStore("sae", store), rank, world)
+    with _last_seconds(), warnings.catch_warnings():
+        if rank:
+            warnings.simplefilter("ignore")
+        else:
+            sys.stderr.write(f"mesh {shape[0]}x{shape[1]}: {_described(*shape)}\n")
+        try:
+            yield Mesh(*shape)
+        except FailedElsewhere:
+            raise
+        except RuntimeError as error:  # a collective: gloo and NCCL raise it when a peer is gone or does not answer
+            raise roll.who_stopped(error) from error
+        except Exception as error:
+            roll.say(str(error))
+            raise
+    dist.destroy_process_group()
+
+
+def _described(row_groups: int, shards: int) -> str:
+    """What each rank holds."""
+    features = "all features" if shards == 1 else f"1/{shards} of the features"
+    return f"each of {row_groups * shards} processes reads 1/{row_groups * shards} of the rows and holds {features}"
+
+
+class RollCall:
+    """Finds out which rank stopped, through the store that torchrun keeps."""
+
+    def __init__(self, store: Any, rank: int, world: int) -> None:
+        self.store, self.rank, self.world = store, rank, world
+        store.set(f"place/{rank}", f"{socket.gethostname()}, {_place()}")
+
+    def say(self, why: str) -> None:
+        """Leaves the reason why this rank stops."""
+        self.store.set(f"fault/{self.rank}", why or "no reason given")
+
+    def who_stopped(self, error: RuntimeError) -> Exception:
+        """The error to raise after a failed exchange: one rank reports it, the others are silent."""
+        try:
+            self.store.set(f"here/{self.rank}", "1")
+            time.sleep(ROLL_CALL_S)
+            faults = [rank for rank in range(self.world) if self.store.check([f"fault/{rank}"])]
+            if faults:
+                return FailedElsewhere(f"rank {faults[0]} failed")
+            here = [rank for rank in range(self.world) if self.store.check([f"here/{rank}"])]
+            gone = [rank for rank in range(self.world) if rank not in here]
+            if here and self.rank != here[0]:
+                return FailedElsewhere("another rank reports it")
+            if not gone:
+                return RankStopped(f"the exchange between ranks failed, and all of them answer: {error}")
+            named = ", ".join(f"rank {rank} ({self._place_of(rank)})" for rank in gone)
+        except (RuntimeError, OSError):  # the machine that keeps the store is gone
+            return RankStopped(f"the other ranks stopped answering ({error}).")
+        return RankStopped(
+            f"{named} stopped answering: it was killed, it ran out of memory, or its machine or network failed. The "
+            "last saved state is kept. Repeat the command, on as many ranks or on others."
+        )
+
+    def _place_of(self, rank: int) -> str:
+        return str(self.store.get(f"place/{rank}").decode()) if self.store.check([f"place/{rank}"]) else "unknown"
+
+
+def _place() -> str:
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_initialized() else f"process {os.getpid()}"
+
+
+@contextmanager
+def _last_seconds() -> Iterator[None]:
+    """Inside, the first SIGTERM leaves LAST_SECONDS to stop: a rank may wait for one that is gone."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        timer = threading.Timer(LAST_SECONDS, os._exit, (128 + signal.SIGTERM,))
+        timer.daemon = True
+        timer.start()
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
