@@ -174,6 +174,18 @@ def train_all_on(mesh_shape: tuple[int, int], cases: list[Case]) -> list[dict[st
     return [train_on(mesh_shape, case) for case in cases]
 
 
+def bytes_of_a_step(mesh_shape: tuple[int, int], case: Case) -> dict[str, int]:
+    """What one training step exchanges, without what a start does."""
+    torch.set_default_dtype(torch.float64)
+    mesh, rows = Mesh(*mesh_shape), PlantedRows(case.batch_tokens)
+    given = {"d_sae": case.d_sae, "batch_tokens": case.batch_tokens, "tokens": 16 * case.batch_tokens}
+    recipe, config = resolve(case.recipe, matmul="highest", **given, **case.settings)
+    state = start(rows, config, recipe, StableKernels(), mesh=mesh)  # type: ignore[arg-type]
+    mesh.received_bytes.clear()
+    train_step(state, OwnRows(rows, mesh.rank, mesh.world).batch(0), config)  # type: ignore[arg-type]
+    return dict(mesh.received_bytes)
+
+
 def all_tensors(state: TrainState) -> dict[str, Tensor]:
     moments = state.optimizer.tensors()
     return {**state.sae.tensors(), **moments, "tokens_since_fired": state.tokens_since_fired}

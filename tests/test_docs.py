@@ -179,7 +179,19 @@ def test_every_sae_command_in_the_documentation_is_understood(monkeypatch: pytes
 
 
 # Flags of other programs that pages name.
-OTHERS = {"--nproc-per-node", "--no-python", "--strict", "--durations", "--help", "--version"}
+OTHERS = {
+    "--standalone",
+    "--nnodes",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--max-restarts",
+    "--nproc-per-node",
+    "--no-python",
+    "--strict",
+    "--durations",
+    "--help",
+    "--version",
+}
 
 
 def test_every_flag_named_in_the_documentation_exists() -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ranks import Case, StableKernels, on_ranks, train_all_on
+from ranks import Case, StableKernels, bytes_of_a_step, on_ranks, run_on, train_all_on
 
+from sae.dictionary.files import load
+from sae.jobs.checkpoint import CheckpointError
 from sae.kernels.sparsity import BatchTopK, TopK
+from sae.parallel.cost import cheapest, exchanged_bytes
+from sae.parallel.decisions import refuse_different_settings
 from sae.parallel.kernels import agreeing
+from sae.parallel.launch import check_started, mesh_shape
 from sae.parallel.mesh import ONE, Mesh
 from sae.parallel.selection import among_largest, smallest_kept
 from sae.training.recipes import RECIPES
+from sae.training.state_files import read_state, saved_header
 
 MESHES = [(1, 2), (2, 1), (2, 2)]
 
@@ -203,3 +212,120 @@ def deviation(found: Any, expected: Any) -> float:
     found, expected = np.asarray(found, float), np.asarray(expected, float)
     assert found.shape == expected.shape
     return float(np.abs(found - expected).max(initial=0) / max(1e-30, np.abs(expected).max(initial=0)))
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+TOPK = ("topk", {"k": 3, "dead_tokens": 16})
+
+
+def test_a_run_continues_on_its_mesh_bit_for_bit_and_on_any_other_closely(tmp_path: Path) -> None:
+    """Interrupted by a signal to one rank: all stop at the same step, after one save."""
+    on_ranks(2, run_on, (1, 2), str(tmp_path / "unbroken"), *TOPK)
+    assert on_ranks(2, run_on, (1, 2), str(tmp_path / "cut"), *TOPK, 21) in ([steps, steps] for steps in range(15, 21))
+    assert not (tmp_path / "cut" / "state.safetensors").exists()
+    for name in ("one", "rows"):
+        shutil.copytree(tmp_path / "cut", tmp_path / name)
+    assert on_ranks(2, run_on, (1, 2), str(tmp_path / "cut"), *TOPK) == [40, 40]
+    assert on_ranks(1, run_on, (1, 1), str(tmp_path / "one"), *TOPK) == [40]
+    assert on_ranks(2, run_on, (2, 1), str(tmp_path / "rows"), *TOPK) == [40, 40]
+    assert not (tmp_path / "one" / "state.json").exists()
+    assert not (tmp_path / "one" / "state").exists()
+    unbroken = load(tmp_path / "unbroken").tensors()
+    for name, tensor in load(tmp_path / "cut").tensors().items():
+        assert torch.equal(tensor, unbroken[name]), name
+    assert (tmp_path / "cut/sae.safetensors").read_bytes() == (tmp_path / "unbroken/sae.safetensors").read_bytes()
+    for name in ("one", "rows"):
+        for tensor, expected in zip(load(tmp_path / name).tensors().values(), unbroken.values(), strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut/metrics.jsonl").read_text().splitlines()]
+    assert steps == [25, 40]
+
+
+def test_a_state_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Killed while it writes the files of the next state: the one before counts, and the leftovers go."""
+    on_ranks(2, run_on, (1, 2), str(tmp_path / "cut"), *TOPK, 21)
+    step = saved_header(tmp_path / "cut")["step"]
+    leftover = tmp_path / "cut" / "state" / "000000099" / "features-0000000000.safetensors"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"half a file")
+    assert saved_header(tmp_path / "cut")["step"] == step
+    on_ranks(2, run_on, (1, 2), str(tmp_path / "cut"), *TOPK)
+    assert [path.name for path in (tmp_path / "cut" / "state").iterdir()] == ["000000040"]
+
+
+def test_a_damaged_part_of_a_state_is_named(tmp_path: Path) -> None:
+    on_ranks(2, run_on, (1, 2), str(tmp_path), *TOPK, 21)
+    (part,) = tmp_path.glob("state/*/features-0000000014.safetensors")
+    part.write_bytes(part.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(CheckpointError, match=r"features-0000000014.safetensors is damaged"):
+        read_state(tmp_path, ONE, 27)
+
+
+def settings_of_rank() -> str:
+    mesh = Mesh(1, 2)
+    try:
+        refuse_different_settings(mesh, {"lr": 0.1 * (1 + mesh.rank), "k": 3})
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+def test_settings_that_differ_between_ranks_are_refused_by_all() -> None:
+    first, second = on_ranks(2, settings_of_rank)
+    assert first.startswith("ValueError: ")
+    assert "lr is 0.1 on rank 0 and 0.2 on rank 1" in first
+    assert second.startswith("FailedElsewhere")
+
+
+# --- torchrun --------------------------------------------------------------------------------------------------------
+
+SIZES = {"d_in": 4096, "d_sae": 131_072, "batch_tokens": 4096, "k": 32}
+
+
+def test_what_is_wrong_with_shard_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    check_started(None)
+    with pytest.raises(ValueError, match="torchrun --standalone --nproc-per-node N -m sae.cli train … --shard rows"):
+        check_started("rows")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(ValueError, match="6 processes were started"):
+        check_started(None)
+    for shard, message in (
+        ("2x2", "needs 4 processes, and 6 run. Use 6x1, 3x2, 2x3, 1x6"),
+        ("columns", "must be one of features, rows"),
+        ("features", "Use --batch-tokens 4092 or 4098"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mesh_shape(shard, **SIZES)
+    fitting = {**SIZES, "batch_tokens": 6144}
+    assert [mesh_shape(shard, **fitting) for shard in ("features", "rows", "3x2")] == [(1, 6), (6, 1), (3, 2)]
+    with pytest.raises(ValueError, match="5 features cannot be divided among 6 shards"):
+        mesh_shape("features", **{**fitting, "d_sae": 5})
+
+
+def test_auto_exchanges_least() -> None:
+    assert cheapest(8, 8, **SIZES) == (1, 8)
+    assert cheapest(8, 8, **{**SIZES, "d_sae": 512}) == (8, 1)  # gradients of so few features are less than the rows
+    assert cheapest(32, 8, **{**SIZES, "d_sae": 1 << 24, "batch_tokens": 131_072})[1] >= 8
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (2, 2)])
+def test_a_step_exchanges_the_bytes_of_the_formulas(shape: tuple[int, int]) -> None:
+    case = Case("topk", {"k": 3, "resample_shares": (), "aux_coefficient": 0.0}, steps=1, d_sae=28)
+    found = on_ranks(shape[0] * shape[1], bytes_of_a_step, shape, case)[0]
+    given = {"d_in": 8, "d_sae": 28, "batch_tokens": 16, "k": 3, "bytes_per_value": 8}
+    for operation, expected in exchanged_bytes(*shape, **given).items():
+        assert abs(found.get(operation, 0) - expected) <= 400, (operation, found, expected)  # b_dec, counts, flags
+
+
+def test_the_formulas_give_the_figures_of_the_documentation() -> None:
+    def total(row_groups: int, shards: int, d_sae: int) -> float:
+        return sum(exchanged_bytes(row_groups, shards, **{**SIZES, "d_sae": d_sae}).values())
+
+    for d_sae in (131_072, 1 << 20):
+        assert round(total(1, 8, d_sae) / 1e6, -1) == 180
+    assert round(total(8, 1, 131_072) / 1e9, 1) == 7.5
+    assert round(total(8, 1, 1 << 20) / 1e9) == 60

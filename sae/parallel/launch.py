@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from sae.parallel.cost import cheapest
 from sae.parallel.mesh import ONE, FailedElsewhere, Mesh
@@ -98,9 +100,9 @@ def joined_ranks(shard: str | None, device: str, **sizes: int) -> Iterator[Mesh]
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    store, _, _ = next(dist.rendezvous("env://"))
+    store, _, _ = next(rendezvous("env://"))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=ANSWER_WITHIN)
-    roll = RollCall(dist.PrefixStore("sae", store), rank, world)
+    roll = RollCall(PrefixStore("sae", store), rank, world)
     with _last_seconds(), warnings.catch_warnings():
         if rank:
             warnings.simplefilter("ignore")
@@ -162,7 +164,8 @@ class RollCall:
 
 
 def _place() -> str:
-    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_initialized() else f"process {os.getpid()}"
+    on_gpu = torch.cuda.is_available() and dist.get_backend() != "gloo"
+    return f"cuda:{torch.cuda.current_device()}" if on_gpu else f"process {os.getpid()}"
 
 
 @contextmanager

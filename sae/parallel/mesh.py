@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 Axis = Literal["features", "rows", "world"]  # the ranks of a row group; the ranks with the same shard; all ranks
@@ -154,7 +154,7 @@ class Mesh:
         self._count("stack", (n - 1) * _bytes(x))
         return out.view(n, *x.shape)
 
-    def all_features(self, own: Float[Tensor, "own ..."], d_sae: int) -> Float[Tensor, "d_sae ..."]:
+    def all_features(self, own: Shaped[Tensor, "own ..."], d_sae: int) -> Shaped[Tensor, "d_sae ..."]:
         """What each shard holds of its features, for all features."""
         if self.shards == 1:
             return own
