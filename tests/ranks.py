@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
+from sae.dictionary.sites import Site
 from sae.jobs.progress import Interrupted
 from sae.kernels import reference
 from sae.kernels.sparsity import BatchTopK, PreparedEncoder, Rule, Support, TopK
@@ -102,6 +103,7 @@ class PlantedRows:
     """Sparse sums of planted directions; a target and a residual stream are linear in x."""
 
     d_in = d_out = 8
+    sites = (Site("a", 5, 1.0), Site("b", 3, 1.0))  # of a crosscoder
 
     def __init__(self, batch_tokens: int) -> None:
         generator = torch.Generator().manual_seed(5)

@@ -180,6 +180,7 @@ CASES = {
     "reseeding": Case("topk", {"k": 3, "resample_shares": (0.3, 0.6), **DEAD}),
     "resampling": Case("towards-monosemanticity", {"l1": 60.0, "lr": 0.02, "resample_shares": (0.5, 0.8), **DEAD}),
     "gated resampling": Case("gated", {"l1": 60.0, "lr": 0.02, "resample_shares": (0.5, 0.8), **DEAD}),
+    "crosscoder": Case("crosscoder", {"target_l0": 4}),
     "end-to-end": Case("end-to-end", {"resample_shares": ()}),
 }
 
