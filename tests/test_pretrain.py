@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,8 @@ from sae.lm import pretrain as module
 from sae.lm.cross_entropy import ChunkedCrossEntropy
 from sae.lm.held_out import held_out_contexts, held_out_loss, neuron_figures
 from sae.lm.pretrain import PretrainConfig, TokenStream, configured, learning_rate, pretrain, shape_of
-from sae.lm.transformer import TransformerConfig
+from sae.lm.token_stream import Repeats
+from sae.lm.transformer import Transformer, TransformerConfig, sinusoids
 from sae.text.documents import Document, TextReport, split_of
 from sae.text.sources import TextSource, open_text
 from sae.text.splits import DIVIDED
@@ -186,6 +188,54 @@ def test_an_epoch_covers_the_text_without_overlap(n_tokens: int) -> None:
         seen = rows.flatten()
         assert len(seen.unique()) == len(seen)
         assert len(seen) > n_tokens - 16 - 4 * 17 - 17  # an offset, and less than a batch, are left over
+
+
+def test_a_share_of_contexts_repeats_one_segment() -> None:
+    """Every planted row is one stretch of the text over and over; the others are those of the plain stream."""
+    tokens = np.arange(5_000, dtype=np.uint16)
+    plain = TokenStream(tokens, 60, 8, seed=1)
+    stream = TokenStream(tokens, 60, 8, seed=1, repeats=Repeats(0.25, 5, 9), bos_id=7_777)
+    planted, lengths = 0, set()
+    for step in range(40):
+        rows, before = stream.batch(step), plain.batch(step)
+        assert (rows[:, 0] == 7_777).all()
+        for row, old in zip(rows[:, 1:], before[:, 1:], strict=True):
+            if torch.equal(row, old):
+                continue
+            planted += 1
+            length = int((row == row[0]).nonzero()[1])
+            lengths.add(length)
+            assert (row[:length].diff() == 1).all()
+            assert torch.equal(row[length:], row[:-length])
+    assert lengths == {5, 6, 7, 8, 9}
+    assert 50 < planted < 110  # 80 expected of 320
+    again = TokenStream(tokens, 60, 8, seed=1, repeats=Repeats(0.25, 5, 9), bos_id=7_777)
+    assert torch.equal(again.batch(30), stream.batch(30))
+    assert torch.equal(TokenStream(tokens, 60, 8, seed=1, repeats=Repeats(0.0)).batch(3), plain.batch(3))
+
+
+def test_initial_weights_of_attention_and_positions(tmp_path: Path) -> None:
+    """Against the formulas, number by number; and the defaults are those of version 0.1."""
+    shape = replace(SHAPE, d_model=32, n_heads=4, n_layers=2, n_ctx=40)
+    wide = Transformer(shape, seed=2, attention_std=0.5, sinusoid_positions=True).state_dict()
+    plain = Transformer(shape, seed=2).state_dict()
+    for name, tensor in wide.items():
+        expected = plain[name] * 25 if ".attn." in name and name.endswith("weight") else plain[name]
+        if name != "pos_embed.weight":
+            assert torch.allclose(tensor, expected, rtol=1e-5), name
+    for pos in (0, 1, 39):
+        for i in range(16):
+            angle = pos / 1000 ** (2 * i / 32)
+            for column, value in ((2 * i, math.sin(angle)), (2 * i + 1, math.cos(angle))):
+                assert wide["pos_embed.weight"][pos, column] == pytest.approx(0.5 * value, abs=1e-5)
+    assert sinusoids(3, 5).shape == (3, 5)
+    config = replace(CONFIG, train_tokens=64, context_bos=True, repeat_share=0.5, repeat_tokens=(3, 4))
+    model = load_model(pretrain(source(), tmp_path / "lm", shape=SHAPE, config=config))
+    assert model.context_bos
+    with pytest.raises(ValueError, match="repeat_tokens must be two lengths"):
+        replace(CONFIG, repeat_tokens=(5, 4))
+    with pytest.raises(ValueError, match="repeat_share must be between 0 and 1, got 2"):
+        replace(CONFIG, repeat_share=2.0)
 
 
 def test_too_few_tokens_for_one_batch() -> None:
@@ -363,6 +413,18 @@ def test_a_finished_run_stays_as_it_is(unbroken: Path) -> None:
     before = {p.name: p.read_bytes() for p in unbroken.iterdir()}
     pretrain(source(), unbroken, shape=SHAPE, config=CONFIG)
     assert {p.name: p.read_bytes() for p in unbroken.iterdir()} == before
+
+
+def test_a_run_from_before_a_setting_existed_continues(unbroken: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(unbroken, tmp_path / "old"))
+    settings = json.loads((old / "pretrain.json").read_text())
+    for name in ("block_lr_share", "keep_at", "repeat_share", "repeat_tokens", "context_bos", "attention_std"):
+        del settings["train"][name]
+    del settings["train"]["sinusoid_positions"]
+    (old / "pretrain.json").write_text(json.dumps(settings))
+    pretrain(source(), old, shape=SHAPE, config=CONFIG)
+    with pytest.raises(ValueError, match=r"train\.repeat_share is 0\.0 there, 0\.5 asked for"):
+        pretrain(source(), old, shape=SHAPE, config=replace(CONFIG, repeat_share=0.5))
 
 
 def test_other_settings_are_refused_and_nothing_is_touched(unbroken: Path) -> None:

@@ -46,6 +46,7 @@ class NativeModel(LanguageModel):
         self.weights_sha256 = sha256_of_model(parameters, self.module.config.to_dict())
         self.tokenizer = load_tokenizer(directory / "tokenizer.json")
         self.bos_id = self.tokenizer.token_to_id(config["bos_token"])
+        self._context_bos = bool(config.get("context_bos", False))
         self.context_tokens = self.module.config.n_ctx
         self.d_vocab = self.module.config.d_vocab
         self.lock = threading.Lock()
@@ -118,7 +119,8 @@ class NativeModel(LanguageModel):
 
     @property
     def context_bos(self) -> bool:
-        return False  # `sae pretrain` cuts `[BOS] document [BOS] document …` anywhere
+        """False unless the model was trained so: `sae pretrain` cuts `[BOS] document [BOS] document …` anywhere."""
+        return self._context_bos
 
     @property
     def n_layers(self) -> int:

@@ -27,6 +27,7 @@ from sae.jobs.directory import claim, cut_log
 from sae.jobs.progress import Interrupted, interruptible, progress
 from sae.lm.cross_entropy import ChunkedCrossEntropy
 from sae.lm.held_out import held_out_contexts, held_out_loss, neuron_figures
+from sae.lm.token_stream import Repeats, TokenStream
 from sae.lm.transformer import Transformer, TransformerConfig
 from sae.text.sources import TextSource
 from sae.text.splits import DIVIDED, WHOLE, SplitRule, rule_named
@@ -45,6 +46,11 @@ class PretrainConfig:
     The blocks learn at `lr · block_lr_share`, the embeddings and the unembedding at `lr`. At the full rate neurons
     become sparse: a few of them per token then carry all that the MLP does. `keep_at` are the token counts at which a
     copy of the model is kept.
+
+    `repeat_share` of the contexts hold one segment of the text over and over, of `repeat_tokens` (shortest, longest)
+    tokens. With `context_bos` every context begins with BOS. `attention_std` is the spread of the initial weights of
+    queries, keys and values, and with sqrt(2 n_layers) of the heads' outputs; with `sinusoid_positions` the position
+    embeddings begin as sinusoids of size 0.5, and learn from there.
     """
 
     train_tokens: int = 60_000_000
@@ -60,16 +66,28 @@ class PretrainConfig:
     eval_steps: int = 500
     tokenizer_characters: int = 40_000_000
     keep_at: tuple[int, ...] = ()
+    repeat_share: float = 0.0
+    repeat_tokens: tuple[int, ...] = (12, 64)
+    context_bos: bool = False
+    attention_std: float = 0.02
+    sinusoid_positions: bool = False
 
     def __post_init__(self) -> None:
         for name in ("train_tokens", "batch_contexts", "eval_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"pretrain: {name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("lr", "block_lr_share"):
+        for name in ("lr", "block_lr_share", "attention_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"pretrain: {name} must be positive, got {getattr(self, name)}.")
         if not self.weight_decay >= 0:
             raise ValueError(f"pretrain: weight_decay must not be negative, got {self.weight_decay}.")
+        if not 0 <= self.repeat_share <= 1:
+            raise ValueError(f"pretrain: repeat_share must be between 0 and 1, got {self.repeat_share}.")
+        if len(self.repeat_tokens) != 2 or not 1 <= self.repeat_tokens[0] <= self.repeat_tokens[1]:
+            raise ValueError(
+                f"pretrain: repeat_tokens must be two lengths, the shorter first, such as 12,64; got "
+                f"{','.join(map(str, self.repeat_tokens))}."
+            )
         for tokens in self.keep_at:
             if not 0 <= tokens <= self.train_tokens:
                 raise ValueError(f"pretrain: keep_at is {tokens:,}; expected 0 … train_tokens = {self.train_tokens:,}.")
@@ -117,6 +135,12 @@ def shape_of(directory: Path) -> TransformerConfig:
     return TransformerConfig.from_dict(settings)
 
 
+_DEFAULTS = asdict(PretrainConfig())
+# Settings that version 0.1 did not record.
+_ADDED = (
+    *("block_lr_share", "keep_at", "repeat_share", "repeat_tokens", "context_bos", "attention_std"),
+    "sinusoid_positions",
+)
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
@@ -133,35 +157,6 @@ def batch_loss(model: Transformer, tokens: Int[Tensor, "batch pos"]) -> Float[Te
     targets = tokens[:, 1:].flatten()
     loss: Tensor = ChunkedCrossEntropy.apply(h.flatten(0, 1), model.unembed.weight, targets)  # type: ignore[no-untyped-call]
     return loss
-
-
-class TokenStream:
-    """All tokens of a split in one array; every epoch cuts it into contexts at another seeded offset."""
-
-    def __init__(self, tokens: np.ndarray, context_tokens: int, batch_contexts: int, seed: int) -> None:
-        self.tokens, self.context_tokens, self.seed = tokens, context_tokens, seed
-        self.batch_contexts = batch_contexts
-        contexts = (len(tokens) - context_tokens) // (context_tokens + 1)
-        self.steps_per_epoch = contexts // batch_contexts
-        if self.steps_per_epoch < 1:
-            raise ValueError(
-                f"pretrain: the text has {len(tokens):,} tokens, too few for one batch of {batch_contexts} contexts "
-                f"of {context_tokens} tokens. Give more text or fewer contexts per batch."
-            )
-        self._epoch = -1
-
-    def batch(self, step: int) -> Int[Tensor, "batch pos"]:
-        """Contexts of `context_tokens` + 1 tokens; a pure function of (seed, step)."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            width = self.context_tokens + 1
-            offset = int(rng.integers(self.context_tokens))
-            self._starts = offset + width * rng.permutation(self.steps_per_epoch * self.batch_contexts)
-            self._epoch = epoch
-        starts = self._starts[index * self.batch_contexts : (index + 1) * self.batch_contexts]
-        rows = np.stack([self.tokens[s : s + self.context_tokens + 1] for s in starts])
-        return torch.from_numpy(rows.astype(np.int64))
 
 
 def learning_rate(step: int, total_steps: int, config: PretrainConfig) -> float:
@@ -195,7 +190,7 @@ def pretrain(
     }
     if start is not None:
         settings["start_sha256"] = sha256((start / MODEL).read_bytes()).hexdigest()
-    version_0_1 = {"train": {"block_lr_share": 1.0, "keep_at": ()}, "held_out": WHOLE.held_out}
+    version_0_1 = {"train": {name: _DEFAULTS[name] for name in _ADDED}, "held_out": WHOLE.held_out}
     if shape.d_vocab > 1 << 16:
         raise ValueError(f"pretrain: d_vocab = {shape.d_vocab:,}; tokens are stored in 16 bits, so at most 65,536.")
     with explaining_full_disk(out, lambda: _kept(out)):
@@ -221,32 +216,45 @@ def _pretrain(
             f"{shape.n_ctx} tokens to measure the loss on. Give more text, or join short documents into one file: "
             f"short documents are held out whole, one in twenty, and longer ones are divided. Delete {out} first."
         )
-    model = Transformer(shape, seed=config.seed)
+    model = Transformer(
+        shape, seed=config.seed, attention_std=config.attention_std, sinusoid_positions=config.sinusoid_positions
+    )
     if start is not None:
         model.load_state_dict(read_tensors(start / MODEL)[0])
-    stream = TokenStream(tokens[TRAIN], shape.n_ctx, config.batch_contexts, config.seed)
+    stream = TokenStream(
+        tokens[TRAIN],
+        shape.n_ctx,
+        config.batch_contexts,
+        config.seed,
+        repeats=Repeats(config.repeat_share, *config.repeat_tokens),
+        bos_id=load_tokenizer(out / "tokenizer.json").token_to_id(BOS) if config.context_bos else None,
+    )
     _train(model, stream, tokens[HELD_OUT], out, config)
-    write_model(model, out)
+    write_model(model, out, context_bos=config.context_bos)
     return out
 
 
-def write_model(model: Transformer, directory: Path) -> None:
-    """Writes the weights, in 16 bits, and config.json; with tokenizer.json beside them, `load_model` opens it."""
+def write_model(model: Transformer, directory: Path, *, context_bos: bool = False) -> None:
+    """Writes the weights, in 16 bits, and config.json; with tokenizer.json beside them, `load_model` opens it.
+
+    `context_bos`: in training every context began with BOS.
+    """
     write_tensors(
         directory / MODEL,
         {name: tensor.half() for name, tensor in model.state_dict().items()},
         {"kind": "native-transformer"},
     )
     settings = {"kind": "native-transformer", "format": 1, **model.config.to_dict(), "bos_token": BOS}
+    settings |= {"context_bos": True} if context_bos else {}
     write_json(directory / "config.json", settings)
 
 
-def _keep(model: Transformer, out: Path, tokens: int) -> None:
+def _keep(model: Transformer, out: Path, tokens: int, context_bos: bool) -> None:
     """A copy of the model as it is now, in a directory of its own."""
     directory = out / "kept" / f"{tokens}-tokens"
     directory.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "tokenizer.json", directory / "tokenizer.json")
-    write_model(model, directory)
+    write_model(model, directory, context_bos=context_bos)
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -316,7 +324,7 @@ def _train(model: Transformer, stream: TokenStream, held_out: np.ndarray, out: P
     step = _restore(model, optimizer, names, out)
     keep_steps = {-(-tokens // batch_tokens): tokens for tokens in sorted(config.keep_at, reverse=True)}
     if step == 0 and 0 in keep_steps:
-        _keep(model, out, keep_steps[0])
+        _keep(model, out, keep_steps[0], config.context_bos)
     saved = time.monotonic()
     with (
         interruptible() as interrupt,
@@ -333,7 +341,7 @@ def _train(model: Transformer, stream: TokenStream, held_out: np.ndarray, out: P
                 )
             bar.update(batch_tokens)
             if step in keep_steps:
-                _keep(model, out, keep_steps[step])
+                _keep(model, out, keep_steps[step], config.context_bos)
             if step % 50 == 0 or step == total_steps:
                 entry: dict[str, Any] = {"step": step, "tokens": step * batch_tokens, "loss": round(loss, 4), "lr": lr}
                 if step % config.eval_steps == 0 or step == total_steps:

@@ -21,6 +21,8 @@ def solu(x: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
     return x * x.softmax(-1)
 
 
+INITIAL_STD = 0.02  # of GPT-2's initial weights
+SINUSOID_SIZE = 0.5
 # `solu_ln`: TransformerLens' name for SoLU followed by a LayerNorm, as in the paper.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "solu_ln": solu}
 
@@ -167,10 +169,27 @@ class Block(nn.Module):
         return hook(f"{self.name}.hook_resid_post", resid)
 
 
+def sinusoids(n_ctx: int, d_model: int) -> Float[Tensor, "pos d_model"]:
+    """sin and cos, in turns, of pos · 1000^(−2i / d_model).
+
+    As in Vaswani et al. 2017, section 3.5, but with 1000 instead of 10,000, because contexts are short.
+    """
+    rates = 1000.0 ** (-torch.arange((d_model + 1) // 2) / (d_model / 2))
+    angles = torch.arange(n_ctx)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :d_model]
+
+
 class Transformer(nn.Module):
     """Token and learned position embeddings, `n_layers` blocks, final LayerNorm, untied unembedding."""
 
-    def __init__(self, config: TransformerConfig, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        seed: int = 0,
+        attention_std: float = INITIAL_STD,
+        sinusoid_positions: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.d_vocab, config.d_model)
@@ -178,11 +197,16 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.ln_final = nn.LayerNorm(config.d_model)
         self.unembed = nn.Linear(config.d_model, config.d_vocab, bias=False)
-        self._initialise(seed)
+        self._initialise(seed, attention_std)
+        if sinusoid_positions:
+            self.pos_embed.weight.data.copy_(SINUSOID_SIZE * sinusoids(config.n_ctx, config.d_model))
 
     @torch.no_grad()
-    def _initialise(self, seed: int) -> None:
-        """GPT-2's initialisation: N(0, 0.02), output projections divided by sqrt(2 n_layers), zero biases."""
+    def _initialise(self, seed: int, attention_std: float) -> None:
+        """GPT-2's initialisation: N(0, 0.02), output projections divided by sqrt(2 n_layers), zero biases.
+
+        Weights of attention have the spread `attention_std` instead of 0.02.
+        """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -190,7 +214,7 @@ class Transformer(nn.Module):
             elif parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                std = 0.02
+                std = attention_std if ".attn." in name else INITIAL_STD
                 if name.endswith(("attn.o.weight", "mlp.out.weight")):
                     std /= (2 * self.config.n_layers) ** 0.5
                 parameter.normal_(0.0, std, generator=generator)
