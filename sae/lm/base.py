@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sae.lm.paths import DirectPath, NoLinearPath, Readout
+from sae.lm.weights import TransformerWeights
 from sae.text.model_text import Messages
 from sae.text.tokenizer import reading_special_tokens, token_ids, token_name
 
@@ -102,6 +103,13 @@ class LanguageModel(ABC):
 
         Raises: ModelError if their outputs are not sums of values over source tokens.
         """
+
+    def weights(self) -> TransformerWeights:
+        """The weights by what they do. Raises: ModelError for a model that computes something else with its weights."""
+        raise ModelError(
+            f"{self.id}: its weights are not known by what they do. Lenses on weights and parts work for models of "
+            "`sae pretrain` and for GPT-2."
+        )
 
     def why_no_path(self, hook_point: str) -> str | None:
         """Why no linear map leads from `hook_point` to the logits; None if one does."""

@@ -15,12 +15,13 @@ from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sae.lm import bridge_paths
+from sae.lm import bridge_paths, bridge_weights
 from sae.lm.base import Attended, Captured, Catch, LanguageModel, ModelError, Splice
 from sae.lm.identity import sha256_of_model, sha256_of_parameters
 from sae.lm.model_directory import require_whole
 from sae.lm.paths import DirectPath, NoLinearPath, Readout
 from sae.lm.transformer import Transformer
+from sae.lm.weights import TransformerWeights
 from sae.text.model_text import Messages
 
 Found = TypeVar("Found")
@@ -196,6 +197,10 @@ class BridgeModel(LanguageModel):
 
     def readout(self) -> Readout:
         return self._kept("readout", lambda: bridge_paths.readout(self.module, self._run))
+
+    @torch.inference_mode()
+    def weights(self) -> TransformerWeights:
+        return bridge_weights.weights(self.module, self._run, self.id)
 
     def _kept(self, name: str, find: Callable[[], Found]) -> Found:
         """What `find` gives, or the NoLinearPath that it raises; found once, because it runs the model."""

@@ -20,6 +20,7 @@ from sae.lm.bridge import bridge_with
 from sae.lm.identity import sha256_of_model, sha256_of_parameters
 from sae.lm.paths import DirectPath, NoLinearPath, Norm, Readout
 from sae.lm.transformer import Attention, Transformer, TransformerConfig
+from sae.lm.weights import TransformerWeights, weights_from
 from sae.text.tokenizer import load_tokenizer
 
 
@@ -144,6 +145,28 @@ class NativeModel(LanguageModel):
             return result
 
         return logits
+
+    def weights(self) -> TransformerWeights:
+        config, modules = self.module.config, dict(self.module.named_modules())
+        by_head = (config.n_heads, config.d_head)
+
+        def find(name: str) -> Tensor:
+            place, _, part = name.rpartition(".")
+            kind, _, letter = part.partition("_")
+            if kind in ("w", "b") and not letter:  # of a norm
+                return modules[place].get_parameter("weight" if kind == "w" else "bias")
+            if part == "b_U":
+                return torch.zeros(config.d_vocab, device=self.device)
+            child = f"{place}.{letter.lower()}".lstrip(".")
+            child = {"e": "embed", "pos": "pos_embed", "u": "unembed"}.get(child, child)
+            found = modules[child].get_parameter("weight" if kind == "W" else "bias")
+            if letter in ("Q", "K", "V"):
+                return found.view(*by_head, -1).transpose(1, 2) if kind == "W" else found.view(by_head)
+            if part == "W_O":
+                return found.T.reshape(*by_head, -1)
+            return found.T if part in ("W_U", "W_out") else found
+
+        return weights_from(find, n_layers=config.n_layers, eps=self.module.ln_final.eps, has_mlp=not config.attn_only)
 
     def bridge(self) -> Any:
         """The same weights as a TransformerLens `TransformerBridge`: slower, but with every TransformerLens tool."""
