@@ -71,6 +71,18 @@ def test_settings_added_later_leave_the_identity_of_older_models_alone(tiny_mode
     assert attention.module.config.to_dict()["attn_only"] is True
 
 
+@pytest.mark.parametrize(
+    ("name", "recorded"),
+    [
+        ("tiny-relu-1l", "620b57d656d0ab2740d97df6fd8d8f3203a6f0a7f4c5b3514cfd090ae163e741"),
+        ("tiny-relu-1l-b", "9e6c2df8ff8e95f42e4553cbbde5ea428e6cdfb135d3ab5354d2b7f0bd3c9dc7"),
+    ],
+)
+def test_shipped_models_keep_their_identity(name: str, recorded: str) -> None:
+    """Stores and dictionaries of users hold these hashes."""
+    assert load_model(name).weights_sha256 == recorded
+
+
 @pytest.fixture
 def old_store(tmp_path: Path, tiny_model_dir: Path) -> Path:
     """A store as version 0.1 wrote it: besides its model's hash it recorded that of the weight file."""

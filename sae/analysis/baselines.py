@@ -17,6 +17,7 @@ from sklearn.decomposition import FastICA
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from sae.analysis.untrained import matrices_shuffled
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.directions import unit
 from sae.lm import LanguageModel
@@ -128,24 +129,8 @@ def shuffled_weights(model: LanguageModel, seed: int = 0) -> Iterator[LanguageMo
     The weights are restored at the end, also after an error.
     Source: Bricken et al. 2023, "randomised" transformer.
     """
-    generator = torch.Generator().manual_seed(seed)
-    module: torch.nn.Module = model.module  # type: ignore[attr-defined]
-    matrices = [p for p in module.parameters() if p.dim() >= 2]
-    kept = [p.detach().clone() for p in matrices]
-    with model.lock:
-        try:
-            for p in matrices:
-                order = torch.randperm(p.numel(), generator=generator).to(p.device)
-                _overwrite(p, p.flatten()[order].view_as(p))
-            yield model
-        finally:
-            for p, before in zip(matrices, kept, strict=True):
-                _overwrite(p, before)
-
-
-@torch.no_grad()
-def _overwrite(parameter: Tensor, values: Tensor) -> None:
-    parameter.copy_(values)
+    with model.lock, matrices_shuffled(model, seed):
+        yield model
 
 
 class HeldRows:

@@ -159,12 +159,14 @@ class NativeModel(LanguageModel):
                 return torch.zeros(config.d_vocab, device=self.device)
             child = f"{place}.{letter.lower()}".lstrip(".")
             child = {"e": "embed", "pos": "pos_embed", "u": "unembed"}.get(child, child)
-            found = modules[child].get_parameter("weight" if kind == "W" else "bias")
+            found: Tensor = modules[child].get_parameter("weight" if kind == "W" else "bias")
             if letter in ("Q", "K", "V"):
-                return found.view(*by_head, -1).transpose(1, 2) if kind == "W" else found.view(by_head)
-            if part == "W_O":
-                return found.T.reshape(*by_head, -1)
-            return found.T if part in ("W_U", "W_out") else found
+                found = found.view(*by_head, -1).transpose(1, 2) if kind == "W" else found.view(by_head)
+            elif part == "W_O":
+                found = found.T.reshape(*by_head, -1)
+            elif part in ("W_U", "W_out"):
+                found = found.T
+            return found
 
         return weights_from(find, n_layers=config.n_layers, eps=self.module.ln_final.eps, has_mlp=not config.attn_only)
 
