@@ -112,6 +112,8 @@ def measure(directory: Path, validation: str) -> dict[str, Any]:
     names = ("model", "mlp_zero", "bigram", "unigram")
     sums = {name: np.zeros(len(domains)) for name in (*names, "tokens")}
     for contexts, domain in windows(tokens, numbers, model.context_tokens):
+        if model.context_bos:  # as in its training
+            contexts[:, 0] = model.bos_id
         a, b = contexts[:, :-1].reshape(-1), contexts[:, 1:].reshape(-1)
         counted = b != model.bos_id
         found = {

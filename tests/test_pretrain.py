@@ -348,6 +348,8 @@ def test_copies_are_kept_at_the_chosen_tokens(tmp_path: Path, unbroken: Path, mo
     assert (straight / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
     kept = {path.name: load_model(path) for path in sorted((straight / "kept").iterdir())}
     assert set(kept) == {"0-tokens", "200-tokens", "448-tokens", "768-tokens"}
+    assert [kept[f"{n}-tokens"].trained_tokens for n in (0, 200, 448, 768)] == [0, 256, 448, 768]  # whole batches
+    assert load_model(straight).trained_tokens == 768
     expected = {"0-tokens": module.Transformer(SHAPE, seed=3).state_dict(), "768-tokens": load_model(straight).module}
     initial, last = expected["0-tokens"], expected["768-tokens"].state_dict()
     for name, tensor in kept["0-tokens"].module.state_dict().items():

@@ -47,6 +47,7 @@ class NativeModel(LanguageModel):
         self.weights_sha256 = sha256_of_model(parameters, self.module.config.to_dict())
         self.tokenizer = load_tokenizer(directory / "tokenizer.json")
         self.bos_id = self.tokenizer.token_to_id(config["bos_token"])
+        self.trained_tokens: int | None = config.get("trained_tokens")
         self._context_bos = bool(config.get("context_bos", False))
         self.context_tokens = self.module.config.n_ctx
         self.d_vocab = self.module.config.d_vocab

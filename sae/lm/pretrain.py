@@ -34,6 +34,7 @@ from sae.text.splits import DIVIDED, WHOLE, SplitRule, rule_named
 from sae.text.tokenizer import BOS, load_tokenizer, train_tokenizer
 from store.common import HELD_OUT, TRAIN, atomic_write, explaining_full_disk, write_bytes, write_json
 
+KEPT = "kept"  # the directory of copies made during training
 SETTINGS = "pretrain.json"  # the settings of the run that a directory holds
 MODEL = "model.safetensors"
 LOSS_CONTEXTS, NEURON_CONTEXTS = 256, 64  # held-out contexts that the log measures
@@ -230,14 +231,17 @@ def _pretrain(
         bos_id=load_tokenizer(out / "tokenizer.json").token_to_id(BOS) if config.context_bos else None,
     )
     _train(model, stream, tokens[HELD_OUT], out, config)
-    write_model(model, out, context_bos=config.context_bos)
+    batch_tokens = config.batch_contexts * shape.n_ctx
+    write_model(model, out, config.context_bos, _total_steps(config, batch_tokens) * batch_tokens)
     return out
 
 
-def write_model(model: Transformer, directory: Path, *, context_bos: bool = False) -> None:
+def write_model(
+    model: Transformer, directory: Path, context_bos: bool = False, trained_tokens: int | None = None
+) -> None:
     """Writes the weights, in 16 bits, and config.json; with tokenizer.json beside them, `load_model` opens it.
 
-    `context_bos`: in training every context began with BOS.
+    `context_bos`: in training every context began with BOS; `trained_tokens`: how many tokens it has seen.
     """
     write_tensors(
         directory / MODEL,
@@ -246,15 +250,16 @@ def write_model(model: Transformer, directory: Path, *, context_bos: bool = Fals
     )
     settings = {"kind": "native-transformer", "format": 1, **model.config.to_dict(), "bos_token": BOS}
     settings |= {"context_bos": True} if context_bos else {}
+    settings |= {} if trained_tokens is None else {"trained_tokens": trained_tokens}
     write_json(directory / "config.json", settings)
 
 
-def _keep(model: Transformer, out: Path, tokens: int, context_bos: bool) -> None:
+def _keep(model: Transformer, out: Path, name_tokens: int, context_bos: bool, trained_tokens: int) -> None:
     """A copy of the model as it is now, in a directory of its own."""
-    directory = out / "kept" / f"{tokens}-tokens"
+    directory = out / KEPT / f"{name_tokens}-tokens"
     directory.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "tokenizer.json", directory / "tokenizer.json")
-    write_model(model, directory, context_bos=context_bos)
+    write_model(model, directory, context_bos, trained_tokens)
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -319,12 +324,12 @@ def _texts_up_to(texts: Iterator[str], characters: int) -> Iterator[str]:
 
 def _train(model: Transformer, stream: TokenStream, held_out: np.ndarray, out: Path, config: PretrainConfig) -> None:
     batch_tokens = config.batch_contexts * model.config.n_ctx
-    total_steps = max(1, config.train_tokens // batch_tokens)
+    total_steps = _total_steps(config, batch_tokens)
     names, optimizer = _optimizer(model, config)
     step = _restore(model, optimizer, names, out)
     keep_steps = {-(-tokens // batch_tokens): tokens for tokens in sorted(config.keep_at, reverse=True)}
     if step == 0 and 0 in keep_steps:
-        _keep(model, out, keep_steps[0], config.context_bos)
+        _keep(model, out, keep_steps[0], config.context_bos, 0)
     saved = time.monotonic()
     with (
         interruptible() as interrupt,
@@ -341,7 +346,7 @@ def _train(model: Transformer, stream: TokenStream, held_out: np.ndarray, out: P
                 )
             bar.update(batch_tokens)
             if step in keep_steps:
-                _keep(model, out, keep_steps[step], config.context_bos)
+                _keep(model, out, keep_steps[step], config.context_bos, step * batch_tokens)
             if step % 50 == 0 or step == total_steps:
                 entry: dict[str, Any] = {"step": step, "tokens": step * batch_tokens, "loss": round(loss, 4), "lr": lr}
                 if step % config.eval_steps == 0 or step == total_steps:
@@ -356,6 +361,10 @@ def _train(model: Transformer, stream: TokenStream, held_out: np.ndarray, out: P
                 raise Interrupted(
                     f"stopped at step {step:,} of {total_steps:,}, saved in {out}. Repeat the command to continue."
                 )
+
+
+def _total_steps(config: PretrainConfig, batch_tokens: int) -> int:
+    return max(1, config.train_tokens // batch_tokens)
 
 
 def _optimizer(model: Transformer, config: PretrainConfig) -> tuple[list[str], torch.optim.AdamW]:
