@@ -7,7 +7,7 @@ from typing import Any
 
 from sae.cli.flags import add_device, add_text, add_verb
 
-NAMES = ("depth",)  # those of sae.pipeline.lenses, which is slow to import
+NAMES = ("depth", "growth", "heads")  # those of sae.pipeline.lenses, which is slow to import
 SETTINGS = ("text", "task", "by", "method", "layer", "concept", "n", "seed")
 
 

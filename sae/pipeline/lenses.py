@@ -5,15 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sae.circuits.depth import Tuning, feature_depth, layer_depth
+from sae.circuits.growth_measures import Snapshot, growth_measures
+from sae.circuits.head_measures import Texts, head_measures
 from sae.circuits.results import DIRECTORY, Result, write_result
 from sae.circuits.text import Contexts, contexts_of
 from sae.dictionary.autoencoder import SAE
-from sae.lm import LanguageModel, load_model
+from sae.lm import LanguageModel, NativeModel, load_model
 from sae.lm.base import read_json_file
+from sae.lm.pretrain import KEPT
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.harvest import Text, source_of
 from sae.pipeline.resolve import model_device, open_pair
@@ -101,4 +105,43 @@ def depth(subject: Subject, *, text: Text | None = None, n: int = 64, seed: int 
     return Result("depth", measures, about, labels={"depth": readings.names})
 
 
-LENSES: dict[str, Callable[..., Result]] = {"depth": depth}
+def heads(subject: Subject, *, text: Text | None = None, n: int = 64, seed: int = 0) -> Result:
+    """What each attention head does: where it looks, what it writes, what breaks without it.
+
+    `n` contexts of held-out text are measured; bigrams and skip-trigrams are counted in 32 times as many of the
+    training text.
+    """
+    lm = subject.model
+    held_out, counted = (held_out_contexts(lm, text, size, split) for split, size in ((HELD_OUT, n), (TRAIN, 32 * n)))
+    measures, labels = head_measures(lm, Texts(held_out.tokens, counted.tokens), seed=seed)
+    about = {"model": lm.identity(), "text": source_of("default" if text is None else text).name, "seed": seed}
+    return Result("heads", measures, about, labels=labels)
+
+
+def growth(subject: Subject, *, text: Text | None = None, n: int = 2048, seed: int = 0) -> Result:
+    """How the model came to use its context: its snapshots on the same `n` contexts of held-out text."""
+    lm = subject.model
+    snapshots = snapshots_of(lm)
+    held_out = held_out_contexts(lm, text, n)
+    measures, labels = growth_measures(snapshots, held_out.tokens, seed=seed)
+    about = {"model": lm.identity(), "text": source_of("default" if text is None else text).name, "seed": seed}
+    return Result("growth", measures, about, labels=labels)
+
+
+def snapshots_of(lm: LanguageModel) -> list[Snapshot]:
+    """The copies that training kept, and the model itself where it says how many tokens it has seen; fewest first.
+
+    Raises: PipelineError if there are none.
+    """
+    kept = sorted((lm.directory / KEPT).glob("*/model.safetensors")) if isinstance(lm, NativeModel) else []
+    if not kept or not isinstance(lm, NativeModel):
+        raise PipelineError(
+            f"{lm.id} has no snapshots: growth needs copies that `sae pretrain --keep-at TOKENS …` keeps in the model's "
+            "directory."
+        )
+    found = {} if lm.trained_tokens is None else {lm.trained_tokens: lm.directory}
+    found |= {int(path.parent.name.partition("-")[0]): path.parent for path in kept}
+    return [Snapshot(tokens, partial(load_model, found[tokens], device=str(lm.device))) for tokens in sorted(found)]
+
+
+LENSES: dict[str, Callable[..., Result]] = {"depth": depth, "growth": growth, "heads": heads}
