@@ -136,8 +136,8 @@ def snapshots_of(lm: LanguageModel) -> list[Snapshot]:
     kept = sorted((lm.directory / KEPT).glob("*/model.safetensors")) if isinstance(lm, NativeModel) else []
     if not kept or not isinstance(lm, NativeModel):
         raise PipelineError(
-            f"{lm.id} has no snapshots: growth needs copies that `sae pretrain --keep-at TOKENS …` keeps in the model's "
-            "directory."
+            f"{lm.id} has no snapshots: growth needs copies of the model from its training, which `sae pretrain "
+            "--keep-at TOKENS …` keeps in the model's directory."
         )
     found = {} if lm.trained_tokens is None else {lm.trained_tokens: lm.directory}
     found |= {int(path.parent.name.partition("-")[0]): path.parent for path in kept}
