@@ -16,6 +16,7 @@ from sae.analysis.untrained import matrices_shuffled, weights_initialised
 from sae.circuits.growth_measures import Snapshot, growth_measures, unordered, window_for
 from sae.circuits.head_measures import Texts, head_measures
 from sae.circuits.results import Result, read_result, write_result
+from sae.cli.lens_table import lens_table
 from sae.lm import LanguageModel, NativeModel, load_model
 from sae.lm.pretrain import PretrainConfig, pretrain
 from sae.lm.transformer import TransformerConfig
@@ -132,8 +133,14 @@ def test_the_lenses_write_their_results(tmp_path: Path) -> None:
     config = PretrainConfig(train_tokens=1024, batch_contexts=4, keep_at=(0, 512, 1024), repeat_share=0.5)
     out = pretrain(source, tmp_path / "lm", shape=shape, config=config)
     path = pipeline.lens("growth", out, text=source, n=6, out=tmp_path / "results")
-    assert read_result(path).labels["tokens"] == [0, 512, 1024]
+    grown = read_result(path)
+    assert grown.labels["tokens"] == [0, 512, 1024]
+    assert all(name in lens_table(grown) for name in grown.measures)
     path = pipeline.lens("heads", out, text=source, n=6, out=tmp_path / "results")
-    assert read_result(path).measures["ov_eigenvalues"].value.shape == (2, 2)
+    found = read_result(path)
+    assert found.measures["ov_eigenvalues"].value.shape == (2, 2)
+    assert isinstance(found.measures["repeat_loss"].value, float)
+    shown = lens_table(found)
+    assert all(name in shown for name in found.measures)
     with pytest.raises(pipeline.PipelineError, match="no snapshots"):
         pipeline.lens("growth", write_model(tmp_path / "bare", shape=ATTN), text=source, out=tmp_path / "results")

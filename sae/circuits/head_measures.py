@@ -14,7 +14,7 @@ from torch import Tensor
 from sae.analysis.untrained import matrices_shuffled, weights_initialised
 from sae.circuits import heads, orders, skip_trigrams, weights
 from sae.circuits.intervals import mean_interval
-from sae.circuits.results import Control, Interval, Measure
+from sae.circuits.results import Control, Interval, Measure, Value
 from sae.lm import LanguageModel, ModelError
 from sae.text.tokenizer import token_name
 
@@ -87,7 +87,17 @@ def _with_controls(name: str, found: Found, untrained: Mapping[str, Mapping[str,
         other = untrained[kind].get(name)
         if other is not None:
             controls[kind] = Control(other.value, what, other.ci95)
-    return Measure(found.value, found.n, found.of, found.formula, controls, found.ci95, found.axes)
+    controls = {kind: Control(_plain(each.value), each.what, _ends(each.ci95)) for kind, each in controls.items()}
+    return Measure(_plain(found.value), found.n, found.of, found.formula, controls, _ends(found.ci95), found.axes)
+
+
+def _plain(value: Value) -> Value:
+    """A number where there are no axes."""
+    return float(value) if isinstance(value, Tensor) and value.ndim == 0 else value
+
+
+def _ends(interval: Interval | None) -> Interval | None:
+    return None if interval is None else (_plain(interval[0]), _plain(interval[1]))
 
 
 # --- patterns --------------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def _described(name: str, measure: Measure, arrays: dict[str, Tensor]) -> dict[s
 
     def stored(value: Value, place: str) -> float | None | dict[str, str]:
         if isinstance(value, Tensor):
-            arrays[place] = value.detach().contiguous()
+            arrays[place] = value.detach().contiguous().clone()  # measures may share a control
             return {ARRAY: place}
         return float(value) if math.isfinite(value) else None
 
