@@ -241,7 +241,8 @@ def write_model(
 ) -> None:
     """Writes the weights, in 16 bits, and config.json; with tokenizer.json beside them, `load_model` opens it.
 
-    `context_bos`: in training every context began with BOS; `trained_tokens`: how many tokens it has seen.
+    `context_bos`: in training every context began with BOS; `trained_tokens`: how many tokens this run
+    has trained it on.
     """
     write_tensors(
         directory / MODEL,
