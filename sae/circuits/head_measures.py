@@ -149,7 +149,7 @@ def _of_ablation(model: LanguageModel, texts: Texts, made_up: int, seed: int) ->
     twice = made_up_text(model, texts, LONG, 2, made_up, seed + 1)
     means = heads.mean_outputs(model, texts.held_out)
     for kind in ("mean", "zero"):
-        lost = heads.ablate_heads(model, twice, kind, means=means if kind == "mean" else None)  # type: ignore[arg-type]
+        lost = heads.ablate_heads(model, twice, kind, means=means if kind == "mean" else None)
         second = lost.second - lost.second_clean[:, None, None]
         first = lost.first - lost.first_clean[:, None, None]
         formula = f"loss of the second of two copies of random tokens with the head's output at its {kind}"
@@ -199,7 +199,7 @@ def _of_weights(model: LanguageModel, texts: Texts, made_up: int, seed: int) -> 
     mean, spread = weights.random_composition(w.W_E.shape[1], w.d_head, seed=seed)
     random = Control(mean, f"pairs of heads with normal random weights; standard deviation {spread:.4f}")
     for kind in ("q", "k", "v"):
-        scores = weights.composition_scores(model, kind)  # type: ignore[arg-type]
+        scores = weights.composition_scores(model, kind)
         formula = {"q": "‖OV₁ QK₂‖ / ‖OV₁‖ ‖QK₂‖", "k": "‖QK₂ OV₁ᵀ‖ / ‖QK₂‖ ‖OV₁‖", "v": "‖OV₁ OV₂‖ / ‖OV₁‖ ‖OV₂‖"}[
             kind
         ]

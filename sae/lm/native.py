@@ -155,7 +155,8 @@ class NativeModel(LanguageModel):
             place, _, part = name.rpartition(".")
             kind, _, letter = part.partition("_")
             if kind in ("w", "b") and not letter:  # of a norm
-                return modules[place].get_parameter("weight" if kind == "w" else "bias")
+                of_norm: Tensor = modules[place].get_parameter("weight" if kind == "w" else "bias")
+                return of_norm
             if part == "b_U":
                 return torch.zeros(config.d_vocab, device=self.device)
             child = f"{place}.{letter.lower()}".lstrip(".")
