@@ -331,7 +331,7 @@ def test_without_the_extra_the_verb_says_what_to_install(
     monkeypatch.setattr(embedding, "find_spec", lambda name: None)
     load_text_model.cache_clear()
     assert main(["search", str(directory), "dna"]) == 2
-    assert "needs the extra `search`: pip install 'monosem[search]'" in capsys.readouterr().err
+    assert "needs the extra search: pip install 'monosem[search]'" in capsys.readouterr().err
     assert not (directory / module.CACHE).exists()
     assert not (directory / NAME).exists()
 

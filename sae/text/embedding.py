@@ -65,7 +65,7 @@ def load_text_model(directory: str | Path | None = None) -> TextModel:
     loaded, is pickled, or needs code of its own.
     """
     if not is_installed(directory):
-        raise TextModelError(f"the search by meaning needs the extra `search`: {INSTALL}, then start again")
+        raise TextModelError(f"the search by meaning needs the extra search: {INSTALL}, then start again")
     path = Path(directory).expanduser() if directory else _packaged()
     if directory:
         _require_safe_weights(path)
