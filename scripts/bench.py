@@ -57,17 +57,21 @@ SWEPT_FROM = {"d_sae": 16384, "l0": K, "batch": BATCH_TOKENS}
 class Contender:
     """One process that takes steps on request."""
 
-    def __init__(self, who: str, command: list[str], cwd: Path | None = None) -> None:
+    def __init__(self, who: str, command: list[str], cwd: Path | None = None, **variables: str) -> None:
         self.who = who
-        env = os.environ | {
-            "OMP_NUM_THREADS": str(THREADS),
-            "MKL_NUM_THREADS": str(THREADS),
-            "BENCH_THREADS": str(THREADS),
-            "WANDB_MODE": "disabled",
-            "HF_HUB_OFFLINE": "1",
-            "SPARSIFY_DISABLE_TRITON": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        env = (
+            os.environ
+            | variables
+            | {
+                "OMP_NUM_THREADS": str(THREADS),
+                "MKL_NUM_THREADS": str(THREADS),
+                "BENCH_THREADS": str(THREADS),
+                "WANDB_MODE": "disabled",
+                "HF_HUB_OFFLINE": "1",
+                "SPARSIFY_DISABLE_TRITON": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+        )
         self.process = subprocess.Popen(
             command,
             env=env,
@@ -98,10 +102,11 @@ class Contender:
             self.process.kill()
 
 
-def ours(who: str, variant: str, *, d_sae: int, l0: int, batch: int) -> Contender:
+def ours(who: str, variant: str, *, d_sae: int, l0: int, batch: int, **variables: str) -> Contender:
+    """Our trainer; `variables` are of its environment."""
     worker = str(Path(__file__).with_name("bench_worker.py"))
     shape = ["--variant", variant, "--d-sae", str(d_sae), "--l0", str(l0), "--batch", str(batch)]
-    return Contender(who, [sys.executable, worker, *shape, *OURS[who]])
+    return Contender(who, [sys.executable, worker, *shape, *OURS.get(who, [])], **variables)
 
 
 def peer(who: str, variant: str, d_sae: int, peers: Path) -> Contender:
@@ -200,16 +205,16 @@ def screening_product_s(*, d_sae: int, l0: int, batch: int) -> float:
     """Median seconds of the product that finds the candidates, by itself."""
     import torch
 
-    from sae.kernels.cpu import screen_dtype, screen_rows
+    from sae.kernels.cpu_screen import Screen, prepare
 
     torch.set_num_threads(THREADS)
-    x, W = torch.rand(batch, D_IN).to(screen_dtype()), torch.rand(d_sae, D_IN).to(screen_dtype())
-    at_once = screen_rows(batch, d_sae)
-    out, times = torch.empty((at_once, d_sae), dtype=x.dtype), []
+    bias = torch.zeros(d_sae)
+    screen = Screen.of(torch.rand(batch, D_IN), prepare(torch.rand(d_sae, D_IN).t()), bias, bias)
+    times = []
     for _ in range(4):
         began = time.perf_counter()
-        for rows in x.split(at_once):
-            torch.mm(rows, W.t(), out=out[: len(rows)])
+        for first in range(0, batch, len(screen.buffer)):
+            screen.product(first, min(batch, first + len(screen.buffer)))
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:])
 

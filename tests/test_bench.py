@@ -14,6 +14,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import bench  # noqa: E402
+import bench_screen  # noqa: E402
 from bench_plot import line_plot  # noqa: E402
 
 # Speaks the protocol of bench.Contender: an answer at the start, and one for each `run N`.
@@ -88,3 +89,25 @@ def test_lines_are_drawn_at_the_positions_of_their_numbers() -> None:
     assert y0 > y2  # upwards
     assert drawn[1][0][1] == drawn[1][1][1]
     assert drawn[2][0][0] > x2
+
+
+def test_formats_of_the_screen_are_timed_and_their_exact_products_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_screen, "formats", lambda: ["float32", "int8"])
+    monkeypatch.setattr(bench_screen.bench, "K", 3)
+    options = ["--parts", "select", "--d-sae", "96", "--batch", "32", "--rounds", "2", "--json", str(tmp_path / "json")]
+    monkeypatch.setattr(sys, "argv", ["bench_screen.py", *options])
+    assert bench_screen.main() == 0
+    exact, int8 = json.loads((tmp_path / "json").read_text())["select"]
+    assert exact["exact_products_per_row"] == 3  # float32 leaves no doubt but for ties
+    assert int8["exact_products_per_row"] > 3
+    assert {len(times) for times in int8["times"].values()} == {2}
+    assert "| int8 | product |" in capsys.readouterr().out
+
+
+def test_ratios_of_steps_are_of_pairs() -> None:
+    found = [
+        {"who": who, "seconds": [2.0, 4.0, 9.0], "cpu_s": cpu} for who, cpu in (("a", [2, 4, 9]), ("b", [1, 1, 3]))
+    ]
+    assert bench_screen.step_table(found).splitlines()[-1].endswith("| 1000.0 | 1000.0 | 3000.0 | 3.00 |")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae.kernels import BACKENDS, autograd, choose, reference
+from sae.kernels import BACKENDS, autograd, choose, cpu_screen, reference
 from sae.kernels.activations import SparseActs, l0
 from sae.kernels.sparsity import Above, BatchTopK, NotSparse, Rule, Support, TopK
 
@@ -102,7 +102,7 @@ def test_screening_in_bfloat16_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert len(torch.unique((x.bfloat16() @ W_enc.bfloat16())[0])) < 20  # so the screen alone could not decide
     found = {}
     for dtype in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(cpu, "screen_dtype", lambda dtype=dtype: dtype)
+        monkeypatch.setattr(cpu_screen, "screen_dtype", lambda dtype=dtype: dtype)
         for rule in (TopK(7), BatchTopK(7), Above(pre.quantile(0.98).float().expand(d_sae).contiguous())):
             support, values = chosen(cpu, x, W_enc, bias, rule)
             dense = support.dense(values)
@@ -143,7 +143,7 @@ def test_huge_biases_do_not_hide_what_is_active(
 ) -> None:
     """x · w + bias is small while both are large, so that float32's rounding of the bias matters."""
     if kernels.NAME == "cpu":
-        monkeypatch.setattr(kernels, "screen_dtype", lambda: screen)
+        monkeypatch.setattr(cpu_screen, "screen_dtype", lambda: screen)
         monkeypatch.setattr(kernels, "MIN_ROW_SPACE", 150)
     elif screen == torch.float32:
         pytest.skip("only the cpu kernels have a choice of screens")

@@ -18,6 +18,8 @@ from numba import njit  # noqa: E402
 from numba.core.caching import FunctionCache  # noqa: E402
 
 GROUP = 32  # features in a group: its largest sure value represents it in the search for a row's k-th largest value
+SMALLEST = np.float32(2.0**-126)  # float32's smallest normal number
+SMALLEST_RANGE = np.float32(1e-30)  # numbers of rows that are smaller are rounded as if this were their largest
 LEAST = np.float32(-1e38)  # below any pre-activation, but finite, as `compiled_for_numbers` requires
 
 
@@ -76,8 +78,13 @@ compiled_for_numbers = _loop(fastmath=True)
 
 
 @compiled
-def norms_and_errors(rows, bits, shift, start, stop, norm, error):
-    """`max(‖row‖, ‖rounded row‖)` and `‖row − rounded row‖`; `bits` are those of the rounded rows."""
+def norms_and_errors(rows, bits, start, stop, norm, error):
+    """`max(‖row‖, ‖rounded row‖)` and `‖row − rounded row‖`; `bits` are those of the rounded rows.
+
+    Squares below float32's smallest normal number, 2⁻¹²⁶, may vanish: √d · 2⁻⁶³ covers what they take from a norm.
+    """
+    vanished = np.float32(np.sqrt(rows.shape[1]) * 2.0**-63)
+    shift = np.uint32(32 - 8 * bits.itemsize)
     wide_bits = np.empty(rows.shape[1], np.uint32)
     rounded = wide_bits.view(np.float32)
     for j in range(start, stop):
@@ -89,18 +96,55 @@ def norms_and_errors(rows, bits, shift, start, stop, norm, error):
             square += rows[j, d] * rows[j, d]
             rounded_square += rounded[d] * rounded[d]
             error_square += difference * difference
-        norm[j], error[j] = np.sqrt(max(square, rounded_square)), np.sqrt(error_square)
+        norm[j] = np.sqrt(max(square, rounded_square)) + vanished
+        error[j] = np.sqrt(error_square) + vanished
+
+
+@compiled
+def round_to_int8(rows, numbers, unit, start, stop, norm, error):
+    """`row ≈ unit · numbers`, `max(‖row‖, ‖unit · numbers‖)` and `‖row − unit · numbers‖`.
+
+    The squares are of numbers in units, so that they neither overflow nor vanish, and SMALLEST covers what rounding in
+    subnormal numbers may take from a norm.
+    """
+    row_bits = rows.view(np.uint32)
+    largest_bits = np.empty(1, np.uint32)
+    for j in range(start, stop):
+        most = np.uint32(
+            0
+        )  # bits of positive numbers are in their order, NaN the largest, and maxima of integers vectorise
+        for d in range(rows.shape[1]):
+            most = max(most, row_bits[j, d] & np.uint32(0x7FFFFFFF))
+        largest_bits[0] = most
+        largest = largest_bits.view(np.float32)[0]
+        largest = SMALLEST_RANGE if largest < SMALLEST_RANGE else largest
+        per_unit = np.float32(127) / largest
+        square, rounded_square, error_square = np.float32(0), np.float32(0), np.float32(0)
+        for d in range(rows.shape[1]):
+            scaled = rows[j, d] * per_unit
+            number = np.int32(scaled + (np.float32(0.5) if scaled >= 0 else np.float32(-0.5)))
+            numbers[j, d] = number
+            rounded = np.float32(number)
+            square += scaled * scaled
+            rounded_square += rounded * rounded
+            error_square += (scaled - rounded) * (scaled - rounded)
+        unit[j] = largest / np.float32(127)
+        norm[j] = unit[j] * np.sqrt(max(square, rounded_square)) + SMALLEST
+        error[j] = unit[j] * np.sqrt(error_square) + SMALLEST
 
 
 @compiled_for_numbers
 def choose(
-    bits,
+    product,
+    x_unit,
+    unit,
     x_norm,
+    x_error,
+    norm,
     margin,
     base,
     doubt,
     rounding,
-    shift,
     x,
     W,
     bias,
@@ -112,64 +156,117 @@ def choose(
     features,
     values,
     counts,
+    tried,
 ):
     """Selects in rows start … stop − 1 of one screened block, whose row 0 is row `first` of x.
 
-    For each feature, the exact value minus its threshold is in [sure, reach] = screened + base ± slack.
+    For each feature, the exact value minus its threshold is in [sure, reach] = screened + base ± slack. With k, all
+    thresholds are zero. `tried` counts the exact products of each row.
     """
-    n_groups, space = len(margin) // GROUP, features.shape[1]
+    n_features, space = len(margin), features.shape[1]
+    n_groups = n_features // GROUP
     group_sure = np.empty(n_groups, np.float32)
-    wide_bits = np.empty(len(margin), np.uint32)
-    screened = wide_bits.view(np.float32)
-    sure, reach = np.empty(len(margin), np.float32), np.empty(len(margin), np.float32)
-    exact = np.empty(len(margin), np.float32)
-    candidates = np.empty(len(margin), np.int32)
+    bits = np.empty(n_features, np.uint32)
+    screened = bits.view(np.float32)
+    scratch, reach = np.empty(n_features, np.float32), np.empty(n_features, np.float32)
+    guess, exact = np.empty(n_features, np.float32), np.empty(n_features, np.float32)
+    candidates, waiting = np.empty(n_features, np.int32), np.empty(n_features, np.int32)
     for i in range(start, stop):
         row = first + i
-        norm = x_norm[row]
-        for feature in range(len(margin)):
-            wide_bits[feature] = np.uint32(bits[i, feature]) << shift
+        row_norm, row_error = x_norm[row], x_error[row]
+        if unit is None:
+            shift = np.uint32(32 - 8 * product.itemsize)
+            for feature in range(n_features):
+                bits[feature] = np.uint32(product[i, feature]) << shift
+        else:
+            for feature in range(n_features):
+                screened[feature] = np.float32(product[i, feature]) * unit[feature] * x_unit[row]
         # A group's features are n_groups apart, so that the maxima of neighbouring groups vectorise.
         group_sure[:] = LEAST
         for member in range(GROUP):
             for group in range(n_groups):
                 feature = member * n_groups + group
-                slack = norm * margin[feature] + rounding * abs(screened[feature]) + doubt[feature]
+                slack = row_norm * margin[feature] + row_error * norm[feature] + doubt[feature]
+                slack += rounding * abs(screened[feature])
                 value = screened[feature] + base[feature]
                 reach[feature] = value + slack
                 group_sure[group] = max(group_sure[group], value - slack)
         # At least k features surely reach `bar`. The bar from groups is lower than that from features but cheap, and
-        # leaves few features for the second, closer one.
+        # leaves few features for the closer ones.
         bar = floor_of_kth(group_sure, k) if k else np.float32(0)
         possible = 0
-        for feature in range(len(margin)):
-            if reach[feature] >= bar:
-                candidates[possible] = feature
-                reach[possible] = reach[feature]
-                sure[possible] = screened[feature] + base[feature]
-                sure[possible] -= norm * margin[feature] + rounding * abs(screened[feature]) + doubt[feature]
-                possible += 1
+        for chunk in range(0, n_features, GROUP):  # most have no candidate, which their maximum shows without a branch
+            highest = reach[chunk]
+            for feature in range(chunk, chunk + GROUP):
+                highest = max(highest, reach[feature])
+            if highest >= bar:
+                for feature in range(chunk, chunk + GROUP):
+                    if reach[feature] >= bar:
+                        candidates[possible] = feature
+                        possible += 1
+        for n in range(possible):
+            feature = candidates[n]
+            guess[n] = screened[feature] + base[feature]
+            reach[n] = reach[feature]  # n ≤ feature: what is overwritten has been read
+            scratch[n] = guess[n] - (reach[n] - guess[n])
         if 0 < k <= possible:
-            bar = max(bar, floor_of_kth(sure[:possible], k))
+            bar = max(bar, floor_of_kth(scratch[:possible], k))
         kept = 0
         for n in range(possible):
-            candidates[kept] = candidates[n]
+            candidates[kept], guess[kept], reach[kept] = candidates[n], guess[n], reach[n]
             kept += reach[n] >= bar
-        for n in range(kept):  # no branch between the products: the next row is fetched while this one is summed
-            feature = candidates[n]
-            dot = np.float32(0)
-            for d in range(x.shape[1]):
-                dot += x[row, d] * W[feature, d]
-            exact[n] = dot + bias[feature]
+        # The exact values of the k largest guesses are a bar without slack; what cannot reach it needs no product.
+        first_guess = LEAST
+        if 0 < k < kept:
+            scratch[:kept] = guess[:kept]
+            first_guess = kth_largest(scratch, kept, k)
+        n_waiting = 0
+        for n in range(kept):
+            waiting[n_waiting] = n
+            n_waiting += guess[n] >= first_guess
+        exact_values(x, row, W, bias, candidates, waiting, n_waiting, exact)
+        tried[row] = n_waiting
+        if 0 < k < kept:
+            lowest = exact[waiting[0]]
+            for n in range(n_waiting):
+                lowest = min(lowest, exact[waiting[n]])
+            bar = max(bar, lowest)
+            still = 0
+            for n in range(kept):
+                candidates[still], guess[still], reach[still] = candidates[n], guess[n], reach[n]
+                exact[still] = exact[n]
+                still += (reach[n] >= bar) | (guess[n] >= first_guess)
+            kept = still
+            n_waiting = 0
+            for n in range(kept):
+                waiting[n_waiting] = n
+                n_waiting += guess[n] < first_guess
+            exact_values(x, row, W, bias, candidates, waiting, n_waiting, exact)
+            tried[row] += n_waiting
         found = 0
         for n in range(kept):
             candidates[found], exact[found] = candidates[n], exact[n]
             found += exact[n] > threshold[candidates[n]]
         if k and found > k:
-            found = keep_largest(candidates, exact, found, k, sure)
+            found = keep_largest(candidates, exact, found, k, scratch)
         counts[row] = found
         for n in range(min(found, space)):
             features[row, n], values[row, n] = candidates[n], exact[n]
+
+
+@compiled_for_numbers
+def exact_values(x, row, W, bias, candidates, waiting, n_waiting, exact):
+    """`exact[n] = x[row] · W[candidates[n]] + bias` for each n in `waiting`.
+
+    No branch stands between the products: the next row is fetched while this one is summed.
+    """
+    for m in range(n_waiting):
+        n = waiting[m]
+        feature = candidates[n]
+        dot = np.float32(0)
+        for d in range(x.shape[1]):
+            dot += x[row, d] * W[feature, d]
+        exact[n] = dot + bias[feature]
 
 
 @compiled_for_numbers
