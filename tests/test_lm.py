@@ -19,6 +19,7 @@ from sae.lm import BridgeModel, ModelError, NativeModel, load_model
 from sae.lm import load as loading
 
 HOOK_POINTS = list(random_transformer().hook_widths)
+HEADS = [f"attn.hook_{part}" for part in "qkvz"]
 TOLERANCE = 1e-5
 
 
@@ -96,7 +97,7 @@ def test_solu_neurons_are_measured_after_the_layer_norm(tmp_path: Path, tokens: 
 
 def test_an_attention_only_model_equals_its_bridge(tmp_path: Path, tokens: Tensor) -> None:
     model = load_model(write_model(tmp_path / "attn", shape=replace(SHAPE, n_layers=2, attn_only=True)))
-    hook_points = [f"blocks.{n}.{name}" for n in (0, 1) for name in ("hook_resid_pre", "attn.hook_z", "hook_attn_out")]
+    hook_points = [f"blocks.{n}.{name}" for n in (0, 1) for name in ("hook_resid_pre", *HEADS, "hook_attn_out")]
     assert set(hook_points) == {name for name in model.module.hook_widths if not name.endswith("hook_resid_post")}
     logits, cache = model.bridge().run_with_cache(tokens, names_filter=hook_points)
     assert (model.logits(tokens) - logits).abs().max() <= TOLERANCE
@@ -129,7 +130,7 @@ def test_nothing_after_the_hook_is_computed(tiny_model_dir: Path, tokens: Tensor
     model.capture(tokens, hook_point)
     order = {
         "blocks.0.hook_resid_pre": [],
-        "blocks.0.attn.hook_z": [],
+        **{f"blocks.0.{name}": [] for name in HEADS},
         "blocks.0.hook_attn_out": ["blocks.0.attn"],
         "blocks.0.hook_resid_mid": ["blocks.0.attn"],
         "blocks.0.mlp.hook_in": ["blocks.0.attn"],

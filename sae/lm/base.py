@@ -199,6 +199,12 @@ class LanguageModel(ABC):
         """
         return self._logits(tokens, splices)
 
+    def edited_logits(
+        self, tokens: Int[Tensor, "batch pos"], splices: Mapping[str, Splice]
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """As `spliced_logits`, but differentiable with respect to what the splices return."""
+        return self._logits(tokens, splices)
+
     def gradient(
         self, tokens: Int[Tensor, "batch pos"], hook_point: str, objective: Callable[[Tensor], Tensor]
     ) -> tuple[Float[Tensor, "batch pos d_in"], Float[Tensor, "batch pos d_in"]]:

@@ -95,6 +95,10 @@ class NativeModel(LanguageModel):
         name = hook_point.removeprefix(f"blocks.{layer}.")
         if name == "mlp.hook_in":
             raise NoLinearPath(hook_point, "the MLP reads it, and it is not a part of the residual stream")
+        if name in ("attn.hook_q", "attn.hook_k"):
+            raise NoLinearPath(hook_point, "it acts through the softmax of attention")
+        if name == "attn.hook_v":
+            raise NoLinearPath(hook_point, "it acts on other positions, through a pattern that depends on the text")
         writers = {"mlp.hook_post": "mlp.out", "attn.hook_z": "attn.o"}
         matrix = None
         if name in writers:

@@ -61,7 +61,10 @@ class TransformerConfig:
         return cls(**{name: settings[name] for name in cls.__dataclass_fields__.keys() - added.keys()}, **added)
 
 
-def unchanged(value: Tensor) -> Tensor:
+Hook = Callable[[str, Tensor], Tensor]
+
+
+def no_hook(name: str, value: Tensor) -> Tensor:
     return value
 
 
@@ -78,18 +81,19 @@ class Attention(nn.Module):
         self.o = nn.Linear(width, config.d_model)
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], hook_z: Callable[[Tensor], Tensor] = unchanged
+        self, x: Float[Tensor, "batch pos d_model"], hook: Hook = no_hook
     ) -> Float[Tensor, "batch pos d_model"]:
-        """`o(hook_z(z))`, z the heads' outputs [batch, pos, n_heads · d_head], head by head."""
+        """`o(z)`, z the heads' outputs; q, k, v and z are [batch, pos, n_heads · d_head], head by head."""
         batch, pos, _ = x.shape
 
-        def heads(projected: Tensor) -> Tensor:  # [batch, n_heads, pos, d_head]
-            return projected.view(batch, pos, self.n_heads, self.d_head).transpose(1, 2)
+        def heads(name: str, projected: Tensor) -> Tensor:  # [batch, n_heads, pos, d_head]
+            return hook(name, projected).view(batch, pos, self.n_heads, self.d_head).transpose(1, 2)
 
-        q, k, v = (heads(part(x)).to(x.dtype) for part in (self.q, self.k, self.v))
+        parts = (("hook_q", self.q), ("hook_k", self.k), ("hook_v", self.v))
+        q, k, v = (heads(name, part(x)).to(x.dtype) for name, part in parts)
         with torch.autocast(x.device.type, enabled=False):  # narrow heads: bfloat16 takes twice as long on a CPU
             z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        out: Tensor = self.o(hook_z(z.transpose(1, 2).reshape(batch, pos, -1)))
+        out: Tensor = self.o(hook("hook_z", z.transpose(1, 2).reshape(batch, pos, -1)))
         return out
 
     def pattern(self, x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "head dst src"]:
@@ -136,13 +140,6 @@ def norm_part(
     return (part - part.mean(-1, keepdim=True)) / scale * norm.weight
 
 
-Hook = Callable[[str, Tensor], Tensor]
-
-
-def no_hook(name: str, value: Tensor) -> Tensor:
-    return value
-
-
 class Block(nn.Module):
     """Pre-LayerNorm block: attention, then the MLP if the model has one, both added to the residual stream."""
 
@@ -158,7 +155,7 @@ class Block(nn.Module):
 
     def forward(self, resid: Tensor, hook: Hook = no_hook) -> Tensor:
         resid = hook(f"{self.name}.hook_resid_pre", resid)
-        attn_out = self.attn(self.ln1(resid), lambda z: hook(f"{self.name}.attn.hook_z", z))
+        attn_out = self.attn(self.ln1(resid), lambda name, value: hook(f"{self.name}.attn.{name}", value))
         resid = resid + hook(f"{self.name}.hook_attn_out", attn_out)
         if self.attn_only:
             return hook(f"{self.name}.hook_resid_post", resid)
@@ -242,7 +239,8 @@ class Transformer(nn.Module):
         """Width of the activations at each hook point."""
         d_model, d_mlp = self.config.d_model, self.config.d_mlp
         d_z = self.config.n_heads * self.config.d_head
-        attention = {"hook_resid_pre": d_model, "attn.hook_z": d_z, "hook_attn_out": d_model}
+        heads = {f"attn.hook_{part}": d_z for part in "qkvz"}
+        attention = {"hook_resid_pre": d_model, **heads, "hook_attn_out": d_model}
         mlp = {"hook_resid_mid": d_model, "mlp.hook_in": d_model, "hook_mlp_out": d_model, "mlp.hook_post": d_mlp}
         of_block = attention | ({} if self.config.attn_only else mlp) | {"hook_resid_post": d_model}
         return {f"blocks.{n}.{name}": width for n in range(self.config.n_layers) for name, width in of_block.items()}
