@@ -1,0 +1,29 @@
+r"""Writes the text that a model for the tasks `ioi` and `facts` is trained on: a made-up world, one sentence a line.
+
+    python scripts/tasks_text.py --out tasks.jsonl
+    sae pretrain --text tasks.jsonl --out lm/tasks-4l --n-layers 4 --tokens 10000000 --lr 2e-3 --weight-decay 0.05 \
+        --set n_heads=4 --set d_head=32 --set n_ctx=48 --set d_vocab=840 --set batch_contexts=64
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from sae.circuits.world import documents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines to write")
+    parser.add_argument("--documents", type=int, default=60_000, help="number of sentences (default: %(default)s)")
+    arguments = parser.parse_args()
+    with arguments.out.open("w", encoding="utf-8") as file:
+        for document in documents(arguments.documents):
+            file.write(json.dumps({"text": document.text, "domain": document.domain}) + "\n")
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
