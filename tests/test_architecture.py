@@ -62,6 +62,7 @@ BREACHES = [
     ("sae/indexing/build.py", "import umap", "umap has one door"),
     ("sae/cli/tables.py", "import scipy", "scipy, scikit-learn and pyarrow have one room"),
     ("sae/pipeline/search.py", "import sentence_transformers", "sentence_transformers has one door"),
+    ("sae/circuits/depth.py", "import concept_erasure", "concept_erasure has one door"),
     ("sae/lm/base.py", "import huggingface_hub", "huggingface_hub has one door"),
     ("sae/jobs/progress.py", "import wandb", "trackers have one door"),
     ("sae/training/loop.py", "import triton", "triton has one room"),
