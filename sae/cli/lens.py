@@ -7,7 +7,14 @@ from typing import Any
 
 from sae.cli.flags import add_device, add_text, add_verb
 
-NAMES = ("depth", "growth", "heads")  # those of sae.pipeline.lenses, which is slow to import
+NAMES = (
+    "circuit",
+    "depth",
+    "erase",
+    "facts",
+    "growth",
+    "heads",
+)  # those of sae.pipeline.lenses, which is slow to import
 SETTINGS = ("text", "task", "by", "method", "layer", "concept", "n", "seed")
 
 
@@ -22,6 +29,18 @@ def lens(verbs: Any) -> None:
     verb.add_argument("name", metavar="NAME", choices=NAMES, help=f"{', '.join(NAMES)}; the page Lenses explains each")
     verb.add_argument("path", metavar="PATH", help="directory of a dictionary, or a model as in sae harvest --model")
     add_text(verb, required=False, help="text to measure on (default: the text on this machine); may be repeated")
+    verb.add_argument(
+        "--task", metavar="TASK", help="circuit: induction, ioi, facts or a FILE.jsonl of prompts (default: induction)"
+    )
+    verb.add_argument("--by", metavar="PART", help="circuit: position, head, neuron or feature (default: position)")
+    verb.add_argument(
+        "--method",
+        metavar="METHOD",
+        help="circuit: activation, gradient, path or judge (default: activation); facts: gaussian, swap or rome "
+        "(default: gaussian)",
+    )
+    verb.add_argument("--layer", type=int, metavar="N", help="look at this layer only; facts: edit this one")
+    verb.add_argument("--concept", metavar="DOMAIN", help="erase: the domain of the text to erase")
     verb.add_argument("--n", type=int, metavar="N", help="how many contexts or prompts to measure on")
     verb.add_argument("--seed", type=int, metavar="N", help="seed of what is drawn at random, controls included")
     verb.add_argument(

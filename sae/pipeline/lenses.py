@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from sae.circuits import erasing, world
+from sae.circuits.circuit import Question, answer
 from sae.circuits.depth import Tuning, feature_depth, layer_depth
 from sae.circuits.growth_measures import Snapshot, growth_measures
 from sae.circuits.head_measures import Texts, head_measures
+from sae.circuits.known_facts import requests_of, variants
 from sae.circuits.results import DIRECTORY, Result, write_result
+from sae.circuits.rome import rome, second_moment
+from sae.circuits.tasks import task_of
 from sae.circuits.text import Contexts, contexts_of
+from sae.circuits.tracing import Corruption, causal_tracing
 from sae.dictionary.autoencoder import SAE
 from sae.lm import LanguageModel, NativeModel, load_model
 from sae.lm.base import read_json_file
@@ -21,6 +28,7 @@ from sae.lm.pretrain import KEPT
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.harvest import Text, source_of
 from sae.pipeline.resolve import model_device, open_pair
+from sae.text.sources import TextSource
 from store.common import HELD_OUT, TRAIN
 
 RUNS = Path("runs")  # where the results of models go
@@ -144,4 +152,87 @@ def snapshots_of(lm: LanguageModel) -> list[Snapshot]:
     return [Snapshot(tokens, partial(load_model, found[tokens], device=str(lm.device))) for tokens in sorted(found)]
 
 
-LENSES: dict[str, Callable[..., Result]] = {"depth": depth, "growth": growth, "heads": heads}
+def circuit(
+    subject: Subject,
+    *,
+    task: str = "induction",
+    by: str = "position",
+    method: str = "activation",
+    layer: int | None = None,
+    n: int = 32,
+    seed: int = 0,
+) -> Result:
+    """Which parts of the model carry the answer of a task, by patching `n` pairs of prompts.
+
+    `by` is position (the residual stream, attention and MLP outputs at named positions), head, neuron or feature; with
+    `layer`, of that layer only (for paths, its heads are the receivers). `method` is activation, gradient, path (heads,
+    or features of the dictionary, into heads' q, k and v) or judge (a circuit of heads found by greedy removal).
+    Raises: TaskError, PatchingError for a task that the model does not know or do, or a part that it does not have.
+    """
+    lm = subject.model
+    found = task_of(lm, task, n, seed=seed)
+    hook_point = None if subject.sae is None else subject.hook_point
+    question = Question(by, method, layer, subject.sae, hook_point, seed)
+    measures, labels = answer(lm, found, question)
+    texts = (found.clean, found.corrupt)
+    labels["first_prompts"] = [lm.tokenizer.decode(t[0].tolist(), skip_special_tokens=False) for t in texts]
+    about = subject.about | {"task": task, "by": by, "method": method, "layer": layer, "seed": seed}
+    return Result("circuit", measures, about, f"{found.name}-{method}-{by}", labels)
+
+
+def facts(subject: Subject, *, method: str = "gaussian", layer: int = 0, n: int = 30, seed: int = 0) -> Result:
+    """Where the facts of the made-up world are, and what editing one changes, in a model that was trained on them.
+
+    `method` is gaussian or swap (causal tracing by how the subject is corrupted), or rome, which edits `n` facts in
+    `layer`. Raises: TaskError for a model whose tokenizer does not have the world's words; PipelineError.
+    """
+    lm = subject.model
+    about = subject.about | {"method": method, "seed": seed}
+    if method in ("gaussian", "swap"):
+        found = task_of(lm, "facts", n, seed=seed)
+        measures, labels = causal_tracing(lm, found, cast(Corruption, method), seed=seed)
+        return Result("facts", measures, about, method, labels)
+    if method != "rome":
+        raise PipelineError(f"--method must be gaussian, swap or rome; got {method!r}.")
+    if not 0 <= layer < lm.n_layers:
+        raise PipelineError(f"--layer {layer} does not exist; {lm.id} has layers 0 … {lm.n_layers - 1}.")
+    edits, meanings = variants(layer, lm.n_layers)
+    source = TextSource("made-up world", lambda _: world.documents(400), "made-up world")
+    text = contexts_of(lm, source, TRAIN, 64, context_tokens=64)
+    moments = {each.layer: second_moment(lm, text.tokens, each.layer) for each in edits.values()}
+    measures = rome(lm, requests_of(lm, n, seed=seed), edits, moments.__getitem__, meanings=meanings)
+    return Result("facts", measures, about | {"layer": layer}, "rome")
+
+
+def erase(
+    subject: Subject,
+    *,
+    concept: str = "",
+    text: Text | None = None,
+    layer: int | None = None,
+    n: int = 128,
+    seed: int = 0,
+) -> Result:
+    """What erasing a concept, a domain of the text, by LEACE costs, at the dictionary's hook point or after `layer`.
+
+    The eraser is fitted on `2 n` contexts of training text and measured on `n` of held-out text; its projection and
+    mean are arrays of the result. Raises: ConceptError for a domain that the text does not have; ErasureError.
+    """
+    lm = subject.model
+    hook_point = f"blocks.{lm.n_layers - 1 if layer is None else layer}.hook_resid_post"
+    hook_point = hook_point if subject.sae is None else subject.hook_point
+    train, held_out = (held_out_contexts(lm, text, size, split) for split, size in ((TRAIN, 2 * n), (HELD_OUT, n)))
+    measures, eraser = erasing.erase(lm, hook_point, concept, train, held_out, sae=subject.sae, seed=seed)
+    about = subject.about | {"hook_point": hook_point, "concept": concept, "rank": eraser.rank, "seed": seed}
+    arrays = {"projection": eraser.projection, "mean": eraser.mean}
+    return Result("erase", measures, about, re.sub(r"[^\w-]+", "_", concept), arrays=arrays)
+
+
+LENSES: dict[str, Callable[..., Result]] = {
+    "circuit": circuit,
+    "depth": depth,
+    "erase": erase,
+    "facts": facts,
+    "growth": growth,
+    "heads": heads,
+}
