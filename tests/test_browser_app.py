@@ -362,7 +362,7 @@ def test_steering_explains_what_is_missing(visit: Any) -> None:
 
 
 def test_missing_model_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_model(name: str, device: str) -> None:
+    def load_model(name: str, **_: Any) -> None:
         raise ValueError(f"no model {name}")
 
     monkeypatch.setitem(sys.modules, "sae.lm", SimpleNamespace(load_model=load_model))

@@ -81,7 +81,18 @@ def test_a_function_keeps_its_name_although_its_module_has_the_same_one() -> Non
     for name in pipeline.__all__:
         assert not isinstance(getattr(pipeline, name), ModuleType), name
     shared = sorted(set(MODULES) & set(pipeline.__all__))
-    assert shared == ["compare", "controls", "evaluate", "harvest", "index", "pretrain", "repair", "sweep", "train"]
+    assert shared == [
+        "compare",
+        "controls",
+        "evaluate",
+        "harvest",
+        "index",
+        "pretrain",
+        "repair",
+        "search",
+        "sweep",
+        "train",
+    ]
     assert all(isinstance(getattr(pipeline, name), FunctionType) for name in shared)
 
 
