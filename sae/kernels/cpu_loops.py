@@ -186,8 +186,9 @@ def choose(
         for member in range(GROUP):
             for group in range(n_groups):
                 feature = member * n_groups + group
-                slack = row_norm * margin[feature] + row_error * norm[feature] + doubt[feature]
-                slack += rounding * abs(screened[feature])
+                slack = row_norm * margin[feature] + rounding * abs(screened[feature]) + doubt[feature]
+                if unit is not None:  # one array less to read for the other formats, which have it in margin
+                    slack += row_error * norm[feature]
                 value = screened[feature] + base[feature]
                 reach[feature] = value + slack
                 group_sure[group] = max(group_sure[group], value - slack)
@@ -195,15 +196,10 @@ def choose(
         # leaves few features for the closer ones.
         bar = floor_of_kth(group_sure, k) if k else np.float32(0)
         possible = 0
-        for chunk in range(0, n_features, GROUP):  # most have no candidate, which their maximum shows without a branch
-            highest = reach[chunk]
-            for feature in range(chunk, chunk + GROUP):
-                highest = max(highest, reach[feature])
-            if highest >= bar:
-                for feature in range(chunk, chunk + GROUP):
-                    if reach[feature] >= bar:
-                        candidates[possible] = feature
-                        possible += 1
+        for feature in range(n_features):
+            if reach[feature] >= bar:
+                candidates[possible] = feature
+                possible += 1
         for n in range(possible):
             feature = candidates[n]
             guess[n] = screened[feature] + base[feature]
@@ -216,8 +212,9 @@ def choose(
             candidates[kept], guess[kept], reach[kept] = candidates[n], guess[n], reach[n]
             kept += reach[n] >= bar
         # The exact values of the k largest guesses are a bar without slack; what cannot reach it needs no product.
+        # Only int8 leaves so many candidates that this saves more than it costs.
         first_guess = LEAST
-        if 0 < k < kept:
+        if unit is not None and 0 < k < kept:
             scratch[:kept] = guess[:kept]
             first_guess = kth_largest(scratch, kept, k)
         n_waiting = 0
@@ -226,7 +223,7 @@ def choose(
             n_waiting += guess[n] >= first_guess
         exact_values(x, row, W, bias, candidates, waiting, n_waiting, exact)
         tried[row] = n_waiting
-        if 0 < k < kept:
+        if unit is not None and 0 < k < kept:
             lowest = exact[waiting[0]]
             for n in range(n_waiting):
                 lowest = min(lowest, exact[waiting[n]])

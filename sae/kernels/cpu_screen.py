@@ -130,6 +130,17 @@ def prepare_in(dtype: torch.dtype, W_enc: Float[Tensor, "d_in d_sae"]) -> Screen
 # --- the product of a batch ------------------------------------------------------------------------------------------
 
 
+def _with_error_share(x: Factor) -> tuple[np.ndarray, np.float32]:
+    """Norms, and one share of them for all rows, with ‖row‖ ≤ norm and ‖row − rounded row‖ ≤ share · norm.
+
+    The share is that of the rows of ordinary length; a short row whose rounding takes a larger one counts as longer.
+    """
+    ordinary = x.norm >= np.float32(1e-3) * x.norm.max(initial=0)
+    with np.errstate(all="ignore"):  # rows with NaN are screened by nobody
+        share = np.float32(1.00001) * (x.error[ordinary] / x.norm[ordinary]).max(initial=1e-30)
+        return np.maximum(x.norm, np.float32(1.00001) * x.error / share), np.float32(share)
+
+
 @dataclass
 class Screen:
     """The screening product of a batch, and how far its values may be from the exact ones (`screening_bound.md`, §4).
@@ -159,8 +170,12 @@ class Screen:
         rounding = np.float32(BFLOAT16_STORE_ROUNDING if dtype == torch.bfloat16 else 0.0)
         out_dtype = torch.int32 if dtype == torch.int8 else dtype
         buffer = torch.empty((screen_rows(len(x), padded), padded), dtype=out_dtype)
+        x_norm, x_error = rounded.norm, rounded.error
+        if dtype != torch.int8:
+            x_norm, share = _with_error_share(rounded)
+            x_error, margin = np.zeros_like(x_error), margin + share * weights.norm
         units = rounded.unit, weights.unit
-        arrays = (*units, rounded.norm, rounded.error, weights.norm, margin, base, doubt, rounding)
+        arrays = (*units, x_norm, x_error, weights.norm, margin, base, doubt, rounding)
         largest = float(rounded.norm.max(initial=0)) * float(weights.norm.max(initial=0))  # of NaN and others: NaN
         return cls(rounded, weights, buffer, arrays, largest < LARGEST_PRODUCT and not np.isnan(base).any())
 
