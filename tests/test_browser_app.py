@@ -19,18 +19,15 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from browser_fixture import DEAD, DNA, HOSTILE, HOSTILE_TOKENS, write_sae_directory
-from browser_pages import html, payloads
+from browser_pages import APP, html, payloads, run_page
 from streamlit.testing.v1 import AppTest
 
-import browser
 from browser import data, launch, live
 from browser.live.ablation import Effect, Effects
 from browser.registry import VIEWS
 from browser.state import ROOT_VARIABLE
 from browser.views import feature_examples
 from store.features import FeatureIndex
-
-APP = Path(browser.__file__).with_name("app.py")
 
 
 @pytest.fixture
@@ -42,12 +39,7 @@ def root(planted_root: Path) -> Path:
 def visit(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def go(where: Path = root, **params: str) -> AppTest:
         monkeypatch.setenv(ROOT_VARIABLE, str(where))
-        page = AppTest.from_file(str(APP), default_timeout=60)
-        for name, value in params.items():
-            page.query_params[name] = value
-        page.run()
-        assert not page.exception, page.exception
-        return page
+        return run_page(**params)
 
     return go
 

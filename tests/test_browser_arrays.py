@@ -10,18 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser_pages import html, payloads
+from browser_pages import html, payloads, run_page
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-import browser
 from browser.pictures import SIDE, patch_grid, picture_of
 from browser.registry import VIEWS
 from browser.state import ROOT_VARIABLE
 from sae import pipeline
 from store.features import FeatureIndex
 
-APP = Path(browser.__file__).with_name("app.py")
 GRID, LEADING, D_IN = 3, 1, 6
 
 
@@ -49,12 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def visit(root: Path, monkeypatch: pytest.MonkeyPatch, **params: str) -> AppTest:
     monkeypatch.setenv(ROOT_VARIABLE, str(root))
-    page = AppTest.from_file(str(APP), default_timeout=60)
-    for name, value in params.items():
-        page.query_params[name] = value
-    page.run()
-    assert not page.exception, page.exception
-    return page
+    return run_page(**params)
 
 
 def busiest(root: Path, name: str) -> tuple[FeatureIndex, int]:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_pages import html
+from browser_pages import html, run_page
 from hypothesis import given
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-import browser
 from browser.named_lists import MAX_NAME, Lists, read_lists, to_csv, to_json
 from browser.state import ROOT_VARIABLE
 from store.notes import NAME, Note, Notes, NotesError
@@ -142,12 +141,7 @@ def visit(planted_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv(ROOT_VARIABLE, str(root))
 
     def go(**params: str) -> AppTest:
-        page = AppTest.from_file(str(Path(browser.__file__).with_name("app.py")), default_timeout=60)
-        for name, value in {"sae": "demo/tm", **params}.items():
-            page.query_params[name] = value
-        page.run()
-        assert not page.exception, page.exception
-        return page
+        return run_page(**{"sae": "demo/tm", **params})
 
     return go, root / "demo" / "tm"
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 from browser_fixture import ARABIC, DEAD, DNA
-from browser_pages import html
+from browser_pages import html, run_page
 from fakes import WordCounts
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from streamlit.testing.v1 import AppTest
 
-import browser
 import sae
 from browser import api, launch
 from browser.live import LiveError, search
@@ -51,12 +50,7 @@ def words(monkeypatch: pytest.MonkeyPatch) -> WordCounts:
 @pytest.fixture
 def visit(directory: Path) -> Any:
     def go(**params: str) -> AppTest:
-        page = AppTest.from_file(str(Path(browser.__file__).with_name("app.py")), default_timeout=60)
-        for name, value in {"sae": "demo/tm", **params}.items():
-            page.query_params[name] = value
-        page.run()
-        assert not page.exception, page.exception
-        return page
+        return run_page(**{"sae": "demo/tm", **params})
 
     return go
 
