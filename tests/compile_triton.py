@@ -92,7 +92,7 @@ def main() -> int:
     return 0
 
 
-HELPERS = {"_moved", "_slack", "_packed", "_unpacked"}  # called by kernels, never launched
+HELPERS = {"moved", "_slack", "_packed", "_unpacked"}  # called by kernels, never launched
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,7 +14,7 @@ FLAT_NUMBERS = 1024
 
 
 @triton.jit
-def _moved(p, g, exp_avg, exp_avg_sq, place, mask, rate, rest1, beta2, rest2, correction, eps):
+def moved(p, g, exp_avg, exp_avg_sq, place, mask, rate, rest1, beta2, rest2, correction, eps):
     """Stores the moments and returns the parameter after one step."""
     m = tl.load(exp_avg + place, mask=mask, other=0.0)
     v = tl.load(exp_avg_sq + place, mask=mask, other=0.0)
@@ -34,7 +34,7 @@ def _adam_flat(
     mask = place < n
     p = tl.load(parameter + place, mask=mask, other=0.0)
     g = tl.load(gradient + place, mask=mask, other=0.0)
-    p = _moved(p, g, exp_avg, exp_avg_sq, place, mask, rate, rest1, beta2, rest2, correction, eps)
+    p = moved(p, g, exp_avg, exp_avg_sq, place, mask, rate, rest1, beta2, rest2, correction, eps)
     tl.store(parameter + place, p, mask=mask)
 
 
@@ -49,7 +49,7 @@ def _adam_unit_rows(
     p = tl.load(parameter + place, mask=mask, other=0.0)
     g = tl.load(gradient + place, mask=mask, other=0.0)
     g -= tl.sum(g * p, 0) * p
-    p = _moved(p, g, exp_avg, exp_avg_sq, place, mask, rate, rest1, beta2, rest2, correction, eps)
+    p = moved(p, g, exp_avg, exp_avg_sq, place, mask, rate, rest1, beta2, rest2, correction, eps)
     norm = tl.sqrt(tl.sum(tl.where(mask, p * p, 0.0), 0))
     tl.store(parameter + place, p / tl.maximum(norm, 1e-12), mask=mask)
 

@@ -77,21 +77,17 @@ class Choice:
             num_warps=4,
         )
 
+    def _to_choose(self) -> tuple[Tensor, ...]:
+        """What a selection reads and writes: the candidates, their exact products' factors, and the entries kept."""
+        held, learned = self.held, self.learned
+        entries = held.features, held.values, held.kept, held.counts, held.bitmap, held.flags
+        return held.centred, learned.W_enc, learned.b_enc, held.candidates, held.count, *entries
+
     def _choose_positive(self) -> None:
-        held, sizes = self.held, self.sizes
+        sizes = self.sizes
         self._collect()
         select.choose_positive[(sizes.rows,)](
-            held.centred,
-            self.learned.W_enc,
-            self.learned.b_enc,
-            held.candidates,
-            held.count,
-            held.features,
-            held.values,
-            held.kept,
-            held.counts,
-            held.bitmap,
-            held.flags,
+            *self._to_choose(),
             sizes.d_in,
             sizes.width,
             sizes.words,
@@ -115,17 +111,7 @@ class Choice:
         )
         self._collect()
         select.choose[(sizes.rows,)](
-            held.centred,
-            self.learned.W_enc,
-            self.learned.b_enc,
-            held.candidates,
-            held.count,
-            held.features,
-            held.values,
-            held.kept,
-            held.counts,
-            held.bitmap,
-            held.flags,
+            *self._to_choose(),
             sizes.k,
             sizes.d_in,
             sizes.width,

@@ -11,21 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sae.kernels.triton_adam import moved
 from sae.kernels.triton_step.by_feature import sums_of_entries
 
 LEVEL_RATE: tl.constexpr = tl.constexpr(0.01)
-
-
-@triton.jit
-def adam_moved(p, g, exp_avg, exp_avg_sq, at, mask, rate, rest1, beta2, rest2, correction, eps):
-    """Stores the moments and returns the parameter after one step."""
-    m = tl.load(exp_avg + at, mask=mask, other=0.0)
-    v = tl.load(exp_avg_sq + at, mask=mask, other=0.0)
-    m += rest1 * (g - m)
-    v = beta2 * v + rest2 * g * g
-    tl.store(exp_avg + at, m, mask=mask)
-    tl.store(exp_avg_sq + at, v, mask=mask)
-    return p - rate * m / (tl.sqrt(v) * correction + eps)
 
 
 @triton.jit
@@ -73,7 +62,7 @@ def learn_decoder(
         g -= tl.sum(g * p, 0) * p
     now = rates + 3 * (tl.load(step) % rates_held)
     rate, correction = tl.load(now), tl.load(now + 1)
-    p = adam_moved(p, g, exp_avg, exp_avg_sq, at, mask, rate, rest1, beta2, rest2, correction, eps)
+    p = moved(p, g, exp_avg, exp_avg_sq, at, mask, rate, rest1, beta2, rest2, correction, eps)
     if UNIT:
         p = p / tl.maximum(tl.sqrt(tl.sum(tl.where(mask, p * p, 0.0), 0)), 1e-12)
     tl.store(w + at, p, mask=mask)
@@ -156,10 +145,10 @@ def learn_encoder(
         first, n = tl.load(starts + feature), tl.load(counts + feature)
         g, d_b = sums_of_entries(entries, first, n, d_values, centred, column, mask, width, d, ENTRIES, COLUMNS)
         through -= d_b * p
-        p = adam_moved(p, g, exp_avg, exp_avg_sq, at, mask, rate, rest1, beta2, rest2, correction, eps)
+        p = moved(p, g, exp_avg, exp_avg_sq, at, mask, rate, rest1, beta2, rest2, correction, eps)
         tl.store(w + at, p, mask=mask)
         bias = tl.load(b + feature)
-        bias = adam_moved(bias, d_b, b_exp_avg, b_exp_avg_sq, feature, True, rate, rest1, beta2, rest2, correction, eps)
+        bias = moved(bias, d_b, b_exp_avg, b_exp_avg_sq, feature, True, rate, rest1, beta2, rest2, correction, eps)
         if THRESHOLDS:
             own = tl.load(lift + feature)
             if wanted_firings > 0:
@@ -239,7 +228,7 @@ def finish(
     g = tl.load(sums + column, mask=mask, other=0.0) + tl.sum(total, 0)
     p = tl.load(b_dec + column, mask=mask, other=0.0)
     now = rates + 3 * (at % rates_held)
-    p = adam_moved(p, g, exp_avg, exp_avg_sq, column, mask, tl.load(now), rest1, beta2, rest2, tl.load(now + 1), eps)
+    p = moved(p, g, exp_avg, exp_avg_sq, column, mask, tl.load(now), rest1, beta2, rest2, tl.load(now + 1), eps)
     tl.store(b_dec + column, p, mask=mask)
     if THRESHOLDS:
         highest = tl.load(next_level).to(tl.float32, bitcast=True)
