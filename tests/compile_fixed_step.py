@@ -37,12 +37,12 @@ Launch = tuple[Any, dict[str, str], dict[str, Any], int]  # kernel, types, what 
 
 
 def sizes(d_in: int, d_sae: int) -> Iterator[Sizes]:
-    """Of topk, batch-topk, matryoshka and ReLU."""
+    """Of topk, batch-topk and matryoshka, the last with dead features, and of ReLU."""
     yield Sizes(ROWS, d_in, d_sae, K, first_room(K, d_sae, of_batch=False))
     room = first_room(K, d_sae, of_batch=True)
     yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True)
     prefix_ends = tuple(round(share * d_sae) for share in PREFIX_SHARES)
-    yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True, prefix_ends=prefix_ends)
+    yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True, prefix_ends=prefix_ends, dead_room=d_sae // 4)
     yield Sizes(ROWS, d_in, d_sae, 0, 1024, all_positive=True)
 
 
@@ -72,7 +72,7 @@ def launches(wanted: Sizes) -> list[Launch]:
             torch.zeros(d_sae, dtype=torch.int64),
             vector if wanted.of_batch else None,
         )
-        step = FixedStep(wanted, Constants(1.5, 0.9, 0.999, 1e-8, True, 10**6, 1e-4, 16.0), learned)
+        step = FixedStep(wanted, Constants(1.5, 0.9, 0.999, 1e-8, True, 10**6, 1 / 32, 1e-4, 16.0), learned)
         launch, JITFunction.run = JITFunction.run, record
         try:
             step.run()

@@ -221,24 +221,24 @@ def costs_of(step: Callable[[], object]) -> Costs:
 def step_costs(recipe: str, settings: dict[str, Any], density: float | None, dead: int) -> Costs:
     """The costs of the third step of a small run with the Triton kernels: of the step that a GPU would take.
 
-    A fixed-shape step is counted launch by launch; on a GPU one graph holds all of them but the copy of the batch. With
-    dead features AuxK needs the general step.
+    A fixed-shape step is counted launch by launch; on a GPU one graph holds all of them but the copy of the batch.
     """
     found, config = resolve(
         recipe, d_sae=D_SAE, tokens=BATCH_TOKENS * 40, batch_tokens=BATCH_TOKENS, dead_tokens=10**6, **settings
     )
     rows, state = FewRows(), start(FewRows(), config, found, choose("triton", "cpu"))
     state.fixed_plan = as_on_a_gpu(found, config)
-    take = (
-        FixedSteps(state, config).take if state.fixed_plan and not dead else partial(train_step, state, config=config)
-    )
+    fixed = FixedSteps(state, config) if state.fixed_plan else None
     for step in range(3):
+        state.tokens_since_fired[:dead] = 10**7
         if density is not None:
             state.density = density
+        take = fixed.take if fixed else partial(train_step, state, config=config)
         if step == 2:
-            state.tokens_since_fired[:dead] = 10**7
             return costs_of(partial(take, rows.batch(2)))
         take(rows.batch(step))
+        if fixed and dead:
+            fixed.settle()  # makes room for them
     raise AssertionError
 
 

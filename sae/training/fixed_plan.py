@@ -29,6 +29,7 @@ class FixedPlan:
     wait: int = 1
     last_halt: int = -FORGET_AFTER
     resume_at: int = 0  # the next step that may be fixed
+    dead_room: int = 0  # dead features for AuxK; 0 until the first one
 
     def halted(self, step: int, sizes: Sizes, *, overrun: bool) -> None:
         """Takes note that this step could not be done in fixed shapes."""
@@ -79,4 +80,5 @@ def sizes_of(plan: FixedPlan, recipe: Recipe, config: TrainConfig, d_in: int) ->
         of_batch=recipe.activation == "batchtopk",
         all_positive=recipe.activation == "relu",
         prefix_ends=config.prefix_sizes,
+        dead_room=plan.dead_room,
     )

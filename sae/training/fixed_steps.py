@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae.kernels.triton_step import DENSE, OVERRUN
-from sae.kernels.triton_step.buffers import LOG_STEPS, RATES, Constants, Learned
+from sae.kernels.triton_step import DEAD, DENSE, OVERRUN
+from sae.kernels.triton_step.buffers import LOG_STEPS, RATES, Constants, Learned, dead_room_for
 from sae.training.adam import learning_rate
 from sae.training.batch_topk_threshold import PATIENCE
 from sae.training.config import TrainConfig
@@ -81,16 +81,19 @@ class FixedSteps:
         """
         while self.launched:
             again, flags = self._find_out()
-            if again and flags & ~DENSE:
-                self._halted(flags)
+            self._make_room(flags, halted=bool(again and flags & ~(DENSE | DEAD)))
             for batch in again:
                 self.take(batch)
         return self.metrics
 
-    def _halted(self, flags: int) -> None:
+    def _make_room(self, flags: int, *, halted: bool) -> None:
+        """Room for as many dead features as there are now; a step that halted for another reason is a general one."""
         sizes = self.made.sizes
-        self.plan.halted(self.state.step, sizes, overrun=bool(flags & OVERRUN))
-        if self.plan.room != sizes.room:
+        if flags & DEAD:
+            self.plan.dead_room = dead_room_for(int(self.state.dead(self.config.dead_after_tokens).sum()))
+        if halted:
+            self.plan.halted(self.state.step, sizes, overrun=bool(flags & OVERRUN))
+        if (self.plan.room, self.plan.dead_room) != (sizes.room, sizes.dead_room):
             self._made = None
 
     def weights_changed(self) -> None:
@@ -122,7 +125,7 @@ class FixedSteps:
         self.state.step += 1
 
     def _find_out(self) -> tuple[list[Batch], int]:
-        """Brings the state to the last step that was done; returns the batches of the others, and the flags."""
+        """Brings the state to the last step that was done; returns the batches of the others, and all flags."""
         held, state, launched = self.made.buffers, self.state, self.launched
         done, flags, coming = torch.cat([held.steps_done, held.flags, held.coming_flags]).tolist()
         log = held.log.tolist()
@@ -136,7 +139,7 @@ class FixedSteps:
         self.launched = []
         self._stale = self._stale or bool(flags or coming)
         self.settled = state.step = state.optimizer.step_count = done
-        return launched[finished:], flags
+        return launched[finished:], flags | coming
 
     def _logged(self, step: int, batch: Batch) -> Metrics:
         loss, error, entries = self.made.buffers.log[step % LOG_STEPS].clone()
@@ -157,6 +160,7 @@ def fixed_step_of(state: TrainState, config: TrainConfig) -> FixedStep:
         adam.eps,
         adam.unit_norm,
         config.dead_after_tokens if config.aux_coefficient else 0,
+        config.aux_coefficient,
         config.min_density,
         PATIENCE,
         _most_entries(config) if recipe.activation == "relu" else 2**31 - 1,

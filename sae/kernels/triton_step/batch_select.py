@@ -19,22 +19,35 @@ LATER_BITS: tl.constexpr = tl.constexpr(20)  # of the other two
 
 
 @triton.jit
-def batch_bar(histogram, bar, flags, wanted):
+def batch_bar(histogram, wanted):
     """A lower bound of the batch's `wanted`-th largest rank: that of the groups' sure ranks, without its last bits.
 
     Zero where fewer groups have a sure rank.
     """
-    if tl.load(flags) != 0:
-        return
-    digit, left, enough = _digit(histogram, wanted, DIGITS)
-    tl.store(bar, tl.where(enough > 0, digit << LATER_BITS, 0).to(tl.float32, bitcast=True))
+    digit, left, enough = digit_of(tl.load(histogram + tl.arange(0, DIGITS)), wanted, DIGITS)
+    return tl.where(enough > 0, digit << LATER_BITS, 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def evaluate(
-    centred, w, bias, lift, candidates, count, values, ranks, flags, d, ROOM: tl.constexpr, COLUMNS: tl.constexpr
+    centred,
+    w,
+    bias,
+    lift,
+    candidates,
+    count,
+    values,
+    ranks,
+    histograms,
+    flags,
+    d,
+    ROOM: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Pre-activations of a row's candidates in float32, and their ranks: value + lift where positive, else zero."""
+    """Pre-activations of a row's candidates in float32, and their ranks: value + lift where positive, else zero.
+
+    Also counts the first digit of the ranks.
+    """
     if tl.load(flags) != 0:
         return
     row = tl.program_id(0).to(tl.int64)
@@ -43,13 +56,20 @@ def evaluate(
     place = row * ROOM + tl.arange(0, ROOM)
     tl.store(values + place, pre)
     tl.store(ranks + place, rank)
+    _count_first_digit(rank.to(tl.int32, bitcast=True), histograms)
 
 
 @triton.jit
-def _digit(histogram, left, BINS: tl.constexpr):
+def _count_first_digit(key, histogram):
+    bin = tl.arange(0, DIGITS)
+    counts = tl.histogram(key >> LATER_BITS, DIGITS) - tl.where(bin == 0, tl.sum((key == 0).to(tl.int32), 0), 0)
+    tl.atomic_add(histogram + bin, counts, mask=counts > 0)
+
+
+@triton.jit
+def digit_of(count, left, BINS: tl.constexpr):
     """The bin in which the `left`-th largest lies, how many of it are still wanted, and whether there are so many."""
     bin = tl.arange(0, BINS)
-    count = tl.load(histogram + bin)
     above = tl.sum(count, 0) - tl.cumsum(count, 0)
     hit = (above < left) & (above + count >= left)
     digit = tl.sum(tl.where(hit, bin, 0), 0)
@@ -61,12 +81,14 @@ def _found(histograms, wanted, ROUND: tl.constexpr):
     """The leading bits of the smallest rank that is wanted, how many equal to it are, and whether there are so many."""
     prefix, left, enough = 0, wanted, 1
     if ROUND > 0:
-        prefix, left, enough = _digit(histograms, left, DIGITS)
+        prefix, left, enough = digit_of(tl.load(histograms + tl.arange(0, DIGITS)), left, DIGITS)
     if ROUND > 1:
-        digit, left, _ = _digit(histograms + DIGITS, left, DIGITS // 2)
+        later = histograms + DIGITS + tl.arange(0, DIGITS // 2)
+        digit, left, _ = digit_of(tl.load(later), left, DIGITS // 2)
         prefix = prefix * (DIGITS // 2) + digit
     if ROUND > 2:
-        digit, left, _ = _digit(histograms + DIGITS + DIGITS // 2, left, DIGITS // 2)
+        last = histograms + DIGITS + DIGITS // 2 + tl.arange(0, DIGITS // 2)
+        digit, left, _ = digit_of(tl.load(last), left, DIGITS // 2)
         prefix = prefix * (DIGITS // 2) + digit
     return prefix, left, enough
 
@@ -80,10 +102,7 @@ def count_digits(ranks, histograms, flags, wanted, n, ROUND: tl.constexpr, BLOCK
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(ranks + i, mask=i < n, other=0.0).to(tl.int32, bitcast=True)
     if ROUND == 0:
-        bin = tl.arange(0, DIGITS)
-        nothing = tl.sum((key == 0).to(tl.int32), 0)
-        counts = tl.histogram(key >> LATER_BITS, DIGITS) - tl.where(bin == 0, nothing, 0)
-        tl.atomic_add(histograms + bin, counts, mask=counts > 0)
+        _count_first_digit(key, histograms)
     elif ROUND == 1:
         tl.atomic_add(histograms + DIGITS + ((key >> 10) & 1023), 1, mask=(key > 0) & ((key >> LATER_BITS) == prefix))
     else:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 LARGEST_ROOM = 1024  # candidates of a row
+SMALLEST_DEAD_ROOM = 32  # dead features
 LOG_STEPS = 32  # steps whose figures are kept until the host reads them
 RATES = 1024  # coming steps whose learning rates and λ are on the device
 PROGRAMS = 528  # of `learn_encoder`: four for each of an H200's multiprocessors, and the same number everywhere
@@ -31,6 +32,7 @@ class Sizes:
     of_batch: bool = False  # whether k · rows entries of the batch are chosen, instead of k of each row
     all_positive: bool = False  # whether every positive entry is, whatever k
     prefix_ends: tuple[int, ...] = ()  # of matryoshka; () is one prefix with all features
+    dead_room: int = 0  # dead features for AuxK; 0: a step with dead features is not done
 
     @property
     def width(self) -> int:
@@ -64,6 +66,11 @@ class Sizes:
         return max(1, len(self.prefix_ends))
 
     @property
+    def fewest_dead(self) -> int:
+        """Dead features at or below which there is too much room for them; −1: never."""
+        return self.dead_room // 8 if self.dead_room > SMALLEST_DEAD_ROOM else -1
+
+    @property
     def programs(self) -> int:
         return min(PROGRAMS, self.d_sae)
 
@@ -78,6 +85,11 @@ def first_room(k: int, d_sae: int, *, of_batch: bool) -> int:
     return max(32, min(wanted, power_of_two(d_sae), LARGEST_ROOM))
 
 
+def dead_room_for(n_dead: int) -> int:
+    """Room for so many dead features and half as many again."""
+    return max(SMALLEST_DEAD_ROOM, power_of_two(n_dead + n_dead // 2))
+
+
 @dataclass(frozen=True)
 class Constants:
     """Numbers that stay the same in all steps of a run."""
@@ -87,7 +99,8 @@ class Constants:
     beta2: float
     eps: float
     unit_norm: bool
-    dead_after: int = 0  # rows without a firing after which a feature stops the step; 0: never
+    dead_after: int = 0  # rows without a firing after which a feature is dead, for AuxK; 0: never
+    aux_coefficient: float = 0.0
     min_density: float = 0.0  # batch-topk's balance
     patience: float = 1.0
     most_entries: int = 2**31 - 1  # of a batch after which the next step should not be sparse
@@ -121,8 +134,16 @@ class Buffers:
         def narrow(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device, dtype=torch.float16)
 
+        # AuxK: what the dead features' gradients are made from (the error left and the centred rows), and by slot
+        room = sizes.dead_room
+        self.dead_sources = floats(2 if room else 1, rows, d_in)
+        self.slots, self.dead, self.n_dead = whole(d_sae if room else 1), whole(max(1, room)), whole(1)
+        self.dead_enc, self.dead_dec, self.dead_b = floats(room, d_in), floats(room, d_in), floats(room)
+        self.dead_acts, self.dead_gradients = floats(2, rows, room), floats(2, room, d_in)
+        self.dead_d_b, self.aux_factor = floats(max(1, room)), floats(1)
+        self.aux_parts = floats(3, -(-d_in // 32))
         # the batch, and the screen's copy of the encoder
-        self.x, self.centred, self.narrow_x = floats(rows, d_in), floats(rows, d_in), narrow(rows, d_in)
+        self.x, self.centred, self.narrow_x = floats(rows, d_in), self.dead_sources[-1], narrow(rows, d_in)
         self.row_error, self.row_floor = floats(rows), floats(rows)
         self.narrow_w, self.narrow_b = narrow(d_sae, d_in), narrow(d_sae)
         self.group_norm, self.group_floor = whole(sizes.groups), whole(sizes.groups)  # bits of float32 numbers

@@ -61,16 +61,18 @@ class Choice:
             held.best,
             *self._bounds(),
             held.bar,
+            held.histograms,
             held.lift,
             held.candidates,
             held.count,
             held.flags,
             sizes.d_sae,
             sizes.groups,
-            0 if len(held.bar) == 1 else 1,
+            sizes.k * sizes.rows,
             GROUP=sizes.group,
             GROUPS=min(power_of_two(sizes.groups), max(1, SCREEN_NUMBERS // sizes.group)),
             ROOM=sizes.room,
+            BAR="zero" if sizes.all_positive else "batch" if sizes.of_batch else "row",
             LIFTED=sizes.of_batch,
             POSITIVE=True,
             SKIP=not sizes.all_positive,  # `best` is made only where the bar comes from it
@@ -125,7 +127,6 @@ class Choice:
         wanted, bins, digits = sizes.k * sizes.rows, held.histograms, held.histograms[BAR_BINS:]
         self._find_maxima()
         self._count_digits(held.sure_ranks, bins, 0)
-        batch_select.batch_bar[(1,)](bins, held.bar, held.flags, wanted, num_warps=8)
         self._collect()
         batch_select.evaluate[(sizes.rows,)](
             held.centred,
@@ -136,12 +137,13 @@ class Choice:
             held.count,
             held.pre,
             held.ranks,
+            digits,
             held.flags,
             sizes.d_in,
             ROOM=sizes.room,
             **entry_block(sizes.room, sizes.d_in),
         )
-        for digit in range(3):
+        for digit in (1, 2):
             self._count_digits(held.ranks, digits, digit)
         batch_select.count_ties[(sizes.rows,)](
             held.ranks, digits, held.ties, held.flags, wanted, ROOM=sizes.room, num_warps=4

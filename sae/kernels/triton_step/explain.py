@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sae.kernels.triton_step.dead_select import spread, squares
+
 
 @triton.jit
 def explain(
@@ -82,12 +84,37 @@ def explain(
 
 @triton.jit
 def columns(
-    gradient, sums, row_losses, losses, flags, rows, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr
+    gradient,
+    sums,
+    row_losses,
+    losses,
+    x,
+    scale,
+    residual,
+    aux_parts,
+    flags,
+    rows,
+    d,
+    PREFIXES: tl.constexpr,
+    AUX: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """The gradient of b_dec through x̂, and the loss: whether it is finite is known before anything moves."""
+    """The gradient of b_dec through x̂, and the loss: whether it is finite is known before anything moves.
+
+    AUX: also V of the error and of the target, and the squares of what dead features leave of the error.
+    """
     if tl.load(flags) != 0:
         return
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    if AUX:
+        inside = column < d
+        last = gradient + tl.cast(PREFIXES - 1, tl.int64) * rows * d
+        at = aux_parts + tl.program_id(0)
+        tl.store(at, spread(last, rows * -0.5, column, inside, rows, d, ROWS, COLUMNS))
+        tl.store(at + tl.num_programs(0), spread(x, scale, column, inside, rows, d, ROWS, COLUMNS))
+        tl.store(at + 2 * tl.num_programs(0), squares(residual, column, inside, rows, d, ROWS, COLUMNS))
     total = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)

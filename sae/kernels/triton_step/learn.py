@@ -28,6 +28,9 @@ def learn_decoder(
     starts,
     counts,
     prefix_ends,
+    slots,
+    dead_gradients,
+    aux_factor,
     rates,
     step,
     flags,
@@ -39,6 +42,7 @@ def learn_decoder(
     rows,
     d,
     rates_held,
+    AUX: tl.constexpr,
     UNIT: tl.constexpr,
     PREFIXES: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -58,6 +62,9 @@ def learn_decoder(
     source = gradient + prefix * rows * d
     first, n = tl.load(starts + feature), tl.load(counts + feature)
     g, _ = sums_of_entries(entries, first, n, values, source, column, mask, width, d, ENTRIES, COLUMNS)
+    if AUX:
+        slot = tl.load(slots + feature)
+        g += tl.load(aux_factor) * of_slot(dead_gradients, slot, column, mask, d)
     if UNIT:
         g -= tl.sum(g * p, 0) * p
     now = rates + 3 * (tl.load(step) % rates_held)
@@ -66,6 +73,13 @@ def learn_decoder(
     if UNIT:
         p = p / tl.maximum(tl.sqrt(tl.sum(tl.where(mask, p * p, 0.0), 0)), 1e-12)
     tl.store(w + at, p, mask=mask)
+
+
+@triton.jit
+def of_slot(dead_gradients, slot, column, mask, d):
+    """What a dead feature's row learns from AuxK; zeros for a feature that is not dead."""
+    place = tl.maximum(slot, 0).to(tl.int64) * d + column
+    return tl.load(dead_gradients + place, mask=mask & (slot >= 0), other=0.0)
 
 
 @triton.jit
@@ -99,6 +113,10 @@ def learn_encoder(
     level,
     next_level,
     smallest_rank,
+    slots,
+    dead_gradients,
+    dead_d_b,
+    aux_factor,
     rates,
     step,
     flags,
@@ -114,6 +132,7 @@ def learn_encoder(
     words,
     rows,
     rates_held,
+    AUX: tl.constexpr,
     THRESHOLDS: tl.constexpr,
     GROUP: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -144,6 +163,10 @@ def learn_encoder(
         p = tl.load(w + at, mask=mask, other=0.0)
         first, n = tl.load(starts + feature), tl.load(counts + feature)
         g, d_b = sums_of_entries(entries, first, n, d_values, centred, column, mask, width, d, ENTRIES, COLUMNS)
+        if AUX:
+            slot = tl.load(slots + feature)
+            g += tl.load(aux_factor) * of_slot(dead_gradients, slot, column, mask, d)
+            d_b += tl.load(aux_factor) * tl.load(dead_d_b + slot, mask=slot >= 0, other=0.0)
         through -= d_b * p
         p = moved(p, g, exp_avg, exp_avg_sq, at, mask, rate, rest1, beta2, rest2, correction, eps)
         tl.store(w + at, p, mask=mask)
@@ -205,6 +228,8 @@ def finish(
     log_steps,
     rates_held,
     most_entries,
+    n_dead,
+    fewest_dead,
     coming_flags,
     THRESHOLDS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -213,7 +238,8 @@ def finish(
 ):
     """b_dec, what is logged, and the number of steps done, which `prepare` makes the next step's number.
 
-    With `most_entries` or more entries this step is the last one, for now.
+    With `most_entries` or more entries this step is the last one, for now; also with `fewest_dead` dead features or
+    less, for which AuxK's products have become too large.
     """
     if tl.load(flags) != 0:
         return
@@ -244,4 +270,5 @@ def finish(
         tl.store(log + 3 * (at % log_steps) + 2, tl.load(entry_count).to(tl.float32))
         tl.store(steps_done, at + 1)
         # Not into `flags` here: programs of this launch that begin later would do nothing.
-        tl.store(coming_flags, tl.where(tl.load(entry_count) >= most_entries, 8, 0))
+        dense = tl.where(tl.load(entry_count) >= most_entries, 8, 0)
+        tl.store(coming_flags, dense | tl.where(tl.load(n_dead) <= fewest_dead, 4, 0))

@@ -11,6 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sae.kernels.triton_step.batch_select import batch_bar
+from sae.kernels.triton_step.dead_select import find_dead
+
 FLOAT16_ROUNDING: tl.constexpr = tl.constexpr(2.0**-11)
 
 
@@ -29,20 +32,33 @@ def prepare(
     histograms,
     smallest_rank,
     coming_flags,
+    silent,
+    slots,
+    dead,
+    n_dead,
     flags,
+    dead_after,
+    d_sae,
+    dead_room,
     rows,
     d,
     subnormal,
     HISTOGRAMS: tl.constexpr,
+    AUX: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Of a row: x · scale − b_dec in float32 and float16, and what the screen may be off per unit of a feature's norm.
 
-    Also what a step starts from: its number, and counters at zero.
+    Also what a step starts from: its number, and counters at zero. AUX: one more program finds the dead features.
     """
     if tl.load(flags) != 0:
         return
     row = tl.program_id(0).to(tl.int64)
+    if AUX:
+        is_of_no_row = row == rows
+        if is_of_no_row:
+            find_dead(silent, slots, dead, n_dead, flags, dead_after, d_sae, dead_room, FEATURES=1024)
+            return
     column = tl.arange(0, COLUMNS)
     mask = column < d
     wide = tl.load(x + row * d + column, mask=mask, other=0.0) * scale - tl.load(b_dec + column, mask=mask, other=0.0)
@@ -150,28 +166,36 @@ def collect(
     group_norm,
     group_floor,
     bar,
+    histogram,
     lift,
     candidates,
     count,
     flags,
     d_sae,
     groups,
-    bar_stride,
+    wanted,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     ROOM: tl.constexpr,
+    BAR: tl.constexpr,
     LIFTED: tl.constexpr,
     POSITIVE: tl.constexpr,
     SKIP: tl.constexpr,
 ):
     """The features that may be active in a row, ascending: those whose value plus lift may reach the bar.
 
-    POSITIVE: their value may be positive, too. SKIP: `best` is known, and groups that cannot have one are not read.
+    BAR: that of the row, of the batch's histogram, or 0. POSITIVE: their value may be positive, too. SKIP: `best` is
+    known, and groups that cannot have one are not read.
     """
     if tl.load(flags) != 0:
         return
     row = tl.program_id(0).to(tl.int64)
-    least = tl.load(bar + row * bar_stride)
+    if BAR == "row":
+        least = tl.load(bar + row)
+    elif BAR == "batch":
+        least = batch_bar(histogram, wanted)
+    else:
+        least = 0.0
     found = 0
     bounded = 0
     for first in range(0, groups, GROUPS):

@@ -10,6 +10,7 @@ import torch
 from sae.kernels.triton_step import by_feature, explain, learn, screen
 from sae.kernels.triton_step.buffers import LOG_STEPS, RATES, Buffers, Constants, Learned, Sizes, power_of_two
 from sae.kernels.triton_step.choice import ENTRY_NUMBERS, Choice, entry_block, warps
+from sae.kernels.triton_step.dead_features import DeadFeatures
 
 
 class FixedStep:
@@ -47,13 +48,19 @@ class FixedStep:
         self._screen()
         Choice(self.sizes, self.learned, self.buffers).run()
         self._explain()
+        dead = DeadFeatures(self.sizes, self.constants, self.learned, self.buffers)
+        if self.sizes.dead_room:
+            dead.explain_error(warps(power_of_two(self.sizes.d_in), 8))
+        self._sum_columns()
+        if self.sizes.dead_room:
+            dead.pass_back()
         self._sort_by_feature()
         self._learn()
 
     def _screen(self) -> None:
         held, sizes, d_in = self.buffers, self.sizes, self.sizes.d_in
         columns = power_of_two(d_in)
-        screen.prepare[(sizes.rows,)](
+        screen.prepare[(sizes.rows + bool(sizes.dead_room),)](
             held.x,
             self.learned.b_dec,
             self.constants.scale,
@@ -67,10 +74,18 @@ class FixedStep:
             held.histograms,
             held.smallest_rank,
             held.coming_flags,
+            self.learned.tokens_since_fired,
+            held.slots,
+            held.dead,
+            held.n_dead,
             held.flags,
+            self.constants.dead_after,
+            sizes.d_sae,
+            sizes.dead_room,
             sizes.rows,
             d_in,
             d_in**0.5 * 2.0**-25,
+            AUX=sizes.dead_room > 0,
             HISTOGRAMS=len(held.histograms) if sizes.of_batch else 0,
             COLUMNS=columns,
             num_warps=warps(columns, 8),
@@ -104,14 +119,23 @@ class FixedStep:
             ROOM=sizes.width,
             **entry_block(sizes.width, sizes.d_in, min(2, sizes.prefixes)),
         )
+
+    def _sum_columns(self) -> None:
+        held, sizes = self.buffers, self.sizes
         explain.columns[(-(-sizes.d_in // 32),)](
             held.gradient,
             held.sums,
             held.row_losses,
             held.losses,
+            held.x,
+            self.constants.scale,
+            held.dead_sources,
+            held.aux_parts,
             held.flags,
             sizes.rows,
             sizes.d_in,
+            PREFIXES=sizes.prefixes,
+            AUX=sizes.dead_room > 0,
             ROWS=64,
             COLUMNS=32,
             AT_ONCE=1024,
@@ -129,7 +153,7 @@ class FixedStep:
             held.next_level,
             self.learned.tokens_since_fired,
             held.flags,
-            self.constants.dead_after,
+            0 if sizes.dead_room else self.constants.dead_after,
             sizes.d_sae,
             sizes.groups,
             FEATURES=1024,
@@ -164,6 +188,9 @@ class FixedStep:
             held.starts,
             held.counts,
             held.prefix_ends,
+            held.slots,
+            held.dead_gradients[0],
+            held.aux_factor,
             held.rates,
             held.step,
             held.flags,
@@ -172,6 +199,7 @@ class FixedStep:
             sizes.rows,
             sizes.d_in,
             RATES,
+            AUX=sizes.dead_room > 0,
             UNIT=constants.unit_norm,
             PREFIXES=sizes.prefixes,
             **block,
@@ -199,6 +227,10 @@ class FixedStep:
             held.level,
             held.next_level,
             held.smallest_rank,
+            held.slots,
+            held.dead_gradients[1],
+            held.dead_d_b,
+            held.aux_factor,
             held.rates,
             held.step,
             held.flags,
@@ -211,6 +243,7 @@ class FixedStep:
             sizes.words,
             sizes.rows,
             RATES,
+            AUX=sizes.dead_room > 0,
             THRESHOLDS=sizes.of_batch,
             GROUP=sizes.group,
             **block,
@@ -238,6 +271,8 @@ class FixedStep:
             LOG_STEPS,
             RATES,
             self.constants.most_entries,
+            held.n_dead,
+            sizes.fewest_dead,
             held.coming_flags,
             THRESHOLDS=sizes.of_batch,
             PARTS=64,
