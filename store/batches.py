@@ -14,7 +14,7 @@ from store import shuffle_plan
 from store.activation_reader import ActivationReader
 from store.common import TRAIN, StoreError, read_ahead
 from store.schema import decode, stored_dtype
-from store.shuffle_plan import Pool, ShardCounts, ShufflePlan
+from store.shuffle_plan import Pool, ShardCounts, ShufflePlan, Slot
 
 _PLACE_BYTES = 16  # of a held row: its place in the permutation and its context, int64 both
 
@@ -129,7 +129,7 @@ class ShuffledRows:
         if step < 0:
             raise StoreError(f"step must be at least 0, got {step}")
         drawn = Drawn(np.empty((self.batch_rows, self.d_in), np.float32), np.empty(self.batch_rows, np.int64))
-        first, filled = (step * self.world + self.rank) * self.batch_rows, 0
+        first, filled = self.first_position(step), 0
         while filled < self.batch_rows:
             slot = self._plan.slot(first + filled)
             self._hold(slot.pool)
@@ -140,15 +140,80 @@ class ShuffledRows:
             filled += len(chosen)
         return drawn
 
+    # ---- for whoever holds the rows elsewhere ----
+
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype that rows are stored in."""
+        return self._dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row as it is stored."""
+        return self.d_in * self._stored_dtype.itemsize
+
+    @property
+    def largest_pool_rows(self) -> int:
+        """A bound on the rows of any pool."""
+        return self._plan.largest_pool_rows
+
+    def first_position(self, step: int) -> int:
+        """Where the batch of a step begins in the endless sequence."""
+        return (step * self.world + self.rank) * self.batch_rows
+
+    def slot(self, position: int) -> Slot:
+        """Where the row at a position of the endless sequence comes from."""
+        return self._plan.slot(position)
+
+    def read_pool(self, pool: Pool) -> Iterator[np.ndarray]:
+        """The rows of a pool in the dtype on disk, one shard's after another's."""
+        if self._held == self._plan.pool_key(pool):  # a sample has read it
+            yield self._buffer[: int(self._plan.pool_rows(pool).sum())]
+            return
+        for _, rows, stored in self._shards_of(pool):
+            yield stored[rows]
+
+    def read_all(self) -> Iterator[np.ndarray]:
+        """All kept rows in the dtype on disk, one shard's after another's, in the order that `numbers_of` numbers."""
+        if self.exact:
+            yield from self.read_pool(self._plan.whole)
+            return
+        for place, stored in enumerate(read_ahead(self._stored, range(len(self._shards)))):
+            yield stored[self._kept_numbers(place)]
+
+    def numbers_of(self, pool: Pool) -> np.ndarray:
+        """The numbers of a pool's rows among all kept rows, in the order of `read_pool`."""
+        ends = np.cumsum(self._counts.kept)
+        firsts = ends - self._counts.kept
+        parts = [
+            firsts[place] + np.arange(self._counts.kept[place])[self._plan.rows_of_shard(pool, place)]
+            for place in pool.places.tolist()
+        ]
+        return np.concatenate(parts)
+
+    def contexts_of(self, pool: Pool) -> np.ndarray:
+        """The context of each row of a pool, in the order of `read_pool`."""
+        parts = [
+            self._contexts(place, self._kept_numbers(place)[self._plan.rows_of_shard(pool, place)])
+            for place in pool.places.tolist()
+        ]
+        return np.concatenate(parts)
+
+    def chosen_for_sample(self, n: int, seed: int) -> np.ndarray:
+        """The numbers, among all kept rows, of those that `sample` draws."""
+        if not 0 <= n <= self.n_rows:
+            raise StoreError(f"cannot draw {n} distinct rows: {self.n_rows} are kept")
+        return shuffle_plan.sample(self.n_rows, n, seed)
+
+    # ---- samples ----
+
     def sample(self, n: int, seed: int) -> np.ndarray:
         """`n` distinct kept rows drawn uniformly, float32 [n, d_in]: a pure function of `seed`.
 
         Independent of this object's own seed, of its pools and of every batch. Raises: StoreError if fewer than `n`
         rows are kept.
         """
-        if not 0 <= n <= self.n_rows:
-            raise StoreError(f"cannot draw {n} distinct rows: {self.n_rows} are kept")
-        chosen = shuffle_plan.sample(self.n_rows, n, seed)
+        chosen = self.chosen_for_sample(n, seed)
         if self.exact:
             self._hold(self._plan.whole)
             return decode(np.take(self._buffer, chosen, axis=0), self._dtype)
@@ -172,13 +237,20 @@ class ShuffledRows:
             self._buffer = np.empty((self._plan.largest_pool_rows, self.d_in), self._stored_dtype)
             self._held_contexts = np.empty(len(self._buffer), np.int64)
         end = 0
-        shards: Iterator[np.ndarray] = read_ahead(self._stored, pool.places.tolist())
-        for place, size, stored in zip(pool.places.tolist(), sizes, shards, strict=True):
+        for size, (place, rows, stored) in zip(sizes, self._shards_of(pool), strict=True):
             start, end = end, end + size
-            rows = self._kept_numbers(place)[self._plan.rows_of_shard(pool, place)]
             np.take(stored, rows, axis=0, out=self._buffer[start:end], mode="clip")  # unlike "raise" without a copy
-            self._held_contexts[start:end] = self._first_contexts[place] + rows // self.store.seq_len
+            self._held_contexts[start:end] = self._contexts(place, rows)
         self._held = key
+
+    def _shards_of(self, pool: Pool) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """The places of a pool, the numbers inside each shard of the pool's rows, and all rows of the shard."""
+        shards: Iterator[np.ndarray] = read_ahead(self._stored, pool.places.tolist())
+        for place, stored in zip(pool.places.tolist(), shards, strict=True):
+            yield place, self._kept_numbers(place)[self._plan.rows_of_shard(pool, place)], stored
+
+    def _contexts(self, place: int, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(self._first_contexts[place] + rows // self.store.seq_len)
 
     def _stored(self, place: int) -> np.ndarray:
         """All rows of a shard, in the dtype on disk."""

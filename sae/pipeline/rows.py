@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.live import check_target, resid_mid_of
+from sae.pipeline.resident_rows import ResidentRows, fitting, memory_for_rows
 from sae.pipeline.resolve import model_in, row_filter_progress
 from sae.training import recipes
 from sae.training.config import TrainConfig
@@ -29,7 +32,10 @@ SHUFFLE_BYTES = 10**9  # default memory for rows
 class StoreRows:
     """Training rows from an activation store: x, and what else a recipe needs of the same tokens.
 
-    Each of `world` data-parallel ranks gets its own rows; all ranks together see every kept row once per epoch.
+    Each of `world` data-parallel ranks gets its own rows; all ranks together see every kept row once per epoch. On a
+    `device` with room for them rows lie there as they are stored (`sae.pipeline.resident_rows`), and batches are
+    tensors of it; which rows a batch has does not depend on that. `device_bytes` is asked for the room when rows are
+    first needed.
     """
 
     def __init__(
@@ -45,6 +51,8 @@ class StoreRows:
         max_ram_bytes: int = SHUFFLE_BYTES,
         rank: int = 0,
         world: int = 1,
+        device: torch.device | None = None,
+        device_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
         others = [hook for hook in (target_hook_point, resid_hook_point) if hook]
         total_width = sum(store.hook_points[hook] for hook in (hook_point, *others))
@@ -56,24 +64,42 @@ class StoreRows:
         # The same pools as for x, so that row n of each belongs to the same token.
         pools = {"pool_shards": self._rows.pool_shards, "parts": self._rows.parts}
         self._targets = rows(target_hook_point, **pools) if target_hook_point else None
-        self._resid = rows(resid_hook_point, **pools) if resid_hook_point else None
+        self._streams = rows(resid_hook_point, **pools) if resid_hook_point else None
         self.d_in, self.n_rows = self._rows.d_in, self._rows.n_rows
         self.d_out = self._targets.d_in if self._targets else self.d_in
-        self.downstream = downstream
+        self.downstream, self._device, self._device_bytes = downstream, device, device_bytes
+
+    @cached_property
+    def _resident(self) -> tuple[ResidentRows | None, ...]:
+        """x, y and resid on the device; nothing if it has no room."""
+        sources = [self._rows, self._targets, self._streams]
+        held = fitting([rows for rows in sources if rows], self._device_bytes()) if self._device else None
+        return tuple(
+            ResidentRows(rows, self._device, everything=held == "all") if rows and held and self._device else None
+            for rows in sources
+        )
 
     def batch(self, step: int) -> Batch:
-        x, contexts = self._rows.draw(step)
-        y, resid = (torch.from_numpy(rows.batch(step)) if rows else None for rows in (self._targets, self._resid))
-        return Batch(torch.from_numpy(x), y, resid, mixing=self._rows.mixing(contexts))
+        if self._resident[0] is not None:
+            x, mixing = self._resident[0].batch(step)
+            y, resid = (rows.batch(step)[0] if rows else None for rows in self._resident[1:])
+            return Batch(x, y, resid, mixing)
+        drawn = self._rows.draw(step)
+        y, resid = (torch.from_numpy(rows.batch(step)) if rows else None for rows in (self._targets, self._streams))
+        return Batch(torch.from_numpy(drawn.rows), y, resid, lambda: self._rows.mixing(drawn.contexts))
 
     def sample(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
-        return torch.from_numpy(self._rows.sample(min(n, self.n_rows), seed))
+        return self._sample(0, self._rows, n, seed)
+
+    def _sample(self, place: int, source: ShuffledRows, n: int, seed: int) -> Tensor:
+        resident, n = self._resident[place], min(n, self.n_rows)
+        return torch.from_numpy(source.sample(n, seed)) if resident is None else resident.sample(n, seed)
 
     def sample_targets(self, n: int, seed: int) -> Float[Tensor, "n d_out"]:
         """y of the rows that `sample` draws."""
         if self._targets is None:
             raise PipelineError("this recipe predicts y from x: name the hook point of x, then that of y.")
-        return torch.from_numpy(self._targets.sample(min(n, self.n_rows), seed))
+        return self._sample(1, self._targets, n, seed)
 
 
 def open_rows(
@@ -126,8 +152,12 @@ def rows_for(
     max_ram_bytes: int = SHUFFLE_BYTES,
     rank: int = 0,
     world: int = 1,
+    device: torch.device | None = None,
+    shards: int = 1,
 ) -> StoreRows:
-    """The rows that a recipe trains on: this rank's part of each batch.
+    """The rows that a recipe trains on: this rank's part of each batch, on a CUDA device if that has room for them.
+
+    Besides them the device holds one of `shards` parts of the dictionary.
 
     Raises: PipelineError when the store lacks a hook point that it needs.
     """
@@ -136,10 +166,12 @@ def rows_for(
     if recipes.recipe_named(config.recipe).needs == "resid":
         downstream = model_in(store).downstream(hook)
         resid = hook_point_of(store, resid_mid_of(hook))
+    on_gpu = device is not None and device.type == "cuda"
+    batch_tokens = config.batch_tokens // world
     return StoreRows(
         store,
         hook,
-        batch_tokens=config.batch_tokens // world,
+        batch_tokens=batch_tokens,
         seed=config.seed,
         target_hook_point=hook_point_of(store, target_hook_point) if target_hook_point else None,
         resid_hook_point=resid,
@@ -147,6 +179,10 @@ def rows_for(
         max_ram_bytes=max_ram_bytes,
         rank=rank,
         world=world,
+        device=device if on_gpu else None,
+        device_bytes=lambda: memory_for_rows(
+            torch.cuda.mem_get_info(device)[0], store.hook_points[hook], config.d_sae // shards, batch_tokens
+        ),
     )
 
 

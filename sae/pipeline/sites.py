@@ -128,7 +128,7 @@ class JoinedRows:
     def batch(self, step: int) -> Batch:
         x, contexts = self._rows[0].draw(step)
         parts = [x, *(rows.batch(step) for rows in self._rows[1:])]
-        return Batch(self._joined(parts, [self._seed, step]), mixing=self._rows[0].mixing(contexts))
+        return Batch(self._joined(parts, [self._seed, step]), mixing=lambda: self._rows[0].mixing(contexts))
 
     def sample(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
         n = min(n, self._rows[0].n_rows)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sae.dictionary.autoencoder import SAE
 from sae.jobs.trackers import trackers_named
 from sae.kernels import device_named
@@ -23,6 +25,7 @@ from sae.training import loop, recipes
 from sae.training.config import TrainConfig
 from sae.training.rows import OwnRows, Rows
 from sae.training.start_from import fingerprint
+from sae.training.state_files import saved_header
 from store.activations import ActivationStore
 from store.common import TRAIN
 
@@ -111,7 +114,8 @@ def train(
     with joined_ranks(shard, device, **_sizes(whole.hook_points[hook], resolved)) as mesh:
         warn_of_few_rows(whole)
         store = training_view(whole, hook, resolved, target_hook_point)
-        source = rows_for(store, hook, resolved, target_hook_point, max_ram_bytes, mesh.rank, mesh.world)
+        place, shards = _device_of(Path(out), device), mesh.shards
+        source = rows_for(store, hook, resolved, target_hook_point, max_ram_bytes, mesh.rank, mesh.world, place, shards)
         provenance = provenance_of(store, hook, out, target_hook_point, max_ram_bytes)
         if started:
             provenance |= started.record(provenance)
@@ -129,6 +133,11 @@ def _trained(
             _warn_unless_sparser(rows, config, out)
         own = rows if mesh.world == 1 else OwnRows(rows, mesh.rank, mesh.world)
         return loop.train(own, out, config, provenance=provenance, mesh=mesh, **how)
+
+
+def _device_of(out: Path, asked: str) -> torch.device:
+    """Where a run computes: a resumed one where it began. Raises: ValueError for a device that is not there."""
+    return device_named(saved_header(out).get("device") or asked)
 
 
 def _sizes(d_in: int, config: TrainConfig) -> dict[str, int]:

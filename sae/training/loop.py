@@ -9,7 +9,7 @@ import io
 import json
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -261,12 +261,12 @@ class Run:
     def _resamples(self) -> bool:
         return self.recipe.resample is not None and self.state.step in self.config.resample_steps
 
-    def _report(self, metrics: dict[str, Tensor], mixing: float | None) -> str:
+    def _report(self, metrics: dict[str, Tensor], mixing: Callable[[], float] | None) -> str:
         """Writes a line of metrics.jsonl, gives it to the trackers, and returns its main figures as text."""
         check_weights(self.state, self.config)
         entry = log_entry(metrics, self.state, self.config)
         if mixing is not None:
-            entry["mixing"] = round(mixing, 4)
+            entry["mixing"] = round(mixing(), 4)
         entry |= self._pace()
         _append(self.log, [entry])
         for report in self.reporters:

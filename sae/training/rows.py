@@ -21,14 +21,14 @@ class Batch(NamedTuple):
     """The rows of one step, in the model's own units.
 
     `y` is the target where it is not x (transcoders); `resid` is the residual stream that `ModelRows.downstream` takes.
-    `mixing` is the number of distinct contexts among the rows, as a share of a perfect shuffle's; None where rows have
-    no contexts.
+    `mixing` counts the distinct contexts among the rows, as a share of a perfect shuffle's: a function, because only a
+    line of the log asks for it. None where rows have no contexts.
     """
 
     x: Float[Tensor, "batch d_in"]
     y: Float[Tensor, "batch d_out"] | None = None
     resid: Float[Tensor, "batch d_model"] | None = None
-    mixing: float | None = None
+    mixing: Callable[[], float] | None = None
 
 
 class Rows(Protocol):
@@ -96,12 +96,17 @@ class OwnRows:
 def prefetched(rows: Rows, start: int, stop: int, *, pinned: bool = False) -> Iterator[tuple[Batch, float]]:
     """The batches of steps start … stop − 1, read while earlier ones are processed, and the seconds waited for each.
 
-    `pinned` puts x into page-locked memory, from which a GPU copies without blocking the program.
+    `pinned` puts the rows into page-locked memory, from which a GPU copies without blocking the program.
     """
+
+    def locked(rows: Tensor | None) -> Tensor | None:
+        return rows.pin_memory() if rows is not None and rows.device.type == "cpu" else rows
 
     def read(step: int) -> Batch:
         batch = rows.batch(step)
-        return batch._replace(x=batch.x.pin_memory()) if pinned and batch.x.device.type == "cpu" else batch
+        x, y, resid = (locked(part) if pinned else part for part in batch[:3])
+        assert x is not None
+        return Batch(x, y, resid, batch.mixing)
 
     batches = read_ahead(read, range(start, stop), pieces=BATCHES_AHEAD)
     for _ in range(start, stop):

@@ -70,12 +70,12 @@ def _l0(acts: FeatureActs, mesh: Mesh) -> Tensor:
 def _scaled(state: TrainState, batch: Batch, recipe: Recipe) -> ScaledBatch:
     """The batch on the state's device, in scaled units."""
     x = batch.x.to(state.device, non_blocking=True) * state.scale
-    resid = None if batch.resid is None else batch.resid.to(state.device)
+    resid = None if batch.resid is None else batch.resid.to(state.device, non_blocking=True)
     if recipe.needs != "y":
         return ScaledBatch(x, x, resid)
     if batch.y is None:
         raise ValueError(f"recipe {recipe.name} learns y from x; these rows have no y. Name a target hook point.")
-    return ScaledBatch(x, batch.y.to(state.device) * state.target_scale, resid)
+    return ScaledBatch(x, batch.y.to(state.device, non_blocking=True) * state.target_scale, resid)
 
 
 def _context(state: TrainState, config: TrainConfig) -> StepContext:
