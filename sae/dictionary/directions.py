@@ -60,12 +60,13 @@ def spread_rows(directions: Float[Tensor, "n d"], count: int, generator: torch.G
     Source: k-means++ (Arthur and Vassilvitskii 2007).
     """
     # Many rows are drawn at once from the same distances. A drawn row is accepted with the probability that its
-    # distance has not shrunk since, which gives the same distribution as drawing one row at a time.
-    distance = directions.norm(dim=-1).double()  # 1 for every row, 0 for a zero row
+    # distance has not shrunk since, which gives the same distribution as drawing one row at a time. Products are
+    # computed where the directions are; what is drawn, by the generator of the host.
+    distance = directions.norm(dim=-1).double().cpu()  # 1 for every row, 0 for a zero row
     chosen: list[int] = []
     while len(chosen) < count and distance.sum() > 0:
         drawn = torch.multinomial(distance, ROWS_DRAWN_AT_ONCE, replacement=True, generator=generator)
-        between = (1 - directions[drawn] @ directions[drawn].T).clamp_min(0).double()
+        between = (1 - directions[drawn] @ directions[drawn].T).clamp_min(0).double().cpu()
         between[drawn[:, None] == drawn] = 0.0
         bars = torch.rand(len(drawn), generator=generator, dtype=torch.float64) * distance[drawn]
         taken: list[int] = []
@@ -74,7 +75,7 @@ def spread_rows(directions: Float[Tensor, "n d"], count: int, generator: torch.G
                 taken.append(i)
         rows = drawn[taken]
         chosen += rows.tolist()
-        nearest = (1 - directions @ directions[rows].T).amin(1).clamp_min(0).double()
+        nearest = (1 - directions @ directions[rows].T).amin(1).clamp_min(0).double().cpu()
         distance = torch.minimum(distance, nearest)
         distance[rows] = 0
     return torch.tensor(chosen, dtype=torch.long)

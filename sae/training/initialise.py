@@ -1,4 +1,8 @@
-"""The three ways to initialise a dictionary's weights: at random, tied, or from the data."""
+"""The three ways to initialise a dictionary's weights: at random, tied, or from the data.
+
+It happens on the device of the dictionary and the sample. Random numbers are drawn on the host, so that a seed gives
+the same ones everywhere; what is computed from the sample may differ between devices by rounding.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,7 @@ def kaiming_(sae: SAE, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_ou
     generator = _random_decoder_(sae, config.seed)
     sae.b_dec.copy_(geometric_median(target[:MEDIAN_ROWS]))
     bound = sae.d_in**-0.5
-    sae.W_enc.uniform_(-bound, bound, generator=generator)
+    draw_uniform_(sae.W_enc, bound, generator)
 
 
 @torch.no_grad()
@@ -86,9 +90,17 @@ def _random_decoder_(sae: SAE, seed: int) -> torch.Generator:
     """Random unit decoder rows and b_enc = 0; returns the generator for what follows."""
     generator = torch.Generator().manual_seed(seed)
     sae.b_enc.zero_()
-    sae.W_dec.uniform_(-1.0, 1.0, generator=generator)
+    draw_uniform_(sae.W_dec, 1.0, generator)
     normalise_decoder_(sae)
     return generator
+
+
+def draw_uniform_(weights: Tensor, bound: float, generator: torch.Generator) -> None:
+    """Fills weights on any device with uniform numbers between −bound and bound from a generator of the host."""
+    drawn = weights if weights.device == generator.device else torch.empty_like(weights, device=generator.device)
+    drawn.uniform_(-bound, bound, generator=generator)
+    if drawn is not weights:
+        weights.copy_(drawn)
 
 
 def _scale_encoder_(sae: SAE, x: Float[Tensor, "n d_in"]) -> None:

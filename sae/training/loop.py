@@ -32,6 +32,7 @@ from sae.training.fixed_steps import FixedSteps
 from sae.training.recipes import recipe_named
 from sae.training.rows import Batch, Rows, prefetched
 from sae.training.shard import save_from_shards
+from sae.training.snapshots import Snapshots
 from sae.training.state import TrainState, restore, save_state, start
 from sae.training.state_files import INDEX, STATE, saved_header
 from sae.training.step import Diverged, calibrated_threshold, check_weights, log_entry, resample_dead, train_step
@@ -154,6 +155,8 @@ def _train_together(
                     break
                 if saving and mesh.agree(interrupt.requested):
                     run = unfinished[0]
+                    for each in runs:
+                        each.wait_until_saved()
                     raise Interrupted(
                         f"stopped at step {run.state.step:,} of {run.config.steps:,}, saved in {run.out}. "
                         "Repeat the command to continue."
@@ -188,6 +191,11 @@ def _recorded(settings: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def saves_beside(state: TrainState) -> bool:
+    """Whether training goes on while the state is written: on a GPU, where a copy of it takes little time."""
+    return state.device.type == "cuda" and state.mesh.world == 1
+
+
 class Run:
     """One dictionary in training: its steps, and the logging, checks, resampling and saving around them."""
 
@@ -207,6 +215,9 @@ class Run:
         self.logged_at, self.logged_step, self.stall_s = time.perf_counter(), self.state.step, 0.0
         self.diverged: Diverged | None = None
         self.fixed_steps = FixedSteps(self.state, self.config) if self.state.fixed_plan else None
+        self.snapshots = Snapshots(self.state.device) if saves_beside(self.state) else None
+        if self.snapshots:
+            open_files.callback(self.snapshots.close)
 
     def _start(self, rows: Rows, kernels: str, device: str, source: SAE | None) -> TrainState:
         place = device_named(device)
@@ -241,7 +252,7 @@ class Run:
                 shown = self._report(metrics, batch.mixing)
             if saving or not self.unfinished:
                 check_weights(self.state, self.config)
-                save_state(self.out, self.state, keep=keep)
+                save_state(self.out, self.state, keep=keep, snapshots=self.snapshots)
         except Diverged as error:
             self.diverged = error
         return shown
@@ -282,8 +293,14 @@ class Run:
             "stall_share": round(stall_s / seconds, 4),
         }
 
+    def wait_until_saved(self) -> None:
+        """Returns when the last saved state is on disk. Raises: OSError if it could not be written."""
+        if self.snapshots:
+            self.snapshots.wait()
+
     def finish(self, rows: Rows) -> SAE:
         """The trained dictionary on raw rows, written next to its state, which keeps the thresholds of training."""
+        self.wait_until_saved()
         sae = fold_scale(self.state.sae, self.state.scale, self.state.target_scale)
         if self.state.sites:
             sae = fold_site_scales(sae, self.state.sites)

@@ -25,6 +25,7 @@ from sae.training.fixed_plan import FixedPlan, plan_for
 from sae.training.recipes import Recipe
 from sae.training.rows import Downstream, ModelRows, Rows, SiteRows, TargetRows
 from sae.training.shard import Shard, dealt
+from sae.training.snapshots import Snapshots
 from sae.training.sparsity_penalty import LambdaController
 from sae.training.start_from import start_from_
 from sae.training.state_files import read_state, write_state
@@ -84,7 +85,8 @@ def start(
     from `source`.
     """
     downstream, sites = _downstream(rows, recipe), _sites(rows, recipe)
-    whole, scales = _initialised(rows, config, recipe, source) if mesh.is_first else (None, (0.0, 0.0))
+    place = torch.device(device if mesh.world == 1 else "cpu")  # one rank need not have room for the whole dictionary
+    whole, scales = _initialised(rows, config, recipe, source, place) if mesh.is_first else (None, (0.0, 0.0))
     sae = dealt(_dictionary(rows, config, recipe, mesh), whole, config.d_sae)
     scale, target_scale = mesh.tell(scales)
     products = mesh.tell(matmul.choose(config.matmul, device))  # one choice for all ranks, whatever their processors
@@ -105,10 +107,11 @@ def start(
 
 
 def _initialised(
-    rows: Rows, config: TrainConfig, recipe: Recipe, source: SAE | None
+    rows: Rows, config: TrainConfig, recipe: Recipe, source: SAE | None, device: torch.device
 ) -> tuple[SAE, tuple[float, float]]:
-    """The whole dictionary at the first step, in the memory of the host, and the scales of x and of the target."""
-    sae = _dictionary(rows, config, recipe, ONE)
+    """The whole dictionary at the first step, on this device, and the scales of x and of the target."""
+    with device:
+        sae = _dictionary(rows, config, recipe, ONE)
     x, scale = _to_scale(rows.sample(SCALE_ROWS, config.seed))
     found = outliers_among(x)
     if found.notable:
@@ -123,14 +126,17 @@ def _initialised(
     if source is not None and (sites := _sites(rows, recipe)):
         source = fold_site_scales(source, [site._replace(scale=1 / site.scale) for site in sites])
     if source is None:
-        recipe.initialise(sae, x, y, config)
+        recipe.initialise(sae, x.to(device), y.to(device), config)
     else:
         start_from_(sae, source, scale=scale, target_scale=target_scale, unit_norm=recipe.unit_norm)
     return sae, (scale, target_scale)
 
 
-def save_state(out: Path, state: TrainState, *, keep: int = 1) -> None:
-    """Writes everything that is needed to resume (`sae.training.state_files`); keeps `keep` − 1 earlier states."""
+def save_state(out: Path, state: TrainState, *, keep: int = 1, snapshots: Snapshots | None = None) -> None:
+    """Writes everything that is needed to resume (`sae.training.state_files`); keeps `keep` − 1 earlier states.
+
+    With `snapshots` the file is written later, from a copy of the state as it is now.
+    """
     tensors = {f"sae.{name}": tensor for name, tensor in state.sae.tensors().items()}
     tensors |= state.optimizer.tensors()
     tensors["tokens_since_fired"] = state.tokens_since_fired
@@ -138,7 +144,7 @@ def save_state(out: Path, state: TrainState, *, keep: int = 1) -> None:
         "step": state.step,
         "scale": state.scale,
         "target_scale": state.target_scale,
-        "resampled": state.resampled,
+        "resampled": list(state.resampled),
         "density": state.density,
         "penalty": state.penalty.saved(),
         "kernels": state.optimizer.kernels.NAME,
@@ -147,7 +153,14 @@ def save_state(out: Path, state: TrainState, *, keep: int = 1) -> None:
     }
     if state.fixed_plan is not None:
         header["fixed_step"] = state.fixed_plan.saved()
-    write_state(out, state.mesh, tensors, header, state.penalty.config.d_sae, keep=keep)
+
+    def write(tensors: dict[str, Tensor]) -> None:
+        write_state(out, state.mesh, tensors, header, state.penalty.config.d_sae, keep=keep)
+
+    if snapshots is None:
+        write(tensors)
+    else:
+        snapshots.take(tensors, write)
 
 
 def restore(
