@@ -44,7 +44,7 @@ def make_blocks(model: NativeModel, per_block: int = 5) -> list[Block]:
 
 
 def whole(blocks: list[Block]) -> Block:
-    acts, tokens, keep, domain, _ = zip(*blocks, strict=True)
+    acts, tokens, keep, domain, *_ = zip(*blocks, strict=True)
     return Block(torch.cat(acts), torch.cat(tokens), torch.cat(keep), np.concatenate(domain))
 
 

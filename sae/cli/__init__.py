@@ -78,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         if getattr(error, "reported_elsewhere", False):  # by another rank of this training
             return 2
-        rank = int(os.environ.get("RANK") or 0)
-        print(f"sae {args.verb}: {f'rank {rank}: ' if rank else ''}{_explained(error)}", file=sys.stderr)
+        rank, explained = int(os.environ.get("RANK") or 0), _explained(error)
+        which = f"rank {rank}: " if rank and not explained.startswith("rank ") else ""
+        print(f"sae {args.verb}: {which}{explained}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
         if not int(os.environ.get("RANK") or 0):

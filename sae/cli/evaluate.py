@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import Any
 
 from sae.cli.flags import add_dictionary, add_kernels, add_verb
@@ -23,7 +24,11 @@ def _run_eval(args: argparse.Namespace) -> int:
     from sae.cli.crosscoder_table import crosscoder_table
     from sae.cli.tables import eval_table
 
-    result = pipeline.evaluate(args.sae, store=args.acts, model=args.model, device=args.device, kernels=args.kernels)
+    result = pipeline.evaluate(
+        args.sae, store=args.acts, model=args.model, device=args.device, kernels=args.kernels, over_ranks=True
+    )
+    if int(os.environ.get("RANK") or 0):
+        return 0
     if args.json:
         print(json.dumps(result, indent=2))
     elif result.get("kind") == "crosscoder":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from sae.cli.flags import add_dictionary, add_kernels, add_verb
@@ -21,7 +22,14 @@ def _run_index(args: argparse.Namespace) -> int:
     from sae import pipeline
 
     path = pipeline.index(
-        args.sae, store=args.acts, model=args.model, tokens=args.tokens, device=args.device, kernels=args.kernels
+        args.sae,
+        store=args.acts,
+        model=args.model,
+        tokens=args.tokens,
+        device=args.device,
+        kernels=args.kernels,
+        over_ranks=True,
     )
-    print(path)
+    if not int(os.environ.get("RANK") or 0):
+        print(path)
     return 0

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.kernels.activations import SparseActs
+from sae.parallel.mesh import Mesh
 
 Ablated = dict[int, dict[str, Tensor]]  # by block number: losses that no dictionary changes (ablations, largest units)
 
@@ -19,7 +20,8 @@ class Block(NamedTuple):
     """Some whole contexts with their activations.
 
     `domain` is the number of each position's domain in the evaluation's list (-1: no domain of the list).
-    `target` is y, for a transcoder.
+    `target` is y, for a transcoder. `skipped` holds the numbers of contexts of the blocks between this one and the one
+    before it in the same process, which other ranks evaluate: random draws are then those of one process.
     """
 
     acts: Float[Tensor, "contexts pos d_in"]
@@ -27,6 +29,7 @@ class Block(NamedTuple):
     keep: Bool[Tensor, "contexts pos"]
     domain: Int[np.ndarray, "contexts pos"]
     target: Float[Tensor, "contexts pos d_out"] | None = None
+    skipped: tuple[int, ...] = ()
 
     @property
     def wanted(self) -> Float[Tensor, "contexts pos d_out"]:
@@ -66,5 +69,9 @@ class Accumulator(Protocol):
     """
 
     def add(self, evaluated: EvaluatedBlock) -> None: ...
+
+    def gather(self, mesh: Mesh) -> None:
+        """Takes in, on rank 0, what the other ranks added: block i of a rank is block i · world + rank of the text."""
+        ...
 
     def result(self) -> dict[str, Any]: ...

@@ -20,6 +20,7 @@ from sae.jobs.progress import progress
 from sae.kernels import device_named, matmul
 from sae.lm import LanguageModel
 from sae.lm.splice import jointly_replaced_losses, splice_identity_error
+from sae.parallel.mesh import ONE, Mesh
 
 CROSSCODER_FORMAT = 1
 DONOR_SEED = 0
@@ -51,6 +52,7 @@ class SiteBlock(NamedTuple):
     x: Float[Tensor, "contexts pos d_in"]
     tokens: Int[Tensor, "contexts pos"]
     keep: Bool[Tensor, "contexts pos"]
+    skipped: tuple[int, ...] = ()  # contexts of the blocks since the last one here, which other ranks evaluate
 
 
 class SiteModel(NamedTuple):
@@ -78,6 +80,7 @@ def evaluate(
     kept_tokens: int,
     device: str = "auto",
     kernels: str = "auto",
+    mesh: Mesh = ONE,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content of eval.json and of sites.safetensors of a crosscoder, from the held-out `blocks`.
 
@@ -86,6 +89,7 @@ def evaluate(
     `donors` are training rows of each site: random pairs and resample ablation draw from them, for each site by itself.
     The tensors: `fired` [d_sae], on how many held-out rows a feature is active; `norm_share` [d_sae, n_sites];
     `cosine_<a>_<b>` [d_sae] for each pair of sites of one width, from 1.
+    On a `mesh` each rank passes its own blocks, as in `sae.evaluation.evaluate`, and rank 0 alone returns the result.
     Raises: ValueError when there is no held-out token.
     """
     if kept_tokens < 1:
@@ -95,13 +99,19 @@ def evaluate(
     fired = torch.zeros(sae.d_sae, dtype=torch.int64)
     sums: list[Sums] = []
     place = models[0].model.device if models else device_named(device)
-    with progress("eval", kept_tokens, "tok") as bar, matmul.using(matmul.choose("auto", place)):
+    products, own_tokens = mesh.tell(matmul.choose("auto", place)), -(-kept_tokens // mesh.world)
+    with progress("eval", own_tokens, "tok", shown=mesh.is_first) as bar, matmul.using(products):
         for block in blocks:
             found, features = runner.run(block)
             fired += torch.bincount(features, minlength=sae.d_sae)
             sums.append(found)
             bar.update(int(block.keep.sum()))
-    by_context = {name: np.concatenate([each[name] for each in sums]) for name in sums[0]}
+    mesh.reduce_(fired, "sum", "world")
+    names = mesh.tell(sorted(sums[0]) if sums else [])  # rank 0 has the first block
+    by_context = {name: mesh.in_order([each[name] for each in sums], np.empty(0)) for name in names}
+    if not mesh.is_first:
+        return {}, {}
+    by_context = {name: np.concatenate(parts) for name, parts in by_context.items()}
     measured = _measured(by_context, sites, models)
     measured["dead_share"] = {
         "value": int((fired == 0).sum()) / sae.d_sae,
@@ -147,6 +157,9 @@ class SiteRunner:
 
     def run(self, block: SiteBlock) -> tuple[Sums, Int[Tensor, " firings"]]:
         """The sums of each context, by the names of `metrics.SUMS` and of the site or model, and what fires."""
+        for contexts in block.skipped:
+            for donors in (*self._donors[1:], *self._donors):  # as for random pairs, and for resample ablation
+                self._drawn(donors, (contexts, block.keep.shape[1]))
         acts, x_hat = self._placed.reconstruct(block.x.flatten(0, 1))
         x_hat = x_hat.view_as(block.x)
         fired = acts.firings(block.keep.flatten())
@@ -188,7 +201,10 @@ class SiteRunner:
         }
 
     def _donated(self, donors: Float[Tensor, "n _"], block: SiteBlock) -> Float[Tensor, "contexts pos _"]:
-        return donors[torch.from_numpy(self._draw.integers(len(donors), size=block.keep.shape))]
+        return donors[torch.from_numpy(self._drawn(donors, block.keep.shape))]
+
+    def _drawn(self, donors: Float[Tensor, "n _"], shape: tuple[int, ...]) -> Int[np.ndarray, "contexts pos"]:
+        return self._draw.integers(len(donors), size=shape)
 
     def _losses(
         self,

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int, Integer
 
 from sae.evaluation.blocks import Block, EvaluatedBlock
 from sae.kernels.activations import SparseActs
+from sae.parallel.mesh import Mesh
 
 MIN_TOKENS = 200  # of a domain, both in the text on which features are chosen and in the text that judges them
 MIN_FIRINGS = 10
@@ -50,6 +52,11 @@ class DomainFirings:
         table.reshape(-1)[cells] += firings
         tokens += np.bincount(column[keep], minlength=len(tokens))
 
+    def gather(self, mesh: Mesh) -> None:
+        """The counts of all ranks together."""
+        for table in self.counts:
+            mesh.reduce_(torch.from_numpy(table), "sum", "world")
+
     def add_block(self, fired: SparseActs, block: Block) -> None:
         self.add(fired, block.keep.flatten().numpy(), block.domain.reshape(-1))
 
@@ -63,6 +70,9 @@ class DomainFeatures:
 
     def add(self, evaluated: EvaluatedBlock) -> None:
         self._firings.add_block(evaluated.fired, evaluated.block)
+
+    def gather(self, mesh: Mesh) -> None:
+        self._firings.gather(mesh)
 
     def result(self) -> dict[str, Any]:
         return {"domains": domain_quality(self._chosen_on, self._firings.counts, self.domains)}

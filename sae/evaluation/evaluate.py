@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
@@ -29,6 +29,7 @@ from sae.kernels import device_named, matmul
 from sae.lm import LanguageModel
 from sae.lm.splice import replaced_losses, splice_identity_error
 from sae.lm.units import units_to_match
+from sae.parallel.mesh import ONE, Mesh
 
 __all__ = ["Ablated", "Block", "Blocks", "evaluate"]
 
@@ -53,6 +54,7 @@ def evaluate(
     device: str = "auto",
     kernels: str = "auto",
     ablated: Ablated | None = None,
+    mesh: Mesh = ONE,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content of eval.json and of feature_stats.safetensors, from the held-out `blocks`.
 
@@ -66,6 +68,8 @@ def evaluate(
     The dictionary runs on `device`; statistics are counted on the CPU.
     `ablated` (at first {}) collects the losses under ablation, so that they are not measured again for the next
     dictionary at the same hook point and blocks.
+    On a `mesh` of several ranks each passes its own blocks, of held-out and training text: block i of a rank is block
+    i · world + rank of the whole. Rank 0 returns what one process returns, bit for bit, the others ({}, {}).
     Raises: ValueError when there is no held-out token.
     """
     assert iter(blocks) is not blocks, "the blocks are read several times, an iterator cannot be"
@@ -77,26 +81,31 @@ def evaluate(
     placed = FrozenSAE(sae, device, kernels)
     runner = BlockRunner(placed, model, hook_point, train_mean, donors, ablated)
     activity = FeatureActivity(sae, kept_tokens)
-    ratios = RatioMetrics(domains, heldout_mean, inliers_of(blocks, heldout_mean, kept_tokens))
+    ratios = RatioMetrics(domains, heldout_mean, inliers_of(blocks, heldout_mean, kept_tokens, mesh))
     accumulators: list[Accumulator] = [
         ratios,
         activity,
-        DomainFeatures(domains, sae.d_sae, _domain_counts(placed, sae.d_sae, training, len(domains))),
+        DomainFeatures(domains, sae.d_sae, _domain_counts(placed, sae.d_sae, training, len(domains), mesh)),
         *([SpliceCheck(model, hook_point)] if model else []),
     ]
     place = model.device if model else device_named(device)
-    with progress("eval", kept_tokens, "tok") as bar, matmul.using(matmul.choose("auto", place)):
+    products, own_tokens = mesh.tell(matmul.choose("auto", place)), -(-kept_tokens // mesh.world)
+    with progress("eval", own_tokens, "tok", shown=mesh.is_first) as bar, matmul.using(products):
         for block in blocks:
             evaluated = runner.run(block)
             for accumulator in accumulators:
                 accumulator.add(evaluated)
             bar.update(int(block.keep.sum()))
-    k = units_to_match(ratios.l0, sae.d_out)
+    k = units_to_match(ratios.l0(mesh), sae.d_out)
     units = UnitsBaseline(model, hook_point, k, ablated)
-    with progress("eval, own units", kept_tokens, "tok") as bar, matmul.using(matmul.choose("auto", place)):
+    with progress("eval, own units", own_tokens, "tok", shown=mesh.is_first) as bar, matmul.using(products):
         for block in blocks:
             ratios.add_sums(block, units.sums(block))
             bar.update(int(block.keep.sum()))
+    for accumulator in accumulators:
+        accumulator.gather(mesh)
+    if not mesh.is_first:
+        return {}, {}
     sections = _joined(accumulator.result() for accumulator in accumulators)
     statistics, checks = activity.statistics, sections.pop("checks", {})
     score = sections["metrics"]["ce_loss_score_zero"]["value"] if model else None
@@ -141,7 +150,9 @@ class BlockRunner:
         """The losses with each replacement; those under ablation only if no earlier dictionary has measured them."""
         if self._model is None:
             return {}
-        donated = self._donors[torch.from_numpy(self._draw.integers(len(self._donors), size=block.keep.shape))]
+        for contexts in block.skipped:
+            self._drawn(contexts, block.keep.shape[1])
+        donated = self._donors[torch.from_numpy(self._drawn(*block.keep.shape))]
         measured = (self._ablated or {}).get(self._block, {})
         known = {name: measured[name] for name in ABLATED if name in measured}
         ablations = {"zero": torch.zeros_like(self._mean), "mean": self._mean, "resample": donated}
@@ -154,6 +165,9 @@ class BlockRunner:
         self._block += 1
         return losses
 
+    def _drawn(self, contexts: int, positions: int) -> Int[np.ndarray, "contexts pos"]:
+        return self._draw.integers(len(self._donors), size=(contexts, positions))
+
 
 class SpliceCheck:
     """Accumulator of `checks`: the identity error of the splice on the first block."""
@@ -165,6 +179,9 @@ class SpliceCheck:
     def add(self, evaluated: EvaluatedBlock) -> None:
         if self._error is None:
             self._error = splice_identity_error(self._model, evaluated.block.tokens, self._hook_point, evaluated.x_hat)
+
+    def gather(self, mesh: Mesh) -> None:
+        """The first block is rank 0's."""
 
     def result(self) -> dict[str, Any]:
         return {"checks": {"splice_identity_error": metrics.number(self._error or 0.0)}}
@@ -179,11 +196,12 @@ def _joined(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return sections
 
 
-def _domain_counts(placed: FrozenSAE, d_sae: int, blocks: Iterable[Block], n_domains: int) -> DomainCounts:
-    """Firings and kept tokens of some blocks by domain."""
+def _domain_counts(placed: FrozenSAE, d_sae: int, blocks: Iterable[Block], n_domains: int, mesh: Mesh) -> DomainCounts:
+    """Firings and kept tokens of all ranks' blocks by domain."""
     firings = DomainFirings(d_sae, n_domains)
     for block in blocks:
         firings.add_block(placed.encode(block.acts.flatten(0, 1)).firings(block.keep.flatten()), block)
+    firings.gather(mesh)
     return firings.counts
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sae.dictionary.autoencoder import SAE
 from sae.evaluation.blocks import EvaluatedBlock
 from sae.evaluation.metrics import number
+from sae.parallel.mesh import Mesh
 
 ULTRA_LOW_DENSITY = 1e-5
 L0_QUANTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -36,6 +37,10 @@ class FeatureActivity:
         fired = evaluated.fired
         self.statistics.add(fired.support.features, fired.values)
         self._l0.add(fired.support.offsets.diff()[evaluated.block.keep.flatten()])
+
+    def gather(self, mesh: Mesh) -> None:
+        self.statistics.gather(mesh)
+        self._l0.gather(mesh)
 
     def result(self) -> dict[str, Any]:
         count = self.statistics.count
@@ -65,6 +70,14 @@ class FeatureStatistics:
         self._values.append(values.float().numpy())
         self.count += np.bincount(self._features[-1], minlength=len(self.count))
         np.maximum.at(self.largest, self._features[-1], self._values[-1])
+
+    def gather(self, mesh: Mesh) -> None:
+        """Takes in, on rank 0, the firings of all ranks: no figure depends on their order."""
+        mesh.reduce_(torch.from_numpy(self.count), "sum", "world")
+        mesh.reduce_(torch.from_numpy(self.largest), "max", "world")
+        if mesh.world > 1:
+            self._features = mesh.collected(np.concatenate([np.empty(0, np.uint32), *self._features]))
+            self._values = mesh.collected(np.concatenate([np.empty(0, np.float32), *self._values]))
 
     def tensors(self) -> dict[str, Tensor]:
         """`count`, `max`, `mean` and `p99` (the last two over the firings); zero where a feature never fired."""
@@ -96,9 +109,16 @@ class L0Histogram:
 
     def add(self, active_features: Int[Tensor, " tokens"]) -> None:
         """The number of active features of each kept token."""
-        tokens = np.bincount(active_features.numpy(), minlength=len(self._tokens))
-        tokens[: len(self._tokens)] += self._tokens
-        self._tokens = tokens
+        self._add(np.bincount(active_features.numpy()))
+
+    def gather(self, mesh: Mesh) -> None:
+        for tokens in mesh.collected(self._tokens)[1:]:
+            self._add(tokens)
+
+    def _add(self, tokens: Int[np.ndarray, " n"]) -> None:
+        longer, shorter = sorted((tokens, self._tokens), key=len, reverse=True)
+        self._tokens = longer.copy()
+        self._tokens[: len(shorter)] += shorter
 
     def summary(self) -> dict[str, Any]:
         """Exact quantiles, and a histogram with bins of equal width."""

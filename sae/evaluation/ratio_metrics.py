@@ -13,6 +13,7 @@ from torch import Tensor
 from sae.evaluation import metrics
 from sae.evaluation.blocks import Block, EvaluatedBlock
 from sae.evaluation.outliers import Inliers
+from sae.parallel.mesh import Mesh
 
 
 class RatioMetrics:
@@ -27,17 +28,17 @@ class RatioMetrics:
         self.domains = list(domains)
         self._inliers = inliers or Inliers(np.inf, heldout_mean)
         self._mean = torch.from_numpy(heldout_mean.astype(np.float32))
-        self._n_contexts = 0
-        self._context: list[np.ndarray] = []
+        self._n_contexts: list[int] = []  # of each block, as everything here
+        self._context: list[np.ndarray] = []  # numbered from 0 in each block
         self._domain: list[np.ndarray] = []
         self._sums: dict[str, list[np.ndarray]] = {name: [] for name in metrics.SUMS}
 
     def add(self, evaluated: EvaluatedBlock) -> None:
         domain = evaluated.block.domain
         context, cells, _ = self._cells(domain)
-        self._context.append(context + self._n_contexts)
+        self._context.append(context)
         self._domain.append(cells % len(self.domains))
-        self._n_contexts += len(domain)
+        self._n_contexts.append(len(domain))
         self.add_sums(evaluated.block, position_sums(evaluated, self._mean, self._inliers))
 
     def add_sums(self, block: Block, values: Mapping[str, Float64[np.ndarray, "contexts pos"]]) -> None:
@@ -54,19 +55,29 @@ class RatioMetrics:
         cells, cell = np.unique(context * len(self.domains) + domain[known], return_inverse=True)
         return cells // len(self.domains), cells, cell
 
-    @property
-    def l0(self) -> float:
-        """The dictionary's L0 on the blocks so far; 0 without a token."""
-        rows = sum(part.sum() for part in self._sums["rows"])
-        return float(sum(part.sum() for part in self._sums["l0"]) / max(rows, 1))
+    def l0(self, mesh: Mesh) -> float:
+        """The dictionary's L0 on the blocks so far of all ranks; 0 without a token. Sums of counts are exact."""
+        own = [sum((float(part.sum()) for part in self._sums[name]), 0.0) for name in ("l0", "rows")]
+        active, rows = mesh.reduce(torch.tensor(own, dtype=torch.float64), "sum", "world").tolist()
+        return float(active / max(rows, 1))
+
+    def gather(self, mesh: Mesh) -> None:
+        numbers = np.empty(0, np.int64)
+        self._n_contexts = np.concatenate(
+            [numbers, *mesh.in_order([np.array([n]) for n in self._n_contexts], numbers)]
+        ).tolist()
+        self._context, self._domain = mesh.in_order(self._context, numbers), mesh.in_order(self._domain, numbers)
+        self._sums = {name: mesh.in_order(parts, np.empty(0)) for name, parts in self._sums.items()}
 
     def result(self) -> dict[str, Any]:
-        context, domain = (np.concatenate([np.empty(0, np.int64), *part]) for part in (self._context, self._domain))
+        starts, n_contexts = np.cumsum([0, *self._n_contexts[:-1]]), sum(self._n_contexts)
+        numbered = [part + start for part, start in zip(self._context, starts, strict=False)]
+        context, domain = (np.concatenate([np.empty(0, np.int64), *part]) for part in (numbered, self._domain))
         # Without a model nothing was added to the sums of its losses.
         sums = {name: np.concatenate(parts) for name, parts in self._sums.items() if parts}
         sums = sums or {name: np.empty(0) for name in metrics.SUMS}
-        by_context = {name: np.bincount(context, part, minlength=self._n_contexts) for name, part in sums.items()}
-        bootstrap = metrics.Bootstrap(self._n_contexts)
+        by_context = {name: np.bincount(context, part, minlength=n_contexts) for name, part in sums.items()}
+        bootstrap = metrics.Bootstrap(n_contexts)
         groups = metrics.by_group(sums, context, domain, len(self.domains), bootstrap)
         tokens = np.bincount(domain, sums["rows"], minlength=len(self.domains))
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -22,6 +22,7 @@ from sae.interventions.attention_attribution import HOOK_Z, head_shares
 from sae.jobs.progress import progress
 from sae.kernels.activations import SparseActs
 from sae.lm import LanguageModel
+from sae.parallel.mesh import ONE, Mesh
 from store.common import read_ahead
 
 TOP_LOGITS = 20
@@ -77,29 +78,46 @@ def index(
 ) -> Path:
     """Encodes every block once, then adds the panels; returns the path of the index.
 
+    `sae.indexing.over_ranks.index` does the same with several processes, or in less memory.
+
     `hook_point` is where the decoder writes: where x was read or, for a transcoder, its target.
     Without a model there are no panels of its losses and logits.
     `resampled` gives the step of a feature's last resampling, stored as `stats/resampled_step` (-1: never).
     """
-    correlation, placed = FeatureNeuronCorrelation(sae.d_sae, sae.d_in), FrozenSAE(sae, device, kernels)
+    correlation = FeatureNeuronCorrelation(sae.d_sae, sae.d_in)
+    with progress("index", tokens, "tok") as bar:
+        for block, fired in encoded_blocks(FrozenSAE(sae, device, kernels), blocks):
+            _append(sink, block, fired)
+            correlation.add(fired, block.acts, torch.from_numpy(block.keep.reshape(-1)))
+            bar.update(block.tokens.size)
+    panels = weight_panels(sae, model, hook_point) | correlation.panels()
+    return finished(sae, model, sink, panels, hook_point, resampled)
+
+
+def encoded_blocks(placed: FrozenSAE, blocks: Iterable[IndexBlock]) -> Iterator[tuple[IndexBlock, SparseActs]]:
+    """Blocks with their activations above zero in kept rows; the next one is encoded while one is in use."""
 
     @torch.inference_mode()
     def encoded(block: IndexBlock) -> tuple[IndexBlock, SparseActs]:
-        return block, placed.encode(block.acts)
+        return block, placed.encode(block.acts).firings(torch.from_numpy(block.keep.reshape(-1)))
 
-    with progress("index", tokens, "tok") as bar:
-        for block, acts in read_ahead(encoded, blocks):  # the next block is encoded while this one is stored
-            kept = torch.from_numpy(block.keep.reshape(-1))
-            fired = acts.firings(kept)
-            _append(sink, block, fired)
-            correlation.add(fired, block.acts, kept)
-            bar.update(block.tokens.size)
+    return read_ahead(encoded, blocks)
+
+
+def finished(
+    sae: SAE,
+    model: LanguageModel | None,
+    sink: IndexSink,
+    panels: Panels,
+    hook_point: str,
+    resampled: Mapping[int, int] | None,
+) -> Path:
+    """Adds what follows from all activations together; returns the path of the index."""
 
     def from_firings(firings: Firings) -> Panels:
         effects = ablation_effects.panels(sae, model, firings, hook_point) if model else {}
         return co_activation.panels(firings) | rules.panels(firings) | effects
 
-    panels = weight_panels(sae, model, hook_point) | correlation.panels()
     panels["stats/resampled_step"] = _resampled_step(sae.d_sae, resampled or {})
     return sink.finish(panels, from_firings)
 
@@ -123,17 +141,18 @@ def _resampled_step(d_sae: int, resampled: Mapping[int, int]) -> Int[np.ndarray,
     return steps
 
 
-def weight_panels(sae: SAE, model: LanguageModel | None, hook_point: str) -> Panels:
+def weight_panels(sae: SAE, model: LanguageModel | None, hook_point: str, mesh: Mesh = ONE) -> Panels:
     """The panels that follow from the weights alone: logit weights, neurons, nearest features, map.
 
     A dictionary of head outputs has `heads/share`, the share of each head in a feature's decoder row.
     Without a linear path from `hook_point` to the logits there are no logit weights.
     A transcoder has no `neurons/weight_*` (its decoder does not write to neurons of x) and no `stats/cos_enc_dec` (its
     encoder and decoder directions lie in different spaces).
+    On a `mesh` the ranks share the features, and rank 0 alone returns the panels.
     """
     parts: dict[str, list[np.ndarray]] = {}
     directions, has_path = unit(sae.W_dec), model is not None and model.why_no_path(hook_point) is None
-    for rows in _chunks(sae.d_sae):
+    for rows in _chunks(sae.d_sae)[mesh.rank :: mesh.world]:
         W_dec = sae.W_dec[rows]
         found = _neighbour_panels(directions, rows)
         if model and has_path:
@@ -145,6 +164,12 @@ def weight_panels(sae: SAE, model: LanguageModel | None, hook_point: str) -> Pan
             found["heads/share"] = head_shares(W_dec, model.n_heads).numpy()
         for name, array in found.items():
             parts.setdefault(name, []).append(array)
+    if mesh.world > 1:
+        like = mesh.tell({name: [str(arrays[0].dtype), *arrays[0].shape[1:]] for name, arrays in parts.items()})
+        empty = {name: np.empty((0, *shape), dtype) for name, (dtype, *shape) in like.items()}
+        parts = {name: mesh.in_order(parts.get(name, []), empty[name]) for name in like}
+        if not mesh.is_first:
+            return {}
     panels = {name: np.concatenate(arrays) for name, arrays in parts.items()} | feature_map.panels(sae.W_dec)
     if not sae.is_transcoder:
         panels["stats/cos_enc_dec"] = torch.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=-1).numpy()

@@ -65,6 +65,8 @@ class RunningCorrelation:
 class FeatureNeuronCorrelation(RunningCorrelation):
     """Pearson correlation of each feature's activation with each neuron of x, over the kept rows."""
 
+    BYTES = 12  # of memory for each pair of a feature and a neuron
+
     def add(self, acts: SparseActs, x: Float[Tensor, "rows d_in"], kept: Bool[Tensor, " rows"]) -> None:
         """Adds the kept rows; `acts` holds activations of kept rows only."""
         self.n += int(kept.sum())

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.kernels import autograd, choose, dense, fastest
@@ -48,8 +48,8 @@ class SparseActs:
         """The sum of all activations."""
         return self.values.sum()
 
-    def n_active(self) -> Float[Tensor, ""]:
-        return (self.values.detach() > 0).sum(dtype=torch.float32)
+    def n_active(self) -> Int[Tensor, ""]:
+        return (self.values.detach() > 0).sum()
 
     def of_feature(self, vector: Float[Tensor, " d_sae"]) -> Float[Tensor, " nnz"]:
         """The element of a per-feature vector for each entry."""
@@ -113,7 +113,7 @@ class DenseActs:
 
     values: Float[Tensor, "rows d_sae"]
     sums: Float[Tensor, " d_sae"] | None = None
-    active: Float[Tensor, ""] | None = None
+    active: Int[Tensor, ""] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -126,9 +126,9 @@ class DenseActs:
         """The sum of all activations."""
         return self.values.sum() if self.sums is None else self.sums.sum()
 
-    def n_active(self) -> Float[Tensor, ""]:
-        # As float32, because PyTorch's sum of booleans is slow.
-        return (self.values.detach() > 0).float().sum() if self.active is None else self.active
+    def n_active(self) -> Int[Tensor, ""]:
+        # Rows in float32, because PyTorch's sum of booleans is slow; all rows may have more entries than it can count.
+        return (self.values.detach() > 0).float().sum(-1).long().sum() if self.active is None else self.active
 
     def of_feature(self, vector: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
         return vector

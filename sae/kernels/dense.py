@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels import buffers
@@ -23,7 +23,7 @@ def relu(
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, " d_sae"],
     b_dec: Float[Tensor, " d_in"],
-) -> tuple[Float[Tensor, "rows d_sae"], Float[Tensor, " d_sae"], Float[Tensor, ""]]:
+) -> tuple[Float[Tensor, "rows d_sae"], Float[Tensor, " d_sae"], Int[Tensor, ""]]:
     """`f = ReLU((x − b_dec) W_enc + b_enc)`, its sums over the rows, and (without a gradient) how many are positive."""
     found: tuple[Tensor, Tensor, Tensor] = _ReLU.apply(x, W_enc, b_enc, b_dec)  # type: ignore[no-untyped-call]
     return found
@@ -41,11 +41,12 @@ class _ReLU(torch.autograd.Function):
         centred, W = x - b_dec, factor(W_enc)
         f = buffers.empty(len(x), len(b_enc), like=x)
         positive = buffers.empty(_at_once(x), len(b_enc), like=x)
-        sums, active = torch.zeros_like(b_enc), x.new_zeros(())
+        sums, active = torch.zeros_like(b_enc), torch.zeros((), dtype=torch.int64, device=x.device)
         for rows in _blocks(x):
             f_rows = product(f[rows], centred[rows], W).add_(b_enc).relu_()
             sums += f_rows.sum(0)
-            active += torch.gt(f_rows, 0, out=positive[: len(f_rows)]).sum()
+            # float32 counts the entries of a row exactly, of all rows not
+            active += torch.gt(f_rows, 0, out=positive[: len(f_rows)]).sum(-1).long().sum()
         ctx.weight = W_enc
         ctx.save_for_backward(centred, f, W_enc)
         ctx.mark_non_differentiable(active)

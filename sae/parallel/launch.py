@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from hashlib import sha256
 from types import FrameType
 from typing import Any
 
@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from sae.jobs.progress import Interrupted
 from sae.parallel.cost import cheapest
-from sae.parallel.mesh import ONE, FailedElsewhere, Mesh
+from sae.parallel.mesh import ONE, TIMEOUT, FailedElsewhere, Mesh, answer_limit
 
-ANSWER_WITHIN = timedelta(minutes=20)  # rank 0 initialises a dictionary while the others wait
 ROLL_CALL_S = 3.0  # within which every rank that still runs answers
 LAST_SECONDS = 20.0  # after SIGTERM: torchrun kills 30 s after it
 SHARD_FORMS = "features, rows, auto, or RxF such as 2x4"
@@ -91,33 +91,65 @@ def joined_ranks(shard: str | None, device: str, **sizes: int) -> Iterator[Mesh]
     rank says so already.
     """
     check_started(shard)
-    rank, world = rank_and_world()
-    if shard is None or world == 1:
+    if shard is None or rank_and_world()[1] == 1:
         yield ONE
         return
-    shape = mesh_shape(shard, **sizes)
+    with _joined(mesh_shape(shard, **sizes), device) as mesh:
+        yield mesh
+
+
+@contextmanager
+def all_ranks(device: str) -> Iterator[Mesh]:
+    """The processes that torchrun started as a mesh of equal workers; one rank without it.
+
+    Where `joined_ranks` leaves it to the work to stop on SIGTERM, here the signal raises Interrupted.
+    """
+    _, world = rank_and_world()
+    if dist.is_initialized():  # by the script that calls us
+        yield Mesh(dist.get_world_size(), 1)
+        return
+    if world == 1:
+        yield ONE
+        return
+    with _joined((world, 1), device, stop=True) as mesh:
+        yield mesh
+
+
+@contextmanager
+def _joined(shape: tuple[int, int], device: str, *, stop: bool = False) -> Iterator[Mesh]:
+    rank, world = rank_and_world()
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     store, _, _ = next(rendezvous("env://"))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=ANSWER_WITHIN)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=answer_limit(patient=True))
     roll = RollCall(PrefixStore("sae", store), rank, world)
-    with _last_seconds(), warnings.catch_warnings():
+    mesh = Mesh(*shape)
+    with _last_seconds(stop), warnings.catch_warnings():
         if rank:
             warnings.simplefilter("ignore")
-        else:
-            sys.stderr.write(f"mesh {shape[0]}x{shape[1]}: {_described(*shape)}\n")
+        elif not stop:
+            sys.stderr.write(f"mesh {mesh}: {_described(*shape)}\n")
         try:
-            yield Mesh(*shape)
+            yield mesh
         except FailedElsewhere:
             raise
-        except RuntimeError as error:  # a collective: gloo and NCCL raise it when a peer is gone or does not answer
-            raise roll.who_stopped(error) from error
         except Exception as error:
-            roll.say(str(error))
-            raise
+            found = roll.who_stopped(error, mesh) if _is_exchange(error) else roll.failed(error, mesh)
+            if found is error:
+                raise
+            raise found from error
     dist.destroy_process_group()
+
+
+def _is_exchange(error: Exception) -> bool:
+    """Whether an exchange failed: gloo and NCCL raise RuntimeError when a rank is gone or does not answer."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return isinstance(error, RuntimeError) and where.startswith("torch.distributed")
 
 
 def _described(row_groups: int, shards: int) -> str:
@@ -133,11 +165,18 @@ class RollCall:
         self.store, self.rank, self.world = store, rank, world
         store.set(f"place/{rank}", f"{socket.gethostname()}, {_place()}")
 
-    def say(self, why: str) -> None:
-        """Leaves the reason why this rank stops."""
-        self.store.set(f"fault/{self.rank}", why or "no reason given")
+    def failed(self, error: Exception, mesh: Mesh) -> Exception:
+        """The error to raise for one of this rank's own; what all ranks raise alike is reported by the first."""
+        said = sha256(f"{type(error)} {error}".encode()).hexdigest()
+        self.store.set(f"fault/{self.rank}", "1")
+        if self.store.add(f"said/{said}", 1) > 1:
+            return FailedElsewhere(str(error))
+        if not mesh.doing or not isinstance(error, (ValueError, OSError)):
+            return error
+        place = self._place_of(self.rank)
+        return RankStopped(f"rank {self.rank} ({place}) failed in {mesh.doing}: {error} {_advice(mesh)}")
 
-    def who_stopped(self, error: RuntimeError) -> Exception:
+    def who_stopped(self, error: Exception, mesh: Mesh) -> Exception:
         """The error to raise after a failed exchange: one rank reports it, the others are silent."""
         try:
             self.store.set(f"here/{self.rank}", "1")
@@ -149,18 +188,26 @@ class RollCall:
             gone = [rank for rank in range(self.world) if rank not in here]
             if here and self.rank != here[0]:
                 return FailedElsewhere("another rank reports it")
+            at = f" in {mesh.doing}" if mesh.doing else ""
             if not gone:
-                return RankStopped(f"the exchange between ranks failed, and all of them answer: {error}")
+                return RankStopped(
+                    f"an exchange between ranks failed{at}, though all of them answer: {error}. {_advice(mesh)} If it "
+                    f"only took long, allow more seconds with {TIMEOUT}."
+                )
             named = ", ".join(f"rank {rank} ({self._place_of(rank)})" for rank in gone)
         except (RuntimeError, OSError):  # the machine that keeps the store is gone
-            return RankStopped(f"the other ranks stopped answering ({error}).")
+            return RankStopped(f"the machine of rank 0 stopped answering ({error}). {_advice(mesh)}")
         return RankStopped(
-            f"{named} stopped answering: it was killed, it ran out of memory, or its machine or network failed. The "
-            "last saved state is kept. Repeat the command, on as many ranks or on others."
+            f"{named} stopped answering{at}: it was killed, ran out of memory or hangs, or its machine or network "
+            f"failed. {_advice(mesh)}"
         )
 
     def _place_of(self, rank: int) -> str:
         return str(self.store.get(f"place/{rank}").decode()) if self.store.check([f"place/{rank}"]) else "unknown"
+
+
+def _advice(mesh: Mesh) -> str:
+    return f"{mesh.kept} Repeat the command, on as many ranks or on others.".strip()
 
 
 def _place() -> str:
@@ -169,13 +216,18 @@ def _place() -> str:
 
 
 @contextmanager
-def _last_seconds() -> Iterator[None]:
-    """Inside, the first SIGTERM leaves LAST_SECONDS to stop: a rank may wait for one that is gone."""
+def _last_seconds(stop: bool) -> Iterator[None]:
+    """Inside, the first SIGTERM leaves LAST_SECONDS to stop: a rank may wait for one that is gone.
+
+    With `stop` it also raises Interrupted; otherwise the work itself looks for the signal.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
         timer = threading.Timer(LAST_SECONDS, os._exit, (128 + signal.SIGTERM,))
         timer.daemon = True
         timer.start()
+        if stop:
+            raise Interrupted("stopped; nothing was written. Repeat the command.")
 
     previous = signal.signal(signal.SIGTERM, end)
     try:

@@ -11,20 +11,41 @@ operation returns what it was given.
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 Axis = Literal["features", "rows", "world"]  # the ranks of a row group; the ranks with the same shard; all ranks
 OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before PyTorch 2.13
 
+TIMEOUT = "SAE_RANK_TIMEOUT_S"
+TIMEOUT_S = 300.0  # without an answer, in a step
+PATIENCE = 4  # times as long before the first step and while files are written
+
 Told = TypeVar("Told")
+
+
+def answer_limit(*, patient: bool) -> timedelta:
+    """How long a rank waits for the others. Raises: ValueError if the environment names no such time."""
+    given = os.environ.get(TIMEOUT) or TIMEOUT_S
+    try:
+        seconds = float(given)
+        assert seconds > 0
+        return timedelta(seconds=seconds * (PATIENCE if patient else 1))
+    except (ValueError, AssertionError, OverflowError) as error:
+        raise ValueError(f"{TIMEOUT} must be a number of seconds above 0, got {given!r}.") from error
 
 
 class FailedElsewhere(ValueError):
@@ -55,6 +76,8 @@ class Mesh:
             by_features = [dist.new_group(list(range(r * shards, (r + 1) * shards))) for r in range(row_groups)]
             by_rows = [dist.new_group(list(range(f, self.world, shards))) for f in range(shards)]
             self._groups |= {"features": by_features[self.row_group], "rows": by_rows[self.shard]}
+        self.doing, self.kept = "", ""  # for the error of a failed exchange: what this rank is at, and what is saved
+        self.exchange_s = 0.0  # in exchanges so far, mostly waiting for slower ranks
         self.calls: Counter[str] = Counter()
         self.received_bytes: Counter[str] = Counter()
 
@@ -76,6 +99,21 @@ class Mesh:
     def size(self, axis: Axis) -> int:
         return {"features": self.shards, "rows": self.row_groups, "world": self.world}[axis]
 
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Inside, an exchange may wait for other ranks as long as at the start: they read or write much."""
+        self.answer_within(patient=True)
+        try:
+            yield
+        finally:
+            self.answer_within(patient=False)
+
+    def answer_within(self, *, patient: bool) -> None:
+        """Sets how long an exchange may wait for other ranks from now on, until it fails."""
+        if self.world > 1:
+            for group in set(self._groups.values()):
+                _set_pg_timeout(answer_limit(patient=patient), group)
+
     # --- rows into the dictionary, reconstructions out of it ---------------------------------------------------------
 
     def gather_rows(self, x: Float[Tensor, "own d"]) -> Float[Tensor, "gathered d"]:
@@ -83,8 +121,8 @@ class Mesh:
         if self.shards == 1:
             return x
         out = x.new_empty((len(x) * self.shards, *x.shape[1:]))
-        all_gather(out, x.contiguous(), group=self._groups["features"])
-        self._count("gather_rows", (self.shards - 1) * _bytes(x))
+        with self._exchange("gather_rows", (self.shards - 1) * _bytes(x)):
+            all_gather(out, x.contiguous(), group=self._groups["features"])
         return out
 
     def scatter_sum(self, partial: Float[Tensor, "gathered ..."]) -> Float[Tensor, "own ..."]:
@@ -125,8 +163,8 @@ class Mesh:
         """`reduce` in place, for a contiguous tensor."""
         n = self.size(axis)
         if n > 1:
-            dist.all_reduce(x, OPERATIONS[operation], group=self._groups[axis])
-            self._count("reduce", 2 * (n - 1) * _bytes(x) // n)
+            with self._exchange("reduce", 2 * (n - 1) * _bytes(x) // n):
+                dist.all_reduce(x, OPERATIONS[operation], group=self._groups[axis])
         return x
 
     def average(self, x: Tensor) -> Tensor:
@@ -150,8 +188,8 @@ class Mesh:
         if n == 1:
             return x[None]
         out = x.new_empty((n * x.numel(),))
-        all_gather(out, x.contiguous().flatten(), group=self._groups[axis])
-        self._count("stack", (n - 1) * _bytes(x))
+        with self._exchange("stack", (n - 1) * _bytes(x)):
+            all_gather(out, x.contiguous().flatten(), group=self._groups[axis])
         return out.view(n, *x.shape)
 
     def all_features(self, own: Shaped[Tensor, "own ..."], d_sae: int) -> Shaped[Tensor, "d_sae ..."]:
@@ -227,7 +265,40 @@ class Mesh:
             dist.recv(x, owner)
         return x
 
-    def _count(self, what: str, n_bytes: int) -> None:
+    def collected(self, own: Shaped[np.ndarray, "n ..."]) -> list[np.ndarray]:
+        """On rank 0 the arrays of all ranks, in their order, which may differ in length; [] on the others."""
+        if self.world == 1:
+            return [own]
+        shapes = self.everyones(list(own.shape))
+        if not self.is_first:
+            if own.nbytes:
+                dist.send(torch.from_numpy(np.ascontiguousarray(own).view(np.uint8).reshape(-1)), 0)
+            return []
+        found = [own]
+        for rank, shape in enumerate(shapes[1:], 1):
+            theirs = np.empty(shape, own.dtype)
+            if theirs.nbytes:
+                dist.recv(torch.from_numpy(theirs.reshape(-1).view(np.uint8)), rank)
+            found.append(theirs)
+        return found
+
+    def in_order(self, own: Sequence[np.ndarray], like: np.ndarray) -> list[np.ndarray]:
+        """On rank 0 the pieces of all ranks, whose i-th is piece i · world + rank of the whole; [] on the others.
+
+        `like` is an empty array of their dtype and shape, for a rank without pieces.
+        """
+        if self.world == 1:
+            return list(own)
+        lengths = self.collected(np.array([len(piece) for piece in own], np.int64))
+        parts = self.collected(np.concatenate([like, *own]))
+        pieces = [np.split(part, np.cumsum(n)[:-1]) if len(n) else [] for part, n in zip(parts, lengths, strict=True)]
+        return [theirs[i] for i in range(max(map(len, pieces), default=0)) for theirs in pieces if i < len(theirs)]
+
+    @contextmanager
+    def _exchange(self, what: str, n_bytes: int) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.exchange_s += time.perf_counter() - began
         self.calls[what] += 1
         self.received_bytes[what] += n_bytes
 
@@ -237,8 +308,8 @@ class _ScatterSum(torch.autograd.Function):
     def forward(ctx: Any, partial: Tensor, mesh: Mesh) -> Tensor:
         ctx.mesh = mesh
         parts = torch.empty_like(partial, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(parts, partial.contiguous(), group=mesh._groups["features"])
-        mesh._count("scatter_sum", (mesh.shards - 1) * _bytes(partial) // mesh.shards)
+        with mesh._exchange("scatter_sum", (mesh.shards - 1) * _bytes(partial) // mesh.shards):
+            dist.all_to_all_single(parts, partial.contiguous(), group=mesh._groups["features"])
         parts = parts.view(mesh.shards, len(partial) // mesh.shards, *partial.shape[1:])
         total = parts[0].clone()
         for part in parts[1:]:

@@ -17,6 +17,8 @@ from sae.evaluation.crosscoder import Means, SiteBlock, SiteModel
 from sae.jobs.checkpoint import write_tensors
 from sae.kernels import device_named
 from sae.lm import LanguageModel, ModelError, load_model
+from sae.parallel.mesh import ONE, Mesh
+from sae.parallel.shares import shared_out
 from sae.pipeline.donors import donors
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.resolve import model_in, row_filter_progress
@@ -29,7 +31,7 @@ from store.paired import require_same_rows
 
 
 def evaluate_crosscoder(
-    sae: SAE, directory: Path, model: LanguageModel | str | None, device: str, kernels: str
+    sae: SAE, directory: Path, model: LanguageModel | str | None, device: str, kernels: str, mesh: Mesh = ONE
 ) -> dict[str, Any]:
     """Evaluates a crosscoder at each of its sites; writes eval.json and sites.safetensors next to it.
 
@@ -40,20 +42,25 @@ def evaluate_crosscoder(
     result, tensors = crosscoder.evaluate(
         sae,
         models_of(places, model, str(device_named(device))),
-        heldout_blocks(places),
+        heldout_blocks(places, mesh),
         means=Means(*(np.concatenate([each.mean for each in totals]) for totals in (heldout, train))),
         donors=[donors(place.store, place.hook_point) for place in places],
         kept_tokens=heldout[0].kept_rows,
         device=device,
         kernels=kernels,
+        mesh=mesh,
     )
     view = places[0].store
     if not view.row_filter.is_off:
         left_out = view.whole.totals(HELD_OUT, places[0].hook_point).kept_rows - heldout[0].kept_rows
         result["row_filter"] = {**view.row_filter.to_json(), "rows": heldout[0].kept_rows, "rows_left_out": left_out}
-    write_tensors(directory / "sites.safetensors", tensors, {"tokens": heldout[0].kept_rows, "split": HELD_OUT})
-    write_json(directory / "eval.json", result)
-    return result
+
+    def write() -> dict[str, Any]:
+        write_tensors(directory / "sites.safetensors", tensors, {"tokens": heldout[0].kept_rows, "split": HELD_OUT})
+        write_json(directory / "eval.json", result)
+        return result
+
+    return mesh.on_first(write)
 
 
 def crosscoder_control(directory: str | Path) -> dict[str, Any] | None:
@@ -156,16 +163,16 @@ def _opened(n: int, place: Place, asked: LanguageModel | None, device: str) -> L
         ) from error
 
 
-def heldout_blocks(places: Sequence[Place]) -> Iterator[SiteBlock]:
-    """The held-out contexts of all sites, joined, in the models' own units; one block for each shard."""
+def heldout_blocks(places: Sequence[Place], mesh: Mesh = ONE) -> Iterator[SiteBlock]:
+    """The held-out contexts of all sites, joined, in the models' own units; a block for each of this rank's shards."""
     first = places[0].store
-    for shard, marker in first.markers(HELD_OUT).items():
-        if not marker.kept_rows:
-            continue
+    shards = {shard: marker.contexts for shard, marker in first.markers(HELD_OUT).items() if marker.kept_rows}
+    for shard, skipped in shared_out(shards, mesh):
         contexts = first.read_contexts(HELD_OUT, shard)
         parts = [torch.from_numpy(place.store.read_acts(HELD_OUT, shard, place.hook_point)) for place in places]
         yield SiteBlock(
             torch.cat(parts, dim=-1).view(*contexts.tokens.shape, -1),
             torch.from_numpy(contexts.tokens.astype(np.int64)),
             torch.from_numpy(contexts.keep),
+            skipped,
         )

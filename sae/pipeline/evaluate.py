@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from sae.evaluation import evaluate as evaluation
 from sae.evaluation.outliers import fvu_of_all_rows
 from sae.jobs.checkpoint import write_tensors
 from sae.lm import LanguageModel
+from sae.parallel.launch import all_ranks
+from sae.parallel.mesh import ONE, Mesh
+from sae.parallel.shares import shared_out
 from sae.pipeline.crosscoders import evaluate_crosscoder
 from sae.pipeline.donors import donors
 from sae.pipeline.errors import PipelineError
@@ -34,6 +38,7 @@ def evaluate(
     device: str = "auto",
     kernels: str = "auto",
     ablated: evaluation.Ablated | None = None,
+    over_ranks: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a dictionary on the store's held-out split; writes eval.json and feature_stats.safetensors next to it.
 
@@ -43,15 +48,30 @@ def evaluate(
     metrics of its losses are left out.
     To measure several dictionaries of one store and output hook point, pass each the same `ablated`, {} at
     first: what does not depend on the dictionary is then computed once.
+    With `over_ranks` the processes that torchrun started share the text, and all of them call this: the result is that
+    of one process, bit for bit.
     Raises: PipelineError if the store or the model is not the dictionary's.
     """
+    with all_ranks(device) if over_ranks else nullcontext(ONE) as mesh:
+        return _evaluate(sae, store, model, device, kernels, ablated, mesh)
+
+
+def _evaluate(
+    sae: SAE | str | Path,
+    store: str | Path | None,
+    model: LanguageModel | str | None,
+    device: str,
+    kernels: str,
+    ablated: evaluation.Ablated | None,
+    mesh: Mesh,
+) -> dict[str, Any]:
     dictionary, directory = opened(sae)
     if dictionary.is_crosscoder:
         if store is not None or directory is None:
             raise PipelineError(
                 "a crosscoder is evaluated on the stores that its config.json names: give its directory, and no store."
             )
-        return evaluate_crosscoder(dictionary, directory, model, device, kernels)
+        return evaluate_crosscoder(dictionary, directory, model, device, kernels, mesh)
     acts = store_of(dictionary, directory, store)
     lm = model_with(dictionary, model, acts, device=device)
     read, replaced = dictionary.config["hook_point"], output_hook_point(dictionary)
@@ -60,13 +80,13 @@ def evaluate(
     domains = sorted({entry[2] for entry in acts.documents(HELD_OUT).values()})
 
     def heldout_blocks(store: ActivationReader = acts) -> Iterator[evaluation.Block]:
-        return eval_blocks(store, read, domains, HELD_OUT, sorted(store.markers(HELD_OUT)), target)
+        return eval_blocks(store, read, domains, HELD_OUT, sorted(store.markers(HELD_OUT)), target, mesh=mesh)
 
     result, stats = evaluation.evaluate(
         dictionary,
         lm,
         evaluation.Blocks(heldout_blocks),
-        training=choosing_blocks(acts, read, domains),
+        training=choosing_blocks(acts, read, domains, mesh),
         hook_point=replaced,
         heldout_mean=heldout.mean,
         train_mean=acts.totals(TRAIN, replaced).mean,
@@ -76,26 +96,35 @@ def evaluate(
         device=device,
         kernels=kernels,
         ablated=ablated if acts.row_filter.is_off else None,  # other rows, other losses
+        mesh=mesh,
     )
     if not acts.row_filter.is_off:
         everything = acts.whole.totals(HELD_OUT, replaced)
         placed = FrozenSAE(dictionary, device, kernels)
+        of_all_rows = fvu_of_all_rows(placed, heldout_blocks(acts.whole), everything.mean, mesh)
         result["row_filter"] = {
             **acts.row_filter.to_json(),
             "rows": heldout.kept_rows,
             "rows_left_out": everything.kept_rows - heldout.kept_rows,
-            "fvu_all_rows": fvu_of_all_rows(placed, heldout_blocks(acts.whole), everything.mean),
+            "fvu_all_rows": of_all_rows,
         }
-    if directory:
-        write_tensors(directory / "feature_stats.safetensors", stats, {"tokens": heldout.kept_rows, "split": HELD_OUT})
-        write_json(directory / "eval.json", result)  # last: a sweep takes its presence for a finished evaluation
-    return result
+
+    def write() -> dict[str, Any]:
+        if directory:
+            counted = {"tokens": heldout.kept_rows, "split": HELD_OUT}
+            write_tensors(directory / "feature_stats.safetensors", stats, counted)
+            write_json(directory / "eval.json", result)  # last: a sweep takes its presence for a finished evaluation
+        return result
+
+    return mesh.on_first(write)
 
 
-def choosing_blocks(store: ActivationReader, hook_point: str, domains: list[str]) -> Iterator[evaluation.Block]:
+def choosing_blocks(
+    store: ActivationReader, hook_point: str, domains: list[str], mesh: Mesh = ONE
+) -> Iterator[evaluation.Block]:
     """Training contexts to choose each domain's feature on, spread over the whole store."""
     shards, every = thinned(store, TRAIN, CHOOSING_TOKENS)
-    return eval_blocks(store, hook_point, domains, TRAIN, shards, every=every)
+    return eval_blocks(store, hook_point, domains, TRAIN, shards, every=every, mesh=mesh)
 
 
 def thinned(store: ActivationReader, split: str, tokens: int) -> tuple[list[int], int]:
@@ -115,17 +144,17 @@ def eval_blocks(
     target: str | None = None,
     *,
     every: int = 1,
+    mesh: Mesh = ONE,
 ) -> Iterator[evaluation.Block]:
-    """Contexts of some shards, one in `every`; with y if there is a target hook point."""
+    """Contexts of this rank's part of some shards, one in `every`; with y if there is a target hook point."""
     markers = store.markers(split)
     documents = {int(n): entry for shard in shards for n, entry in markers[shard].documents.items()}
     lookup = np.full(max(documents, default=0) + 2, -1)
     for number, entry in documents.items():
         lookup[number] = domains.index(entry[2]) if entry[2] in domains else -1
-    for shard in shards:
+    filled = {shard: markers[shard].contexts for shard in shards if markers[shard].contexts}  # the text may end before
+    for shard, skipped in shared_out(filled, mesh):
         contexts = store.read_contexts(split, shard)
-        if not len(contexts.tokens):  # the text ended before this shard
-            continue
         acts, wanted = (
             torch.from_numpy(store.read_acts(split, shard, hook)).view(*contexts.tokens.shape, -1)[::every]
             if hook
@@ -139,4 +168,5 @@ def eval_blocks(
             torch.from_numpy(contexts.keep[::every]),
             lookup[contexts.document[::every]],
             wanted,
+            skipped,
         )

@@ -26,6 +26,7 @@ from sae.jobs.trackers import Tracker
 from sae.kernels import choose, device_named, matmul
 from sae.parallel.decisions import refuse_different_settings
 from sae.parallel.mesh import ONE, Mesh
+from sae.parallel.pace import shown_slowness, slowest_rank
 from sae.training import lambda_conventions
 from sae.training.config import DEFAULTS, TrainConfig, with_overrides
 from sae.training.fixed_steps import FixedSteps
@@ -138,6 +139,7 @@ def _train_together(
         first, last = min(run.state.step for run in runs), max(run.config.steps for run in runs)
         rows_done = sum((run.state.step - first) * run.config.batch_tokens for run in runs)
         total = sum((last - first) * run.config.batch_tokens for run in runs)
+        _note(mesh, runs)
         saved, pinned = time.monotonic(), any(run.state.device.type == "cuda" for run in runs)
         with progress("train", total, "tok", initial=rows_done, shown=mesh.is_first) as bar:
             for step, (batch, waited_s) in enumerate(prefetched(rows, first, last, pinned=pinned), first):
@@ -148,8 +150,11 @@ def _train_together(
                         bar.update(run.config.batch_tokens)
                         if shown:
                             bar.set_postfix_str(shown)
+                if step == first:
+                    mesh.answer_within(patient=False)
                 if saving:
                     saved = time.monotonic()
+                _note(mesh, runs)
                 unfinished = [run for run in runs if run.unfinished]
                 if not unfinished:
                     break
@@ -161,7 +166,17 @@ def _train_together(
                         f"stopped at step {run.state.step:,} of {run.config.steps:,}, saved in {run.out}. "
                         "Repeat the command to continue."
                     )
-        return [run.diverged or run.finish(rows) for run in runs]
+        mesh.doing = ""
+        with mesh.patient():
+            return [run.diverged or run.finish(rows) for run in runs]
+
+
+def _note(mesh: Mesh, runs: Sequence[Run]) -> None:
+    """Keeps what an error of another rank will say: the step, and what is saved."""
+    if mesh.world > 1:
+        step, saved = (min(steps) for steps in zip(*((run.state.step, run.saved_step) for run in runs), strict=True))
+        mesh.doing = f"step {step + 1:,}"
+        mesh.kept = f"The state of step {saved:,} is kept in {runs[0].out}." if saved else "Nothing was saved yet."
 
 
 def bind_directory(out: Path, config: TrainConfig, provenance: dict[str, Any]) -> TrainConfig:
@@ -213,6 +228,7 @@ class Run:
             for tracker in (plan.trackers if mesh.is_first else ())
         ]
         self.logged_at, self.logged_step, self.stall_s = time.perf_counter(), self.state.step, 0.0
+        self.logged_exchange_s, self.saved_step = mesh.exchange_s, self.state.step
         self.diverged: Diverged | None = None
         self.fixed_steps = FixedSteps(self.state, self.config) if self.state.fixed_plan else None
         self.snapshots = Snapshots(self.state.device) if saves_beside(self.state) else None
@@ -252,7 +268,9 @@ class Run:
                 shown = self._report(metrics, batch.mixing)
             if saving or not self.unfinished:
                 check_weights(self.state, self.config)
-                save_state(self.out, self.state, keep=keep, snapshots=self.snapshots)
+                with self.mesh.patient():
+                    save_state(self.out, self.state, keep=keep, snapshots=self.snapshots)
+                self.saved_step = self.state.step
         except Diverged as error:
             self.diverged = error
         return shown
@@ -282,15 +300,19 @@ class Run:
         _append(self.log, [entry])
         for report in self.reporters:
             report(entry)
-        return f"fvu={entry['fvu']:.4f}, l0={entry['l0']:.1f}, dead={entry['dead_share']:.1%}"
+        shown = f"fvu={entry['fvu']:.4f}, l0={entry['l0']:.1f}, dead={entry['dead_share']:.1%}"
+        return shown + shown_slowness(entry)
 
     def _pace(self) -> dict[str, float]:
-        """Rows per second since the last line, and the share of that time spent waiting for rows."""
+        """Rows per second since the last line, the share of that time spent waiting for rows, and the slowest rank."""
         seconds, steps, stall_s = time.perf_counter() - self.logged_at, self.state.step - self.logged_step, self.stall_s
+        exchange_s = self.mesh.exchange_s - self.logged_exchange_s
         self.logged_at, self.logged_step, self.stall_s = time.perf_counter(), self.state.step, 0.0
+        self.logged_exchange_s = self.mesh.exchange_s
         return {
             "rows_per_s": round(self.config.batch_tokens * steps / seconds),
             "stall_share": round(stall_s / seconds, 4),
+            **slowest_rank(self.mesh, stall_s / seconds, exchange_s / seconds),
         }
 
     def wait_until_saved(self) -> None:

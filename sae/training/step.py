@@ -65,7 +65,7 @@ def _l0(acts: FeatureActs, mesh: Mesh) -> Tensor:
     """Active features per row of the whole batch; from integer counts, so that all ranks find the same number."""
     if mesh.world == 1:
         return l0(acts)
-    return mesh.reduce(acts.n_active().long(), "sum", "world") / (acts.n_rows * mesh.row_groups)
+    return mesh.reduce(acts.n_active(), "sum", "world") / (acts.n_rows * mesh.row_groups)
 
 
 def _scaled(state: TrainState, batch: Batch, recipe: Recipe) -> ScaledBatch:
