@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class BlockFiles:
         """Keeps a block: whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         small = rows.astype(np.uint32), features.astype(np.uint32), values.astype(np.float32)
-        block = dict(zip(COLUMNS, (tokens, keep, document, *small), strict=True))
+        block: dict[str, Any] = dict(zip(COLUMNS, (tokens, keep, document, *small), strict=True))
         with atomic_write(self._file(first_context)) as partial, partial.open("wb") as file:
             np.savez(file, **block)
 

@@ -223,3 +223,10 @@ def test_products_are_switched_inside_and_put_back() -> None:
         raise RuntimeError("stop")
     assert torch.get_float32_matmul_precision() == before
     assert matmul.factor(a) is a
+
+
+def test_active_entries_are_counted_exactly_beyond_the_whole_numbers_of_float32() -> None:
+    """4,097 · 4,099 is odd and above 2^24: float32 cannot hold it."""
+    rows, d_sae = 4097, 4099
+    acts = DenseActs(*dense.relu(torch.ones(rows, 1), torch.ones(1, d_sae), torch.zeros(d_sae), torch.zeros(1)))
+    assert int(acts.n_active()) == int(DenseActs(acts.values).n_active()) == rows * d_sae

@@ -193,10 +193,16 @@ def on_one() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_many_ranks_compute_what_one_process_computes(on_one: list[dict[str, Any]], shape: tuple[int, int]) -> None:
-    """Every recipe, in float64: curves, all parameters, Adam's moments and counters, after 30 steps."""
-    worst = {}
-    for found in on_ranks(shape[0] * shape[1], train_all_on, shape, list(CASES.values())):
-        for name, mine, expected in zip(CASES, found, on_one, strict=True):
+    """Every recipe, in float64: curves, all parameters, Adam's moments and counters, after 30 steps.
+
+    Each recipe once on meshes of one axis, and in all its variants on one of both.
+    """
+    recipes = {case.recipe: name for name, case in reversed(CASES.items())}
+    cases = CASES if shape == (2, 2) else {name: CASES[name] for name in recipes.values()}
+    wanted, worst = dict(zip(CASES, on_one, strict=True)), {}
+    for found in on_ranks(shape[0] * shape[1], train_all_on, shape, list(cases.values())):
+        for name, mine in zip(cases, found, strict=True):
+            expected = wanted[name]
             worst |= {(name, key): deviation(mine[key], expected[key]) for key in expected}
     assert max(worst.values()) < 1e-12, {where: by for where, by in worst.items() if by >= 1e-12}
 

@@ -108,10 +108,10 @@ def evaluate(
             bar.update(int(block.keep.sum()))
     mesh.reduce_(fired, "sum", "world")
     names = mesh.tell(sorted(sums[0]) if sums else [])  # rank 0 has the first block
-    by_context = {name: mesh.in_order([each[name] for each in sums], np.empty(0)) for name in names}
+    pieces = {name: mesh.in_order([each[name] for each in sums], np.empty(0)) for name in names}
     if not mesh.is_first:
         return {}, {}
-    by_context = {name: np.concatenate(parts) for name, parts in by_context.items()}
+    by_context = {name: np.concatenate(parts) for name, parts in pieces.items()}
     measured = _measured(by_context, sites, models)
     measured["dead_share"] = {
         "value": int((fired == 0).sum()) / sae.d_sae,
