@@ -12,11 +12,12 @@ from test_circuits_heads import (
 from torch import Tensor
 
 from sae.circuits import heads, previous_token, units
+from sae.circuits.key_measures import Dictionaries, Texts, key_measures
 from sae.circuits.patching import path_patching, runs_of
 from sae.circuits.sites import Site, heads_of
 from sae.circuits.tasks import task_of
 from sae.dictionary.autoencoder import SAE
-from sae.lm import NativeModel
+from sae.lm import ModelError, NativeModel
 
 OUT, Z = "blocks.0.hook_attn_out", "blocks.0.attn.hook_z"
 
@@ -32,8 +33,8 @@ def dictionary() -> SAE:
     return made
 
 
-def texts(n: int, *, seed: int, length: int = 40) -> Tensor:
-    found = torch.randint(1, 20, (n, length), generator=torch.Generator().manual_seed(seed))
+def texts(n: int, *, seed: int, length: int = 40, below: int = 20) -> Tensor:
+    found = torch.randint(1, below, (n, length), generator=torch.Generator().manual_seed(seed))
     found[:, 0] = 0
     return found
 
@@ -154,3 +155,29 @@ def test_units_by_prompt_move_only_those_chosen(induction: NativeModel, dictiona
     assert torch.allclose(value[1], value[3], atol=0.05)
     assert torch.allclose(value[2], torch.ones(2).double(), atol=0.05)
     assert torch.allclose(value[:, 1], torch.ones(4).double(), atol=1e-6)  # a head that reads nothing
+
+
+def test_the_measures_show_a_circuit_set_by_hand(induction: NativeModel, dictionary: SAE) -> None:  # noqa: F811
+    found, labels, arrays = key_measures(
+        induction,
+        Dictionaries(dictionary, OUT, dictionary),
+        Texts(*(texts(64, seed=seed, length=POSITIONS, below=VOCAB) for seed in (0, 1))),
+        task_of(induction, "induction", 6),
+        1,
+        made_up=2,
+    )
+    assert labels["head"] == ["L1.head.0", "L1.head.1"]
+    assert found["units_with_rule"].value == 1
+    assert found["tokens_covered"].value > 0.5  # the other features fire fewer than 10 times
+    for name in ("current_token", "shuffled_labels", "shuffled_model"):
+        assert found["units_with_rule"].controls[name].value < 0.5, name
+    share = found["share_of_score"]
+    assert share.value[0] > 0.95
+    assert abs(share.controls["shuffled_rules"].value[0]) < 0.2
+    assert found["share_of_largest"].value.shape == (2, 5)
+    assert found["into_k"].value[0] < 0.05
+    assert found["into_k"].controls["whole_output"].value[0] < 0.05
+    assert found["into_k"].controls["other_features"].value[0] > 0.7
+    assert arrays["rule_token"].shape == (VOCAB,)
+    with pytest.raises(ModelError, match="before layer 0"):
+        key_measures(induction, Dictionaries(dictionary, OUT), Texts(texts(2, seed=0), texts(2, seed=1)), None, 0)  # type: ignore[arg-type]

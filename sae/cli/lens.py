@@ -14,6 +14,7 @@ NAMES = (
     "facts",
     "growth",
     "heads",
+    "keys",
 )  # those of sae.pipeline.lenses, which is slow to import
 SETTINGS = ("text", "task", "by", "method", "layer", "concept", "n", "seed")
 
@@ -39,7 +40,9 @@ def lens(verbs: Any) -> None:
         help="circuit: activation, gradient, path or judge (default: activation); facts: gaussian, swap or rome "
         "(default: gaussian)",
     )
-    verb.add_argument("--layer", type=int, metavar="N", help="look at this layer only; facts: edit this one")
+    verb.add_argument(
+        "--layer", type=int, metavar="N", help="look at this layer only; facts: edit this one; keys: whose heads"
+    )
     verb.add_argument("--concept", metavar="DOMAIN", help="erase: the domain of the text to erase")
     verb.add_argument("--n", type=int, metavar="N", help="how many contexts or prompts to measure on")
     verb.add_argument("--seed", type=int, metavar="N", help="seed of what is drawn at random, controls included")

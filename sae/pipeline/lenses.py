@@ -15,6 +15,8 @@ from sae.circuits.circuit import Question, answer
 from sae.circuits.depth import Tuning, feature_depth, layer_depth
 from sae.circuits.growth_measures import Snapshot, growth_measures
 from sae.circuits.head_measures import Texts, head_measures
+from sae.circuits.key_measures import Dictionaries, key_measures
+from sae.circuits.key_measures import Texts as KeyTexts
 from sae.circuits.known_facts import requests_of, variants
 from sae.circuits.results import DIRECTORY, Result, write_result
 from sae.circuits.rome import rome, second_moment
@@ -22,8 +24,9 @@ from sae.circuits.tasks import task_of
 from sae.circuits.text import Contexts, contexts_of
 from sae.circuits.tracing import Corruption, causal_tracing
 from sae.dictionary.autoencoder import SAE
+from sae.dictionary.files import load
 from sae.lm import LanguageModel, NativeModel, load_model
-from sae.lm.base import read_json_file
+from sae.lm.base import layer_of, read_json_file
 from sae.lm.pretrain import KEPT
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.harvest import Text, source_of
@@ -32,6 +35,7 @@ from sae.text.sources import TextSource
 from store.common import HELD_OUT, TRAIN
 
 RUNS = Path("runs")  # where the results of models go
+SHUFFLED_MODEL = "controls/shuffled_model"  # in a dictionary's directory, made by `sae controls`
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Subject:
     model: LanguageModel
     sae: SAE | None
     directory: Path
+    dictionary: Path | None = None  # its directory
 
     @property
     def about(self) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def subject_of(path: LanguageModel | str | Path, *, out: str | Path | None = Non
         lm, sae = load_model(path, device=model_device(device)), None
     if out is None:
         out = RUNS / DIRECTORY / Path(lm.id).name if sae is None else Path(str(path)) / DIRECTORY
-    return Subject(lm, sae, Path(out))
+    return Subject(lm, sae, Path(out), None if sae is None else Path(str(path)))
 
 
 def held_out_contexts(lm: LanguageModel, text: Text | None, n: int, split: str = HELD_OUT) -> Contexts:
@@ -228,6 +233,31 @@ def erase(
     return Result("erase", measures, about, re.sub(r"[^\w-]+", "_", concept), arrays=arrays)
 
 
+def keys(subject: Subject, *, text: Text | None = None, layer: int | None = None, n: int = 64, seed: int = 0) -> Result:
+    """Whether features of a layer's attention output say which token came before, and make up induction heads' keys.
+
+    The heads are those of `layer` (default: the one after the dictionary's). Rules of features are chosen on `2 n`
+    contexts of training text and judged on `n` of held-out text. The dictionary of the shuffled model that `sae
+    controls` made is a control where there is one. Raises: ModelError, PipelineError for another dictionary.
+    """
+    lm, hook_point = subject.model, subject.hook_point
+    assert subject.sae is not None
+    shuffled = None
+    if subject.dictionary is not None and (subject.dictionary / SHUFFLED_MODEL / "sae.safetensors").is_file():
+        shuffled = load(subject.dictionary / SHUFFLED_MODEL)
+    train, held_out = (held_out_contexts(lm, text, size, split) for split, size in ((TRAIN, 2 * n), (HELD_OUT, n)))
+    reader = layer_of(hook_point) + 1 if layer is None else layer
+    measures, labels, arrays = key_measures(
+        lm,
+        Dictionaries(subject.sae, hook_point, shuffled),
+        KeyTexts(train.tokens, held_out.tokens),
+        task_of(lm, "induction", n, seed=seed),
+        reader,
+        seed=seed,
+    )
+    return Result("keys", measures, subject.about | {"layer": reader, "seed": seed}, labels=labels, arrays=arrays)
+
+
 LENSES: dict[str, Callable[..., Result]] = {
     "circuit": circuit,
     "depth": depth,
@@ -235,4 +265,5 @@ LENSES: dict[str, Callable[..., Result]] = {
     "facts": facts,
     "growth": growth,
     "heads": heads,
+    "keys": keys,
 }
