@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from browser.state import Page
-from browser.views import attention, compare, feature, features, map, microscope, run, steering, token
+from browser.views import attention, compare, feature, features, heads, map, microscope, patching, run, steering, token
 
 
 @dataclass(frozen=True)
@@ -31,5 +31,7 @@ VIEWS = {
     "compare": View("Compare", compare.show, needs_index=False),
     "token": View("Token", token.show),
     "attention": View("Attention", attention.show, needs_model=True),
+    "heads": View("Heads", heads.show, needs_index=False),
+    "patching": View("Patching", patching.show, needs_index=False),
 }
 DEFAULT = "features"

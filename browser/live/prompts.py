@@ -112,11 +112,17 @@ def predictions(live: Live, ids: list[int], n: int) -> list[tuple[int, float]]:
 
 def patterns(live: Live, entry: SaeEntry, ids: list[int]) -> Any:
     """Attention pattern [head, dst, src] of the hook point's block. Raises LiveError if the model does not give one."""
-    from sae.interventions.attention_attribution import patterns
     from sae.lm import layer_of
 
+    return patterns_of(live, ids, layer_of(hook_point(entry)))
+
+
+def patterns_of(live: Live, ids: list[int], layer: int) -> Any:
+    """Attention pattern [head, dst, src] of a layer. Raises LiveError if the model does not give one."""
+    from sae.interventions.attention_attribution import patterns
+
     try:
-        return patterns(live.model, ids, layer=layer_of(hook_point(entry)))
+        return patterns(live.model, ids, layer=layer)
     except ValueError as error:
         raise LiveError(str(error)) from error
 
