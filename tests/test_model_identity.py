@@ -15,8 +15,9 @@ from test_hf_harvest import saved
 
 from sae import pipeline
 from sae.jobs.checkpoint import read_tensors, write_tensors
-from sae.lm import NativeModel, load_model
+from sae.lm import LanguageModel, NativeModel, load_model
 from sae.lm.identity import sha256_of_parameters
+from sae.pipeline.lenses import snapshots_of
 from store.activations import ActivationStore
 from store.common import same_model
 
@@ -77,11 +78,31 @@ def test_settings_added_later_leave_the_identity_of_older_models_alone(tiny_mode
         ("tiny-relu-1l", "485ba6064c010b10687dd8861bc5e0390707d49615893634f446162510d4a487"),
         ("tiny-relu-1l-sparse", "620b57d656d0ab2740d97df6fd8d8f3203a6f0a7f4c5b3514cfd090ae163e741"),
         ("tiny-relu-1l-b", "9e6c2df8ff8e95f42e4553cbbde5ea428e6cdfb135d3ab5354d2b7f0bd3c9dc7"),
+        ("attn-1l", "d00a6868990479da2054b44567a2ebc3e1d0cbffb285425f6527b2b1c8088a0e"),
+        ("attn-2l", "40dc7cef161678510ad70585c846aaaacc22592f697d4b6895b7be9d859aa314"),
     ],
 )
 def test_shipped_models_keep_their_identity(name: str, recorded: str) -> None:
     """Stores and dictionaries of users hold these hashes."""
     assert load_model(name).weights_sha256 == recorded
+
+
+def test_attn_2l_is_shipped_with_six_snapshots_and_matches_prefixes_only_in_the_later_ones() -> None:
+    """Attention to the token after an earlier copy, by hand, on repeated random tokens; one layer stays at chance."""
+    model = load_model("attn-2l")
+    found = {each.tokens: each.open() for each in snapshots_of(model)}
+    assert list(found) == [0, 2_457_600, 4_915_200, 5_734_400, 7_372_800, 12_288_000]
+    assert found[12_288_000].weights_sha256 == model.weights_sha256
+    segment = torch.arange(300, 900, 24)
+    tokens = torch.cat([torch.tensor([model.bos_id]), segment, segment])[None]
+    n = len(segment)
+
+    def prefix(lm: LanguageModel) -> float:
+        pattern = lm.attention(tokens, lm.n_layers - 1).pattern
+        return float(pattern[:, torch.arange(n + 1, 2 * n), torch.arange(2, n + 1)].mean(-1).max())
+
+    assert max(prefix(found[2_457_600]), prefix(found[0]), prefix(load_model("attn-1l"))) < 0.15
+    assert min(prefix(found[7_372_800]), prefix(model)) > 0.3
 
 
 @pytest.fixture
