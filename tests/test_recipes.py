@@ -64,6 +64,9 @@ def test_a_least_density_that_would_fill_k_is_refused() -> None:
     assert resolve("balanced", k=4, d_sae=4096)[1].min_density == pytest.approx(0.04 * 4 / 4096)
     assert resolve("balanced", target_l0=8, d_sae=512)[1].min_density == pytest.approx(0.04 * 8 / 512)
     assert resolve("balanced", k=4, d_sae=4096, min_density=0.0)[1].min_density == 0
+    assert resolve("matryoshka", target_l0=8, d_sae=512)[1].min_density == pytest.approx(0.04 * 8 / 512)
+    assert resolve("jumprelu", target_l0=8, d_sae=512)[1].min_density == pytest.approx(0.04 * 8 / 512)
+    assert resolve("jumprelu", d_sae=512)[1].min_density == resolve("batch-topk", d_sae=512)[1].min_density == 0
 
 
 def test_l1_recipe_refuses_k_and_nan() -> None:

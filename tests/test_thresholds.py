@@ -146,10 +146,11 @@ def test_the_l0_on_rows_not_trained_on_is_k(tmp_path: Path, recipe: str) -> None
     assert (sae.encode(fresh) > 0).sum(-1).double().mean().item() == pytest.approx(4, rel=0.02)
 
 
-def test_a_run_that_began_without_calibration_ends_without(tmp_path: Path) -> None:
-    """Its train.json lacks the setting, as those of version 0.1 do; the recipe sets it today."""
-    _, today = resolve("batch-topk", d_sae=64, k=4, tokens=256 * 20, batch_tokens=256)
-    before = replace(today, calibrate_threshold=False)
+@pytest.mark.parametrize("recipe", ["batch-topk", "matryoshka"])
+def test_a_run_of_version_0_1_ends_as_it_began(tmp_path: Path, recipe: str) -> None:
+    """Its train.json lacks calibrate_threshold and has matryoshka's min_density of then; recipes set both today."""
+    _, today = resolve(recipe, d_sae=64, k=4, tokens=256 * 20, batch_tokens=256)
+    before = replace(today, calibrate_threshold=False, min_density=0.0)
     wanted = loop.train(PLANTED, tmp_path / "wanted", before)
     loop.bind_directory(tmp_path / "old", before, {})
     settings_file = tmp_path / "old" / "train.json"
@@ -159,6 +160,7 @@ def test_a_run_that_began_without_calibration_ends_without(tmp_path: Path) -> No
     found = loop.train(PLANTED, tmp_path / "old", today)
     assert torch.equal(found.threshold, wanted.threshold)
     assert found.config["train"]["calibrate_threshold"] is False
+    assert found.config["train"]["min_density"] == 0
     assert not torch.equal(loop.train(PLANTED, tmp_path / "new", today).threshold, wanted.threshold)
 
 

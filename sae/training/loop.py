@@ -41,6 +41,7 @@ from store.common import explaining_full_disk
 
 SETTINGS = "train.json"  # the settings of the run that a directory holds
 SET_SINCE_0_1 = ("calibrate_threshold",)  # by recipes that did not set it then
+CHANGED_SINCE_0_1 = ("min_density",)  # by recipes that had another default then
 LOG_STEPS = 25
 
 
@@ -122,7 +123,7 @@ def _bound(plan: Plan, mesh: Mesh) -> TrainConfig:
         return bind_directory(plan.out, plan.config, plan.provenance)
     refuse_different_settings(mesh, {"out": str(plan.out), **plan.config.to_dict(), "rows": plan.provenance})
     config = mesh.on_first(lambda: bind_directory(plan.out, plan.config, plan.provenance).to_dict())
-    return with_overrides(plan.config, {name: config[name] for name in SET_SINCE_0_1})
+    return with_overrides(plan.config, {name: config[name] for name in (*SET_SINCE_0_1, *CHANGED_SINCE_0_1)})
 
 
 def _kept(outs: Sequence[Path]) -> str:
@@ -192,7 +193,9 @@ def bind_directory(out: Path, config: TrainConfig, provenance: dict[str, Any]) -
         )
     begun_with = _recorded(out / SETTINGS)
     if begun_with:
-        config = with_overrides(config, {name: DEFAULTS[name] for name in SET_SINCE_0_1 if name not in begun_with})
+        added = {name: DEFAULTS[name] for name in SET_SINCE_0_1 if name not in begun_with}
+        changed = {name: begun_with[name] for name in CHANGED_SINCE_0_1 if added and name in begun_with}
+        config = with_overrides(config, added | changed)
     claim(out, SETTINGS, {"train": config.to_dict(), "rows": provenance}, absent={"train": DEFAULTS})
     return config
 

@@ -29,7 +29,7 @@ class Recipe:
     coefficient: str = ""  # the setting that holds λ; "": sparsity is k
     unit_norm: bool = True  # of decoder rows
     pre_bias: bool = True
-    balance_share: float = 0.0  # default min_density, as a share of the mean density k / d_sae
+    balance_share: float = 0.0  # default min_density, as a share of the mean density that was asked for: L0 / d_sae
     # Of the rows besides x: "y" (the target), "resid" (for the rest of the model) or "sites" (the parts of x).
     needs: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)  # the recipe-specific settings it has, and other defaults
@@ -51,6 +51,7 @@ class Recipe:
 
 BRICKEN = "Bricken et al. 2023, appendix"
 L1_RESAMPLED = {"l1": 10.0, "decay_share": 0.0, "resample_shares": (0.1, 0.2, 0.3, 0.4)}
+BALANCE = 0.04
 K_WITH_AUX = {"k": 20, "aux_coefficient": 1 / 32, "decay_share": 0.8}
 
 RECIPES = {
@@ -108,6 +109,7 @@ RECIPES = {
             initialise=from_data_,
             coefficient="l0_penalty",
             pre_bias=False,
+            balance_share=BALANCE,
             defaults={
                 "l0_penalty": 2.0,
                 "bandwidth": 0.1,
@@ -160,7 +162,7 @@ RECIPES = {
             # The fit depends on lr · steps. Measured on a corpus, 4M rows, batches of 2,048 and of 512: at k = 5, FVU
             # 0.081 and 0.051; at k = 20, 0.0035 and 0.0003. But with so close a fit few features do the work and the
             # bonus keeps the others alive: half as many features belong to one domain or match a rule.
-            balance_share=0.04,
+            balance_share=BALANCE,
             defaults={
                 "k": 20,
                 "min_density": 0.0,
@@ -178,6 +180,7 @@ RECIPES = {
             activation="batchtopk",
             objective=objectives.matryoshka,
             initialise=from_data_,
+            balance_share=BALANCE,
             defaults={
                 **K_WITH_AUX,
                 "min_density": 0.0,
@@ -267,7 +270,8 @@ def resolve(name: str, **overrides: Any) -> tuple[Recipe, TrainConfig]:
     if "k" in recipe.settings and config.target_l0:
         config = _with_k_of_target(recipe, config, overrides)
     if recipe.balance_share and overrides.get("min_density") is None:
-        config = with_overrides(config, {"min_density": recipe.balance_share * config.k / config.d_sae})
+        l0 = config.k or config.target_l0
+        config = with_overrides(config, {"min_density": recipe.balance_share * l0 / config.d_sae})
     _refuse_useless_settings(recipe, config)
     _check_settings(recipe, config)
     return recipe, config
