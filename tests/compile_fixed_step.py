@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,34 @@ from triton.runtime.jit import JITFunction
 
 from sae.kernels.triton_step.buffers import Constants, Learned, Sizes, first_room
 from sae.kernels.triton_step.step import FixedStep
+from sae.training.fixed_plan import PENALTIES
 
 SHAPES = ((512, 16_384), (4096, 131_072))
 ROWS, K = 4096, 32
 PREFIX_SHARES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float64: "*fp64",
+}
 READER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 Launch = tuple[Any, dict[str, str], dict[str, Any], int]  # kernel, types, what is compiled in, warps
 
 
 def sizes(d_in: int, d_sae: int) -> Iterator[Sizes]:
-    """Of topk, batch-topk and matryoshka, the last with dead features, and of ReLU."""
+    """Of topk, batch-topk and matryoshka, the last with dead features, and of the recipes with a penalty."""
     yield Sizes(ROWS, d_in, d_sae, K, first_room(K, d_sae, of_batch=False))
     room = first_room(K, d_sae, of_batch=True)
     yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True)
     prefix_ends = tuple(round(share * d_sae) for share in PREFIX_SHARES)
     yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True, prefix_ends=prefix_ends, dead_room=d_sae // 4)
-    yield Sizes(ROWS, d_in, d_sae, 0, 1024, all_positive=True)
+    for penalty in (
+        PENALTIES.values() if d_in == 512 else ("l1", "norms", "gates")
+    ):  # d_in changes nothing in the others
+        yield Sizes(ROWS, d_in, d_sae, 0, 1024 if penalty == "l1" else 256, penalty=penalty)
 
 
 def launches(wanted: Sizes) -> list[Launch]:
@@ -61,8 +72,12 @@ def launches(wanted: Sizes) -> list[Launch]:
     with torch.device("meta"):
         d_in, d_sae = wanted.d_in, wanted.d_sae
         matrix, vector = torch.zeros(d_sae, d_in), torch.zeros(d_sae)
-        moments = {"W_enc": (matrix,) * 2, "W_dec": (matrix,) * 2, "b_enc": (vector,) * 2}
+        moments = dict.fromkeys(("W_enc", "W_dec"), (matrix, matrix))
+        moments |= dict.fromkeys(("b_enc", "threshold", "r_mag", "b_mag"), (vector, vector))
         moments["b_dec"] = (torch.zeros(d_in),) * 2
+        free = wanted.penalty == "norms"  # like anthropic-2024-04
+        constants = Constants(1.5, 0.9, 0.999, 1e-8, not free, 10**6, 1 / 32, 1e-4, 16.0, clip=float(free))
+        constants = replace(constants, pre_bias=not free, bandwidth=0.1, search=(1.0, 10.0, 90.0, 0.01))
         learned = Learned(
             matrix,
             vector,
@@ -70,9 +85,10 @@ def launches(wanted: Sizes) -> list[Launch]:
             torch.zeros(d_in),
             moments,
             torch.zeros(d_sae, dtype=torch.int64),
-            vector if wanted.of_batch else None,
+            vector if wanted.of_batch or wanted.has_own else None,
+            vector if wanted.penalty == "gates" else None,
         )
-        step = FixedStep(wanted, Constants(1.5, 0.9, 0.999, 1e-8, True, 10**6, 1 / 32, 1e-4, 16.0), learned)
+        step = FixedStep(wanted, constants, learned)
         launch, JITFunction.run = JITFunction.run, record
         try:
             step.run()

@@ -219,7 +219,7 @@ def costs_of(step: Callable[[], object]) -> Costs:
 
 
 def step_costs(recipe: str, settings: dict[str, Any], density: float | None, dead: int) -> Costs:
-    """The costs of the third step of a small run with the Triton kernels: of the step that a GPU would take.
+    """The costs of the second step of a small run with the Triton kernels: of the step that a GPU would take.
 
     A fixed-shape step is counted launch by launch; on a GPU one graph holds all of them but the copy of the batch.
     """
@@ -229,13 +229,13 @@ def step_costs(recipe: str, settings: dict[str, Any], density: float | None, dea
     rows, state = FewRows(), start(FewRows(), config, found, choose("triton", "cpu"))
     state.fixed_plan = as_on_a_gpu(found, config)
     fixed = FixedSteps(state, config) if state.fixed_plan else None
-    for step in range(3):
+    for step in range(2):
         state.tokens_since_fired[:dead] = 10**7
         if density is not None:
             state.density = density
         take = fixed.take if fixed else partial(train_step, state, config=config)
-        if step == 2:
-            return costs_of(partial(take, rows.batch(2)))
+        if step == 1:
+            return costs_of(partial(take, rows.batch(1)))
         take(rows.batch(step))
         if fixed and dead:
             fixed.settle()  # makes room for them

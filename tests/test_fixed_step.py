@@ -23,13 +23,16 @@ from sae.training import fixed_plan, loop
 from sae.training.config import TrainConfig
 from sae.training.fixed_plan import FORGET_AFTER, LONGEST_WAIT, FixedPlan, plan_for, runs_on
 from sae.training.fixed_steps import FixedSteps, fixed_step_of
+from sae.training.recipes import RECIPES as RECIPES_BY_NAME
 from sae.training.recipes import resolve
 from sae.training.rows import Batch
+from sae.training.sparsity_penalty import LambdaController, search_constants
 from sae.training.state import TrainState, start
 from sae.training.step import train_step
 
-pytest.importorskip("triton")
-from sae.kernels.triton_step.step import FixedStep
+triton = pytest.importorskip("triton")
+from sae.kernels.triton_step import penalty as penalty_kernels  # noqa: E402
+from sae.kernels.triton_step.step import FixedStep  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,18 +80,40 @@ def assert_twins(one: TrainState, other: TrainState) -> None:
     for state in (one, other):
         assert state.step == state.optimizer.step_count == state.penalty.step
     assert one.step == other.step
+    assert one.penalty.saved() == pytest.approx(other.penalty.saved(), rel=1e-5)
     assert one.density == pytest.approx(other.density, rel=1e-6)
 
 
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "topk": ("topk", {"k": 3}),
     "topk of many": ("topk", {"k": 9}),
     "topk, some dead": ("topk", {"k": 3}),
     "batch-topk": ("batch-topk", {"k": 3}),
     "balanced": ("balanced", {"k": 3}),
     "matryoshka, some dead": ("matryoshka", {"k": 3}),
-    "towards-monosemanticity": ("towards-monosemanticity", {"l1": 2.0, "resample_shares": ()}),
+    "towards-monosemanticity": ("towards-monosemanticity", {"l1": 2.0, "resample_shares": (), "target_l0": 1}),
+    "anthropic-2024-04": ("anthropic-2024-04", {"l1": 2.0}),
+    "jumprelu": ("jumprelu", {"l0_penalty": 3.0, "bandwidth": 0.3, "min_density": 0.01}),
+    "gated": ("gated", {"l1": 2.0, "resample_shares": ()}),
+    "p-anneal": ("p-anneal", {"l1": 2.0, "resample_shares": (), "p_from_share": 0.0}),
 }
+
+
+@torch.no_grad()
+def make_sparse(state: TrainState, rows: Rows) -> None:
+    """In the middle of its run, with about one active feature in a row, so that sparse products pay."""
+    state.density, state.step, state.optimizer.step_count, state.penalty.step = 0.04, 10, 10, 10
+    sae = state.sae
+    x = torch.cat([rows.batch(step).x for step in range(2)]).to(DEVICE) * state.scale
+    largest = sae.pre_acts(x).flatten().sort(descending=True).values
+    bar, spread = largest[len(x)], largest[len(x) // 2] - largest[len(x)]
+    if sae.activation == "jumprelu":
+        state.tokens_since_fired[::3] = 1000  # long enough for their biases to rise
+        sae.threshold.copy_(bar + torch.linspace(-1, 1, sae.d_sae) * spread)
+    else:
+        sae.b_enc -= bar
+    if sae.activation == "gated":  # some gates that open give no magnitude
+        sae.r_mag += torch.linspace(-0.5, 0.5, sae.d_sae)
+        sae.b_mag += torch.linspace(1.0, -1.0, sae.d_sae) * spread
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -97,12 +122,10 @@ def test_a_fixed_step_does_what_the_general_step_does(name: str) -> None:
     n_dead = 9 if "dead" in name else 0
     rows = Rows(12, 8)
     (one, config), (other, _) = (begun(recipe, rows, 40, **settings) for _ in range(2))
-    fixed = FixedSteps(other, config)
     if not config.k:
-        one.density = other.density = 0.04  # ReLU: sparse products pay below a twentieth
-        with torch.no_grad():
-            for state in (one, other):
-                state.sae.b_enc -= 2.5
+        for state in (one, other):
+            make_sparse(state, rows)
+    fixed = FixedSteps(other, config)
     for step in range(2):
         for state in (one, other):
             state.tokens_since_fired[:n_dead] = 10**6
@@ -110,13 +133,36 @@ def test_a_fixed_step_does_what_the_general_step_does(name: str) -> None:
         fixed.take(rows.batch(step))
         found = fixed.settle()
         assert not fixed.made.buffers.flags.any()
+        assert fixed.made.buffers.steps_done.tolist() == [other.step]
         assert_twins(one, other)
         for figure in ("loss", "error", "l0", "x"):
             torch.testing.assert_close(found[figure], expected[figure], rtol=1e-5, atol=0)
+    assert all(moment.any() for moment in other.optimizer.tensors().values())
+    assert 0 < other.density < 1 / 20 or config.k
+    assert not config.clip or fixed.made.buffers.clip_factor < 1
     assert not fixed.made.buffers.counts.any()
     assert not fixed.made.buffers.bitmap.any()
     assert other.fixed_plan is not None
     assert other.fixed_plan.resume_at == 0
+
+
+@triton.jit
+def searched(penalty, now, active, at, rows, log_target, start, stop, gain):  # type: ignore[no-untyped-def]
+    penalty_kernels.search(penalty, now, active, at, rows, log_target, start, stop, gain)
+
+
+def test_lambda_is_searched_for_on_the_device_as_on_the_host() -> None:
+    """Over a whole run: while it warms up, while it is searched for, and at the end."""
+    _, config = resolve("jumprelu", d_sae=4096, tokens=40, batch_tokens=1, target_l0=20, penalty_warmup_share=0.2)
+    there, rows = LambdaController.start(config, 2.0), 100
+    held = torch.tensor(list(there.saved().values()), dtype=torch.float64, device=DEVICE)
+    for step in range(config.steps):
+        entries = 400 + 97 * step * (40 - step) % 7000
+        now = torch.tensor([0.0, 0.0, 0.0, there.warmup(step) / there.warmup(step + 1)], device=DEVICE)
+        active = torch.tensor([entries], dtype=torch.int32, device=DEVICE)
+        searched[(1,)](held, now, active, step, rows, *search_constants(config))
+        there.update(entries / rows)
+        assert held.tolist() == pytest.approx(list(there.saved().values()), rel=1e-5)
 
 
 def chosen(step: FixedStep) -> Tensor:
@@ -334,10 +380,10 @@ def test_a_replayed_graph_takes_the_steps_that_the_launches_take() -> None:
 
 
 def test_a_run_continues_bit_for_bit_with_the_room_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step does not fit, the next ones do; resampling changes the weights between two steps."""
+    """The first step does not fit, the next ones do; features die; resampling changes weights between two steps."""
     monkeypatch.setattr(fixed_plan, "first_room", lambda *_, **__: 4)
-    settings = {"k": 3, "resample_shares": (0.7,), "dead_tokens": 16, "aux_coefficient": 0.0}
-    _, config = resolve("topk", d_sae=24, tokens=6 * 16, batch_tokens=16, **settings)
+    settings = {"k": 3, "resample_shares": (0.7,), "dead_tokens": 16}
+    _, config = resolve("topk", d_sae=40, tokens=5 * 16, batch_tokens=16, **settings)
     whole = loop.train(FewRows(), tmp_path / "whole", config, kernels="triton", device=DEVICE)
     take = FixedSteps.take
 
@@ -350,7 +396,9 @@ def test_a_run_continues_bit_for_bit_with_the_room_it_had(tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         loop.train(FewRows(), tmp_path / "broken", config, kernels="triton", device=DEVICE, save_minutes=0.0)
     monkeypatch.setattr(FixedSteps, "take", take)
-    assert read_header(tmp_path / "broken" / "state.safetensors")["fixed_step"]["room"] > 4
+    plan = read_header(tmp_path / "broken" / "state.safetensors")["fixed_step"]
+    assert plan["room"] > 4
+    assert plan["dead_room"] > 0
     again = loop.train(FewRows(), tmp_path / "broken", config, device=DEVICE)
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, again.tensors()[name]), name
@@ -367,14 +415,15 @@ def test_only_a_gpu_takes_fixed_steps_and_only_of_recipes_written_in_them(monkey
         return plan_for(recipe, config, device, kernels) is not None
 
     monkeypatch.setattr(fixed_plan, "runs_on", runs_on)
-    assert all(planned(name) for name in ("topk", "batch-topk", "balanced", "matryoshka", "towards-monosemanticity"))
+    general = {"transcoder", "crosscoder", "end-to-end"}
+    assert {name for name in RECIPES_BY_NAME if planned(name)} == set(RECIPES_BY_NAME) - general
     assert not planned("topk", cpu)
-    assert not planned("towards-monosemanticity", target_l0=20)
     assert not planned("topk", kernels="reference")
     assert not planned("topk", multi_k=4)
     assert not planned("topk", clip=1.0)
     assert not planned("topk", k=1000)
-    assert not any(planned(name) for name in ("anthropic-2024-04", "p-anneal", "jumprelu", "gated", "transcoder"))
+    assert not planned("jumprelu", clip=1.0)
+    assert not planned("gated", clip=1.0)
     monkeypatch.setenv("SAE_FIXED_STEP", "0")
     assert not planned("topk")
 

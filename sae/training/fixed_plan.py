@@ -54,12 +54,25 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+# What λ multiplies, as the kernels name it
+PENALTIES: dict[objectives.Objective, str] = {
+    objectives.l1: "l1",
+    objectives.l1_of_norms: "norms",
+    objectives.annealed_lp: "powers",
+    objectives.jumprelu: "jumps",
+    objectives.gated: "gates",
+}
+
+
 def can_be_fixed(recipe: Recipe, config: TrainConfig) -> bool:
     """Whether the recipe's step, with these settings, has been written in fixed shapes."""
-    if not recipe.pre_bias or recipe.needs or config.multi_k or config.clip or config.skip:
+    if recipe.needs:
         return False
-    if recipe.objective is objectives.l1:
-        return not config.target_l0  # the search for λ is the host's
+    if recipe.objective in PENALTIES:
+        own = PENALTIES[recipe.objective] in ("jumps", "gates")
+        return not (own and config.clip)
+    if config.multi_k or config.clip:
+        return False
     return recipe.objective in (objectives.topk, objectives.matryoshka) and 2 * config.k <= LARGEST_ROOM
 
 
@@ -78,7 +91,7 @@ def sizes_of(plan: FixedPlan, recipe: Recipe, config: TrainConfig, d_in: int) ->
         config.k,
         plan.room,
         of_batch=recipe.activation == "batchtopk",
-        all_positive=recipe.activation == "relu",
+        penalty=PENALTIES.get(recipe.objective, ""),
         prefix_ends=config.prefix_sizes,
         dead_room=plan.dead_room,
     )

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from sae.kernels.triton_step import DEAD, DENSE, OVERRUN
-from sae.kernels.triton_step.buffers import LOG_STEPS, RATES, Constants, Learned, dead_room_for
+from sae.kernels.triton_step.buffers import LOG_STEPS, RATE_COLUMNS, RATES, Constants, Learned, dead_room_for
 from sae.training.adam import learning_rate
 from sae.training.batch_topk_threshold import PATIENCE
 from sae.training.config import TrainConfig
-from sae.training.fixed_plan import FixedPlan, room_for, sizes_of
+from sae.training.fixed_plan import PENALTIES, FixedPlan, room_for, sizes_of
 from sae.training.recipes import recipe_named
 from sae.training.rows import Batch
+from sae.training.sparsity_penalty import exponent_at, search_constants
 from sae.training.state import TrainState
 from sae.training.step import SPARSE_BELOW_DENSITY, train_step
 
@@ -44,7 +45,7 @@ class FixedSteps:
 
         self.state, self.config, self.capture = state, config, capture or captured
         self.plan: FixedPlan = state.fixed_plan
-        self.of_relu = recipe_named(config.recipe).activation == "relu"
+        self.penalised = recipe_named(config.recipe).objective in PENALTIES
         self.settled = state.step  # steps known to be done
         self.rates_from = -RATES
         self.launched: list[Batch] = []  # of the steps not yet known to be done
@@ -66,7 +67,7 @@ class FixedSteps:
 
     def _fits(self, batch: Batch) -> bool:
         """Whether the next step can be tried in fixed shapes: decided by the steps before it, never by the time."""
-        if self.of_relu and not self.launched:
+        if self.penalised and not self.launched:
             entries = round(self.state.density * self.config.batch_tokens * self.config.d_sae)
             if entries >= _most_entries(self.config):
                 return False
@@ -115,6 +116,7 @@ class FixedSteps:
         if self._stale:
             self.made.renew()
             held.steps_done.fill_(step)
+            held.penalty.copy_(torch.tensor(list(self.state.penalty.saved().values()), dtype=torch.float64))
             self._stale = False
         if not self.rates_from <= step < self.rates_from + RATES:
             held.rates.copy_(coming_rates(step, self.config, self.state), non_blocking=True)
@@ -128,13 +130,11 @@ class FixedSteps:
         """Brings the state to the last step that was done; returns the batches of the others, and all flags."""
         held, state, launched = self.made.buffers, self.state, self.launched
         done, flags, coming = torch.cat([held.steps_done, held.flags, held.coming_flags]).tolist()
-        log = held.log.tolist()
-        for step in range(self.settled, done):
-            active = log[step % LOG_STEPS][2] / self.config.batch_tokens
-            state.density = active / state.sae.d_sae
-            state.penalty.update(active)
         finished = done - self.settled
         if finished:
+            active = held.log[(done - 1) % LOG_STEPS, 2].item() / self.config.batch_tokens
+            state.density = active / state.sae.d_sae
+            state.penalty.move_to(done, held.penalty.tolist())
             self.metrics = self._logged(done - 1, launched[finished - 1])
         self.launched = []
         self._stale = self._stale or bool(flags or coming)
@@ -163,10 +163,16 @@ def fixed_step_of(state: TrainState, config: TrainConfig) -> FixedStep:
         config.aux_coefficient,
         config.min_density,
         PATIENCE,
-        _most_entries(config) if recipe.activation == "relu" else 2**31 - 1,
+        _most_entries(config) if recipe.objective in PENALTIES else 2**31 - 1,
+        recipe.pre_bias,
+        config.clip,
+        config.bandwidth,
+        config.threshold_lr_ratio,
+        search_constants(config) if state.penalty.searches else None,
     )
     moments = {name: (m["exp_avg"], m["exp_avg_sq"]) for name, m in adam.moments.items()}
     moments["W_enc"] = (moments["W_enc"][0].t(), moments["W_enc"][1].t())
+    own = {"batchtopk": "threshold", "jumprelu": "threshold", "gated": "r_mag"}.get(recipe.activation)
     learned = Learned(
         sae.W_enc.detach().t(),
         sae.b_enc.detach(),
@@ -174,7 +180,8 @@ def fixed_step_of(state: TrainState, config: TrainConfig) -> FixedStep:
         sae.b_dec.detach(),
         moments,
         state.tokens_since_fired,
-        sae.threshold if recipe.activation == "batchtopk" else None,
+        getattr(sae, own).detach() if own else None,
+        sae.b_mag.detach() if recipe.activation == "gated" else None,
     )
     return FixedStep(sizes_of(state.fixed_plan, recipe, config, sae.d_in), constants, learned)
 
@@ -185,12 +192,12 @@ def _most_entries(config: TrainConfig) -> int:
 
 
 def coming_rates(first: int, config: TrainConfig, state: TrainState) -> Tensor:
-    """For RATES steps from `first` on, each at its number modulo RATES: the rate over Adam's first correction, the
-    second correction, and λ."""
+    """For RATES steps from `first` on, each at its number modulo RATES: a row of `sae.kernels.triton_step.penalty`."""
     beta1, beta2 = state.optimizer.beta1, state.optimizer.beta2
-    rates = torch.zeros(RATES, 3, pin_memory=state.device.type == "cuda")
+    warmup, rates = state.penalty.warmup, torch.zeros(RATES, RATE_COLUMNS, pin_memory=state.device.type == "cuda")
     for step in range(first, min(first + RATES, config.steps)):
         rate = learning_rate(step, config) / (1 - beta1 ** (step + 1))
-        coefficient = state.penalty.value_at(step) if state.penalty.coefficient else 0.0
-        rates[step % RATES] = torch.tensor([rate, (1 - beta2 ** (step + 1)) ** -0.5, coefficient])
+        correction, rise = (1 - beta2 ** (step + 1)) ** -0.5, warmup(step) / warmup(step + 1)
+        powers = exponent_at(step, config), exponent_at(step + 1, config)
+        rates[step % RATES] = torch.tensor([rate, correction, warmup(step), rise, *powers])
     return rates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from sae.training.config import TrainConfig
 
@@ -52,12 +53,7 @@ class LambdaController:
     @property
     def value(self) -> float:
         """λ of the present step."""
-        return self.coefficient * self.response * self.annealing * self._warmup(self.step)
-
-    def value_at(self, step: int) -> float:
-        """λ of a coming step, where it is neither searched for nor annealed."""
-        assert not self.searches
-        return self.coefficient * self.response * self.annealing * self._warmup(step)
+        return self.coefficient * self.response * self.annealing * self.warmup(self.step)
 
     @property
     def p(self) -> float:
@@ -86,6 +82,12 @@ class LambdaController:
         """What a checkpoint holds: the arguments of the constructor besides `config` and `step`."""
         return {name: getattr(self, name) for name in ("coefficient", "mean_l0", "response", "annealing")}
 
+    def move_to(self, step: int, numbers: Sequence[float]) -> None:
+        """Takes over what steps on a device have made of the numbers of `saved`."""
+        self.step = step
+        for name, number in zip(self.saved(), numbers, strict=True):
+            setattr(self, name, number)
+
     def missed_target(self) -> str:
         """A warning if a finished run has missed its target L0; empty if it met the target or has none."""
         if not self.searches or 1 / MET_WITHIN <= self.mean_l0 / self.config.target_l0 <= MET_WITHIN:
@@ -97,13 +99,13 @@ class LambdaController:
         )
 
     def _search(self, l0: float) -> None:
-        start, stop = (share * self.config.steps for share in SEARCH_SHARES)
+        _, start, stop, gain = search_constants(self.config)
         off = self._off_target(l0)
         if self.step < start and off < 0:  # undo the warm-up's next rise, because L0 is about to fall below the target
-            self.coefficient *= self._warmup(self.step) / self._warmup(self.step + 1)
+            self.coefficient *= self.warmup(self.step) / self.warmup(self.step + 1)
         if self.step < stop and (self.step >= start or off < 0):
             self.response = math.exp(RESPONSE * off)
-            self.coefficient *= math.exp(min(GAIN / self.config.steps, LARGEST_GAIN) * off)
+            self.coefficient *= math.exp(gain * off)
         else:
             self.response = 1.0
 
@@ -115,10 +117,16 @@ class LambdaController:
         bound = math.log(LARGEST_RATIO)
         return min(bound, max(-bound, now - math.log(self.config.target_l0) + LEAD_STEPS * (now - then)))
 
-    def _warmup(self, step: int) -> float:
+    def warmup(self, step: int) -> float:
         """The share of λ that a step has reached."""
         share = max(self.config.penalty_warmup_share, SEARCH_SHARES[0] if self.config.target_l0 else 0.0)
         return min(1.0, (step + 1) / (share * self.config.steps)) if share else 1.0
+
+
+def search_constants(config: TrainConfig) -> tuple[float, float, float, float]:
+    """The logarithm of the target L0, the steps between which λ is searched for, and the gain of a step."""
+    start, stop = (share * config.steps for share in SEARCH_SHARES)
+    return math.log(config.target_l0), start, stop, min(GAIN / config.steps, LARGEST_GAIN)
 
 
 def exponent_at(step: int, config: TrainConfig) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 LARGEST_ROOM = 1024  # candidates of a row
 SMALLEST_DEAD_ROOM = 32  # dead features
 LOG_STEPS = 32  # steps whose figures are kept until the host reads them
-RATES = 1024  # coming steps whose learning rates and λ are on the device
+RATES, RATE_COLUMNS = 1024, 6  # coming steps whose learning rates and λ are on the device (`penalty`)
 PROGRAMS = 528  # of `learn_encoder`: four for each of an H200's multiprocessors, and the same number everywhere
 BAR_BINS, DIGIT_BINS = 2048, 4096  # of histograms: for the batch's bar, and for the three digits (`batch_select`)
 
@@ -30,19 +30,19 @@ class Sizes:
     k: int
     room: int  # candidates of a row
     of_batch: bool = False  # whether k · rows entries of the batch are chosen, instead of k of each row
-    all_positive: bool = False  # whether every positive entry is, whatever k
+    penalty: str = ""  # what λ multiplies (`explain`); then every entry above its threshold is active, whatever k
     prefix_ends: tuple[int, ...] = ()  # of matryoshka; () is one prefix with all features
     dead_room: int = 0  # dead features for AuxK; 0: a step with dead features is not done
 
     @property
     def width(self) -> int:
         """Entries of a row at most: a power of two."""
-        return self.room if self.of_batch or self.all_positive else power_of_two(self.k)
+        return self.room if self.of_batch or self.penalty else power_of_two(self.k)
 
     @property
     def entries(self) -> int:
         """Entries of a batch at most."""
-        return self.rows * (self.width if self.all_positive else self.k)
+        return self.rows * (self.width if self.penalty else self.k)
 
     @property
     def group(self) -> int:
@@ -64,6 +64,15 @@ class Sizes:
     @property
     def prefixes(self) -> int:
         return max(1, len(self.prefix_ends))
+
+    @property
+    def has_own(self) -> bool:
+        """Whether features have parameters of their own: learned thresholds, or magnitudes besides gates."""
+        return self.penalty in ("jumps", "gates")
+
+    def penalty_among(self, *names: str) -> str:
+        """The penalty for a kernel in which only these differ, so that it is compiled once for all others."""
+        return self.penalty if self.penalty in names else ""
 
     @property
     def fewest_dead(self) -> int:
@@ -104,6 +113,11 @@ class Constants:
     min_density: float = 0.0  # batch-topk's balance
     patience: float = 1.0
     most_entries: int = 2**31 - 1  # of a batch after which the next step should not be sparse
+    pre_bias: bool = True
+    clip: float = 0.0  # largest joint norm of the gradients; 0: no limit
+    bandwidth: float = 0.0  # of JumpReLU's pseudo-gradients
+    threshold_lr_ratio: float = 1.0
+    search: tuple[float, float, float, float] | None = None  # for λ: log target L0, first and last step, gain
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,8 @@ class Learned:
     b_dec: Tensor
     moments: dict[str, tuple[Tensor, Tensor]]
     tokens_since_fired: Tensor
-    threshold: Tensor | None = None  # of batch-topk
+    own: Tensor | None = None  # batch-topk's estimated and JumpReLU's learned thresholds, or r_mag of gates
+    b_mag: Tensor | None = None  # of gates
 
 
 class Buffers:
@@ -149,7 +164,7 @@ class Buffers:
         self.group_norm, self.group_floor = whole(sizes.groups), whole(sizes.groups)  # bits of float32 numbers
         # the screen
         self.screened, self.best = narrow(rows, d_sae), narrow(rows, sizes.groups)
-        self.bar = floats(1 if sizes.of_batch or sizes.all_positive else rows)
+        self.bar = floats(1 if sizes.of_batch or sizes.penalty else rows)
         self.candidates, self.count = whole(rows, sizes.room), whole(rows)
         # the choice
         self.features, self.values, self.d_values = whole(rows, width), floats(rows, width), floats(rows, width)
@@ -158,15 +173,23 @@ class Buffers:
             self.sure_ranks = floats(rows, sizes.groups)
             self.pre, self.ranks, self.ties = floats(rows, width), floats(rows, width), whole(rows)
         self.histograms = whole(BAR_BINS + DIGIT_BINS if sizes.of_batch else 1)
-        self.lift, self.level, self.next_level = floats(d_sae if sizes.of_batch else 1), floats(1), whole(1)
+        lifted = sizes.of_batch or sizes.penalty == "jumps"
+        self.lift, self.level, self.next_level = floats(d_sae if lifted else 1), floats(1), whole(1)
         self.smallest_rank = whole(1)
         # the loss and its gradients
         self.gradient, self.sums = floats(sizes.prefixes, rows, d_in), floats(d_in)
-        self.row_losses, self.losses = floats(2, rows), floats(2)
+        self.row_losses, self.losses = floats(4, rows), floats(4)
         self.prefix_ends = torch.tensor(sizes.prefix_ends or (d_sae,), dtype=torch.int32, device=device)
         # by feature
         self.starts, self.entries, self.entry_count = whole(d_sae), whole(sizes.entries), whole(1)
         self.through_encoder = floats(sizes.programs, d_in)
+        self.squares, self.clip_factor = floats(sizes.programs), floats(1)
+        # of features with parameters of their own
+        some = (rows, width) if sizes.has_own else (1, 1)
+        self.pre_acts, self.d_own, self.active = floats(*some), floats(*some), whole(1)
+        self.mean_own = floats(1)
+        self.fired, self.bias_less = (make(d_sae if sizes.has_own else 1) for make in (whole, floats))
         # what a step is told, and what it tells
-        self.rates, self.log = floats(RATES, 3), floats(LOG_STEPS, 3)
+        self.rates, self.log = floats(RATES, RATE_COLUMNS), floats(LOG_STEPS, 3)
+        self.penalty = torch.zeros(4, device=device, dtype=torch.float64)
         self.flags, self.coming_flags, self.step, self.steps_done = whole(1), whole(1), whole(1), whole(1)

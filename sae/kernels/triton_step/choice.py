@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sae.kernels.triton_step import batch_select, screen, select
-from sae.kernels.triton_step.buffers import BAR_BINS, Buffers, Learned, Sizes, power_of_two
+from sae.kernels.triton_step.buffers import BAR_BINS, Buffers, Constants, Learned, Sizes, power_of_two
 
 SCREEN_NUMBERS = 4096  # of a block in the screen
 ENTRY_NUMBERS = 8192  # of a block of entries and columns
@@ -20,13 +20,14 @@ class Choice:
     """From the screened product to each row's entries."""
 
     sizes: Sizes
+    constants: Constants
     learned: Learned
     held: Buffers
 
     def run(self) -> None:
         """The stages of the rule."""
-        if self.sizes.all_positive:
-            self._choose_positive()
+        if self.sizes.penalty:
+            self._choose_above()
         elif self.sizes.of_batch:
             self._choose_of_batch()
         else:
@@ -72,10 +73,10 @@ class Choice:
             GROUP=sizes.group,
             GROUPS=min(power_of_two(sizes.groups), max(1, SCREEN_NUMBERS // sizes.group)),
             ROOM=sizes.room,
-            BAR="zero" if sizes.all_positive else "batch" if sizes.of_batch else "row",
-            LIFTED=sizes.of_batch,
-            POSITIVE=True,
-            SKIP=not sizes.all_positive,  # `best` is made only where the bar comes from it
+            BAR="zero" if sizes.penalty else "batch" if sizes.of_batch else "row",
+            LIFTED=len(held.lift) > 1,
+            POSITIVE=sizes.penalty != "jumps",
+            SKIP=not sizes.penalty,  # `best` is made only where the bar comes from it
             num_warps=4,
         )
 
@@ -85,14 +86,19 @@ class Choice:
         entries = held.features, held.values, held.kept, held.counts, held.bitmap, held.flags
         return held.centred, learned.W_enc, learned.b_enc, held.candidates, held.count, *entries
 
-    def _choose_positive(self) -> None:
-        sizes = self.sizes
+    def _choose_above(self) -> None:
+        held, sizes, learned = self.held, self.sizes, self.learned
         self._collect()
-        select.choose_positive[(sizes.rows,)](
+        select.choose_above[(sizes.rows,)](
             *self._to_choose(),
+            held.lift if learned.own is None else learned.own,
+            held.lift if learned.b_mag is None else learned.b_mag,
+            held.pre_acts,
+            self.constants.bandwidth,
             sizes.d_in,
             sizes.width,
             sizes.words,
+            PENALTY=sizes.penalty_among("jumps", "gates"),
             ROOM=sizes.room,
             **entry_block(sizes.room, sizes.d_in),
         )

@@ -9,6 +9,10 @@ import triton
 import triton.language as tl
 
 from sae.kernels.triton_step.dead_select import spread, squares
+from sae.kernels.triton_step.penalty import coefficient_now, rates_now
+
+LP_EPSILON: tl.constexpr = tl.constexpr(1e-2)  # as in `sae.training.losses`
+LOG2_LP_EPSILON: tl.constexpr = tl.constexpr(-6.643856189774724)
 
 
 @triton.jit
@@ -24,15 +28,21 @@ def explain(
     d_values,
     row_losses,
     prefix_ends,
+    pre_activations,
+    own,
+    d_own,
+    active,
+    penalty,
     rates,
     step,
     flags,
+    bandwidth,
     rows,
     d,
     width,
     rates_held,
     PREFIXES: tl.constexpr,
-    PENALISED: tl.constexpr,
+    PENALTY: tl.constexpr,
     ROOM: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -40,7 +50,9 @@ def explain(
 
     x̂_p has the features before `prefix_ends[p]`. gradient[p] = Σ over q ≥ p of 2 (x̂_q − x) / rows is what reaches a
     feature of prefix p and not of p − 1; gradient[0] also reaches b_dec. Decoder rows are read once.
-    PENALISED: the loss has λ Σ f, too.
+    PENALTY adds λ times `Σ f` ("l1"), `Σ f ‖d‖` ("norms"), `Σ (f + ε)^p − ε^p` ("powers"), L0 ("jumps") or `Σ π`
+    ("gates", which adds `‖x − x̂_frozen(π)‖²`, too). d_values are the gradients of pre-activations, `d_own` those of
+    thresholds and of b_mag.
     """
     if tl.load(flags) != 0:
         return
@@ -53,6 +65,11 @@ def explain(
     prefix = tl.full([ROOM], 0, tl.int32)
     for end in tl.static_range(PREFIXES - 1):
         prefix += (feature >= tl.load(prefix_ends + end)).to(tl.int32)
+    if PENALTY == "gates":
+        gate = tl.load(pre_activations + row * width + j, mask=there, other=0.0)
+        d_gate = tl.full([ROOM], 0.0, tl.float32)
+    if PENALTY == "norms":
+        square_norm = tl.full([ROOM], 0.0, tl.float32)
     d_value = tl.full([ROOM], 0.0, tl.float32)
     loss = 0.0
     last_error = 0.0
@@ -73,10 +90,46 @@ def explain(
             total += error * (2.0 / rows)
             tl.store(gradient + ((PREFIXES - 1 - back) * rows + row) * d + column, total, mask=mask)
             d_value += tl.where(prefix == PREFIXES - 1 - back, tl.sum(tile * total[None, :], 1), 0.0)
-    if PENALISED:
-        coefficient = tl.load(rates + 3 * (tl.load(step) % rates_held) + 2)
-        loss += coefficient * tl.sum(tl.where(there, value, 0.0), 0)
+        if PENALTY == "norms":
+            square_norm += tl.sum(tile * tile, 1)
+        if PENALTY == "gates":
+            error = tl.sum(gate[:, None] * tile, 0) + bias - target
+            loss += tl.sum(error * error, 0)
+            d_gate += tl.sum(tile * (error * (2.0 / rows))[None, :], 1)
+    if PENALTY != "":
+        now = rates_now(rates, step, rates_held)
+        coefficient = coefficient_now(penalty, now)
+    if PENALTY == "l1":
+        loss += coefficient * tl.sum(value, 0)
         d_value += coefficient / rows
+    if PENALTY == "norms":
+        norm = tl.sqrt(square_norm)
+        loss += coefficient * tl.sum(value * norm, 0)
+        d_value += coefficient / rows * norm
+    if PENALTY == "powers":
+        p, next_p = tl.load(now + 4), tl.load(now + 5)
+        log_value = tl.log2(value + LP_EPSILON)
+        power = tl.exp2(p * log_value)
+        before = tl.sum(tl.where(there, power - tl.exp2(p * LOG2_LP_EPSILON), 0.0), 0)
+        after = tl.exp2(next_p * log_value) - tl.exp2(next_p * LOG2_LP_EPSILON)
+        loss += coefficient * before
+        d_value += coefficient / rows * p * power / (value + LP_EPSILON)
+        tl.store(row_losses + 2 * rows + row, before)
+        tl.store(row_losses + 3 * rows + row, tl.sum(tl.where(there, after, 0.0), 0))
+    if PENALTY == "jumps":
+        pre = tl.load(pre_activations + row * width + j, mask=there, other=0.0)
+        bar = tl.load(own + feature, mask=there, other=0.0)
+        slope = tl.where(tl.abs(pre - bar) < bandwidth / 2, 1.0 / bandwidth, 0.0)
+        tl.store(d_own + row * width + j, -slope * (bar * d_value + coefficient / rows), mask=there)
+        d_value = tl.where(value > 0, d_value, 0.0)
+        loss += coefficient * tl.sum((value > 0).to(tl.float32), 0)
+    if PENALTY == "gates":
+        loss += coefficient * tl.sum(gate, 0)
+        d_value = tl.where(value > 0, d_value, 0.0)
+        tl.store(d_own + row * width + j, d_value, mask=there)
+        d_value = d_value * tl.exp(tl.load(own + feature, mask=there, other=0.0)) + d_gate + coefficient / rows
+    if (PENALTY == "jumps") | (PENALTY == "gates"):
+        tl.atomic_add(active, tl.sum((value > 0).to(tl.int32), 0))
     tl.store(d_values + row * width + j, d_value, mask=there)
     tl.store(row_losses + row, loss)
     tl.store(row_losses + rows + row, last_error)
@@ -96,6 +149,7 @@ def columns(
     rows,
     d,
     PREFIXES: tl.constexpr,
+    NUMBERS: tl.constexpr,
     AUX: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -122,7 +176,7 @@ def columns(
         total += tl.load(gradient + row.to(tl.int64)[:, None] * d + column[None, :], mask=mask, other=0.0)
     tl.store(sums + column, tl.sum(total, 0), mask=column < d)
     if tl.program_id(0) == 0:
-        for number in tl.static_range(2):
+        for number in tl.static_range(NUMBERS):
             summed = tl.full([AT_ONCE], 0.0, tl.float32)
             for start in range(0, rows, AT_ONCE):
                 row = start + tl.arange(0, AT_ONCE)

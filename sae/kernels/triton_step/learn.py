@@ -1,7 +1,4 @@
-"""The last stages: gradients by feature and Adam's step on them in one pass, so that no gradient is stored.
-
-`rates` holds, for each coming step, the learning rate over Adam's first correction, the second correction, and λ.
-"""
+"""The last stages: gradients by feature and Adam's step on them in one pass, so that no gradient is stored."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # Kernels are written in Triton's language, which has no annotations for tensors.
@@ -13,8 +10,40 @@ import triton.language as tl
 
 from sae.kernels.triton_adam import moved
 from sae.kernels.triton_step.by_feature import sums_of_entries
+from sae.kernels.triton_step.penalty import coefficient_now, keep_annealed, rates_now, search
 
 LEVEL_RATE: tl.constexpr = tl.constexpr(0.01)
+SILENT_FOR: tl.constexpr = tl.constexpr(4.0)  # as in `sae.training.revival`
+
+
+@triton.jit
+def decoder_gradient(
+    entries,
+    first,
+    n,
+    values,
+    source,
+    p,
+    penalty,
+    rates,
+    step,
+    column,
+    mask,
+    width,
+    rows,
+    d,
+    rates_held,
+    PENALTY: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The gradient of a feature's decoder row p, from the rows that it is active on."""
+    g, total = sums_of_entries(entries, first, n, values, source, column, mask, width, d, ENTRIES, COLUMNS)
+    if PENALTY == "norms":
+        norm = tl.sqrt(tl.sum(p * p, 0))
+        weight = coefficient_now(penalty, rates_now(rates, step, rates_held)) / rows * total
+        g += tl.where(norm > 0, weight / tl.where(norm > 0, norm, 1.0), 0.0) * p
+    return g
 
 
 @triton.jit
@@ -31,6 +60,8 @@ def learn_decoder(
     slots,
     dead_gradients,
     aux_factor,
+    clip_factor,
+    penalty,
     rates,
     step,
     flags,
@@ -43,6 +74,8 @@ def learn_decoder(
     d,
     rates_held,
     AUX: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    PENALTY: tl.constexpr,
     UNIT: tl.constexpr,
     PREFIXES: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -61,13 +94,34 @@ def learn_decoder(
         prefix += (feature >= tl.load(prefix_ends + end)).to(tl.int64)
     source = gradient + prefix * rows * d
     first, n = tl.load(starts + feature), tl.load(counts + feature)
-    g, _ = sums_of_entries(entries, first, n, values, source, column, mask, width, d, ENTRIES, COLUMNS)
+    g = decoder_gradient(
+        entries,
+        first,
+        n,
+        values,
+        source,
+        p,
+        penalty,
+        rates,
+        step,
+        column,
+        mask,
+        width,
+        rows,
+        d,
+        rates_held,
+        PENALTY,
+        ENTRIES,
+        COLUMNS,
+    )
     if AUX:
         slot = tl.load(slots + feature)
         g += tl.load(aux_factor) * of_slot(dead_gradients, slot, column, mask, d)
+    if CLIPPED:
+        g *= tl.load(clip_factor)
     if UNIT:
         g -= tl.sum(g * p, 0) * p
-    now = rates + 3 * (tl.load(step) % rates_held)
+    now = rates_now(rates, step, rates_held)
     rate, correction = tl.load(now), tl.load(now + 1)
     p = moved(p, g, exp_avg, exp_avg_sq, at, mask, rate, rest1, beta2, rest2, correction, eps)
     if UNIT:
@@ -117,6 +171,10 @@ def learn_encoder(
     dead_gradients,
     dead_d_b,
     aux_factor,
+    clip_factor,
+    fired,
+    bias_less,
+    mean_threshold,
     rates,
     step,
     flags,
@@ -125,6 +183,7 @@ def learn_encoder(
     rest2,
     eps,
     wanted_firings,
+    min_density,
     patience,
     width,
     d,
@@ -133,6 +192,9 @@ def learn_encoder(
     rows,
     rates_held,
     AUX: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    PENALTY: tl.constexpr,
+    REVIVES: tl.constexpr,
     THRESHOLDS: tl.constexpr,
     GROUP: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -141,13 +203,14 @@ def learn_encoder(
     """A feature's encoder row and bias, their float16 copy and its norm for the next screen, and its silent rows.
 
     A program takes every n-th feature, so that it adds up what reaches b_dec through the encoder in one fixed order.
-    With THRESHOLDS also batch-topk's thresholds (`sae.training.batch_topk_threshold`).
+    With THRESHOLDS also batch-topk's thresholds (`sae.training.batch_topk_threshold`); with REVIVES biases of silent
+    JumpReLU features rise (`sae.training.revival`).
     """
     if tl.load(flags) != 0:
         return
     column = tl.arange(0, COLUMNS)
     mask = column < d
-    now = rates + 3 * (tl.load(step) % rates_held)
+    now = rates_now(rates, step, rates_held)
     rate, correction = tl.load(now), tl.load(now + 1)
     through = tl.full([COLUMNS], 0.0, tl.float32)
     if THRESHOLDS:
@@ -168,6 +231,11 @@ def learn_encoder(
             g += tl.load(aux_factor) * of_slot(dead_gradients, slot, column, mask, d)
             d_b += tl.load(aux_factor) * tl.load(dead_d_b + slot, mask=slot >= 0, other=0.0)
         through -= d_b * p
+        if CLIPPED:
+            g *= tl.load(clip_factor)
+            d_b *= tl.load(clip_factor)
+        if PENALTY == "gates":
+            d_b -= tl.load(bias_less + feature)
         p = moved(p, g, exp_avg, exp_avg_sq, at, mask, rate, rest1, beta2, rest2, correction, eps)
         tl.store(w + at, p, mask=mask)
         bias = tl.load(b + feature)
@@ -181,6 +249,16 @@ def learn_encoder(
             bar = tl.where(some, bar, tl.load(threshold + feature))
             tl.store(threshold + feature, bar)
             tl.atomic_max(next_level, bar.to(tl.int32, bitcast=True))
+        firings = n
+        if (PENALTY == "jumps") | (PENALTY == "gates"):
+            firings = tl.load(fired + feature)
+        silence = tl.where(firings > 0, 0, tl.load(silent + feature) + rows)
+        tl.store(silent + feature, silence)
+        if REVIVES:
+            unit = tl.maximum(tl.maximum(tl.load(threshold + feature), tl.load(mean_threshold)), 0.0)
+            bias += tl.where(
+                silence.to(tl.float32) * min_density >= SILENT_FOR, unit * (wanted_firings / patience), 0.0
+            )
         tl.store(b + feature, bias)
         thin = p.to(tl.float16)
         back = thin.to(tl.float32)
@@ -191,7 +269,6 @@ def learn_encoder(
         floor = tl.abs(bias) * (2.0**-11 + 2.0**-21) + 2.0**-20 * norm + 2.0**-24
         tl.atomic_max(group_norm + feature // GROUP, finite_bits(norm))
         tl.atomic_max(group_floor + feature // GROUP, finite_bits(floor))
-        tl.store(silent + feature, tl.where(n > 0, 0, tl.load(silent + feature) + rows))
         for start in range(0, n, ENTRIES):
             i = start + tl.arange(0, ENTRIES)
             row = tl.load(entries + first + i, mask=i < n, other=0) // width
@@ -208,10 +285,16 @@ def finish(
     sums,
     through_encoder,
     parts,
+    clip_factor,
     threshold,
     lift,
     level,
     next_level,
+    penalty,
+    log_target,
+    search_start,
+    search_stop,
+    search_gain,
     rates,
     step,
     steps_done,
@@ -220,9 +303,10 @@ def finish(
     beta2,
     rest2,
     eps,
+    rows,
     d,
     d_sae,
-    entry_count,
+    active,
     losses,
     log,
     log_steps,
@@ -231,29 +315,37 @@ def finish(
     n_dead,
     fewest_dead,
     coming_flags,
+    PRE_BIAS: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    ANNEALS: tl.constexpr,
+    SEARCHES: tl.constexpr,
     THRESHOLDS: tl.constexpr,
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """b_dec, what is logged, and the number of steps done, which `prepare` makes the next step's number.
+    """b_dec, λ, what is logged, and the number of steps done, which `prepare` makes the next step's number.
 
-    With `most_entries` or more entries this step is the last one, for now; also with `fewest_dead` dead features or
-    less, for which AuxK's products have become too large.
+    With `most_entries` or more active entries this step is the last one, for now; also with `fewest_dead` dead features
+    or less, for which AuxK's products have become too large.
     """
     if tl.load(flags) != 0:
         return
     at = tl.load(step)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     mask = column < d
-    total = tl.full([PARTS, COLUMNS], 0.0, tl.float32)
-    for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)
-        place = through_encoder + part[:, None] * d + column[None, :]
-        total += tl.load(place, mask=(part < parts)[:, None] & mask[None, :], other=0.0)
-    g = tl.load(sums + column, mask=mask, other=0.0) + tl.sum(total, 0)
+    g = tl.load(sums + column, mask=mask, other=0.0)
+    if PRE_BIAS:
+        total = tl.full([PARTS, COLUMNS], 0.0, tl.float32)
+        for start in range(0, parts, PARTS):
+            part = start + tl.arange(0, PARTS)
+            place = through_encoder + part[:, None] * d + column[None, :]
+            total += tl.load(place, mask=(part < parts)[:, None] & mask[None, :], other=0.0)
+        g += tl.sum(total, 0)
+    if CLIPPED:
+        g *= tl.load(clip_factor)
     p = tl.load(b_dec + column, mask=mask, other=0.0)
-    now = rates + 3 * (at % rates_held)
+    now = rates_now(rates, step, rates_held)
     p = moved(p, g, exp_avg, exp_avg_sq, column, mask, tl.load(now), rest1, beta2, rest2, tl.load(now + 1), eps)
     tl.store(b_dec + column, p, mask=mask)
     if THRESHOLDS:
@@ -265,10 +357,14 @@ def finish(
         if tl.program_id(0) == 0:
             tl.store(level, highest)
     if tl.program_id(0) == 0:
+        if ANNEALS:
+            keep_annealed(penalty, now, losses)
+        if SEARCHES:
+            search(penalty, now, active, at, rows, log_target, search_start, search_stop, search_gain)
         tl.store(log + 3 * (at % log_steps), tl.load(losses))
         tl.store(log + 3 * (at % log_steps) + 1, tl.load(losses + 1))
-        tl.store(log + 3 * (at % log_steps) + 2, tl.load(entry_count).to(tl.float32))
+        tl.store(log + 3 * (at % log_steps) + 2, tl.load(active).to(tl.float32))
         tl.store(steps_done, at + 1)
         # Not into `flags` here: programs of this launch that begin later would do nothing.
-        dense = tl.where(tl.load(entry_count) >= most_entries, 8, 0)
+        dense = tl.where(tl.load(active) >= most_entries, 8, 0)
         tl.store(coming_flags, dense | tl.where(tl.load(n_dead) <= fewest_dead, 4, 0))

@@ -31,6 +31,7 @@ def prepare(
     entry_count,
     histograms,
     smallest_rank,
+    active,
     coming_flags,
     silent,
     slots,
@@ -43,13 +44,15 @@ def prepare(
     rows,
     d,
     subnormal,
+    PRE_BIAS: tl.constexpr,
     HISTOGRAMS: tl.constexpr,
     AUX: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Of a row: x · scale − b_dec in float32 and float16, and what the screen may be off per unit of a feature's norm.
 
-    Also what a step starts from: its number, and counters at zero. AUX: one more program finds the dead features.
+    Without PRE_BIAS nothing is subtracted. Also what a step starts from: its number, and counters at zero.
+    AUX: one more program finds the dead features.
     """
     if tl.load(flags) != 0:
         return
@@ -61,7 +64,9 @@ def prepare(
             return
     column = tl.arange(0, COLUMNS)
     mask = column < d
-    wide = tl.load(x + row * d + column, mask=mask, other=0.0) * scale - tl.load(b_dec + column, mask=mask, other=0.0)
+    wide = tl.load(x + row * d + column, mask=mask, other=0.0) * scale
+    if PRE_BIAS:
+        wide -= tl.load(b_dec + column, mask=mask, other=0.0)
     thin = wide.to(tl.float16)
     back = thin.to(tl.float32)
     tl.store(centred + row * d + column, wide, mask=mask)
@@ -78,6 +83,7 @@ def prepare(
     if row == 0:
         tl.store(step, tl.load(steps_done))
         tl.store(entry_count, 0)
+        tl.store(active, 0)
         tl.store(smallest_rank, 0x7F800000)  # infinity
         tl.atomic_or(flags, tl.load(coming_flags))  # this launch only writes what the next step writes again
 

@@ -42,7 +42,7 @@ def keep_entries(features, values, kept, counts, bitmap, row, feature, value, ke
 
 
 @triton.jit
-def choose_positive(
+def choose_above(
     centred,
     w,
     bias,
@@ -54,18 +54,38 @@ def choose_positive(
     counts,
     bitmap,
     flags,
+    own,
+    b_mag,
+    pre_activations,
+    bandwidth,
     d,
     width,
     words,
+    PENALTY: tl.constexpr,
     ROOM: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Every positive candidate of a row: ReLU."""
+    """Every positive candidate of a row: ReLU. "gates": their magnitudes by r_mag (`own`) and b_mag, zero or more.
+
+    "jumps": those above their threshold (`own`), and at zero those less than half a bandwidth below it.
+    """
     if tl.load(flags) != 0:
         return
     row = tl.program_id(0).to(tl.int64)
     feature, there, pre = exact_products(centred, w, bias, candidates, count, row, d, ROOM, COLUMNS)
-    keep_entries(features, values, kept, counts, bitmap, row, feature, pre, there & (pre > 0), width, words)
+    keep, value = there & (pre > 0), pre
+    if PENALTY == "jumps":
+        bar = tl.load(own + feature, mask=there, other=0.0)
+        keep = there & ((pre > bar) | (tl.abs(pre - bar) < bandwidth / 2))
+        value = tl.where(pre > bar, pre, 0.0)
+    if PENALTY == "gates":
+        stretch = tl.exp(tl.load(own + feature, mask=keep, other=0.0))
+        stretched = stretch * (pre - tl.load(bias + feature, mask=keep, other=0.0))
+        value = tl.maximum(stretched + tl.load(b_mag + feature, mask=keep, other=0.0), 0.0)
+    keep_entries(features, values, kept, counts, bitmap, row, feature, value, keep, width, words)
+    if (PENALTY == "jumps") | (PENALTY == "gates"):
+        chosen = keep.to(tl.int32)
+        tl.store(pre_activations + row * width + tl.cumsum(chosen, 0) - chosen, pre, mask=keep)
 
 
 @triton.jit

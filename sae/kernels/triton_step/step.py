@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
-from sae.kernels.triton_step import by_feature, explain, learn, screen
-from sae.kernels.triton_step.buffers import LOG_STEPS, RATES, Buffers, Constants, Learned, Sizes, power_of_two
+from sae.kernels.triton_step import by_feature, explain, screen
+from sae.kernels.triton_step.buffers import RATES, Buffers, Constants, Learned, Sizes, power_of_two
 from sae.kernels.triton_step.choice import ENTRY_NUMBERS, Choice, entry_block, warps
 from sae.kernels.triton_step.dead_features import DeadFeatures
+from sae.kernels.triton_step.learning import Learning
 
 
 class FixedStep:
@@ -36,9 +37,11 @@ class FixedStep:
             finite = torch.where(numbers < torch.inf, numbers, torch.inf)
             padded = torch.nn.functional.pad(finite, (0, sizes.groups * sizes.group - sizes.d_sae))
             bound.copy_(padded.view(sizes.groups, sizes.group).amax(1).view(torch.int32))
-        if learned.threshold is not None:
-            held.level.copy_(learned.threshold.amax()[None])
-            torch.sub(held.level, learned.threshold, out=held.lift)
+        if sizes.of_batch and learned.own is not None:
+            held.level.copy_(learned.own.amax()[None])
+            torch.sub(held.level, learned.own, out=held.lift)
+        if sizes.penalty == "jumps" and learned.own is not None:
+            torch.sub(self.constants.bandwidth / 2, learned.own, out=held.lift)
         for scratch in (held.counts, held.bitmap, held.flags, held.coming_flags):
             scratch.zero_()
 
@@ -46,7 +49,7 @@ class FixedStep:
     def run(self) -> None:
         """Every stage once."""
         self._screen()
-        Choice(self.sizes, self.learned, self.buffers).run()
+        Choice(self.sizes, self.constants, self.learned, self.buffers).run()
         self._explain()
         dead = DeadFeatures(self.sizes, self.constants, self.learned, self.buffers)
         if self.sizes.dead_room:
@@ -55,7 +58,7 @@ class FixedStep:
         if self.sizes.dead_room:
             dead.pass_back()
         self._sort_by_feature()
-        self._learn()
+        Learning(self.sizes, self.constants, self.learned, self.buffers).run()
 
     def _screen(self) -> None:
         held, sizes, d_in = self.buffers, self.sizes, self.sizes.d_in
@@ -73,6 +76,7 @@ class FixedStep:
             held.entry_count,
             held.histograms,
             held.smallest_rank,
+            held.active,
             held.coming_flags,
             self.learned.tokens_since_fired,
             held.slots,
@@ -86,6 +90,7 @@ class FixedStep:
             d_in,
             d_in**0.5 * 2.0**-25,
             AUX=sizes.dead_room > 0,
+            PRE_BIAS=self.constants.pre_bias,
             HISTOGRAMS=len(held.histograms) if sizes.of_batch else 0,
             COLUMNS=columns,
             num_warps=warps(columns, 8),
@@ -107,17 +112,23 @@ class FixedStep:
             held.d_values,
             held.row_losses,
             held.prefix_ends,
+            held.pre_acts,
+            held.lift if self.learned.own is None else self.learned.own,
+            held.d_own,
+            held.active,
+            held.penalty,
             held.rates,
             held.step,
             held.flags,
+            self.constants.bandwidth,
             sizes.rows,
             sizes.d_in,
             sizes.width,
             RATES,
             PREFIXES=sizes.prefixes,
-            PENALISED=sizes.all_positive,
+            PENALTY=sizes.penalty,
             ROOM=sizes.width,
-            **entry_block(sizes.width, sizes.d_in, min(2, sizes.prefixes)),
+            **entry_block(sizes.width, sizes.d_in, 2 if sizes.prefixes > 1 or sizes.penalty == "gates" else 1),
         )
 
     def _sum_columns(self) -> None:
@@ -135,6 +146,7 @@ class FixedStep:
             sizes.rows,
             sizes.d_in,
             PREFIXES=sizes.prefixes,
+            NUMBERS=4 if sizes.penalty == "powers" else 2,
             AUX=sizes.dead_room > 0,
             ROWS=64,
             COLUMNS=32,
@@ -171,113 +183,6 @@ class FixedStep:
             sizes.words,
             ROOM=sizes.width,
             WORDS=words,
-            num_warps=4,
-        )
-
-    def _learn(self) -> None:
-        held, sizes, learned, constants = self.buffers, self.sizes, self.learned, self.constants
-        adam = (1 - constants.beta1, constants.beta2, 1 - constants.beta2, constants.eps)
-        columns = power_of_two(sizes.d_in)
-        block = {"ENTRIES": max(1, min(16, 4096 // columns)), "COLUMNS": columns, "num_warps": warps(2 * columns, 16)}
-        learn.learn_decoder[(sizes.d_sae,)](
-            learned.W_dec,
-            *learned.moments["W_dec"],
-            held.gradient,
-            held.values,
-            held.entries,
-            held.starts,
-            held.counts,
-            held.prefix_ends,
-            held.slots,
-            held.dead_gradients[0],
-            held.aux_factor,
-            held.rates,
-            held.step,
-            held.flags,
-            *adam,
-            sizes.width,
-            sizes.rows,
-            sizes.d_in,
-            RATES,
-            AUX=sizes.dead_room > 0,
-            UNIT=constants.unit_norm,
-            PREFIXES=sizes.prefixes,
-            **block,
-        )
-        threshold = held.lift if learned.threshold is None else learned.threshold
-        learn.learn_encoder[(sizes.programs,)](
-            learned.W_enc,
-            *learned.moments["W_enc"],
-            learned.b_enc,
-            *learned.moments["b_enc"],
-            held.narrow_w,
-            held.narrow_b,
-            held.group_norm,
-            held.group_floor,
-            held.centred,
-            held.d_values,
-            held.entries,
-            held.starts,
-            held.counts,
-            held.bitmap,
-            learned.tokens_since_fired,
-            held.through_encoder,
-            threshold,
-            held.lift,
-            held.level,
-            held.next_level,
-            held.smallest_rank,
-            held.slots,
-            held.dead_gradients[1],
-            held.dead_d_b,
-            held.aux_factor,
-            held.rates,
-            held.step,
-            held.flags,
-            *adam,
-            float(constants.min_density * sizes.rows),
-            float(constants.patience),
-            sizes.width,
-            sizes.d_in,
-            sizes.d_sae,
-            sizes.words,
-            sizes.rows,
-            RATES,
-            AUX=sizes.dead_room > 0,
-            THRESHOLDS=sizes.of_batch,
-            GROUP=sizes.group,
-            **block,
-        )
-        learn.finish[(-(-sizes.d_in // 32),)](
-            learned.b_dec,
-            *learned.moments["b_dec"],
-            held.sums,
-            held.through_encoder,
-            sizes.programs,
-            threshold,
-            held.lift,
-            held.level,
-            held.next_level,
-            held.rates,
-            held.step,
-            held.steps_done,
-            held.flags,
-            *adam,
-            sizes.d_in,
-            sizes.d_sae,
-            held.entry_count,
-            held.losses,
-            held.log,
-            LOG_STEPS,
-            RATES,
-            self.constants.most_entries,
-            held.n_dead,
-            sizes.fewest_dead,
-            held.coming_flags,
-            THRESHOLDS=sizes.of_batch,
-            PARTS=64,
-            COLUMNS=32,
-            FEATURES=1024,
             num_warps=4,
         )
 
