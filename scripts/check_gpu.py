@@ -38,8 +38,9 @@ import machine
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = [(512, 16384), (4096, 65536), (512, 65536), (4096, 16384), (512, 131072), (4096, 131072)]
 TWIN_SIZES = [(64, 1024, 4), (512, 16384, 32), (1000, 5000, 20), (4096, 16384, 32)]
-RECIPES = ["topk", "batch-topk", "balanced", "matryoshka"]  # ReLU is sparse only after a while
-BATCHES, STEPS = 4, 20
+RECIPES = ["topk", "topk, some dead", "batch-topk", "batch-topk, some dead", "balanced", "matryoshka"]
+RECIPES += ["jumprelu", "anthropic-2024-04", "gated", "p-anneal", "towards-monosemanticity"]
+BATCHES, STEPS, DEAD_TOKENS = 4, 20, 10**9
 
 
 class Setting:
@@ -47,9 +48,9 @@ class Setting:
 
     def __init__(self, *, rehearsal: bool) -> None:
         self.rehearsal, self.device = rehearsal, "cpu" if rehearsal else "cuda"
-        self.rows, self.k = (8, 2) if rehearsal else (4096, 32)
-        self.sizes = [(8, 24)] if rehearsal else SIZES
-        self.twin_sizes = [(8, 24, 2)] if rehearsal else TWIN_SIZES
+        self.rows, self.k = (8, 1) if rehearsal else (4096, 32)
+        self.sizes = [(8, 40)] if rehearsal else SIZES
+        self.twin_sizes = [(8, 40, 1)] if rehearsal else TWIN_SIZES
         self.steps = 2 if rehearsal else STEPS
 
     def batches(self, d_in: int) -> list[Any]:
@@ -66,16 +67,29 @@ class Setting:
         from sae.kernels import choose
         from sae.training import fixed_plan, state
         from sae.training.initialise import kaiming_
+        from sae.training.recipes import RECIPES as RECIPES_BY_NAME
         from sae.training.recipes import resolve
 
         batches = self.batches(d_in)
-        settings = {"d_sae": d_sae, "tokens": self.rows * 4000, "batch_tokens": self.rows, "k": k, "lr": 1e-4}
-        found, config = resolve(recipe, **settings, dead_tokens=10**9)
+        recipe, _, dead = recipe.partition(", ")
+        settings = {"d_sae": d_sae, "tokens": self.rows * 4000, "batch_tokens": self.rows, "lr": 1e-4}
+        settings |= {"k": k} if "k" in RECIPES_BY_NAME[recipe].settings else {"target_l0": k}
+        settings |= {"p_from_share": 0.0} if recipe == "p-anneal" else {}
+        found, config = resolve(recipe, **settings, dead_tokens=DEAD_TOKENS)
         found = replace(found, initialise=kaiming_)  # the start from data takes long and changes no step
         if self.rehearsal:
             fixed_plan.runs_on = lambda device: True
         kernels = choose("triton", self.device)
-        return batches, config, lambda: state.start(bench_gpu.HeldRows(batches), config, found, kernels, self.device)
+
+        def start() -> Any:
+            begun = state.start(bench_gpu.HeldRows(batches), config, found, kernels, self.device)
+            if dead:
+                begun.tokens_since_fired[::8] = 2 * DEAD_TOKENS  # those that fire come back to life
+            if not config.k:
+                make_sparse(begun, batches[0], k)
+            return begun
+
+        return batches, config, start
 
     def seconds_of(self, work: Callable[[], Any], times: int) -> list[float]:
         if not self.rehearsal:
@@ -86,6 +100,20 @@ class Setting:
             work()
             found.append(time.perf_counter() - began)
         return found
+
+
+def make_sparse(state: Any, x: Any, l0: int) -> None:
+    """About `l0` active features in a row from the first step on, where usually it takes a while."""
+    import torch
+
+    with torch.no_grad():
+        pre = state.sae.pre_acts(x[:256].to(state.device) * state.scale).flatten()
+        bar = pre.topk(l0 * min(256, len(x))).values.min()
+        if state.sae.activation == "jumprelu":
+            state.sae.threshold.fill_(bar)
+        else:
+            state.sae.b_enc -= bar
+        state.density = l0 / state.sae.d_sae
 
 
 # --- stages: each returns what it found ------------------------------------------------------------------------------
@@ -132,11 +160,16 @@ def twin(setting: Setting) -> dict[str, Any]:
             found[f"{recipe} {d_in} {d_sae}"] = {
                 "relative": {n: float((theirs[n] - t).norm() / t.norm()) for n, t in one.sae.tensors().items()},
                 "counts equal": bool(torch.equal(one.tokens_since_fired, other.tokens_since_fired)),
-                "all fixed": other.fixed_plan.resume_at == 0,
+                "all fixed": all_fixed(fixed),
                 "most candidates": int(fixed.made.buffers.count.max()),
                 "room": fixed.made.sizes.room,
             }
     return found
+
+
+def all_fixed(steps: Any) -> bool:
+    """Whether no step was a general one: none halted, and the last one was counted on the device."""
+    return bool(steps.plan.resume_at == 0 and steps.made.buffers.steps_done.item() == steps.state.step)
 
 
 def capture(setting: Setting) -> dict[str, Any]:
@@ -218,7 +251,7 @@ def times(setting: Setting, recipe: str, d_in: int, d_sae: int) -> dict[str, Any
         who["monosem"]()
     fixed.settle()
     found: dict[str, Any] = {"monosem, in a row, ms": 1000 * (time.perf_counter() - began) / in_a_row}
-    found["all fixed"] = state.fixed_plan is not None and state.fixed_plan.resume_at == 0
+    found["all fixed"] = all_fixed(fixed)
     if not setting.rehearsal:
         found["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
     if (d_in, d_sae) == setting.sizes[0]:
