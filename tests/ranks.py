@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae.dictionary.autoencoder import SAE
+from sae.dictionary.autoencoder import SAE, WHOLE
 from sae.dictionary.sites import Site
 from sae.jobs.progress import Interrupted
 from sae.kernels import reference
@@ -28,7 +28,6 @@ from sae.parallel.mesh import Mesh
 from sae.training import loop
 from sae.training.recipes import recipe_named, resolve
 from sae.training.rows import Batch, OwnRows
-from sae.training.shard import WHOLE
 from sae.training.state import TrainState, start
 from sae.training.state_files import saved_header
 from sae.training.step import resample_dead, train_step

@@ -150,6 +150,20 @@ def test_saved_and_loaded_bit_for_bit(tmp_path: Path, activation: str, k: int | 
     assert torch.equal(found.encode(x), sae.encode(x))
 
 
+@pytest.mark.parametrize(("activation", "k"), KINDS)
+def test_a_part_of_the_features_is_read(tmp_path: Path, activation: str, k: int | None) -> None:
+    sae = random_sae(activation, k)
+    save(sae, tmp_path, {})
+    part = load(tmp_path, range(2, 5))
+    assert part.d_sae == 3
+    for name, tensor in part.tensors().items():
+        whole = sae.tensors()[name]
+        assert torch.equal(tensor, whole if name == "b_dec" else whole[:, 2:5] if name == "W_enc" else whole[2:5]), name
+    for wrong in (range(0, 0), range(3, sae.d_sae + 1), range(0, 4, 2)):
+        with pytest.raises(ValueError, match="Choose a range of these"):
+            load(tmp_path, wrong)
+
+
 @pytest.mark.parametrize("k", [None, 0, -1, 12])
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
 def test_topk_needs_a_k(activation: str, k: int | None) -> None:

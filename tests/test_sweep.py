@@ -70,6 +70,23 @@ def test_each_run_is_as_if_trained_alone_and_the_frontier_holds_its_evaluation(
     assert {p: p.stat().st_mtime_ns for p in out.rglob("sae.safetensors")} == before
 
 
+def test_processes_take_whole_runs_and_the_last_writes_the_frontier(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = pipeline.sweep(store, store.parent / "by-one", **GRID, **RUN)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    out = store.parent / "by-three"
+    for rank, runs in ((2, 1), (1, 2)):  # of four: rank 0 has the first and the last
+        monkeypatch.setenv("RANK", str(rank))
+        assert pipeline.sweep(store, out, **GRID, **RUN, over_ranks=True) is None
+        assert len([*out.glob("*/eval.json")]) == runs
+    monkeypatch.setenv("RANK", "0")
+    found = pipeline.sweep(store, out, **GRID, **RUN, over_ranks=True)
+    assert expected
+    assert found
+    assert json.loads(found.read_text()) == json.loads(expected.read_text())
+
+
 def test_a_run_that_diverges_is_recorded_and_the_others_continue(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step_of = training_step.train_step
 

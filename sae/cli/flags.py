@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import tomllib
@@ -189,14 +188,3 @@ def with_config_file(parser: argparse.ArgumentParser, arguments: list[str]) -> l
                 )
             flags += ([flag] if item else []) if isinstance(item, bool) else [flag, str(item)]
     return [arguments[0], *flags, *arguments[1:]]
-
-
-def refuse_many_processes(verb: str) -> None:
-    """Raises: ValueError if torchrun started several processes: all would do the same work in one directory."""
-    world = int(os.environ.get("WORLD_SIZE") or 1)
-    if world > 1:
-        raise ValueError(
-            f"sae {verb} runs as one process, but was started as {world} (WORLD_SIZE): each of them would train the "
-            "same dictionary. Start it once, without torchrun. `sae sweep` trains several dictionaries in one pass "
-            "over the rows. In a data-parallel loop of your own, `sae.pipeline.open_rows` gives each rank its rows."
-        )

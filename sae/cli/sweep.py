@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sae.cli.flags import Renamed, add_kernels, add_settings, add_verb, refuse_many_processes, settings, size
+from sae.cli.flags import Renamed, add_kernels, add_settings, add_verb, settings, size
 
 
 def sweep(verbs: Any) -> None:
@@ -54,7 +54,6 @@ def sweep(verbs: Any) -> None:
 
 
 def _run_sweep(args: argparse.Namespace) -> int:
-    refuse_many_processes("sweep")
     from sae import pipeline
 
     frontier = pipeline.sweep(
@@ -70,6 +69,8 @@ def _run_sweep(args: argparse.Namespace) -> int:
         kernels=args.kernels,
         device=args.device,
         max_ram_bytes=args.max_ram,
+        over_ranks=True,
     )
-    print(frontier)
+    if frontier:
+        print(frontier)
     return 0

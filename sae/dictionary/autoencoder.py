@@ -16,6 +16,7 @@ from sae.kernels.autograd import Kernels
 from sae.kernels.sparsity import Above, BatchTopK, PreparedEncoder, Rule, TopK
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
+WHOLE = ("b_dec", "W_skip")  # parameters without a row or column per feature
 SHAPE = ("d_in", "d_sae", "activation", "k", "d_out", "pre_bias", "skip", "row_norm")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,20 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises: CheckpointError when the file is missing or is not a whole safetensors file.
     """
+    with opened_tensors(path) as file:
+        header = json.loads((file.metadata() or {}).get("json", "{}"))
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+
+
+@contextmanager
+def opened_tensors(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, to read parts of its tensors. Raises: CheckpointError as `read_tensors`, also inside."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file.")
     try:
         with safe_open(str(path), "pt") as file:
-            header = json.loads((file.metadata() or {}).get("json", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+            yield file
     except (SafetensorError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: replaced while being opened
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}). Delete it and run the command that made it again."

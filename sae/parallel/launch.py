@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from hashlib import sha256
 from types import FrameType
 from typing import Any
@@ -39,13 +39,26 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def ranks_here() -> int:
+    """How many of the processes that torchrun started are on this machine; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or rank_and_world()[1])
+
+
+@contextmanager
+def own_gpu(device: str) -> Iterator[bool]:
+    """Inside, CUDA means the GPU of this process' LOCAL_RANK; whether there is one."""
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    with torch.cuda.device(int(os.environ.get("LOCAL_RANK") or 0)) if on_gpu else nullcontext():
+        yield on_gpu
+
+
 def check_started(shard: str | None) -> None:
     """Raises: ValueError unless `shard` is given if and only if torchrun started this process."""
     rank, world = rank_and_world()
     if shard is None and world > 1:
         raise ValueError(
             f"{world} processes were started (WORLD_SIZE) and --shard is not given, which says how they train one "
-            f"dictionary together: {SHARD_FORMS}. To train several dictionaries, `sae sweep` takes one process."
+            f"dictionary together: {SHARD_FORMS}. To train several dictionaries, start `sae sweep` this way."
         )
     if shard is not None and "RANK" not in os.environ:
         raise ValueError(
@@ -59,8 +72,7 @@ def mesh_shape(shard: str, *, d_in: int, d_sae: int, batch_tokens: int, k: int) 
     """(row groups, shards) for `--shard`. Raises: ValueError naming what would fit."""
     _, world = rank_and_world()
     if shard == "auto":
-        here = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
-        found = cheapest(world, here, d_in=d_in, d_sae=d_sae, batch_tokens=batch_tokens, k=k)
+        found = cheapest(world, ranks_here(), d_in=d_in, d_sae=d_sae, batch_tokens=batch_tokens, k=k)
     elif shard in ("features", "rows"):
         found = (1, world) if shard == "features" else (world, 1)
     elif match := re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", shard):
@@ -117,10 +129,13 @@ def all_ranks(device: str) -> Iterator[Mesh]:
 
 @contextmanager
 def _joined(shape: tuple[int, int], device: str, *, stop: bool = False) -> Iterator[Mesh]:
+    with own_gpu(device) as on_gpu, _in_a_group(shape, on_gpu, stop) as mesh:
+        yield mesh
+
+
+@contextmanager
+def _in_a_group(shape: tuple[int, int], on_gpu: bool, stop: bool) -> Iterator[Mesh]:
     rank, world = rank_and_world()
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     store, _, _ = next(rendezvous("env://"))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=answer_limit(patient=True))

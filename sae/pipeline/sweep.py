@@ -12,6 +12,7 @@ from typing import Any
 
 from sae.analysis.pareto_plot import FRONTIER_FORMAT, picture
 from sae.evaluation.evaluate import Ablated
+from sae.parallel.launch import own_gpu, rank_and_world, ranks_here
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.evaluate import evaluate
 from sae.pipeline.rows import hook_point_of, provenance_of, rows_for, training_view
@@ -77,9 +78,12 @@ def sweep(
     kernels: str = "auto",
     device: str = "auto",
     max_ram_bytes: int | None = None,
-) -> Path:
+    over_ranks: bool = False,
+) -> Path | None:
     """Trains and evaluates a grid into `out`/<recipe>-<d_sae>-l0_<n>-s<seed>; returns the path of frontier.json.
 
+    With `over_ranks` each of the processes that torchrun started takes whole runs, one in WORLD_SIZE, without waiting
+    for the others: the last to finish writes the frontier, and the others return None.
     `config` overrides further settings of all recipes. Runs of one seed whose states fit into `max_ram_bytes` (default:
     half of the free memory) are trained in one pass over the rows, each bit for bit as if trained alone. Repeat the
     call to continue after an interruption: finished runs stay. A run that diverges is recorded with the reason
@@ -93,10 +97,16 @@ def sweep(
     settings = {"tokens": tokens or 4 * whole.totals(TRAIN, hook).kept_rows, **(config or {})}
     points = grid(recipes, d_sae, l0, seeds, **settings)
     acts = training_view(whole, hook, points[0].config)
-    missing = [point for point in points if not _done(out / point.name)]
-    for group in _groups(missing, acts.hook_points[hook], max_ram_bytes or _free_bytes() // 2):
-        _train_group(acts, hook, out, group, kernels=kernels, device=device)
-    _evaluate_all(acts, hook, out, points, kernels=kernels, device=device)
+    rank, world = rank_and_world() if over_ranks else (0, 1)
+    own = points[rank::world]
+    missing = [point for point in own if not _done(out / point.name)]
+    memory = max_ram_bytes or _free_bytes() // 2
+    with own_gpu(device):
+        for group in _groups(missing, acts.hook_points[hook], memory // (ranks_here() if over_ranks else 1)):
+            _train_group(acts, hook, out, group, kernels=kernels, device=device)
+        _evaluate_all(acts, hook, out, own, kernels=kernels, device=device)
+    if not all(_measured(out / point.name) for point in points):
+        return None  # another process is at it
     return write_frontier(out, points, model=acts.provenance["model"]["id"], hook_point=hook)
 
 
@@ -115,7 +125,7 @@ def _evaluate_all(store: ActivationReader, hook: str, out: Path, points: Sequenc
     for point in points:
         directory = out / point.name
         loop.bind_directory(directory, point.config, provenance_of(store, hook, directory))
-        if not (directory / DIVERGED).is_file() and not (directory / "eval.json").is_file():
+        if not _measured(directory):
             evaluate(directory, ablated=ablated, **how)
 
 
@@ -174,6 +184,10 @@ def _units(directories: Iterable[Path]) -> list[dict[str, Any]]:
 
 def _done(directory: Path) -> bool:
     return any((directory / name).is_file() for name in ("config.json", DIVERGED))  # written last
+
+
+def _measured(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("eval.json", DIVERGED))
 
 
 def _groups(points: Sequence[Point], d_in: int, max_bytes: int) -> Iterator[list[Point]]:

@@ -68,7 +68,8 @@ def train(
     point agree.
     Under torchrun `shard` says how the processes train one dictionary together: `features` gives each a part of the
     dictionary, `rows` each the whole one, `RxF` both, `auto` the division that exchanges least. Settings are those of
-    the whole run, also `batch_tokens`.
+    the whole run, also `batch_tokens`. With `features` each process gets its own features of the result; `sae.load`
+    opens all.
     Repeat the call to continue after an interruption: the result is the same bit for bit.
     Raises: ValueError for wrong settings, before any work; Interrupted on Ctrl-C or SIGTERM.
     """

@@ -10,15 +10,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.dictionary.autoencoder import SAE
+from sae.dictionary.autoencoder import SAE, WHOLE
 from sae.dictionary.files import load, write_config
 from sae.jobs.checkpoint import write_blocks
 from sae.kernels.activations import FeatureActs
 from sae.kernels.sparsity import BatchTopK, Rule
 from sae.parallel.mesh import ONE, Mesh
 from sae.parallel.selection import largest_in_rows
-
-WHOLE = ("b_dec", "W_skip")  # parameters that every rank holds alike; all others have a row or column per feature
 
 DEALT_AT_ONCE = 16_384  # features
 
@@ -83,9 +81,10 @@ def own_features(sae: SAE, features: Int[Tensor, " n"]) -> tuple[Bool[Tensor, " 
 
 @torch.no_grad()
 def save_from_shards(part: SAE, mesh: Mesh, d_sae: int, out: Path, k: int | None) -> SAE:
-    """Writes the dictionary of which each rank holds a part to sae.safetensors and config.json; returns it opened.
+    """Writes the dictionary of which each rank holds a part to sae.safetensors and config.json.
 
-    Rank 0 writes it to its place block by block, so that no rank holds more than its part and a block.
+    Rank 0 writes it to its place block by block, so that no rank holds more than its part and a block. Returns this
+    rank's features of it, as they were saved.
     """
     tensors, width = part.tensors(), part.d_out
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -103,7 +102,7 @@ def save_from_shards(part: SAE, mesh: Mesh, d_sae: int, out: Path, k: int | None
         for _ in blocks:
             pass
     mesh.agree(False)  # rank 0 has written it
-    return load(out)
+    return load(out, mesh.features(d_sae) if mesh.shards > 1 else None)
 
 
 def _blocks_of(tensors: dict[str, Tensor], mesh: Mesh, d_sae: int) -> Iterator[tuple[str, int, Tensor]]:

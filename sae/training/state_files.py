@@ -24,9 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sae.dictionary.autoencoder import WHOLE
 from sae.jobs.checkpoint import CheckpointError, read_header, write_tensors
 from sae.parallel.mesh import Mesh
-from sae.training.shard import WHOLE
 from store.common import fsync, write_json
 
 STATE = "state.safetensors"
