@@ -7,7 +7,8 @@ import os
 import signal
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -18,6 +19,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sae.dictionary.autoencoder import SAE, WHOLE
 from sae.dictionary.sites import Site
@@ -37,6 +39,18 @@ TIMEOUT_S = 60
 
 def on_ranks(n: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `function(*arguments)` returns in each of n processes of one gloo group; raises what it raised in one."""
+    with started(n, function, *arguments) as (processes, pipes):
+        found = [receiving.recv() for receiving in pipes]
+        for process in processes:
+            process.join(TIMEOUT_S)
+    wrong = [what for ok, what in found if not ok]
+    assert not wrong, "\n".join(wrong)
+    return [what for _, what in found]
+
+
+@contextmanager
+def started(n: int, function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[list[Any], list[Connection]]]:
+    """n processes of one gloo group that call a function, and where each sends (True, its result) or (False, why)."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ranks"])
@@ -52,12 +66,7 @@ def on_ranks(n: int, function: Callable[..., Any], *arguments: Any) -> list[Any]
         for process, (_, sending) in zip(processes, pipes, strict=True):
             process.start()
             sending.close()
-        found = [receiving.recv() for receiving, _ in pipes]
-        for process in processes:
-            process.join(TIMEOUT_S)
-    wrong = [what for ok, what in found if not ok]
-    assert not wrong, "\n".join(wrong)
-    return [what for _, what in found]
+        yield processes, [receiving for receiving, _ in pipes]
 
 
 def _rank(rank: int, n: int, store: str, answer: Connection, function: Callable[..., Any], arguments: Any) -> None:
@@ -185,6 +194,29 @@ def bytes_of_a_step(mesh_shape: tuple[int, int], case: Case) -> dict[str, int]:
     mesh.received_bytes.clear()
     train_step(state, OwnRows(rows, mesh.rank, mesh.world).batch(0), config)  # type: ignore[arg-type]
     return dict(mesh.received_bytes)
+
+
+class DeafMesh(Mesh):
+    """A mesh that agrees on nothing: what other ranks send is noise here, perhaps not finite."""
+
+    def agree(self, flag: bool | Tensor) -> bool:
+        super().agree(flag)
+        return False
+
+
+def exchanged_on_fake_ranks(mesh_shape: tuple[int, int], d_sae: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Calls and bytes of a step on rank 0 of so many ranks that are not there: exchanges return at once, with noise."""
+    world = mesh_shape[0] * mesh_shape[1]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    torch.set_default_dtype(torch.float32)
+    mesh, rows = DeafMesh(*mesh_shape), PlantedRows(8)
+    given = {"d_sae": d_sae, "batch_tokens": 8 * world, "tokens": 128 * world, "k": 4, "matmul": "highest"}
+    recipe, config = resolve("topk", aux_coefficient=0.0, resample_shares=(), **given)
+    state = start(rows, config, recipe, reference, mesh=mesh)  # type: ignore[arg-type]
+    mesh.received_bytes.clear()
+    mesh.calls.clear()
+    train_step(state, rows.batch(0), config)
+    return dict(mesh.calls), dict(mesh.received_bytes)
 
 
 def all_tensors(state: TrainState) -> dict[str, Tensor]:

@@ -159,7 +159,7 @@ def test_a_part_of_the_features_is_read(tmp_path: Path, activation: str, k: int 
     for name, tensor in part.tensors().items():
         whole = sae.tensors()[name]
         assert torch.equal(tensor, whole if name == "b_dec" else whole[:, 2:5] if name == "W_enc" else whole[2:5]), name
-    for wrong in (range(0, 0), range(3, sae.d_sae + 1), range(0, 4, 2)):
+    for wrong in (range(0), range(3, sae.d_sae + 1), range(0, 4, 2)):
         with pytest.raises(ValueError, match="Choose a range of these"):
             load(tmp_path, wrong)
 

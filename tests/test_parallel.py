@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ranks import Case, StableKernels, bytes_of_a_step, on_ranks, run_on, train_all_on
+import yaml
+from kill_series import series
+from ranks import Case, StableKernels, bytes_of_a_step, exchanged_on_fake_ranks, on_ranks, run_on, train_all_on
 
+from sae import pipeline
+from sae.cli import build_parser
 from sae.dictionary.files import load
 from sae.jobs.checkpoint import CheckpointError
 from sae.kernels.sparsity import BatchTopK, TopK
-from sae.parallel.cost import cheapest, exchanged_bytes
+from sae.parallel.cost import cheapest, exchanged_bytes, modelled_step_s
 from sae.parallel.decisions import refuse_different_settings
 from sae.parallel.kernels import agreeing
 from sae.parallel.launch import check_started, mesh_shape
@@ -261,6 +268,13 @@ def test_a_state_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "cut" / "state").iterdir()] == ["000000040"]
 
 
+def test_a_run_killed_at_random_moments_continues_bit_for_bit(tmp_path: Path, rng: Any) -> None:
+    """SIGKILL to one rank or to all, with a save at every step; `scripts/check_ranks.py` kills a hundred times."""
+    found = series(tmp_path, 4, rng)
+    assert found["same_mesh_differs"] == 0
+    assert found["other_mesh"] < 1e-12
+
+
 def test_a_damaged_part_of_a_state_is_named(tmp_path: Path) -> None:
     on_ranks(2, run_on, (1, 2), str(tmp_path), *TOPK, 21)
     (part,) = tmp_path.glob("state/*/features-0000000014.safetensors")
@@ -328,6 +342,36 @@ def test_a_step_exchanges_the_bytes_of_the_formulas(shape: tuple[int, int]) -> N
         assert abs(found.get(operation, 0) - expected) <= 400, (operation, found, expected)  # b_dec, counts, flags
 
 
+CALLS = {  # of a topk step, whatever the number of ranks: by shards, by row groups, by both
+    "1xF": {"gather_rows": 2, "stack": 1, "scatter_sum": 1, "reduce": 3},
+    "Rx1": {"reduce": 7},
+    "RxF": {"gather_rows": 2, "stack": 1, "scatter_sum": 1, "reduce": 7},
+}
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (8, 1), (8, 8), (1, 64), (128, 8), (32, 32)])
+def test_calls_and_bytes_of_a_step_on_many_ranks(shape: tuple[int, int]) -> None:
+    """On up to 1,024 ranks that are not there: what rank 0 calls and gets, against the formulas."""
+    ((calls, found),) = on_ranks(1, exchanged_on_fake_ranks, shape, 2048)
+    given = {"d_in": 8, "d_sae": 2048, "batch_tokens": 8 * shape[0] * shape[1], "k": 4}
+    for operation, expected in exchanged_bytes(*shape, **given).items():
+        assert abs(found.get(operation, 0) - expected) <= 600, (operation, found, expected)  # b_dec, counts, flags
+    assert calls == CALLS[f"{'1' if shape[0] == 1 else 'R'}x{'1' if shape[1] == 1 else 'F'}"]
+
+
+def test_the_modelled_times_are_those_of_the_documentation() -> None:
+    """Each line of the table: features, batch, then milliseconds on the meshes of its heading."""
+    lines = (Path(__file__).parent.parent / "docs/gpus-and-many-machines.md").read_text().splitlines()
+    (heading,) = (i for i, line in enumerate(lines) if line.startswith("| features | batch | 1x1"))
+    shapes = [tuple(map(int, cell.split("x"))) for cell in lines[heading].strip("| ").split(" | ")[2:]]
+    rows = [line.strip("| ").split(" | ") for line in lines[heading + 2 : heading + 9]]
+    assert len(shapes) == 8
+    for features, batch, *times in rows:
+        sizes = {"d_sae": int(features.replace(",", "")), "batch_tokens": int(batch.replace(",", ""))}
+        for (r, f), time in zip(shapes, times, strict=True):
+            assert time == f"{1e3 * modelled_step_s(r, f, **sizes):,.0f}", (features, batch, r, f)
+
+
 def test_the_formulas_give_the_figures_of_the_documentation() -> None:
     def total(row_groups: int, shards: int, d_sae: int) -> float:
         return sum(exchanged_bytes(row_groups, shards, **{**SIZES, "d_sae": d_sae}).values())
@@ -336,3 +380,49 @@ def test_the_formulas_give_the_figures_of_the_documentation() -> None:
         assert round(total(1, 8, d_sae) / 1e6, -1) == 180
     assert round(total(8, 1, 131_072) / 1e9, 1) == 7.5
     assert round(total(8, 1, 1 << 20) / 1e9) == 60
+
+
+# --- under torchrun --------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_rank_that_fails_under_torchrun_is_named(tmp_path: Path) -> None:
+    """One real start: rank 1 raises in a step; one message says who, where, when, what is kept and what to do."""
+    store = tmp_path / "acts.zarr"
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(4096, 8)).astype(np.float32))
+    pipeline.store_activations(tmp_path / "rows.npy", store)
+    train = ["train", "--acts", str(store), "--out", str(tmp_path / "sae"), "--recipe", "topk", "--l0", "4"]
+    sizes = ["--d-sae", "64", "--batch-tokens", "32", "--tokens", "6400", "--shard", "features", "--device", "cpu"]
+    fault = [str(ROOT / "scripts/faulty_rank.py"), "exception", str(tmp_path / "mark")]
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", *fault, *train, *sizes]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": str(Path(sys.executable).parent), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert ended.returncode == 1
+    said = [line for line in ended.stderr.splitlines() if "sae train: " in line]
+    assert len(said) == 1, ended.stderr
+    assert re.search(
+        r"rank 1 \(\S+, process \d+\) failed in step 4\d: something that nobody foresaw\. Nothing was saved yet\. "
+        r"Repeat the command, on as many ranks or on others\.",
+        said[0],
+    )
+
+
+def test_the_examples_can_be_read() -> None:
+    """Shell files parse, the job has the fields of an indexed job, and every flag of `sae` in them exists."""
+    examples = sorted((ROOT / "docs/examples").iterdir())
+    assert {path.suffix for path in examples} == {".sh", ".sbatch", ".py", ".yaml"}
+    for path in examples:
+        text = path.read_text()
+        if path.suffix in (".sh", ".sbatch"):
+            subprocess.run(["bash", "-n", str(path)], check=True)
+        elif path.suffix == ".py":
+            compile(text, str(path), "exec")
+        for verb in ("harvest", "train"):
+            known = next(a for a in build_parser()._actions if a.dest == "verb").choices[verb]._option_string_actions  # type: ignore[index, union-attr]
+            for command in re.findall(rf"(?:sae|sae\.cli) {verb} ([^\n&]*(?:\\\n[^\n&]*)*)", text):
+                assert set(re.findall(r"--[a-z-]+", command)) <= set(known), (path.name, command)
+    job = yaml.safe_load((ROOT / "docs/examples/harvest-job.yaml").read_text())
+    assert (job["kind"], job["spec"]["completionMode"]) == ("Job", "Indexed")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert f"--world {job['spec']['completions']}" in container["args"][0]

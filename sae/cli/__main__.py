@@ -1,5 +1,22 @@
+import os
 import sys
+from collections.abc import Sequence
 
 from sae.cli import main
 
-sys.exit(main())
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Runs one verb and ends the process; a rank that failed ends at once.
+
+    The other ranks notice its end, and taking an interrupted exchange apart may take long.
+    """
+    status = main(argv)
+    if status and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    run()

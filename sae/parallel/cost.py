@@ -12,14 +12,15 @@ def exchanged_bytes(
 
     With R row groups, F shards and B rows: `gather_rows` (x, and the gradient of the sums) 2 (F − 1)/F · B/R · d_in,
     `scatter_sum` (F − 1)/F · B/R · d_in, `stack` (k candidates a row) (F − 1) · B/R · k, and `reduce` (gradients of a
-    shard's W_enc, b_enc and W_dec over row groups) 2 (R − 1)/R · d_sae/F · (2 d_in + 1) values.
+    shard's W_enc, b_enc and W_dec over row groups) 2 (R − 1)/R · d_sae/F · (2 d_in + 1) values, and as many bytes as
+    features (which have fired).
     """
     rows, others = batch_tokens / row_groups, (shards - 1) / shards
     return {
         "gather_rows": 2 * others * rows * d_in * bytes_per_value,
         "scatter_sum": others * rows * d_in * bytes_per_value,
         "stack": (shards - 1) * rows * k * bytes_per_value,
-        "reduce": 2 * (row_groups - 1) / row_groups * d_sae / shards * (2 * d_in + 1) * bytes_per_value,
+        "reduce": 2 * (row_groups - 1) / row_groups * d_sae / shards * ((2 * d_in + 1) * bytes_per_value + 1),
     }
 
 
@@ -38,3 +39,35 @@ def cheapest(world: int, on_one_machine: int, *, d_in: int, d_sae: int, batch_to
     possible = [shards for shards in range(1, min(world, d_sae) + 1) if world % shards == 0]
     shards = min(possible, key=cost)
     return world // shards, shards
+
+
+# Of one H200, measured with d_in = 4,096 and k = 32: what a step of topk costs beside exchanges.
+FIXED_S = 3e-3  # by the host
+ROWS_S = 3e-3  # for 4,096 rows: the sparse products
+FEATURE_S = 104e-9  # of a feature: Adam
+FEATURE_ROWS_S = 73e-9  # of a feature for 4,096 rows: the encoder's product
+# Assumed, in bytes per second that reach a rank, and in seconds of a call.
+INSIDE_BYTES_PER_S, BETWEEN_BYTES_PER_S = 350e9, 45e9  # NVLink of eight GPUs; 400 Gb/s for each GPU between machines
+CALL_S = 60e-6
+CALLS = {"features": 6, "rows": 4}  # of a step, with more than one shard or row group
+
+
+def modelled_step_s(
+    row_groups: int, shards: int, *, d_sae: int, batch_tokens: int, on_one_machine: int = 8, d_in: int = 4096
+) -> float:
+    """Seconds of a topk step (k = 32) on H200 GPUs: a model, from measurements of one GPU and assumed bandwidths.
+
+    Compute FIXED_S + ROWS_S · b/F + d_sae/F · (FEATURE_S + FEATURE_ROWS_S · b), b = B/(4,096 R) and all but FIXED_S
+    times d_in/4,096; then the bytes of `exchanged_bytes` through the slowest link that each crosses, and calls. Nothing
+    overlaps.
+    """
+    b, size = batch_tokens / row_groups / 4096, d_in / 4096
+    compute = ROWS_S * b / shards + d_sae / shards * (FEATURE_S + FEATURE_ROWS_S * b)
+    found = exchanged_bytes(row_groups, shards, d_in=d_in, d_sae=d_sae, batch_tokens=batch_tokens, k=32)
+    among_rows = found.pop("reduce")
+    inside = shards <= on_one_machine
+    rows_inside = row_groups * shards <= on_one_machine
+    exchange = sum(found.values()) / (INSIDE_BYTES_PER_S if inside else BETWEEN_BYTES_PER_S)
+    exchange += among_rows / (INSIDE_BYTES_PER_S if rows_inside else BETWEEN_BYTES_PER_S)
+    calls = CALLS["features"] * (shards > 1) + CALLS["rows"] * (row_groups > 1)
+    return FIXED_S + compute * size + exchange + calls * CALL_S

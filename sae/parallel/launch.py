@@ -148,7 +148,7 @@ def _in_a_group(shape: tuple[int, int], on_gpu: bool, stop: bool) -> Iterator[Me
             sys.stderr.write(f"mesh {mesh}: {_described(*shape)}\n")
         try:
             yield mesh
-        except FailedElsewhere:
+        except (FailedElsewhere, Interrupted):
             raise
         except Exception as error:
             found = roll.who_stopped(error, mesh) if _is_exchange(error) else roll.failed(error, mesh)
@@ -189,10 +189,28 @@ class RollCall:
         if not mesh.doing or not isinstance(error, (ValueError, OSError)):
             return error
         place = self._place_of(self.rank)
-        return RankStopped(f"rank {self.rank} ({place}) failed in {mesh.doing}: {error} {_advice(mesh)}")
+        return RankStopped(
+            f"rank {self.rank} ({place}) failed in {mesh.doing}: {str(error).rstrip('.')}. {_advice(mesh)}"
+        )
 
     def who_stopped(self, error: Exception, mesh: Mesh) -> Exception:
         """The error to raise after a failed exchange: one rank reports it, the others are silent."""
+        ending = threading.Timer(
+            LAST_SECONDS, self._end, (mesh,)
+        )  # without the store's machine a call may never return
+        ending.daemon = True
+        ending.start()
+        try:
+            return self._who_stopped(error, mesh)
+        finally:
+            ending.cancel()
+
+    def _end(self, mesh: Mesh) -> None:
+        sys.stderr.write(f"sae: rank {self.rank}: the machine of rank 0 stopped answering. {_advice(mesh)}\n")
+        sys.stderr.flush()
+        os._exit(2)
+
+    def _who_stopped(self, error: Exception, mesh: Mesh) -> Exception:
         try:
             self.store.set(f"here/{self.rank}", "1")
             time.sleep(ROLL_CALL_S)

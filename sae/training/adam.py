@@ -8,11 +8,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sae.dictionary.autoencoder import SAE
+from sae.dictionary.autoencoder import SAE, WHOLE
 from sae.kernels.autograd import Kernels
 from sae.parallel.mesh import ONE, Mesh
 from sae.training.config import TrainConfig
-from sae.training.shard import WHOLE
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
