@@ -162,8 +162,8 @@ def test_the_measures_show_a_circuit_set_by_hand(induction: NativeModel, diction
         induction,
         Dictionaries(dictionary, OUT, dictionary),
         Texts(*(texts(64, seed=seed, length=POSITIONS, below=VOCAB) for seed in (0, 1))),
-        task_of(induction, "induction", 6),
         1,
+        prompts=6,
         made_up=2,
     )
     assert labels["head"] == ["L1.head.0", "L1.head.1"]
@@ -178,6 +178,8 @@ def test_the_measures_show_a_circuit_set_by_hand(induction: NativeModel, diction
     assert found["into_k"].value[0] < 0.05
     assert found["into_k"].controls["whole_output"].value[0] < 0.05
     assert found["into_k"].controls["other_features"].value[0] > 0.7
+    assert found["share_of_score_any"].value[0] > 0.95
+    assert labels["tokens_with_rule"] > 100
     assert arrays["rule_token"].shape == (VOCAB,)
     with pytest.raises(ModelError, match="before layer 0"):
-        key_measures(induction, Dictionaries(dictionary, OUT), Texts(texts(2, seed=0), texts(2, seed=1)), None, 0)  # type: ignore[arg-type]
+        key_measures(induction, Dictionaries(dictionary, OUT), Texts(texts(2, seed=0), texts(2, seed=1)), 0)

@@ -17,12 +17,13 @@ from torch import Tensor
 from sae.analysis.untrained import matrices_shuffled
 from sae.circuits.head_measures import COPIES, LENGTH, made_up_text
 from sae.circuits.head_measures import Texts as HeadTexts
+from sae.circuits.heads import repeated_tokens
 from sae.circuits.intervals import mean_interval, numbers, ratio_of_means
 from sae.circuits.patching import FORMULA, path_patching, runs_of
 from sae.circuits.previous_token import GOOD, Rules, advantage, keys_of, rules_of
 from sae.circuits.results import Control, Measure
 from sae.circuits.sites import Site, heads_of
-from sae.circuits.tasks import Task
+from sae.circuits.tasks import Task, induction_of
 from sae.circuits.units import Units, UnitsByPrompt, components, features, head_dimensions
 from sae.dictionary.autoencoder import SAE
 from sae.lm import LanguageModel, ModelError, layer_of
@@ -71,12 +72,20 @@ class _Judged(NamedTuple):
 
 
 def key_measures(
-    model: LanguageModel, found: Dictionaries, texts: Texts, task: Task, layer: int, *, made_up: int = 10, seed: int = 0
+    model: LanguageModel,
+    found: Dictionaries,
+    texts: Texts,
+    layer: int,
+    *,
+    prompts: int = 64,
+    made_up: int = 10,
+    seed: int = 0,
 ) -> tuple[dict[str, Measure], dict[str, Any], dict[str, Tensor]]:
     """All measures about the heads of `layer`; labels; and, by feature, the tokens and the F1 of its rule.
 
-    `task` is the induction task. Raises: ModelError for a hook point that is not what attention of an earlier layer
-    writes.
+    Scores and paths are measured in tokens that a feature's rule is about, and the share of the score in any tokens,
+    too. Raises: ModelError for a hook point that is not what attention of an earlier layer writes; TaskError if fewer
+    than 24 tokens have a feature.
     """
     if not found.hook_point.endswith("hook_attn_out") or layer_of(found.hook_point) >= layer:
         raise ModelError(
@@ -87,13 +96,20 @@ def key_measures(
     judged = {name: _judge(model, units, texts) for name, units in kinds.items()}
     own = judged["features"]
     measures = _of_rules(_with_other_rules(model, found, texts, judged, seed))
-    repeated = made_up_text(model, HeadTexts(texts.held_out, texts.train), LENGTH, COPIES, made_up, seed)
     rules = {name: each.rules.token for name, each in judged.items()}
+    tokens = [token for token in own.rules.good_tokens if token != model.bos_id]
+    task = induction_of(model, tokens, prompts, seed=seed)
+    length = min(LENGTH, len(tokens), (model.context_tokens - 1) // COPIES)
+    repeated = repeated_tokens(
+        torch.tensor(tokens), length=length, copies=COPIES, texts=made_up, bos_id=model.bos_id, seed=seed
+    )
     measures |= _of_scores(model, kinds, rules, repeated, layer, seed)
+    usual = made_up_text(model, HeadTexts(texts.held_out, texts.train), LENGTH, COPIES, made_up, seed)
+    measures["share_of_score_any"] = _of_scores(model, kinds, rules, usual, layer, seed)["share_of_score"]
     measures["into_k"] = _into_keys(model, kinds, rules, task, layer, seed)
     heads = [f"L{layer}.head.{h}" for h in range(model.n_heads)]
     arrays = {"rule_token": own.rules.token, "rule_f1": own.rules.f1.float(), "rule_firings": own.rules.firings}
-    return measures, {"head": heads, "units": list(map(str, SIZES))}, arrays
+    return measures, {"head": heads, "units": list(map(str, SIZES)), "tokens_with_rule": len(tokens)}, arrays
 
 
 def _kinds(

@@ -19,6 +19,7 @@ from sae.lm import LanguageModel
 
 DENSITIES = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01)  # of a unit's own firings: the thresholds that are tried
 LEAST_FIRINGS = 10
+SORTED_ROWS = 4096  # from which thresholds are taken
 GOOD = 0.5
 
 
@@ -42,9 +43,15 @@ class Rules(NamedTuple):
         """Of the units with enough firings, the share whose rule has a held-out F1 of 0.5 or more."""
         return float((self.f1[self.judged] >= GOOD).double().mean()) if bool(self.judged.any()) else 0.0
 
+    @property
+    def good_tokens(self) -> list[int]:
+        """Each X of the units whose rule has a held-out F1 of 0.5 or more, ascending."""
+        found: list[int] = self.token[self.judged & (self.f1 >= GOOD)].unique().tolist()
+        return found
+
     def covered(self, labels: Int[Tensor, " row"]) -> Bool[Tensor, " row"]:
-        """The rows whose label is the X of a unit with a held-out F1 of 0.5 or more."""
-        return torch.isin(labels, self.token[self.judged & (self.f1 >= GOOD)])
+        """The rows whose label is one of `good_tokens`."""
+        return torch.isin(labels, torch.tensor(self.good_tokens, dtype=torch.long))
 
 
 def rules_of(

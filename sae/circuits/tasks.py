@@ -75,9 +75,19 @@ def task_of(model: LanguageModel, name: str, n: int, *, seed: int = 0) -> Task:
     return _padded(path.stem, _from_file(model, path, n), model)
 
 
+def induction_of(model: LanguageModel, tokens: Sequence[int], n: int, *, seed: int = 0) -> Task:
+    """The task `induction` in these tokens. Raises: TaskError for fewer than 24."""
+    if len(tokens) < SEGMENT_TOKENS:
+        raise TaskError(f"induction: {len(tokens)} tokens to draw from; it needs at least {SEGMENT_TOKENS}.")
+    return _padded("induction", _induction(model, list(tokens), n, Random(seed)), model)
+
+
 def induction(model: LanguageModel, n: int, rng: Random) -> list[Pair]:
     """`… a b … c d … a → b` in random tokens; the corrupt prompt is `… c b … a d … a → d`."""
-    ids = [i for i in model.token_ids.tolist() if i != model.bos_id]
+    return _induction(model, [i for i in model.token_ids.tolist() if i != model.bos_id], n, rng)
+
+
+def _induction(model: LanguageModel, ids: list[int], n: int, rng: Random) -> list[Pair]:
     start = [] if model.bos_id is None else [model.bos_id]
     pairs = []
     for _ in range(n):

@@ -238,7 +238,8 @@ def keys(subject: Subject, *, text: Text | None = None, layer: int | None = None
 
     The heads are those of `layer` (default: the one after the dictionary's). Rules of features are chosen on `2 n`
     contexts of training text and judged on `n` of held-out text. The dictionary of the shuffled model that `sae
-    controls` made is a control where there is one. Raises: ModelError, PipelineError for another dictionary.
+    controls` made is a control where there is one. Raises: ModelError, PipelineError for another dictionary; TaskError
+    if its features are about too few tokens.
     """
     lm, hook_point = subject.model, subject.hook_point
     assert subject.sae is not None
@@ -251,8 +252,8 @@ def keys(subject: Subject, *, text: Text | None = None, layer: int | None = None
         lm,
         Dictionaries(subject.sae, hook_point, shuffled),
         KeyTexts(train.tokens, held_out.tokens),
-        task_of(lm, "induction", n, seed=seed),
         reader,
+        prompts=n,
         seed=seed,
     )
     return Result("keys", measures, subject.about | {"layer": reader, "seed": seed}, labels=labels, arrays=arrays)
