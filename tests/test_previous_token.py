@@ -161,14 +161,14 @@ def test_the_measures_show_a_circuit_set_by_hand(induction: NativeModel, diction
     found, labels, arrays = key_measures(
         induction,
         Dictionaries(dictionary, OUT, dictionary),
-        Texts(*(texts(64, seed=seed, length=POSITIONS, below=VOCAB) for seed in (0, 1))),
+        Texts(*(texts(24, seed=seed, length=POSITIONS, below=120) for seed in (0, 1))),
         1,
-        prompts=6,
-        made_up=2,
+        prompts=4,
+        made_up=1,
     )
     assert labels["head"] == ["L1.head.0", "L1.head.1"]
     assert found["units_with_rule"].value == 1
-    assert found["tokens_covered"].value > 0.5  # the other features fire fewer than 10 times
+    assert found["tokens_covered"].value > 0.6  # the other features fire fewer than 10 times
     for name in ("current_token", "shuffled_labels", "shuffled_model"):
         assert found["units_with_rule"].controls[name].value < 0.5, name
     share = found["share_of_score"]
@@ -178,8 +178,8 @@ def test_the_measures_show_a_circuit_set_by_hand(induction: NativeModel, diction
     assert found["into_k"].value[0] < 0.05
     assert found["into_k"].controls["whole_output"].value[0] < 0.05
     assert found["into_k"].controls["other_features"].value[0] > 0.7
-    assert found["share_of_score_any"].value[0] > 0.95
-    assert labels["tokens_with_rule"] > 100
+    assert 0.15 < found["share_of_score_any"].value[0] < 0.7  # of the tokens there, a third is in the text
+    assert labels["tokens_with_rule"] > 60
     assert arrays["rule_token"].shape == (VOCAB,)
     with pytest.raises(ModelError, match="before layer 0"):
         key_measures(induction, Dictionaries(dictionary, OUT), Texts(texts(2, seed=0), texts(2, seed=1)), 0)

@@ -19,7 +19,6 @@ from sae.lm import LanguageModel
 
 DENSITIES = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01)  # of a unit's own firings: the thresholds that are tried
 LEAST_FIRINGS = 10
-SORTED_ROWS = 4096  # from which thresholds are taken
 GOOD = 0.5
 
 
