@@ -45,8 +45,7 @@ class Rules(NamedTuple):
     @property
     def good_tokens(self) -> list[int]:
         """Each X of the units whose rule has a held-out F1 of 0.5 or more, ascending."""
-        found: list[int] = self.token[self.judged & (self.f1 >= GOOD)].unique().tolist()
-        return found
+        return sorted({int(token) for token in self.token[self.judged & (self.f1 >= GOOD)]})
 
     def covered(self, labels: Int[Tensor, " row"]) -> Bool[Tensor, " row"]:
         """The rows whose label is one of `good_tokens`."""
