@@ -34,6 +34,7 @@ def measure(
     d,
     d_sae,
     rates_held,
+    PRE_BIAS: tl.constexpr,
     PENALTY: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -43,16 +44,16 @@ def measure(
         return
     column = tl.arange(0, COLUMNS)
     mask = column < d
-    through = tl.full([COLUMNS], 0.0, tl.float32)
-    total = tl.full([COLUMNS], 0.0, tl.float32)
-    of_biases = 0.0
+    if PRE_BIAS:
+        through = tl.full([COLUMNS], 0.0, tl.float32)
+    total = 0.0
     for feature in range(tl.program_id(0), d_sae, tl.num_programs(0)):
         at = tl.cast(feature, tl.int64) * d + column
         first, n = tl.load(starts + feature), tl.load(counts + feature)
         g, d_b = sums_of_entries(entries, first, n, d_values, centred, column, mask, width, d, ENTRIES, COLUMNS)
-        total += g * g
-        of_biases += d_b * d_b
-        through -= d_b * tl.load(w_enc + at, mask=mask, other=0.0)
+        total += tl.sum(g * g, 0) + d_b * d_b
+        if PRE_BIAS:
+            through -= d_b * tl.load(w_enc + at, mask=mask, other=0.0)
         p = tl.load(w_dec + at, mask=mask, other=0.0)
         g = decoder_gradient(
             entries,
@@ -74,9 +75,10 @@ def measure(
             ENTRIES,
             COLUMNS,
         )
-        total += g * g
-    tl.store(through_encoder + tl.program_id(0) * d + column, through, mask=mask)
-    tl.store(squares + tl.program_id(0), tl.sum(total, 0) + of_biases)
+        total += tl.sum(g * g, 0)
+    if PRE_BIAS:
+        tl.store(through_encoder + tl.program_id(0) * d + column, through, mask=mask)
+    tl.store(squares + tl.program_id(0), total)
 
 
 @triton.jit

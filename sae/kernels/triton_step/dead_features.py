@@ -16,7 +16,7 @@ import torch
 from sae.kernels.triton_step import dead_select
 from sae.kernels.triton_step.buffers import Buffers, Constants, Learned, Sizes, power_of_two
 
-SLOTS = 1024  # of a row at once
+SLOTS = 512  # of a row at once
 
 
 @dataclass(frozen=True)

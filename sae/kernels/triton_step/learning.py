@@ -74,6 +74,7 @@ class Learning:
             sizes.d_in,
             sizes.d_sae,
             RATES,
+            PRE_BIAS=self.constants.pre_bias,
             PENALTY=sizes.penalty_among("norms"),
             **self._block,
         )
