@@ -9,6 +9,7 @@ a thread and the bytes of local memory (spilled registers) where the tool to rea
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -35,6 +36,7 @@ PREFIX_SHARES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.float64: "*fp64",
@@ -45,10 +47,12 @@ Launch = tuple[Any, dict[str, str], dict[str, Any], int]  # kernel, types, what 
 
 
 def sizes(d_in: int, d_sae: int) -> Iterator[Sizes]:
-    """Of topk, batch-topk and matryoshka, the last with dead features, and of the recipes with a penalty."""
+    """Of topk and batch-topk, also in bfloat16, of matryoshka with dead features, and of the recipes with a penalty."""
     yield Sizes(ROWS, d_in, d_sae, K, first_room(K, d_sae, of_batch=False))
     room = first_room(K, d_sae, of_batch=True)
     yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True)
+    yield Sizes(ROWS, d_in, d_sae, K, first_room(K, d_sae, of_batch=False), exact=False)
+    yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True, exact=False)
     prefix_ends = tuple(round(share * d_sae) for share in PREFIX_SHARES)
     yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True, prefix_ends=prefix_ends, dead_room=d_sae // 4)
     for penalty in (
@@ -110,14 +114,25 @@ def _type(value: Any) -> str:
 
 def compiled(launch: Launch, target: GPUTarget) -> Any:
     kernel, types, held, warps = launch
-    aligned = {
-        (number,): [["tt.divisibility", 16]]
+    aligned = [
+        number
         for number, name in enumerate(kernel.arg_names)
         if types[name].startswith("*") or name in ("d", "d_sae", "rows", "words", "width", "groups")
-    }
-    source = ASTSource(fn=kernel, signature=types, constexprs=held, attrs=aligned)
+    ]
     warps = warps if target.backend == "cuda" else min(warps, 8)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    return triton.compile(source(kernel, types, held, aligned), target=target, options={"num_warps": warps})
+
+
+def source(kernel: Any, types: dict[str, str], held: dict[str, Any], aligned: list[int]) -> Any:
+    """What is compiled: in the words of Triton 3.2, or in those since 3.3."""
+    if "constants" not in inspect.signature(ASTSource).parameters:
+        attributes = {(number,): [["tt.divisibility", 16]] for number in aligned}
+        return ASTSource(fn=kernel, signature=types, constexprs=held, attrs=attributes)
+    from triton.backends.compiler import AttrsDescriptor
+
+    given = {name: kind for name, kind in types.items() if kind != "constexpr"}
+    hints = AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16))
+    return ASTSource(fn=kernel, signature=given, constants=held, attrs=hints)
 
 
 def used(binary: bytes) -> str:

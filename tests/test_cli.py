@@ -59,7 +59,7 @@ def test_every_verb_has_help_for_each_of_its_few_flags(verb: str, capsys: pytest
     parser = build_parser()._subparsers._group_actions[0].choices[verb]  # type: ignore[union-attr, index]
     flags = [action for action in parser._actions if action.option_strings]
     shared = {"--help", "--config", "--text-column", "--special-tokens"}  # every verb's, or with every text
-    shared |= {"--device", "--shard"}  # where a verb runs
+    shared |= {"--device", "--shard", "--precision"}  # where a verb runs, and in which numbers
     assert len([flag for flag in flags if not shared & set(flag.option_strings)]) <= 16
     assert all(action.help for action in flags)
 

@@ -165,6 +165,29 @@ def test_lambda_is_searched_for_on_the_device_as_on_the_host() -> None:
         assert held.tolist() == pytest.approx(list(there.saved().values()), rel=1e-5)
 
 
+@pytest.mark.parametrize("recipe", ["topk", "balanced"])
+def test_in_bfloat16_the_product_itself_decides(recipe: str) -> None:
+    """From the same weights: weights that differ in their last bits may be rounded to other bfloat16 numbers."""
+    rows = Rows(12, 8)
+    (one, config), (other, _) = (begun(recipe, rows, 40, k=3, precision="bf16") for _ in range(2))
+    with torch.no_grad():
+        for state in (one, other):
+            state.sae.b_enc += torch.linspace(-0.1, 0.1, 40, device=DEVICE)
+    fixed, batch = FixedSteps(other, config), rows.batch(1)
+    factors = batch.x.to(DEVICE) * one.scale - one.sae.b_dec, one.sae.W_enc
+    product = torch.addmm(one.sae.b_enc.bfloat16(), *(factor.bfloat16() for factor in factors))
+    expected = train_step(one, batch, config)
+    fixed.take(batch)
+    found = fixed.settle()
+    assert not fixed.made.buffers.flags.any()
+    active = chosen(fixed.made)
+    assert torch.equal(active[active > 0], product[active > 0].float())
+    assert active.count_nonzero() == 3 * 8
+    assert_twins(one, other)
+    for figure in ("loss", "error", "l0", "x"):
+        torch.testing.assert_close(found[figure], expected[figure], rtol=1e-5, atol=0)
+
+
 def chosen(step: FixedStep) -> Tensor:
     """What the step chose last, as a matrix."""
     held, found = step.buffers, torch.zeros(step.sizes.rows, step.sizes.d_sae, device=DEVICE)

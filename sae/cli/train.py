@@ -95,6 +95,11 @@ def train(verbs: Any) -> None:
         help="under torchrun, how the processes train one dictionary together: features (each holds a part of it), "
         "rows (each holds all of it), RxF (R groups of F parts) or auto",
     )
+    verb.add_argument(
+        "--precision",
+        choices=["float32", "bf16"],
+        help="how features are selected: float32 (default), or bf16: straight from a bfloat16 product, as peers do",
+    )
     add_kernels(verb)
 
 
@@ -125,7 +130,7 @@ def _run_train(args: argparse.Namespace) -> int:
         l0=args.l0,
         tokens=args.tokens,
         seed=args.seed,
-        config=settings(args),
+        config=settings(args) | ({} if args.precision is None else {"precision": args.precision}),
         hook_point=hook_point,
         target_hook_point=target_hook_point,
         kernels=args.kernels,

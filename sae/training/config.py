@@ -12,6 +12,7 @@ from math import isfinite
 from typing import Any
 
 from sae.kernels import matmul
+from sae.kernels.bfloat16 import PRECISIONS
 from store.common import RowFilter
 
 PAPER_RESAMPLE_STEPS = (25_000, 50_000, 75_000, 100_000)
@@ -42,6 +43,7 @@ OFF_OR_ABOVE_ONE = Check(
     lambda value: value == 0 or (value > 1 and isfinite(value)), "must be above 1, or 0 to leave no row out"
 )
 TOKEN_IDS = Check(lambda values: all(value >= 0 for value in values), "must be token ids of 0 or more")
+SELECTION = Check(lambda value: value in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}")
 PRODUCTS = Check(lambda value: value in matmul.NAMES, f"must be one of {', '.join(matmul.NAMES)}")
 
 
@@ -60,6 +62,7 @@ class RunSettings:
     batch_tokens: int = setting(4096, AT_LEAST_ONE)  # rows per step
     seed: int = setting(0, NOT_NEGATIVE)
     matmul: str = setting("auto", PRODUCTS)  # how dense products are computed, see `sae.kernels.matmul`
+    precision: str = setting("float32", SELECTION)  # bf16: features are chosen straight from a bfloat16 product
     max_norm_multiple: float = setting(0.0, OFF_OR_ABOVE_ONE)  # leaves out rows of more than this many median norms
     skip_positions: int = setting(0, NOT_NEGATIVE)  # leaves out this many positions at the start of each context
     skip_token_ids: tuple[int, ...] = setting((), TOKEN_IDS)  # leaves out these tokens (BOS always is)
@@ -74,6 +77,11 @@ class RunSettings:
     @property
     def steps(self) -> int:
         return self.tokens // self.batch_tokens
+
+    @property
+    def products(self) -> str:
+        """How dense products are computed: with precision bf16 in bfloat16, too, unless `matmul` says otherwise."""
+        return "bf16" if self.precision == "bf16" and self.matmul == "auto" else self.matmul
 
 
 @dataclass(frozen=True)

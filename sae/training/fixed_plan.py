@@ -70,7 +70,7 @@ def can_be_fixed(recipe: Recipe, config: TrainConfig) -> bool:
         return False
     if recipe.objective in PENALTIES:
         own = PENALTIES[recipe.objective] in ("jumps", "gates")
-        return not (own and config.clip)
+        return config.precision == "float32" and not (own and config.clip)
     if config.multi_k or config.clip:
         return False
     return recipe.objective in (objectives.topk, objectives.matryoshka) and 2 * config.k <= LARGEST_ROOM
@@ -94,4 +94,5 @@ def sizes_of(plan: FixedPlan, recipe: Recipe, config: TrainConfig, d_in: int) ->
         penalty=PENALTIES.get(recipe.objective, ""),
         prefix_ends=config.prefix_sizes,
         dead_room=plan.dead_room,
+        exact=config.precision == "float32",
     )

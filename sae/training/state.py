@@ -17,6 +17,7 @@ from sae.dictionary.sites import Site, fold_site_scales
 from sae.kernels import choose, device_named, matmul
 from sae.kernels.activations import FeatureActs
 from sae.kernels.autograd import Kernels
+from sae.kernels.bfloat16 import selecting_in
 from sae.parallel.kernels import agreeing
 from sae.parallel.mesh import ONE, Mesh
 from sae.training.adam import Adam
@@ -89,8 +90,8 @@ def start(
     whole, scales = _initialised(rows, config, recipe, source, place) if mesh.is_first else (None, (0.0, 0.0))
     sae = dealt(_dictionary(rows, config, recipe, mesh), whole, config.d_sae)
     scale, target_scale = mesh.tell(scales)
-    products = mesh.tell(matmul.choose(config.matmul, device))  # one choice for all ranks, whatever their processors
-    kernels = agreeing(kernels, mesh)
+    products = mesh.tell(matmul.choose(config.products, device))  # one choice for all ranks, whatever their processors
+    kernels = agreeing(selecting_in(config.precision, kernels), mesh)
     return TrainState(
         sae,
         _adam(sae.to(device), kernels, config, recipe, mesh),
@@ -185,7 +186,7 @@ def restore(
             "choose another --out."
         )
     place = device_named(began_on)
-    kernels = agreeing(choose(header["kernels"], place), mesh)
+    kernels = agreeing(selecting_in(config.precision, choose(header["kernels"], place)), mesh)
     optimizer = _adam(sae.to(place), kernels, config, recipe, mesh)
     optimizer.restore(tensors, header["step"])
     return TrainState(

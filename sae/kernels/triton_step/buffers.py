@@ -33,6 +33,7 @@ class Sizes:
     penalty: str = ""  # what λ multiplies (`explain`); then every entry above its threshold is active, whatever k
     prefix_ends: tuple[int, ...] = ()  # of matryoshka; () is one prefix with all features
     dead_room: int = 0  # dead features for AuxK; 0: a step with dead features is not done
+    exact: bool = True  # whether float32 products decide; otherwise a bfloat16 one does, which then is no screen
 
     @property
     def width(self) -> int:
@@ -147,7 +148,7 @@ class Buffers:
             return torch.zeros(shape, device=device, dtype=torch.int32)
 
         def narrow(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device, dtype=torch.float16)
+            return torch.zeros(shape, device=device, dtype=torch.float16 if sizes.exact else torch.bfloat16)
 
         # AuxK: what the dead features' gradients are made from (the error left and the centred rows), and by slot
         room = sizes.dead_room

@@ -84,7 +84,14 @@ class Choice:
         """What a selection reads and writes: the candidates, their exact products' factors, and the entries kept."""
         held, learned = self.held, self.learned
         entries = held.features, held.values, held.kept, held.counts, held.bitmap, held.flags
-        return held.centred, learned.W_enc, learned.b_enc, held.candidates, held.count, *entries
+        return self._factor(), learned.W_enc, learned.b_enc, held.candidates, held.count, *entries
+
+    def _factor(self) -> Tensor:
+        """What pre-activations come from: the centred rows, or the product that has them already."""
+        return self.held.centred if self.sizes.exact else self.held.screened
+
+    def _factor_width(self) -> int:
+        return self.sizes.d_in if self.sizes.exact else self.sizes.d_sae
 
     def _choose_above(self) -> None:
         held, sizes, learned = self.held, self.sizes, self.learned
@@ -121,7 +128,7 @@ class Choice:
         select.choose[(sizes.rows,)](
             *self._to_choose(),
             sizes.k,
-            sizes.d_in,
+            self._factor_width(),
             sizes.width,
             sizes.words,
             ROOM=sizes.room,
@@ -135,7 +142,7 @@ class Choice:
         self._count_digits(held.sure_ranks, bins, 0)
         self._collect()
         batch_select.evaluate[(sizes.rows,)](
-            held.centred,
+            self._factor(),
             self.learned.W_enc,
             self.learned.b_enc,
             held.lift,
@@ -145,7 +152,7 @@ class Choice:
             held.ranks,
             digits,
             held.flags,
-            sizes.d_in,
+            self._factor_width(),
             ROOM=sizes.room,
             **entry_block(sizes.room, sizes.d_in),
         )

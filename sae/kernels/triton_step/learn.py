@@ -10,6 +10,7 @@ import triton.language as tl
 
 from sae.kernels.triton_adam import moved
 from sae.kernels.triton_step.by_feature import sums_of_entries
+from sae.kernels.triton_step.narrow import in_type_of
 from sae.kernels.triton_step.penalty import coefficient_now, keep_annealed, rates_now, search
 
 LEVEL_RATE: tl.constexpr = tl.constexpr(0.01)
@@ -260,10 +261,10 @@ def learn_encoder(
                 silence.to(tl.float32) * min_density >= SILENT_FOR, unit * (wanted_firings / patience), 0.0
             )
         tl.store(b + feature, bias)
-        thin = p.to(tl.float16)
+        thin = in_type_of(narrow, p)
         back = thin.to(tl.float32)
         tl.store(narrow + at, thin, mask=mask)
-        tl.store(narrow_b + feature, bias.to(tl.float16))
+        tl.store(narrow_b + feature, in_type_of(narrow_b, bias))
         p = tl.where(mask, p, 0.0)
         norm = tl.sqrt(tl.maximum(tl.sum(p * p, 0), tl.sum(back * back, 0))) * (1 + 2.0**-20)
         floor = tl.abs(bias) * (2.0**-11 + 2.0**-21) + 2.0**-20 * norm + 2.0**-24

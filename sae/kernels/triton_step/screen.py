@@ -13,8 +13,7 @@ import triton.language as tl
 
 from sae.kernels.triton_step.batch_select import batch_bar
 from sae.kernels.triton_step.dead_select import find_dead
-
-FLOAT16_ROUNDING: tl.constexpr = tl.constexpr(2.0**-11)
+from sae.kernels.triton_step.narrow import in_type_of, rounding
 
 
 @triton.jit
@@ -67,7 +66,7 @@ def prepare(
     wide = tl.load(x + row * d + column, mask=mask, other=0.0) * scale
     if PRE_BIAS:
         wide -= tl.load(b_dec + column, mask=mask, other=0.0)
-    thin = wide.to(tl.float16)
+    thin = in_type_of(narrow, wide)
     back = thin.to(tl.float32)
     tl.store(centred + row * d + column, wide, mask=mask)
     tl.store(narrow + row * d + column, thin, mask=mask)
@@ -89,11 +88,14 @@ def prepare(
 
 
 @triton.jit
-def _slack(row_error, row_floor, row, group_norm, group_floor, group, groups):
+def _slack(screened, row_error, row_floor, row, group_norm, group_floor, group, groups):
     """How far a screened value of a group may be off, but for its own rounding."""
     norm = tl.load(group_norm + group, mask=group < groups, other=0).to(tl.float32, bitcast=True)
     floor = tl.load(group_floor + group, mask=group < groups, other=0).to(tl.float32, bitcast=True)
-    return tl.load(row_error + row) * norm + floor + tl.load(row_floor + row)
+    slack = tl.load(row_error + row) * norm + floor + tl.load(row_floor + row)
+    if screened.dtype.element_ty == tl.bfloat16:
+        slack = tl.where(slack < float("inf"), 0.0, float("inf"))  # what is not finite still rules nothing out
+    return slack
 
 
 @triton.jit
@@ -124,10 +126,10 @@ def group_maxima(
     feature = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = feature < d_sae
     value = tl.load(screened + row * d_sae + feature, mask=inside, other=float("-inf")).to(tl.float32)
-    tl.store(best + row * groups + group, tl.max(value, 1).to(tl.float16), mask=group < groups)
+    tl.store(best + row * groups + group, tl.max(value, 1).to(best.dtype.element_ty), mask=group < groups)
     if RANKED:
-        slack = _slack(row_error, row_floor, row, group_norm, group_floor, group, groups)
-        low = value - slack[:, None] - tl.abs(value) * FLOAT16_ROUNDING
+        slack = _slack(screened, row_error, row_floor, row, group_norm, group_floor, group, groups)
+        low = value - slack[:, None] - rounding(screened, value)
         sure = tl.where(inside & (low > 0), low + tl.load(lift + feature, mask=inside, other=0.0), 0.0)
         rank = tl.max(sure, 1) * (1 - 2.0**-22)  # the exact sum is rounded, too
         tl.store(sure_ranks + row * groups + group, rank, mask=group < groups)
@@ -153,8 +155,8 @@ def row_bar(
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     value = tl.load(best + row * groups + group, mask=group < groups, other=float("-inf")).to(tl.float32)
-    slack = _slack(row_error, row_floor, row, group_norm, group_floor, group, groups)
-    low = value - slack - tl.abs(value) * FLOAT16_ROUNDING
+    slack = _slack(best, row_error, row_floor, row, group_norm, group_floor, group, groups)
+    low = value - slack - rounding(best, value)
     key = tl.where(low > 0, low.to(tl.int32, bitcast=True), 0)
     found = 0
     for step in range(STEPS):
@@ -206,7 +208,7 @@ def collect(
     bounded = 0
     for first in range(0, groups, GROUPS):
         group = first + tl.arange(0, GROUPS)
-        slack = _slack(row_error, row_floor, row, group_norm, group_floor, group, groups)
+        slack = _slack(screened, row_error, row_floor, row, group_norm, group_floor, group, groups)
         bounded += tl.sum((slack < float("inf")).to(tl.int32), 0)
         feature = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         here = feature < d_sae
@@ -214,7 +216,7 @@ def collect(
             own = tl.load(lift + feature, mask=here, other=-1e38)  # finite: infinities would cancel to NaN
         if SKIP:
             top = tl.load(best + row * groups + group, mask=group < groups, other=0.0).to(tl.float32)
-            high = top + slack + tl.abs(top) * FLOAT16_ROUNDING
+            high = top + slack + rounding(screened, top)
             reach = high
             if LIFTED:
                 most = tl.max(own, 1)
@@ -224,7 +226,7 @@ def collect(
                 some = some & (high > 0)
             here = here & some[:, None]
         value = tl.load(screened + row * d_sae + feature, mask=here, other=0.0).to(tl.float32)
-        high = value + slack[:, None] + tl.abs(value) * FLOAT16_ROUNDING
+        high = value + slack[:, None] + rounding(screened, value)
         reach = high
         if LIFTED:
             reach = high + own + (tl.abs(high) + tl.abs(own)) * 2.0**-22

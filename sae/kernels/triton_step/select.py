@@ -11,19 +11,25 @@ import triton.language as tl
 
 @triton.jit
 def exact_products(centred, w, bias, candidates, count, row, d, ROOM: tl.constexpr, COLUMNS: tl.constexpr):
-    """The candidates of a row, which of them exist, and their pre-activations in float32."""
+    """The candidates of a row, which of them exist, and their pre-activations in float32.
+
+    In bfloat16 `centred` is the screened product itself, with d features in a row: these are the pre-activations.
+    """
     place = tl.arange(0, ROOM)
     there = place < tl.load(count + row)
     feature = tl.load(candidates + row * ROOM + place, mask=there, other=0)
     wide = feature.to(tl.int64)
-    total = tl.full([ROOM, COLUMNS], 0.0, tl.float32)
-    for start in range(0, d, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        mask = column < d
-        left = tl.load(centred + row * d + column, mask=mask, other=0.0)
-        right = tl.load(w + wide[:, None] * d + column[None, :], mask=there[:, None] & mask[None, :], other=0.0)
-        total += left[None, :] * right
-    pre = tl.sum(total, 1) + tl.load(bias + wide, mask=there, other=0.0)
+    if centred.dtype.element_ty == tl.bfloat16:
+        pre = tl.load(centred + row * d + wide, mask=there, other=0.0).to(tl.float32)
+    else:
+        total = tl.full([ROOM, COLUMNS], 0.0, tl.float32)
+        for start in range(0, d, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            mask = column < d
+            left = tl.load(centred + row * d + column, mask=mask, other=0.0)
+            right = tl.load(w + wide[:, None] * d + column[None, :], mask=there[:, None] & mask[None, :], other=0.0)
+            total += left[None, :] * right
+        pre = tl.sum(total, 1) + tl.load(bias + wide, mask=there, other=0.0)
     return feature, there, pre
 
 

@@ -189,9 +189,10 @@ class FixedStep:
 
 @contextmanager
 def float32_sums() -> Iterator[None]:
-    """Float16 products add in float32 inside the block: otherwise the screen's bound does not hold."""
+    """Narrow products add in float32 inside the block: otherwise the screen's bound does not hold."""
     settings = torch.backends.cuda.matmul
-    names = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")  # the second since PyTorch 2.7
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    names += ("allow_fp16_accumulation",)  # since PyTorch 2.7
     before = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
     try:
         for name in before:
