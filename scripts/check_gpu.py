@@ -6,21 +6,25 @@
 Stages, the most important first; each writes its findings to the JSON file at once, also when it fails:
 
 - machine: what it is, and its rates;
-- tests: `pytest -m cuda`;
+- tests: `pytest -m cuda` in `tests/cuda`, whose conftest needs nothing but pytest and torch;
 - twin: fixed steps against general steps of the same run, at four sizes and for every recipe that has fixed steps;
 - capture: 20 steps without a synchronisation, a graph against the same launches one by one, two runs bit for bit;
 - sanitizer: compute-sanitizer, where it is installed, on a small twin;
-- bench: every recipe at d_in 512 and d_sae 16,384; topk and batch-topk at six sizes; peers in turn;
+- bench: every recipe at d_in 512 and d_sae 16,384; topk and batch-topk at six sizes, and in bfloat16; peers in turn;
 - profile: the kernels' own times at two sizes;
-- train: `sae.training.loop.train` from rows on the device, as a share of the step's speed.
+- begin: seconds to the first weights of the largest dictionary, and to a saved state;
+- train: a whole run, as `sae train` takes it, on the rows of a store that lie on the device, as a share of the step's
+  speed.
 
-Needs what `scripts/bench_gpu.py` needs.
+Needs what `scripts/bench_gpu.py` needs. Other packages may be in a folder of PYTHONPATH: `tests` tests more with zarr,
+google-crc32c and tokenizers, and skips what they are needed for; a peer that is not installed is named and left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -30,6 +34,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench_gpu  # makes this source tree importable
@@ -41,6 +46,14 @@ TWIN_SIZES = [(64, 1024, 4), (512, 16384, 32), (1000, 5000, 20), (4096, 16384, 3
 RECIPES = ["topk", "topk, some dead", "batch-topk", "batch-topk, some dead", "balanced", "matryoshka"]
 RECIPES += ["jumprelu", "anthropic-2024-04", "gated", "p-anneal", "towards-monosemanticity"]
 BATCHES, STEPS, DEAD_TOKENS = 4, 20, 10**9
+IN_TURN = 200  # steps of each contender at the first size
+BENCHED = [  # recipe, settings, at how many of the sizes
+    *((recipe, {}, 1) for recipe in RECIPES if recipe not in ("topk", "batch-topk")),
+    ("topk", {}, len(SIZES)),
+    ("batch-topk", {}, len(SIZES)),
+    ("topk", {"precision": "bf16"}, len(SIZES)),
+    ("batch-topk", {"precision": "bf16"}, 1),
+]
 
 
 class Setting:
@@ -60,7 +73,7 @@ class Setting:
             return bench_gpu.made_up(d_in, self.rows)
         return [torch.randn(self.rows, d_in, generator=torch.Generator().manual_seed(n)) for n in range(BATCHES)]
 
-    def run(self, recipe: str, d_in: int, d_sae: int, k: int) -> tuple[list[Any], Any, Callable[[], Any]]:
+    def run(self, recipe: str, d_in: int, d_sae: int, k: int, **more: Any) -> tuple[list[Any], Any, Callable[[], Any]]:
         """Batches, the configuration, and a function that starts the run anew."""
         from dataclasses import replace
 
@@ -72,7 +85,7 @@ class Setting:
 
         batches = self.batches(d_in)
         recipe, _, dead = recipe.partition(", ")
-        settings = {"d_sae": d_sae, "tokens": self.rows * 4000, "batch_tokens": self.rows, "lr": 1e-4}
+        settings = {"d_sae": d_sae, "tokens": self.rows * 4000, "batch_tokens": self.rows, "lr": 1e-4, **more}
         settings |= {"k": k} if "k" in RECIPES_BY_NAME[recipe].settings else {"target_l0": k}
         settings |= {"p_from_share": 0.0} if recipe == "p-anneal" else {}
         found, config = resolve(recipe, **settings, dead_tokens=DEAD_TOKENS)
@@ -130,11 +143,13 @@ def about_the_machine(setting: Setting) -> dict[str, Any]:
 
 
 def tests(setting: Setting) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests"]
-    if setting.rehearsal:
-        command[-1:] = ["--collect-only", "tests/test_triton.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
-    return {"status": done.returncode, "end": (done.stdout + done.stderr)[-2000:]}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "--durations=5", "-rs"]
+    command += ["--confcutdir=tests/cuda", "tests/cuda"]
+    environment = os.environ | ({"MONOSEM_REHEARSAL": "1"} if setting.rehearsal else {})
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    if done.returncode:
+        raise RuntimeError(f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-1300:]}")
+    return {"status": done.returncode, "end": done.stdout[-2000:]}
 
 
 def twin(setting: Setting) -> dict[str, Any]:
@@ -218,19 +233,19 @@ def sanitizer(setting: Setting) -> dict[str, Any]:
 
 def bench(setting: Setting, deadline: float, save: Callable[[str, Any], None]) -> None:
     """Milliseconds a step, contenders in turn, and the largest memory."""
-    cases = [(recipe, *setting.sizes[0]) for recipe in RECIPES]
-    cases += [(recipe, *size) for size in setting.sizes[1:] for recipe in ("topk", "batch-topk")]
-    for recipe, d_in, d_sae in cases:
+    cases = [(recipe, *size, more) for recipe, more, n in BENCHED for size in setting.sizes[:n]]
+    for recipe, d_in, d_sae, more in sorted(cases, key=lambda case: setting.sizes.index(case[1:3])):
+        name = " ".join(["bench", recipe, str(d_in), str(d_sae), *more.values()])
         if time.monotonic() > deadline:
-            save(f"bench {recipe} {d_in} {d_sae}", {"skipped": "no time left"})
+            save(name, {"skipped": "no time left"})
             continue
         try:
-            save(f"bench {recipe} {d_in} {d_sae}", times(setting, recipe, d_in, d_sae))
+            save(name, times(setting, recipe, d_in, d_sae, **more))
         except Exception:
-            save(f"bench {recipe} {d_in} {d_sae}", {"failed": traceback.format_exc()[-1500:]})
+            save(name, {"failed": traceback.format_exc()[-1500:]})
 
 
-def times(setting: Setting, recipe: str, d_in: int, d_sae: int) -> dict[str, Any]:
+def times(setting: Setting, recipe: str, d_in: int, d_sae: int, **more: Any) -> dict[str, Any]:
     import torch
 
     from sae.training.fixed_steps import FixedSteps
@@ -240,9 +255,9 @@ def times(setting: Setting, recipe: str, d_in: int, d_sae: int) -> dict[str, Any
     if not setting.rehearsal:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    batches, config, start = setting.run(recipe, d_in, d_sae, setting.k)
+    batches, config, start = setting.run(recipe, d_in, d_sae, setting.k, **more)
     state, place = start(), iter(range(10**9))
-    fixed = FixedSteps(state, config)
+    fixed, first_size = FixedSteps(state, config), (d_in, d_sae) == setting.sizes[0]
     who: dict[str, Callable[[], Any]] = {"monosem": lambda: fixed.take(Batch(batches[next(place) % BATCHES]))}
     setting.seconds_of(who["monosem"], setting.steps)
     fixed.settle()
@@ -254,16 +269,15 @@ def times(setting: Setting, recipe: str, d_in: int, d_sae: int) -> dict[str, Any
     found["all fixed"] = all_fixed(fixed)
     if not setting.rehearsal:
         found["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
-    if (d_in, d_sae) == setting.sizes[0]:
+    if first_size:
         general = start()
         who["general step"] = lambda: train_step(general, Batch(batches[next(place) % BATCHES]), config)
-    if recipe in ("topk", "batch-topk") and not setting.rehearsal:
+    if recipe in ("topk", "batch-topk") and not more and not setting.rehearsal:
         who |= peers(recipe.replace("-", ""), d_in, d_sae, setting.k, batches, found)
     taken: dict[str, list[float]] = {name: [] for name in who}
-    for name, step in who.items():
+    for step in who.values():
         setting.seconds_of(step, 3)
-        taken[name].clear()
-    for _ in range(setting.steps):
+    for _ in range(IN_TURN if first_size and not setting.rehearsal else setting.steps):
         for name, step in who.items():
             taken[name] += setting.seconds_of(step, 1)
     return found | {f"{name}, ms": round(1000 * statistics.median(each), 3) for name, each in taken.items()}
@@ -320,20 +334,109 @@ def profile(setting: Setting) -> dict[str, Any]:
     return found
 
 
-def train(setting: Setting) -> dict[str, Any]:
-    """Rows per second of a whole run whose rows are on the device: the median over the lines of its log."""
+def begin(setting: Setting) -> dict[str, Any]:
+    """Seconds to make a dictionary from data, where it is trained, and to take a snapshot of it and to write that."""
+    import torch
+
+    from sae.kernels import choose
+    from sae.training import state
+    from sae.training.recipes import resolve
+    from sae.training.snapshots import Snapshots
+
+    d_in, d_sae = setting.sizes[-1]
+    found, config = resolve("topk", d_sae=d_sae, tokens=setting.rows * 4000, batch_tokens=setting.rows, k=setting.k)
+    rows, place = bench_gpu.HeldRows(setting.batches(d_in)), torch.device(setting.device)
+    began = time.perf_counter()
+    made = state.start(rows, config, found, choose("triton", setting.device), place)
+    seconds = {"from data": time.perf_counter() - began}
+    snapshots = Snapshots(place)
+    with tempfile.TemporaryDirectory() as out:
+        for name in ("snapshot with new memory", "snapshot"):
+            began = time.perf_counter()
+            state.save_state(Path(out), made, snapshots=snapshots)
+            seconds[name] = time.perf_counter() - began
+            snapshots.wait()
+            seconds[f"{name}, written"] = time.perf_counter() - began
+    snapshots.close()
+    return {"d_in": d_in, "d_sae": d_sae, "s": {name: round(each, 3) for name, each in seconds.items()}}
+
+
+class MadeUpStore:
+    """What `store.batches.ShuffledRows` asks of a store: float16 rows, in shards that take no time to read."""
+
+    path, seq_len, dtype = "made up", 128, {"x": "float16"}
+
+    def __init__(self, d_in: int, shards: int, contexts: int) -> None:
+        import numpy as np
+
+        self.hook_points, self.shards, self.contexts = {"x": d_in}, shards, contexts
+        self._rows = np.random.default_rng(0).standard_normal((contexts * self.seq_len, d_in)).astype(np.float16)
+
+    def markers(self, split: str) -> dict[int, Any]:
+        rows = len(self._rows)
+        return {n: SimpleNamespace(kept_rows=rows, contexts=self.contexts) for n in range(self.shards)}
+
+    def first_context(self, split: str, shard: int) -> int:
+        return shard * self.contexts
+
+    def read_keep(self, split: str, shard: int) -> Any:
+        import numpy as np
+
+        return np.ones((self.contexts, self.seq_len), bool)
+
+    def read_stored(self, split: str, shard: int, hook_point: str) -> Any:
+        import numpy as np
+
+        return np.roll(self._rows, shard, axis=1)
+
+
+class StoredRows:
+    """The rows of a made-up store, on the device."""
+
+    def __init__(self, source: Any, device: Any) -> None:
+        from sae.pipeline.resident_rows import ResidentRows
+
+        self._rows, self.d_in = ResidentRows(source, device, everything=True), source.d_in
+        self.sample = self._rows.sample
+
+    def batch(self, step: int) -> Any:
+        from sae.training.rows import Batch
+
+        x, mixing = self._rows.batch(step)
+        return Batch(x, mixing=mixing)
+
+
+def train(setting: Setting, said: dict[str, Any]) -> dict[str, Any]:
+    """Rows per second of a whole run on rows that lie on the device: the median over the lines of its log."""
+    import torch
+
     from sae.training import loop
     from sae.training.recipes import resolve
 
+    bench_gpu.stand_in_for_stores()
+    from store.batches import ShuffledRows
+
     d_in, d_sae = setting.sizes[0]
-    batches, _, _ = setting.run("topk", d_in, d_sae, setting.k)
-    steps = 4 if setting.rehearsal else 1000
+    shards, contexts, steps = (3, 2, 30) if setting.rehearsal else (64, 256, 3000)
+    source = ShuffledRows(MadeUpStore(d_in, shards, contexts), "x", batch_rows=setting.rows, seed=0)  # type: ignore[arg-type]
     settings = {"tokens": setting.rows * steps, "batch_tokens": setting.rows, "k": setting.k, "resample_shares": ()}
     _, config = resolve("topk", d_sae=d_sae, dead_tokens=10**9, **settings)
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
-        loop.train(bench_gpu.HeldRows(batches), out, config, kernels="triton", device=setting.device)
-        lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
-    return {"rows_per_s": statistics.median(json.loads(line)["rows_per_s"] for line in lines)}
+        rows = StoredRows(source, torch.device(setting.device))
+        loop.train(rows, out, config, kernels="triton", device=setting.device)
+        lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    found = {
+        "rows": source.n_rows,
+        "rows_per_s": statistics.median(line["rows_per_s"] for line in lines),
+        "stall_share": statistics.median(line["stall_share"] for line in lines),
+        "mixing": lines[-1]["mixing"],
+        "s, from start to end": round(time.perf_counter() - began, 1),
+    }
+    step_ms = said.get(f"bench topk {d_in} {d_sae}", {}).get("monosem, in a row, ms")
+    return found | (
+        {"share of the step's speed": found["rows_per_s"] * step_ms / 1000 / setting.rows} if step_ms else {}
+    )
 
 
 # --- the script ------------------------------------------------------------------------------------------------------
@@ -373,9 +476,10 @@ def main() -> int:
     for name, work in (("machine", about_the_machine), ("tests", tests), ("twin", twin), ("capture", capture)):
         stage(name, work)
     stage("sanitizer", sanitizer)
-    bench(setting, began + args.seconds - 60, save)
+    bench(setting, began + args.seconds - 90, save)
     stage("profile", profile)
-    stage("train", train)
+    stage("begin", begin)
+    stage("train", lambda setting: train(setting, said))
     return 1 if any("failed" in found for found in said.values()) else 0
 
 
