@@ -191,8 +191,8 @@ class FixedStep:
 def float32_sums() -> Iterator[None]:
     """Narrow products add in float32 inside the block: otherwise the screen's bound does not hold."""
     settings = torch.backends.cuda.matmul
-    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-    names += ("allow_fp16_accumulation",)  # since PyTorch 2.7
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("fp16", "bf16")]
+    names.append("allow_fp16_accumulation")  # since PyTorch 2.7
     before = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
     try:
         for name in before:
