@@ -417,7 +417,7 @@ def train(setting: Setting, said: dict[str, Any]) -> dict[str, Any]:
     from store.batches import ShuffledRows
 
     d_in, d_sae = setting.sizes[0]
-    shards, contexts, steps = (3, 2, 30) if setting.rehearsal else (64, 256, 3000)
+    shards, contexts, steps = (3, 2, 4) if setting.rehearsal else (64, 256, 3000)
     source = ShuffledRows(MadeUpStore(d_in, shards, contexts), "x", batch_rows=setting.rows, seed=0)  # type: ignore[arg-type]
     settings = {"tokens": setting.rows * steps, "batch_tokens": setting.rows, "k": setting.k, "resample_shares": ()}
     _, config = resolve("topk", d_sae=d_sae, dead_tokens=10**9, **settings)

@@ -485,7 +485,7 @@ def test_every_kernel_compiles_and_keeps_its_numbers_in_registers(tmp_path: Path
     ("version", "targets"), [("3.2.0", ["sm_80", "sm_90"]), ("3.6.0", ["sm_80", "sm_90", "sm_100", "gfx942"])]
 )
 def test_every_kernel_compiles_with_other_versions_of_triton(tmp_path: Path, version: str, targets: list[str]) -> None:
-    """`scripts/check_tritons.sh` installs them. 3.2 knows no B200, and keeps less in registers: it is only to compile."""
+    """`scripts/check_tritons.sh` installs them. 3.2 knows no B200, and needs more registers: it is only to compile."""
     packages = Path(os.environ.get("MONOSEM_TRITONS", "none")) / version
     if not packages.is_dir():
         pytest.skip("scripts/check_tritons.sh installs this version and runs this test")
