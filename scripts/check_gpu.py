@@ -33,6 +33,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,7 +65,8 @@ class Setting:
         self.rows, self.k = (8, 1) if rehearsal else (4096, 32)
         self.sizes = [(8, 40)] if rehearsal else SIZES
         self.twin_sizes = [(8, 40, 1)] if rehearsal else TWIN_SIZES
-        self.steps = 2 if rehearsal else STEPS
+        self.steps = 1 if rehearsal else STEPS
+        self.benched = BENCHED[:1] + BENCHED[-2:-1] if rehearsal else BENCHED
 
     def batches(self, d_in: int) -> list[Any]:
         import torch
@@ -145,8 +147,11 @@ def about_the_machine(setting: Setting) -> dict[str, Any]:
 def tests(setting: Setting) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "--durations=5", "-rs"]
     command += ["--confcutdir=tests/cuda", "tests/cuda"]
+    if not setting.rehearsal and find_spec("xdist"):
+        command += ["--numprocesses", "6"]  # most of the time goes to compiling kernels
     environment = os.environ | ({"MONOSEM_REHEARSAL": "1"} if setting.rehearsal else {})
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    timeout_s = 900 if setting.rehearsal else 150
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
     if done.returncode:
         raise RuntimeError(f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-1300:]}")
     return {"status": done.returncode, "end": done.stdout[-2000:]}
@@ -207,7 +212,7 @@ def capture(setting: Setting) -> dict[str, Any]:
             if not setting.rehearsal:
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                for step in range(1, setting.steps):
+                for step in range(1, max(2, setting.steps)):
                     fixed.take(Batch(batches[step % BATCHES]))
             finally:
                 if not setting.rehearsal:
@@ -233,7 +238,7 @@ def sanitizer(setting: Setting) -> dict[str, Any]:
 
 def bench(setting: Setting, deadline: float, save: Callable[[str, Any], None]) -> None:
     """Milliseconds a step, contenders in turn, and the largest memory."""
-    cases = [(recipe, *size, more) for recipe, more, n in BENCHED for size in setting.sizes[:n]]
+    cases = [(recipe, *size, more) for recipe, more, n in setting.benched for size in setting.sizes[:n]]
     for recipe, d_in, d_sae, more in sorted(cases, key=lambda case: setting.sizes.index(case[1:3])):
         name = " ".join(["bench", recipe, str(d_in), str(d_sae), *more.values()])
         if time.monotonic() > deadline:
@@ -261,7 +266,7 @@ def times(setting: Setting, recipe: str, d_in: int, d_sae: int, **more: Any) -> 
     who: dict[str, Callable[[], Any]] = {"monosem": lambda: fixed.take(Batch(batches[next(place) % BATCHES]))}
     setting.seconds_of(who["monosem"], setting.steps)
     fixed.settle()
-    began, in_a_row = time.perf_counter(), 10 * setting.steps
+    began, in_a_row = time.perf_counter(), setting.steps * (1 if setting.rehearsal else 10)
     for _ in range(in_a_row):
         who["monosem"]()
     fixed.settle()
@@ -276,7 +281,7 @@ def times(setting: Setting, recipe: str, d_in: int, d_sae: int, **more: Any) -> 
         who |= peers(recipe.replace("-", ""), d_in, d_sae, setting.k, batches, found)
     taken: dict[str, list[float]] = {name: [] for name in who}
     for step in who.values():
-        setting.seconds_of(step, 3)
+        setting.seconds_of(step, 1 if setting.rehearsal else 3)
     for _ in range(IN_TURN if first_size and not setting.rehearsal else setting.steps):
         for name, step in who.items():
             taken[name] += setting.seconds_of(step, 1)
@@ -447,7 +452,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="rewritten after each stage")
     parser.add_argument("--seconds", type=float, default=480, help="about the time it may take")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on a CPU in Triton's interpreter")
-    parser.add_argument("--only", help="small-twin: what compute-sanitizer runs")
+    parser.add_argument("--only", help="one stage, by its name; small-twin: what compute-sanitizer runs")
     args = parser.parse_args()
     began, setting = time.monotonic(), Setting(rehearsal=args.rehearse)
     import torch
@@ -468,6 +473,8 @@ def main() -> int:
         print(f"{time.monotonic() - began:4.0f} s  {name}: {str(found)[:300]}", flush=True)
 
     def stage(name: str, work: Callable[[Setting], Any]) -> None:
+        if args.only not in (None, name):
+            return
         try:
             save(name, work(setting))
         except Exception:
@@ -476,7 +483,8 @@ def main() -> int:
     for name, work in (("machine", about_the_machine), ("tests", tests), ("twin", twin), ("capture", capture)):
         stage(name, work)
     stage("sanitizer", sanitizer)
-    bench(setting, began + args.seconds - 90, save)
+    if args.only in (None, "bench"):
+        bench(setting, began + args.seconds - 90, save)
     stage("profile", profile)
     stage("begin", begin)
     stage("train", lambda setting: train(setting, said))
