@@ -402,7 +402,7 @@ class StoredRows:
         from sae.pipeline.resident_rows import ResidentRows
 
         self._rows, self.d_in = ResidentRows(source, device, everything=True), source.d_in
-        self.sample = self._rows.sample
+        self.sample = lambda n, seed: self._rows.sample(min(n, source.n_rows), seed)
 
     def batch(self, step: int) -> Any:
         from sae.training.rows import Batch
