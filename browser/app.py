@@ -103,7 +103,7 @@ def _choose_dictionary(bar: DeltaGenerator, ids: list[str]) -> str | None:
         bind="query-params",
         placeholder="Choose a dictionary",
         label_visibility="collapsed",
-        width=250,
+        width=220,
     )
 
 

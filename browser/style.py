@@ -32,6 +32,7 @@ CSS = """<style>
   padding-bottom: 3rem; }
 [data-testid="stMainBlockContainer"] [data-testid="stVerticalBlock"] { gap: 0.65rem; }
 .st-key-keys { position: absolute; }
+.st-key-bar [data-testid="stButtonGroup"] button { padding-left: 0.5rem; padding-right: 0.5rem; }
 .mono-brand { font-weight: 650; letter-spacing: 0.01em; font-size: 1.12rem; white-space: nowrap; }
 .mono-brand a { color: inherit; text-decoration: none; }
 .mono-brand i { font-style: normal; color: #e8820c; }

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from sae.text.tokenizer import BOS, continuation, load_tokenizer, pieces_of, token_bytes, train_tokenizer
+from sae.text.tokenizer import BOS, continuation, load_tokenizer, pieces_of, token_bytes, token_text, train_tokenizer
 
 TEXTS = ["def forward(self, x): return self.out(x)\n" * 3, "Grüße, 世界! naïve café — 10% of 3.14\r\n\t" * 3]
 TOKENIZER = train_tokenizer(TEXTS, 300)
@@ -31,6 +31,18 @@ def test_token_bytes_spell_the_text(text: str) -> None:
 )
 def test_token_bytes_spell_odd_texts(text: str) -> None:
     assert b"".join(TABLE[i] for i in encode(text)) == text.encode()
+
+
+@pytest.mark.parametrize("token_id", range(300))
+def test_a_token_is_read_as_its_bytes_with_visible_white_space(token_id: int) -> None:
+    try:
+        text = TABLE[token_id].decode()
+    except UnicodeDecodeError:  # a part of a character
+        assert token_text(TOKENIZER, token_id) == TOKENIZER.id_to_token(token_id)
+        return
+    for character, mark in (" ␣", "\n↵", "\t⇥", "\r␍"):
+        text = text.replace(character, mark)
+    assert token_text(TOKENIZER, token_id) == text
 
 
 def test_every_byte_is_a_token_and_bos_is_token_zero() -> None:

@@ -16,7 +16,7 @@ from sae.circuits import heads, orders, skip_trigrams, weights
 from sae.circuits.intervals import mean_interval
 from sae.circuits.results import Control, Interval, Measure, Value
 from sae.lm import LanguageModel, ModelError
-from sae.text.tokenizer import token_name
+from sae.text.tokenizer import token_text
 
 LENGTH, COPIES, LONG = 25, 4, 100  # of made-up text: 25 tokens × 4, and 100 × 2
 TRIGRAMS, SHOWN, FREQUENT = 100, 8, 1000
@@ -257,7 +257,7 @@ def _described(model: LanguageModel, best: skip_trigrams.SkipTrigrams, counted: 
     """The first few skip-trigrams and forced pairs of a head, as text."""
 
     def text(*places: int) -> str:
-        source, destination, out = (token_name(model.tokenizer, int(model.token_ids[place])) for place in places)
+        source, destination, out = (token_text(model.tokenizer, int(model.token_ids[place])) for place in places)
         return f"{source} … {destination} → {out}"
 
     rows = zip(*(part.tolist() for part in best), counted.lift.tolist(), counted.hits.tolist(), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,4 +68,4 @@ def _labels(result: Result, axis: str, measure: str) -> list[Any] | None:
 
 
 def _number(value: Value) -> str:
-    return f"{float(value):.4g}"
+    return "–" if math.isnan(value) else f"{float(value):.4g}"

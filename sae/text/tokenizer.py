@@ -15,6 +15,7 @@ BOS = "<|endoftext|>"
 SMALLEST_VOCAB = 257
 PROBE = "The quick brown fox 0123 (é, 你好)!\n\tend."
 FALLBACK_BYTE = re.compile("<0x[0-9A-F]{2}>")
+VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
 CUT = re.compile(r"(?<=[\w.,!?。！？])[ \n]")
 CUT_SOUGHT = 10_000  # characters before a piece's end in which a cut is looked for
 
@@ -124,6 +125,12 @@ def token_name(tokenizer: Tokenizer, token_id: int) -> str:
     Models embed more rows than their tokenizer has tokens (padding to a round number), and vocabularies have gaps.
     """
     return tokenizer.id_to_token(token_id) or f"[{token_id}]"
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token as a reader sees it, with `␣`, `↵` and `⇥` for white space; its name where it is no whole characters."""
+    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    return text.translate(VISIBLE) if text and "\ufffd" not in text else token_name(tokenizer, token_id)
 
 
 def token_ids(tokenizer: Tokenizer, rows: int) -> list[int]:
