@@ -1,6 +1,7 @@
 """What a training under torchrun does when a rank fails: messages and seconds for each fault, and a series of kills.
 
-usage: python scripts/check_ranks.py [--kills 100] [--only FAULT] [--json docs/measurements/ranks.json]
+    python scripts/check_ranks.py --kills 100 --json docs/measurements/ranks.json
+    python scripts/check_ranks.py --only stall
 
 Each fault happens to rank 1 of two (gloo, CPU) in a small training; the seconds are from the fault until torchrun has
 ended. Ranks that stall are given 10 s (SAE_RANK_TIMEOUT_S) instead of 300. Cutting a link needs network namespaces.
@@ -130,10 +131,12 @@ def ip(*words: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--only", action="append", choices=[*FAULTS, "cut link"])
-    parser.add_argument("--json", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=0, help="kill a run so often, at random moments (default: 0)")
+    parser.add_argument(
+        "--only", action="append", choices=[*FAULTS, "cut link"], help="this fault; may be repeated (default: all)"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     found: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, gloo", "faults": []}
     with tempfile.TemporaryDirectory() as directory:

@@ -153,7 +153,6 @@ def test_the_file_format_is_flat() -> None:
     names = "recipe d_sae tokens batch_tokens lr beta1 warmup_share decay_share l1 k aux_coefficient dead_tokens "
     names += "resample_shares seed exact matmul target_l0 l0_penalty penalty_warmup_share rewarm_share clip bandwidth "
     names += "threshold_init threshold_lr_ratio min_density multi_k prefix_shares p_end p_from_share skip "
-    names += (
-        "max_norm_multiple skip_positions skip_token_ids calibrate_threshold shuffle_sites"  # new after version 0.1
-    )
+    # new after version 0.1
+    names += "max_norm_multiple skip_positions skip_token_ids calibrate_threshold shuffle_sites precision"
     assert set(TrainConfig().to_dict()) == set(names.split())

@@ -81,7 +81,7 @@ class DeadFeatures:
             self.constants.aux_coefficient,
             sizes.rows,
             sizes.dead_room,
-            ROWS=64,
+            ROWS=32,
             COLUMNS=32,
             PARTS=power_of_two(parts),
             num_warps=4,
