@@ -465,15 +465,15 @@ def compiled(tmp_path: Path, *targets: str, packages: Path | None = None) -> lis
 MOST_REGISTERS = 168  # with which 12 warps of 32 threads fit into 65,536 registers
 
 
-def test_every_kernel_compiles_and_keeps_its_numbers_in_registers(tmp_path: Path) -> None:
-    """At d_in 512 and 4,096, for an A100, an H100, a B200 and an MI300."""
-    lines = compiled(tmp_path, "sm_80", "sm_90", "sm_100", "gfx942")
-    assert {line[0] for line in lines} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_compiles_and_keeps_its_numbers_in_registers(tmp_path: Path, target: str) -> None:
+    """At d_in 512 and 4,096, for an A100, an H100, a B200 and an MI300; each a test, for processes to share."""
+    lines = compiled(tmp_path, target)
     stages = {"prepare", "collect", "choose", "keep_largest", "explain", "fill", "learn_decoder", "learn_encoder"}
     assert {line[1] for line in lines} >= stages
-    assert {line[2] for line in lines} == {"512", "4096"}
+    assert {(line[0], line[2]) for line in lines} == {(target, "512"), (target, "4096")}
     read = [line for line in lines if len(line) > 4]
-    assert read, "no tool to read registers came with triton"
+    assert bool(read) == target.startswith("sm_"), "the tool to read registers, which comes with triton, is for NVIDIA"
     for line in read:
         assert int(line[4]) <= MOST_REGISTERS, line
         assert int(line[6]) == 0, line
