@@ -6,7 +6,6 @@ Heavy imports happen inside the verbs, so that `sae --help` answers at once.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -33,6 +32,7 @@ from sae.cli.store import store
 from sae.cli.sweep import sweep
 from sae.cli.train import train
 from sae.cli.verify import verify
+from sae.jobs.ranks import is_first_rank, rank_and_world
 
 VERBS = (
     pretrain,
@@ -78,12 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         if getattr(error, "reported_elsewhere", False):  # by another rank of this training
             return 2
-        rank, explained = int(os.environ.get("RANK") or 0), _explained(error)
+        (rank, _), explained = rank_and_world(), _explained(error)
         which = f"rank {rank}: " if rank and not explained.startswith("rank ") else ""
         print(f"sae {args.verb}: {which}{explained}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
-        if not int(os.environ.get("RANK") or 0):
+        if is_first_rank():
             print(f"\nsae {args.verb}: {error or 'interrupted'}", file=sys.stderr)
         return 130
 

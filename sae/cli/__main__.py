@@ -3,6 +3,7 @@ import sys
 from collections.abc import Sequence
 
 from sae.cli import main
+from sae.jobs.ranks import rank_and_world
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -11,7 +12,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     The other ranks notice its end, and taking an interrupted exchange apart may take long.
     """
     status = main(argv)
-    if status and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if status and rank_and_world()[1] > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from typing import Any
 
 from sae.cli.flags import add_dictionary, add_kernels, add_verb
+from sae.jobs.ranks import is_first_rank
 
 
 def evaluate(verbs: Any) -> None:
@@ -27,7 +27,7 @@ def _run_eval(args: argparse.Namespace) -> int:
     result = pipeline.evaluate(
         args.sae, store=args.acts, model=args.model, device=args.device, kernels=args.kernels, over_ranks=True
     )
-    if int(os.environ.get("RANK") or 0):
+    if not is_first_rank():
         return 0
     if args.json:
         print(json.dumps(result, indent=2))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from sae.cli.flags import add_dictionary, add_kernels, add_verb
+from sae.jobs.ranks import is_first_rank
 
 
 def index(verbs: Any) -> None:
@@ -30,6 +30,6 @@ def _run_index(args: argparse.Namespace) -> int:
         kernels=args.kernels,
         over_ranks=True,
     )
-    if not int(os.environ.get("RANK") or 0):
+    if is_first_rank():
         print(path)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from sae.cli.flags import (
@@ -18,6 +17,7 @@ from sae.cli.flags import (
     settings,
     size,
 )
+from sae.jobs.ranks import is_first_rank
 
 
 def train(verbs: Any) -> None:
@@ -141,7 +141,7 @@ def _run_train(args: argparse.Namespace) -> int:
         shard=args.shard,
         **memory,
     )
-    if int(os.environ.get("RANK") or 0):
+    if not is_first_rank():
         return 0
     if source:
         print_text_read(source)

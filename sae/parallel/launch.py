@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from sae.jobs.progress import Interrupted
+from sae.jobs.ranks import rank_and_world
 from sae.parallel.cost import cheapest
 from sae.parallel.mesh import ONE, TIMEOUT, FailedElsewhere, Mesh, answer_limit
 
@@ -32,11 +33,6 @@ SHARD_FORMS = "features, rows, auto, or RxF such as 2x4"
 
 class RankStopped(ValueError):
     """Another rank died, raised or does not answer."""
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process' number among those that torchrun started, and how many they are; 0 and 1 without torchrun."""
-    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def ranks_here() -> int:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.jobs.ranks import rank_and_world
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.live import check_target, resid_mid_of
 from sae.pipeline.resident_rows import ResidentRows, fitting, memory_for_rows
@@ -118,6 +119,7 @@ def open_rows(
     which torchrun sets, else to 0 and 1. All ranks together see every kept row once per epoch.
     Raises: StoreError for a damaged store or a wrong rank; PipelineError for a wrong hook point.
     """
+    own_rank, own_world = rank_and_world()
     store = ActivationStore.open(path)
     return StoreRows(
         store,
@@ -125,8 +127,8 @@ def open_rows(
         batch_tokens=batch_tokens,
         seed=seed,
         max_ram_bytes=max_ram_bytes,
-        rank=int(os.environ.get("RANK") or 0) if rank is None else rank,
-        world=int(os.environ.get("WORLD_SIZE") or 1) if world is None else world,
+        rank=own_rank if rank is None else rank,
+        world=own_world if world is None else world,
     )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from sae.analysis.pareto_plot import FRONTIER_FORMAT, picture
 from sae.evaluation.evaluate import Ablated
-from sae.parallel.launch import own_gpu, rank_and_world, ranks_here
+from sae.jobs.ranks import rank_and_world
+from sae.parallel.launch import own_gpu, ranks_here
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.evaluate import evaluate
 from sae.pipeline.rows import hook_point_of, provenance_of, rows_for, training_view
