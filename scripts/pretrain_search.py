@@ -22,7 +22,7 @@ import machine
 from figures import table
 
 from sae import pipeline
-from sae.lm.pretrain import configured
+from sae.lm.pretrain_config import configured
 from store.common import write_json
 
 SHARED = ("tokenizer.json", "tokens-train.npy", "tokens-heldout.npy")

@@ -18,7 +18,8 @@ from sae.circuits.head_measures import Texts, head_measures
 from sae.circuits.results import Result, read_result, write_result
 from sae.cli.lens_table import lens_table
 from sae.lm import LanguageModel, NativeModel, load_model
-from sae.lm.pretrain import PretrainConfig, pretrain
+from sae.lm.pretrain import pretrain
+from sae.lm.pretrain_config import PretrainConfig
 from sae.lm.transformer import TransformerConfig
 
 ATTN = replace(SHAPE, n_layers=2, attn_only=True)

@@ -25,7 +25,8 @@ from sae.lm import load_model
 from sae.lm import pretrain as module
 from sae.lm.cross_entropy import ChunkedCrossEntropy
 from sae.lm.held_out import held_out_contexts, held_out_loss, neuron_figures
-from sae.lm.pretrain import PretrainConfig, TokenStream, configured, learning_rate, pretrain, shape_of
+from sae.lm.pretrain import TokenStream, learning_rate, pretrain
+from sae.lm.pretrain_config import PretrainConfig, configured, shape_of
 from sae.lm.token_stream import Repeats
 from sae.lm.transformer import Transformer, TransformerConfig, sinusoids
 from sae.text.documents import Document, TextReport, split_of
@@ -449,7 +450,7 @@ from sae.lm import load_model
 from sae.lm import pretrain as module
 from sae.lm.held_out import held_out_contexts, held_out_loss, neuron_figures
 from sae.text.sources import open_text
-from sae.lm.pretrain import PretrainConfig
+from sae.lm.pretrain_config import PretrainConfig
 from sae.lm.transformer import TransformerConfig
 torch.set_num_threads(1)
 step, taken = module._step, 0

@@ -71,7 +71,7 @@ def pretrain(verbs: Any) -> None:
 
 def _run_pretrain(args: argparse.Namespace) -> int:
     from sae import pipeline
-    from sae.lm.pretrain import configured, shape_of
+    from sae.lm.pretrain_config import configured, shape_of
 
     start = None if args.start is None else Path(args.start)
     asked = {

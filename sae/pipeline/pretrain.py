@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sae.lm import pretrain as pretraining
-from sae.lm.pretrain import PretrainConfig
+from sae.lm.pretrain_config import PretrainConfig, shape_of
 from sae.lm.transformer import TransformerConfig
 from sae.pipeline.harvest import Text, source_of
 
@@ -27,5 +27,5 @@ def pretrain(
     """
     start = None if start is None else Path(start)
     if shape is None:
-        shape = TransformerConfig() if start is None else pretraining.shape_of(start)
+        shape = TransformerConfig() if start is None else shape_of(start)
     return pretraining.pretrain(source_of(text), Path(out), shape=shape, config=config or PretrainConfig(), start=start)
