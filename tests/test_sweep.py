@@ -112,8 +112,8 @@ def test_a_run_that_diverges_is_recorded_and_the_others_continue(store: Path, mo
     assert json.loads(pipeline.sweep(store, out, **GRID, **RUN).read_text())["runs"] == runs
 
 
-def test_runs_share_a_pass_only_if_rows_and_memory_allow() -> None:
-    points = sweeping.grid(["topk", "batch-topk"], [64], [2.0], [0, 1], tokens=8192)
+def test_runs_share_a_pass_only_if_rows_and_memory_allow(tmp_path: Path) -> None:
+    points = sweeping.grid(tmp_path, ["topk", "batch-topk"], [64], [2.0], [0, 1], tokens=8192)
     assert [[p.config.seed for p in group] for group in sweeping._groups(points, 16, 10**9)] == [[0, 0], [1, 1]]
     assert all(len(group) == 1 for group in sweeping._groups(points, 16, 1))
 

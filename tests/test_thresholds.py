@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from fakes import random_sae
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sae
 from sae.analysis.planted import PlantedRows
 from sae.kernels.activations import DenseActs
 from sae.training import loop
 from sae.training.batch_topk_threshold import LEVEL_RATE, PATIENCE, calibrated, join, split, update_thresholds_
+from sae.training.begun import resolve_in
 from sae.training.config import TrainConfig
 from sae.training.recipes import resolve
 from sae.training.rows import Batch
@@ -149,19 +152,29 @@ def test_the_l0_on_rows_not_trained_on_is_k(tmp_path: Path, recipe: str) -> None
 @pytest.mark.parametrize("recipe", ["batch-topk", "matryoshka"])
 def test_a_run_of_version_0_1_ends_as_it_began(tmp_path: Path, recipe: str) -> None:
     """Its train.json lacks calibrate_threshold and has matryoshka's min_density of then; recipes set both today."""
-    _, today = resolve(recipe, d_sae=64, k=4, tokens=256 * 20, batch_tokens=256)
+    asked: dict[str, Any] = {"d_sae": 64, "k": 4, "tokens": 256 * 20, "batch_tokens": 256}
+    _, today = resolve_in(tmp_path / "new", recipe, **asked)
     before = replace(today, calibrate_threshold=False, min_density=0.0)
     wanted = loop.train(PLANTED, tmp_path / "wanted", before)
-    loop.bind_directory(tmp_path / "old", before, {})
-    settings_file = tmp_path / "old" / "train.json"
-    recorded = json.loads(settings_file.read_text())
-    del recorded["train"]["calibrate_threshold"]
-    settings_file.write_text(json.dumps(recorded))
-    found = loop.train(PLANTED, tmp_path / "old", today)
+    begin_as_version_0_1(tmp_path / "old", before)
+    found = sae.train(PLANTED, tmp_path / "old", config=asked)
     assert torch.equal(found.threshold, wanted.threshold)
     assert found.config["train"]["calibrate_threshold"] is False
     assert found.config["train"]["min_density"] == 0
     assert not torch.equal(loop.train(PLANTED, tmp_path / "new", today).threshold, wanted.threshold)
+
+
+def test_a_setting_that_is_named_is_not_taken_from_version_0_1(tmp_path: Path) -> None:
+    begin_as_version_0_1(tmp_path, resolve("matryoshka", d_sae=64, tokens=4096, min_density=0.0)[1])
+    with pytest.raises(ValueError, match=r"min_density is 0.0 there, 0.001 asked"):
+        sae.train(PLANTED, tmp_path, config={"d_sae": 64, "tokens": 4096, "min_density": 0.001})
+
+
+def begin_as_version_0_1(out: Path, config: TrainConfig) -> None:
+    loop.bind_directory(out, replace(config, calibrate_threshold=False), {})
+    recorded = json.loads((out / "train.json").read_text())
+    del recorded["train"]["calibrate_threshold"]
+    (out / "train.json").write_text(json.dumps(recorded))
 
 
 class Weak:

@@ -51,9 +51,9 @@ def train(verbs: Any) -> None:
     verb.add_argument("--out", required=True, metavar="DIR", help="directory of the dictionary, e.g. runs/a/first")
     verb.add_argument(
         "--recipe",
-        default="balanced",
         metavar="NAME",
-        help="training recipe: balanced, topk, jumprelu, towards-monosemanticity …; an unknown name lists all",
+        help="training recipe: balanced, topk, jumprelu, towards-monosemanticity …; an unknown name lists all "
+        "(default: that of the run in --out; for a new one balanced)",
     )
     verb.add_argument(
         "--d-sae", type=int, metavar="N", help="number of features (default: that of the --from dictionary, else 4096)"
@@ -113,7 +113,8 @@ def _run_train(args: argparse.Namespace) -> int:
     if not sites and len(args.acts or args.live) + len(hook_points[2:]) > 1:
         raise ValueError(
             "several stores, or more than two hook points, are the sites of a crosscoder (--acts and "
-            f"--recipe crosscoder); got {len(args.acts or args.live)} and {len(hook_points)} with {args.recipe}."
+            f"--recipe crosscoder); got {len(args.acts or args.live)} and {len(hook_points)} with "
+            f"{args.recipe or 'no --recipe'}."
         )
     hook_point, target_hook_point = (None, None) if sites else (*hook_points, None, None)[:2]
     memory = {} if args.max_ram is None else {"max_ram_bytes": args.max_ram}

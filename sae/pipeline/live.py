@@ -13,9 +13,9 @@ from sae.lm import LanguageModel, load_model
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.harvest import DEFAULT_HOOK_POINT, Text, begins_with_bos, context_length, provenance_of, source_of
 from sae.text.splits import DIVIDED, rule_named
+from sae.training.begun import SETTINGS
 from sae.training.config import TrainConfig
 from sae.training.live_rows import Contexts, LiveRows
-from sae.training.loop import SETTINGS
 from sae.training.recipes import recipe_named
 from store.common import RowFilter, contexts_begin_with_bos
 

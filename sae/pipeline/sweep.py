@@ -19,8 +19,9 @@ from sae.pipeline.evaluate import evaluate
 from sae.pipeline.rows import hook_point_of, provenance_of, rows_for, training_view
 from sae.pipeline.stores import warn_of_few_rows
 from sae.training import loop
+from sae.training.begun import resolve_in
 from sae.training.config import TrainConfig
-from sae.training.recipes import recipe_named, resolve
+from sae.training.recipes import recipe_named
 from sae.training.step import Diverged
 from store.activation_reader import ActivationReader
 from store.activations import ActivationStore
@@ -46,12 +47,13 @@ class Point:
 
 
 def grid(
-    recipes: Sequence[str], d_sae: Sequence[int], l0: Sequence[float], seeds: Sequence[int], **settings: Any
+    out: Path, recipes: Sequence[str], d_sae: Sequence[int], l0: Sequence[float], seeds: Sequence[int], **settings: Any
 ) -> list[Point]:
     """Every combination, with its settings resolved. Raises: ValueError for a setting that a recipe does not have."""
     points = []
     for name, width, aim, seed in product(recipes, d_sae, l0, seeds):
-        recipe, config = resolve(name, d_sae=width, target_l0=aim, seed=seed, **settings)
+        run = f"{name}-{width}-l0_{aim:g}-s{seed}"
+        recipe, config = resolve_in(out / run, name, d_sae=width, target_l0=aim, seed=seed, **settings)
         if recipe.needs == "y":
             raise PipelineError(f"recipe {name} has another target than x, so it cannot be on a frontier of x̂.")
         if recipe.needs == "sites":
@@ -59,7 +61,7 @@ def grid(
                 f"recipe {name} reads several hook points or models, so it cannot be on a frontier of one hook point. "
                 "Train it with sae train."
             )
-        points.append(Point(f"{name}-{width}-l0_{aim:g}-s{seed}", config))
+        points.append(Point(run, config))
     if len({point.name for point in points}) != len(points):
         raise PipelineError("the sweep names a recipe, a size, an L0 or a seed twice.")
     return points
@@ -96,7 +98,7 @@ def sweep(
     hook = hook_point_of(whole, hook_point)
     warn_of_few_rows(whole)
     settings = {"tokens": tokens or 4 * whole.totals(TRAIN, hook).kept_rows, **(config or {})}
-    points = grid(recipes, d_sae, l0, seeds, **settings)
+    points = grid(out, recipes, d_sae, l0, seeds, **settings)
     acts = training_view(whole, hook, points[0].config)
     rank, world = rank_and_world() if over_ranks else (0, 1)
     own = points[rank::world]

@@ -22,6 +22,7 @@ from sae.pipeline.rows import SHUFFLE_BYTES, hook_point_of, provenance_of, rows_
 from sae.pipeline.sites import JoinedRows, Sites, open_sites, provenance_of_sites
 from sae.pipeline.stores import warn_of_few_rows
 from sae.training import loop, recipes
+from sae.training.begun import recipe_in, resolve_in
 from sae.training.config import TrainConfig
 from sae.training.rows import OwnRows, Rows
 from sae.training.start_from import fingerprint
@@ -37,7 +38,7 @@ def train(
     rows: str | Path | Live | Sites | Rows,
     out: str | Path,
     *,
-    recipe: str = "balanced",
+    recipe: str | None = None,
     d_sae: int | None = None,
     l0: float | None = None,
     tokens: int | None = None,
@@ -57,6 +58,7 @@ def train(
 
     A crosscoder is trained on `Sites`: several hook points of a store, or of several stores of one text.
 
+    Without a `recipe` it is that of the run in `out`, for a new one `balanced`.
     `d_sae` is the number of features (default: that of `start_from`, else 4096); `l0` is the mean number of active
     features per token to aim for (default: the recipe's; saved as `target_l0`);
     `config` overrides further settings of the recipe. `tokens` is the number of rows to train on (default: four epochs
@@ -73,6 +75,7 @@ def train(
     Repeat the call to continue after an interruption: the result is the same bit for bit.
     Raises: ValueError for wrong settings, before any work; Interrupted on Ctrl-C or SIGTERM.
     """
+    recipe = recipe or recipe_in(Path(out))
     aim = {} if l0 is None else {"target_l0": l0}
     started = Started(start_from, out) if start_from is not None else None
     if d_sae is None:
@@ -93,14 +96,14 @@ def train(
             )
         places = open_sites(rows)
         warn_of_few_rows(ActivationStore.open(rows.stores[0]))
-        _, resolved = recipes.resolve(recipe, tokens=tokens or 4 * places[0].totals(TRAIN).kept_rows, **overrides)
+        _, resolved = resolve_in(Path(out), recipe, tokens=tokens or 4 * places[0].totals(TRAIN).kept_rows, **overrides)
         joined = JoinedRows.of(places, resolved, max_ram_bytes)
         provenance = provenance_of_sites(joined, out, max_ram_bytes)
         if started:
             provenance |= started.record(provenance)
         return _trained(joined, out, resolved, provenance, shard, how)
     if not isinstance(rows, str | Path):
-        _, resolved = recipes.resolve(recipe, tokens=tokens or TrainConfig.tokens, **overrides)
+        _, resolved = resolve_in(Path(out), recipe, tokens=tokens or TrainConfig.tokens, **overrides)
         provenance = {}
         if isinstance(rows, Live):
             where = str(device_named(device))
@@ -111,7 +114,7 @@ def train(
     whole = ActivationStore.open(rows)
     hook = hook_point_of(whole, hook_point)
     kept_rows = whole.totals(TRAIN, hook).kept_rows
-    _, resolved = recipes.resolve(recipe, tokens=tokens or 4 * kept_rows, **overrides)
+    _, resolved = resolve_in(Path(out), recipe, tokens=tokens or 4 * kept_rows, **overrides)
     with joined_ranks(shard, device, **_sizes(whole.hook_points[hook], resolved)) as mesh:
         warn_of_few_rows(whole)
         store = training_view(whole, hook, resolved, target_hook_point)

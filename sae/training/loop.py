@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +28,8 @@ from sae.parallel.decisions import refuse_different_settings
 from sae.parallel.mesh import ONE, Mesh
 from sae.parallel.pace import shown_slowness, slowest_rank
 from sae.training import lambda_conventions
-from sae.training.config import DEFAULTS, TrainConfig, with_overrides
+from sae.training.begun import SETTINGS
+from sae.training.config import DEFAULTS, TrainConfig
 from sae.training.fixed_steps import FixedSteps
 from sae.training.recipes import recipe_named
 from sae.training.rows import Batch, Rows, prefetched
@@ -39,9 +40,6 @@ from sae.training.state_files import INDEX, STATE, saved_header
 from sae.training.step import Diverged, calibrated_threshold, check_weights, log_entry, resample_dead, train_step
 from store.common import explaining_full_disk
 
-SETTINGS = "train.json"  # the settings of the run that a directory holds
-SET_SINCE_0_1 = ("calibrate_threshold",)  # by recipes that did not set it then
-CHANGED_SINCE_0_1 = ("min_density",)  # by recipes that had another default then
 LOG_STEPS = 25
 
 
@@ -113,17 +111,16 @@ def train_together(
             )
     outs = [plan.out for plan in plans]
     with explaining_full_disk(outs[0] if len(outs) == 1 else outs[0].parent, lambda: _kept(outs)):
-        bound = [replace(plan, config=_bound(plan, mesh)) for plan in plans]
-        return _train_together(rows, bound, save_minutes, keep, kernels, device, mesh)
+        for plan in plans:
+            _bind(plan, mesh)
+        return _train_together(rows, plans, save_minutes, keep, kernels, device, mesh)
 
 
-def _bound(plan: Plan, mesh: Mesh) -> TrainConfig:
+def _bind(plan: Plan, mesh: Mesh) -> None:
     """`bind_directory` by rank 0, once all ranks are found to want the same run."""
-    if mesh.world == 1:
-        return bind_directory(plan.out, plan.config, plan.provenance)
-    refuse_different_settings(mesh, {"out": str(plan.out), **plan.config.to_dict(), "rows": plan.provenance})
-    config = mesh.on_first(lambda: bind_directory(plan.out, plan.config, plan.provenance).to_dict())
-    return with_overrides(plan.config, {name: config[name] for name in (*SET_SINCE_0_1, *CHANGED_SINCE_0_1)})
+    if mesh.world > 1:
+        refuse_different_settings(mesh, {"out": str(plan.out), **plan.config.to_dict(), "rows": plan.provenance})
+    mesh.on_first(lambda: bind_directory(plan.out, plan.config, plan.provenance))
 
 
 def _kept(outs: Sequence[Path]) -> str:
@@ -180,10 +177,9 @@ def _note(mesh: Mesh, runs: Sequence[Run]) -> None:
         mesh.kept = f"The state of step {saved:,} is kept in {runs[0].out}." if saved else "Nothing was saved yet."
 
 
-def bind_directory(out: Path, config: TrainConfig, provenance: dict[str, Any]) -> TrainConfig:
+def bind_directory(out: Path, config: TrainConfig, provenance: dict[str, Any]) -> None:
     """Makes `out` the directory of this run: writes its settings, or checks that they are those it was begun with.
 
-    Returns the settings to train with: a run begun by version 0.1 does not get what recipes have set since.
     Raises: ValueError when it holds another run, or a state without settings (`sae.jobs.directory.claim`).
     """
     if ((out / STATE).exists() or (out / INDEX).exists()) and not (out / SETTINGS).exists():
@@ -191,22 +187,7 @@ def bind_directory(out: Path, config: TrainConfig, provenance: dict[str, Any]) -
             f"{out} holds the state of a run but not its settings ({SETTINGS}): they were deleted, perhaps while "
             "it ran. Delete the directory, or choose another --out."
         )
-    begun_with = _recorded(out / SETTINGS)
-    if begun_with:
-        added = {name: DEFAULTS[name] for name in SET_SINCE_0_1 if name not in begun_with}
-        changed = {name: begun_with[name] for name in CHANGED_SINCE_0_1 if added and name in begun_with}
-        config = with_overrides(config, added | changed)
     claim(out, SETTINGS, {"train": config.to_dict(), "rows": provenance}, absent={"train": DEFAULTS})
-    return config
-
-
-def _recorded(settings: Path) -> dict[str, Any]:
-    """The settings of the run that a directory holds; {} if it holds none, or they are damaged, which `claim` says."""
-    try:
-        found = json.loads(settings.read_text(encoding="utf-8")).get("train")
-    except (OSError, ValueError, AttributeError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def saves_beside(state: TrainState) -> bool:

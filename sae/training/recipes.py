@@ -49,6 +49,7 @@ class Recipe:
         return set(self.defaults) & RECIPE_SPECIFIC
 
 
+DEFAULT_RECIPE = "balanced"
 BRICKEN = "Bricken et al. 2023, appendix"
 L1_RESAMPLED = {"l1": 10.0, "decay_share": 0.0, "resample_shares": (0.1, 0.2, 0.3, 0.4)}
 BALANCE = 0.04
