@@ -14,10 +14,19 @@ from fakes import SHAPE, random_sae, write_model
 from torch import Tensor
 
 from sae.circuits.judge import Knockouts, greedy_circuits, incompleteness, judge, minimality, smallest_faithful
-from sae.circuits.patching import PatchingError, Runs, activation_patching, gradient_patching, path_patching, runs_of
+from sae.circuits.patching import (
+    PatchingError,
+    Runs,
+    activation_patching,
+    gradient_patching,
+    gradients,
+    path_patching,
+    runs_of,
+)
 from sae.circuits.screening import largest, unit_gradients
 from sae.circuits.sites import Site, at, features_of, heads_of, neurons_of, stream_sites
 from sae.circuits.tasks import END, Task, TaskError, task_of
+from sae.circuits.together import together
 from sae.lm import NativeModel
 
 THREE = replace(SHAPE, n_layers=3)
@@ -204,6 +213,38 @@ def test_all_units_at_once_are_the_units_one_by_one(model: NativeModel, runs: Ru
         single = gradient_patching(runs, sites, [None], "breaking")
         assert torch.allclose(every.value, single.value[:, 0], atol=1e-6)
         assert largest(every, 3)[0] == int(single.value.abs().argmax())
+
+
+def test_units_together_are_one_patch_written_by_hand(model: NativeModel, runs: Runs, task: Task) -> None:
+    """The largest neurons or features at once, chosen on the same prompts and on the other half of them."""
+    name = "blocks.1.mlp.hook_post"
+    x, source, slope = runs.corrupt[name], runs.clean[name], gradients(runs, "restoring", [name])[name]
+    sae = random_sae(SHAPE.d_mlp, name)
+    neurons = (source - x, torch.eye(SHAPE.d_mlp))
+    features = (sae.encode(source) - sae.encode(x), sae.W_dec)
+    for dictionary, (moved, directions) in ((None, neurons), (sae, features)):
+        found, sizes = together(runs, name, "restoring", sae=dictionary)
+        assert sizes == [1, 2, 4, 8, 16, len(directions)]
+        effects = (moved * (slope @ directions.T)).sum(1)  # [prompt, unit]
+
+        def share_with(chosen: Tensor, moved: Tensor = moved, directions: Tensor = directions) -> float:
+            y = x + (moved * chosen[:, None]) @ directions
+            return share_of(runs, ld(task, model.logits(task.corrupt, name, lambda _: y)))
+
+        def top(rows: slice, effects: Tensor = effects) -> Tensor:
+            return torch.zeros(effects.shape[1]).index_fill(0, effects[rows].mean(0).abs().topk(4).indices, 1.0)
+
+        fixed = top(slice(None)).expand(N, -1)
+        elsewhere = torch.stack([top(slice(1, None, 2)), top(slice(0, None, 2))] * (N // 2))
+        assert found.value[2] == pytest.approx(share_with(fixed), abs=1e-4)  # type: ignore[index]
+        values = {kind: control.value for kind, control in found.controls.items()}
+        assert values["chosen_on_other_prompts"][2] == pytest.approx(share_with(elsewhere), abs=1e-4)  # type: ignore[index]
+        everything = share_with(torch.ones(N, len(directions)))
+        for last in (found.value[-1], values["random_units"][-1]):  # type: ignore[index]
+            assert last == pytest.approx(everything, abs=1e-4)
+        whole = share_of(runs, ld(task, model.logits(task.corrupt, name, lambda _: source)))
+        assert values["whole_hook_point"].tolist() == pytest.approx([whole] * len(sizes), abs=1e-4)  # type: ignore[union-attr]
+        assert (values["identity"] == 0).all()  # type: ignore[union-attr]
 
 
 def test_a_path_is_the_two_runs_written_by_hand(model: NativeModel, runs: Runs, task: Task) -> None:

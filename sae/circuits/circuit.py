@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sae.circuits.intervals import mean_interval, numbers
 from sae.circuits.judge import Knockouts, by_size, greedy_circuits, judge, smallest_faithful
 from sae.circuits.patching import (
     Direction,
@@ -21,6 +23,7 @@ from sae.circuits.results import Measure
 from sae.circuits.screening import largest, unit_gradients
 from sae.circuits.sites import Site, at, features_of, heads_of, neurons_of, stream_sites
 from sae.circuits.tasks import Task
+from sae.circuits.together import together
 from sae.dictionary.autoencoder import SAE
 from sae.lm import LanguageModel
 
@@ -105,7 +108,7 @@ def _sites(model: LanguageModel, task: Task, question: Question, layers: Sequenc
 
 
 def _units(model: LanguageModel, task: Task, question: Question, layers: Sequence[int]) -> Found:
-    """Neurons or features: all to first order, and the largest exactly."""
+    """Neurons or features: all to first order, and the largest exactly, alone and together."""
     measures: dict[str, Measure] = {}
     labels: dict[str, Any] = {}
     if question.sae is not None and question.by == "feature":
@@ -130,6 +133,9 @@ def _units(model: LanguageModel, task: Task, question: Question, layers: Sequenc
             name = f"{direction}_{stem}"
             measures[name] = activation_patching(runs, sites, [None], direction, seed=question.seed)
             labels[f"site.{name}"] = [site.name for site in sites]
+            measures[f"{name}.together"], labels[f"units.{name}.together"] = together(
+                runs, hook, direction, sae=sae, seed=question.seed
+            )
     return measures, labels | {"place": ["all positions"]} | _lds(runs)
 
 
@@ -173,7 +179,15 @@ def _judged(model: LanguageModel, task: Task, question: Question, layers: Sequen
 def _lds(runs: Runs) -> dict[str, Any]:
     means = [float(ld.double().mean()) for ld in (runs.ld_clean, runs.ld_corrupt)]
     right = float((runs.ld_clean > 0).double().mean())
-    return {"logit_difference": {"clean": means[0], "corrupt": means[1], "clean_above_0": right}}
+    labels: dict[str, Any] = {"logit_difference": {"clean": means[0], "corrupt": means[1], "clean_above_0": right}}
+    low, _ = numbers(mean_interval(runs.ld_clean - runs.ld_corrupt))
+    if -math.inf < low <= 0:  # without end for a single prompt
+        labels["warning"] = (
+            f"{runs.model.id} does not do the task {runs.task.name}: its logit difference is {means[0]:.3f} on clean "
+            f"prompts and {means[1]:.3f} on corrupt ones, within chance of each other. Shares of that difference mean "
+            "nothing."
+        )
+    return labels
 
 
 def _of(site: Site, layers: Sequence[int]) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.circuits.intervals import ratio_of_means
@@ -12,14 +14,20 @@ from sae.circuits.results import Control, Measure
 from sae.dictionary.autoencoder import SAE, refuse_row_scale, refuse_transcoder
 
 
-@torch.no_grad()
-def unit_gradients(
-    runs: Runs, hook_point: str, direction: Direction, *, sae: SAE | None = None, seed: int = 0
-) -> Measure:
-    """What patching each neuron, or each feature of `sae`, adds to first order, at all positions.
+class Effects(NamedTuple):
+    """What patching each unit adds to LD, to first order, and the same along random directions of equal norm."""
 
-    Neuron i: Σ (x_source − x)_i · (∂LD/∂x)_i. Feature i: Σ (a_source − a)_i · W_dec_i · ∂LD/∂x.
-    Control: for each unit a random direction of equal norm.
+    units: Float[Tensor, "prompt unit"]
+    random: Float[Tensor, "prompt unit"]
+
+
+@torch.no_grad()
+def unit_effects(
+    runs: Runs, hook_point: str, direction: Direction, *, sae: SAE | None = None, seed: int = 0
+) -> Effects:
+    """Neuron i: Σ (x_source − x)_i · (∂LD/∂x)_i. Feature i of `sae`: Σ (a_source − a)_i · W_dec_i · ∂LD/∂x.
+
+    Sums over positions. Raises: ValueError for a transcoder or a dictionary that normalises rows.
     """
     own, source = runs.own(direction)[hook_point], runs.source(direction)[hook_point]
     gradient = gradients(runs, direction, [hook_point])[hook_point]
@@ -32,9 +40,20 @@ def unit_gradients(
         change, slope, norms = sae.encode(source) - sae.encode(own), gradient @ sae.W_dec.T, sae.W_dec.norm(dim=-1)
     noise = torch.randn(len(norms), own.shape[-1], generator=generator)
     blind = gradient @ (noise / noise.norm(dim=-1, keepdim=True) * norms.cpu()[:, None]).T.to(gradient)
+    return Effects((change * slope).sum(1).cpu(), (change * blind).sum(1).cpu())
+
+
+def unit_gradients(
+    runs: Runs, hook_point: str, direction: Direction, *, sae: SAE | None = None, seed: int = 0
+) -> Measure:
+    """What patching each neuron, or each feature of `sae`, adds to first order, at all positions.
+
+    Control: for each unit a random direction of equal norm.
+    """
+    effects = unit_effects(runs, hook_point, direction, sae=sae, seed=seed)
     spread = runs.ld_clean - runs.ld_corrupt
-    value, interval = ratio_of_means((change * slope).sum(1).cpu(), spread)
-    control, control_interval = ratio_of_means((change * blind).sum(1).cpu(), spread)
+    value, interval = ratio_of_means(effects.units, spread)
+    control, control_interval = ratio_of_means(effects.random, spread)
     return Measure(
         value,
         len(runs.task),

@@ -60,6 +60,25 @@ class Site:
         return noise * scale
 
 
+@dataclass(frozen=True, eq=False)
+class Several(Site):
+    """Of each prompt the neurons, or the features of `sae`, in `chosen`, patched together."""
+
+    chosen: Bool[Tensor, "prompt unit"] | None = None
+    sae: SAE | None = None
+
+    def change(
+        self, x: Float[Tensor, "prompt pos d_in"], source: Float[Tensor, "prompt pos d_in"]
+    ) -> Float[Tensor, "prompt pos d_in"]:
+        """The sum of the units' changes."""
+        assert self.chosen is not None
+        chosen = self.chosen[:, None].to(x)
+        if self.sae is None:
+            return (source - x) * chosen
+        found: Tensor = ((self.sae.encode(source) - self.sae.encode(x)) * chosen) @ self.sae.W_dec
+        return found
+
+
 def feature_acts(sae: SAE, x: Float[Tensor, "*batch d_in"], number: int) -> Float[Tensor, "*batch"]:
     """The activation of one feature."""
     return sae.encode(x)[..., number]

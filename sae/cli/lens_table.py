@@ -15,7 +15,7 @@ ROWS = 24  # of an array's first axis
 
 def lens_table(result: Result) -> str:
     """Measures with their controls; of arrays indexed by feature, the first rows."""
-    lines = list[str]()
+    lines = [f"warning: {result.labels['warning']}", ""] if "warning" in result.labels else list[str]()
     for name, measure in result.measures.items():
         lines += [f"{name}: {measure.formula} (n = {measure.n:,} {measure.of})", *_rows(name, measure, result), ""]
     return "\n".join(lines)
