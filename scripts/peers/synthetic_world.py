@@ -43,7 +43,7 @@ from sae_lens.synthetic import (
     synthetic_sae_runner,
 )
 
-SAMPLE_BLOCK, JUDGE_BATCH = 8192, 1024
+SAMPLE_BLOCK, JUDGE_BATCH = 256, 1024  # activations of all features of a small block stay in the cache
 # The published world, and one that a laptop learns in a minute.
 WORLDS: dict[str, dict[str, Any]] = {
     "16k": {"num_features": 16_384, "hidden_dim": 768, "roots": 128, "orthogonal_steps": 100, "seed": 42},
@@ -88,18 +88,34 @@ def make(size: str, world: Path) -> None:
 
 @torch.no_grad()
 def sample(world: Path, file: Path, n: int, seed: int) -> None:
-    """n samples in 16 bits, one after another as the world draws them."""
+    """n samples in 16 bits. Each block has a seed of its own: an interrupted or shorter file is continued."""
     model = SyntheticModel.load_from_disk(world)
-    torch.manual_seed(seed)
     partial = file.with_suffix(".partial")
-    rows = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=(n, model.cfg.hidden_dim))
+    if file.exists():
+        _grow(file, n)
+        file.rename(partial)
+    elif not partial.exists():
+        np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=(n, model.cfg.hidden_dim)).flush()
+    rows = np.load(partial, mmap_mode="r+")
     for start in range(0, n, SAMPLE_BLOCK):
-        block = model.sample(min(SAMPLE_BLOCK, n - start))
-        rows[start : start + len(block)] = block.numpy()
-        print(f"\r{start + len(block):,} of {n:,} samples", end="", file=sys.stderr, flush=True)
+        block = rows[start : start + SAMPLE_BLOCK]
+        if not block[-1].any():  # a sample is never 0, because it has a bias
+            torch.manual_seed(seed + start)
+            block[:] = model.sample(len(block)).numpy()
+            print(f"\r{start + len(block):,} of {n:,} samples", end="", file=sys.stderr, flush=True)
     rows.flush()
     partial.rename(file)
     print(file=sys.stderr)
+
+
+def _grow(file: Path, n: int) -> None:
+    """Makes room for n samples; those not drawn yet are 0. A last block that was shorter than others is drawn again."""
+    held = np.load(file, mmap_mode="r")
+    whole = len(held) // SAMPLE_BLOCK * SAMPLE_BLOCK
+    grown = np.lib.format.open_memmap(file.with_suffix(".grown"), mode="w+", dtype=held.dtype, shape=(n, held.shape[1]))
+    grown[:whole] = held[:whole]
+    grown.flush()
+    file.with_suffix(".grown").rename(file)
 
 
 class FileSamples(Iterator[torch.Tensor]):
