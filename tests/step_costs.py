@@ -48,11 +48,13 @@ CASES: dict[str, tuple[str, dict[str, Any], float | None, int]] = {
     "towards-monosemanticity, sparse": ("towards-monosemanticity", {"l1": 2.0, "resample_shares": ()}, 0.0, 0),
     "towards-monosemanticity, dense": ("towards-monosemanticity", {"l1": 2.0, "resample_shares": ()}, 1.0, 0),
     "anthropic-2024-04, sparse": ("anthropic-2024-04", {"l1": 2.0}, 0.0, 0),
+    "anthropic-2024-04, dense": ("anthropic-2024-04", {"l1": 2.0}, 1.0, 0),
     "jumprelu, sparse": ("jumprelu", {"target_l0": 3}, 0.0, 0),
     "jumprelu, dense": ("jumprelu", {"target_l0": 3}, 1.0, 0),
     "gated, sparse": ("gated", {"l1": 2.0, "resample_shares": ()}, 0.0, 0),
     "gated, dense": ("gated", {"l1": 2.0, "resample_shares": ()}, 1.0, 0),
     "p-anneal, sparse": ("p-anneal", {"l1": 2.0, "resample_shares": (), "p_from_share": 0.0}, 0.0, 0),
+    "p-anneal, dense": ("p-anneal", {"l1": 2.0, "resample_shares": (), "p_from_share": 0.0}, 1.0, 0),
 }
 
 # aten operations that launch nothing on a GPU: they only describe memory

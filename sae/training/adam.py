@@ -72,10 +72,10 @@ class Adam:
         self.step_count += 1
         self._share_gradients()
         if self.clip:
-            self._clip_gradients()
+            self.clip_gradients()
         for name, parameter in self.sae.named_parameters():
             assert parameter.grad is not None
-            rows = [_rows(name, t) for t in (parameter, parameter.grad, *self.moments[name].values())]
+            rows = self.in_memory(name)
             rate = lr * self.threshold_lr_ratio if name == "threshold" else lr
             self.kernels.adam_(
                 *rows,
@@ -90,6 +90,12 @@ class Adam:
             if name == "threshold":
                 parameter.clamp_(min=0.0)
 
+    def in_memory(self, name: str) -> list[Tensor]:
+        """A parameter, its gradient and its moments as contiguous matrices, in their order in memory."""
+        parameter = self.sae.get_parameter(name)
+        assert parameter.grad is not None
+        return [_rows(name, tensor) for tensor in (parameter.detach(), parameter.grad, *self.moments[name].values())]
+
     def _share_gradients(self) -> None:
         """Replaces each gradient of this rank's loss by that of the loss of the step, the mean over ranks."""
         if self.mesh.world == 1:
@@ -99,7 +105,7 @@ class Adam:
             gradient = _rows(name, parameter.grad).div_(self.mesh.world)
             self.mesh.reduce_(gradient, "sum", "world" if name in WHOLE else "rows")
 
-    def _clip_gradients(self) -> None:
+    def clip_gradients(self) -> None:
         """Scales the gradients to a joint norm of at most `clip`."""
         if self.mesh.shards == 1:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.clip)

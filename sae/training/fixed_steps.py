@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae.kernels.triton_step import DEAD, DENSE, OVERRUN
-from sae.kernels.triton_step.buffers import LOG_STEPS, RATE_COLUMNS, RATES, Constants, Learned, dead_room_for
+from sae.kernels.triton_step import DEAD, DENSE, OVERRUN, SPARSE
+from sae.kernels.triton_step.buffers import LOG_STEPS, RATE_COLUMNS, RATES, Constants, Learned, Sizes, dead_room_for
 from sae.training.adam import learning_rate
 from sae.training.batch_topk_threshold import PATIENCE
 from sae.training.config import TrainConfig
@@ -32,13 +32,17 @@ Metrics = dict[str, Tensor]
 
 if TYPE_CHECKING:  # the others need triton, which only a run that takes fixed steps has to have
     from sae.kernels.triton_step.step import FixedStep
+    from sae.training.dense_step import DenseStep
 
 
 class FixedSteps:
     """The steps of one run. Between two calls of `settle`, `state.step` counts steps that may not have been done."""
 
     def __init__(
-        self, state: TrainState, config: TrainConfig, capture: Callable[[FixedStep], Callable[[], None]] | None = None
+        self,
+        state: TrainState,
+        config: TrainConfig,
+        capture: Callable[[FixedStep | DenseStep], Callable[[], None]] | None = None,
     ) -> None:
         assert state.fixed_plan is not None
         from sae.kernels.triton_step.graph import captured
@@ -50,7 +54,8 @@ class FixedSteps:
         self.rates_from = -RATES
         self.launched: list[Batch] = []  # of the steps not yet known to be done
         self.metrics: Metrics = {}  # of the last step that is known to be done
-        self._made: FixedStep | None = None
+        self._dense = False  # whether the next step is for dense products
+        self._made: FixedStep | DenseStep | None = None
         self._replay: Callable[[], None] = lambda: None
         self._stale = True
 
@@ -69,11 +74,13 @@ class FixedSteps:
         """Whether the next step can be tried in fixed shapes: decided by the steps before it, never by the time."""
         if self.penalised and not self.launched:
             entries = round(self.state.density * self.config.batch_tokens * self.config.d_sae)
-            if entries >= _most_entries(self.config):
-                return False
-            self.plan.room = self.plan.room or room_for(self.state.density * self.config.d_sae)
+            dense = entries >= _most_entries(self.config)
+            if dense != self._dense:
+                self._dense, self._made = dense, None  # the memory of one is free for the other
+            if not dense:
+                self.plan.room = self.plan.room or room_for(self.state.density * self.config.d_sae)
         waiting = self.state.step < self.plan.resume_at
-        return self.plan.room > 0 and not waiting and len(batch.x) == self.config.batch_tokens
+        return (self._dense or self.plan.room > 0) and not waiting and len(batch.x) == self.config.batch_tokens
 
     def settle(self) -> Metrics:
         """Waits for the launched steps, takes again what was not done, and returns the figures of the last step.
@@ -82,7 +89,7 @@ class FixedSteps:
         """
         while self.launched:
             again, flags = self._find_out()
-            self._make_room(flags, halted=bool(again and flags & ~(DENSE | DEAD)))
+            self._make_room(flags, halted=bool(again and flags & ~(DENSE | SPARSE | DEAD)))
             for batch in again:
                 self.take(batch)
         return self.metrics
@@ -103,10 +110,10 @@ class FixedSteps:
         self._stale = True
 
     @property
-    def made(self) -> FixedStep:
+    def made(self) -> FixedStep | DenseStep:
         """The step with its buffers, made when it is first needed."""
         if self._made is None:
-            self._made = fixed_step_of(self.state, self.config)
+            self._made = (dense_step_of if self._dense else fixed_step_of)(self.state, self.config)
             self._replay = self.capture(self._made)
             self._stale, self.rates_from = True, -RATES
         return self._made
@@ -151,9 +158,38 @@ def fixed_step_of(state: TrainState, config: TrainConfig) -> FixedStep:
     """The kernels' view of a run."""
     from sae.kernels.triton_step.step import FixedStep
 
-    assert state.fixed_plan is not None
     recipe, adam, sae = recipe_named(config.recipe), state.optimizer, state.sae
-    constants = Constants(
+    moments = {name: (m["exp_avg"], m["exp_avg_sq"]) for name, m in adam.moments.items()}
+    moments["W_enc"] = (moments["W_enc"][0].t(), moments["W_enc"][1].t())
+    own = {"batchtopk": "threshold", "jumprelu": "threshold", "gated": "r_mag"}.get(recipe.activation)
+    learned = Learned(
+        sae.W_enc.detach().t(),
+        sae.b_enc.detach(),
+        sae.W_dec.detach(),
+        sae.b_dec.detach(),
+        moments,
+        state.tokens_since_fired,
+        getattr(sae, own).detach() if own else None,
+        sae.b_mag.detach() if recipe.activation == "gated" else None,
+    )
+    return FixedStep(_sizes(state, config), _constants(state, config), learned)
+
+
+def dense_step_of(state: TrainState, config: TrainConfig) -> DenseStep:
+    """The step of a run whose activations are not sparse yet."""
+    from sae.training.dense_step import DenseStep
+
+    return DenseStep(state, config, _sizes(state, config), _constants(state, config))
+
+
+def _sizes(state: TrainState, config: TrainConfig) -> Sizes:
+    assert state.fixed_plan is not None
+    return sizes_of(state.fixed_plan, recipe_named(config.recipe), config, state.sae.d_in)
+
+
+def _constants(state: TrainState, config: TrainConfig) -> Constants:
+    recipe, adam = recipe_named(config.recipe), state.optimizer
+    return Constants(
         state.scale,
         adam.beta1,
         adam.beta2,
@@ -170,20 +206,6 @@ def fixed_step_of(state: TrainState, config: TrainConfig) -> FixedStep:
         config.threshold_lr_ratio,
         search_constants(config) if state.penalty.searches else None,
     )
-    moments = {name: (m["exp_avg"], m["exp_avg_sq"]) for name, m in adam.moments.items()}
-    moments["W_enc"] = (moments["W_enc"][0].t(), moments["W_enc"][1].t())
-    own = {"batchtopk": "threshold", "jumprelu": "threshold", "gated": "r_mag"}.get(recipe.activation)
-    learned = Learned(
-        sae.W_enc.detach().t(),
-        sae.b_enc.detach(),
-        sae.W_dec.detach(),
-        sae.b_dec.detach(),
-        moments,
-        state.tokens_since_fired,
-        getattr(sae, own).detach() if own else None,
-        sae.b_mag.detach() if recipe.activation == "gated" else None,
-    )
-    return FixedStep(sizes_of(state.fixed_plan, recipe, config, sae.d_in), constants, learned)
 
 
 def _most_entries(config: TrainConfig) -> int:

@@ -31,12 +31,12 @@ def l1_norm(acts: FeatureActs, weights: Float[Tensor, " d_sae"] | None = None) -
     return total / acts.n_rows
 
 
-def lp_norm(acts: FeatureActs, p: float) -> Float[Tensor, ""]:
+def lp_norm(acts: FeatureActs, p: float | Tensor) -> Float[Tensor, ""]:
     """`mean over rows of Σ (f + ε)^p − ε^p` with ε = LP_EPSILON, which keeps the slope at 0 finite; p = 1 is L1.
 
     Source: Karvonen et al. 2024 (arXiv 2408.00113), Σ f^p.
     """
-    at_zero: float = LP_EPSILON**p
+    at_zero: float | Tensor = LP_EPSILON**p
     return ((acts.values + LP_EPSILON).pow(p) - at_zero).sum() / acts.n_rows
 
 

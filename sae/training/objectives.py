@@ -44,10 +44,10 @@ class StepContext:
 
     config: TrainConfig
     kernels: Kernels
-    coefficient: float  # λ of this step
+    coefficient: float | Tensor  # λ of this step; a tensor where it is known on the device only
     sparse: bool  # whether so few features were active at the last step that sparse products are faster
     dead: Bool[Tensor, " d_sae"]
-    p: float = 1.0
+    p: float | Tensor = 1.0
     scale: float = 1.0
     downstream: Downstream | None = None
     site_widths: tuple[int, ...] = ()  # of a crosscoder's rows
@@ -93,7 +93,9 @@ def l1(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     acts = activations(sae, batch.x, context)
     error = losses.squared_error(batch.target, sae.output(acts, batch.x))
     penalty = context.mesh.over_shards(losses.l1_norm(acts))
-    return Outcome(error + context.coefficient * penalty if context.coefficient else error, error, acts, penalty)
+    if not isinstance(context.coefficient, Tensor) and not context.coefficient:
+        return Outcome(error, error, acts, penalty)
+    return Outcome(error + context.coefficient * penalty, error, acts, penalty)
 
 
 def l1_of_norms(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:

@@ -10,10 +10,11 @@ the step has not happened and none after it, until the host takes that step anot
 
 `screen`, `select`, `batch_select`, `explain`, `dead_select`, `by_feature` and `learn` hold the kernels, stage by stage;
 `buffers` the memory between them; `choice`, `dead_features` and `step` the launches; `graph` their capture.
+`dense` holds those around the dense products of a step whose activations are not sparse yet: `sae.training.dense_step`.
 """
 
 from __future__ import annotations
 
 # Bits of `flags`. NOT_FINITE, OVERRUN: the step was not done. DENSE: the next one is for dense products.
-# DEAD: the room for dead features (first none) does not fit their number.
-NOT_FINITE, OVERRUN, DEAD, DENSE, WARMING_UP = 1, 2, 4, 8, 16
+# SPARSE: it is no longer. DEAD: the room for dead features (first none) does not fit their number.
+NOT_FINITE, OVERRUN, DEAD, DENSE, WARMING_UP, SPARSE = 1, 2, 4, 8, 16, 32

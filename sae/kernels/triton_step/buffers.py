@@ -135,10 +135,22 @@ class Learned:
     b_mag: Tensor | None = None  # of gates
 
 
-class Buffers:
+class Exchange:
+    """What any fixed-shape step is told by the host, and what it tells."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rates = torch.zeros(RATES, RATE_COLUMNS, device=device)
+        self.log = torch.zeros(LOG_STEPS, 3, device=device)
+        self.penalty = torch.zeros(4, device=device, dtype=torch.float64)
+        flags = (torch.zeros(1, device=device, dtype=torch.int32) for _ in range(4))
+        self.flags, self.coming_flags, self.step, self.steps_done = flags
+
+
+class Buffers(Exchange):
     """The tensors of a step, by the stage that writes them."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        super().__init__(device)
         rows, d_in, d_sae, width = sizes.rows, sizes.d_in, sizes.d_sae, sizes.width
 
         def floats(*shape: int) -> Tensor:
@@ -190,7 +202,3 @@ class Buffers:
         self.pre_acts, self.d_own, self.active = floats(*some), floats(*some), whole(1)
         self.mean_own = floats(1)
         self.fired, self.bias_less = (make(d_sae if sizes.has_own else 1) for make in (whole, floats))
-        # what a step is told, and what it tells
-        self.rates, self.log = floats(RATES, RATE_COLUMNS), floats(LOG_STEPS, 3)
-        self.penalty = torch.zeros(4, device=device, dtype=torch.float64)
-        self.flags, self.coming_flags, self.step, self.steps_done = whole(1), whole(1), whole(1), whole(1)

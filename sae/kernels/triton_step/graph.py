@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
 from sae.kernels.triton_step import WARMING_UP
-from sae.kernels.triton_step.step import FixedStep
+from sae.kernels.triton_step.buffers import Exchange
 
 WARM_UPS = 2
 
 
-def captured(step: FixedStep) -> Callable[[], None]:
+class Launches(Protocol):
+    """The launches of one step: the same ones with the same arguments every time."""
+
+    @property
+    def buffers(self) -> Exchange: ...
+
+    def run(self) -> None: ...
+
+
+def captured(step: Launches) -> Callable[[], None]:
     """A function that takes the step: on a CUDA device it replays a graph, elsewhere it runs the launches one by one.
 
     Kernels are compiled and the product's library starts before the capture, in steps that are halted from the
     beginning and therefore change nothing.
     """
-    if step.buffers.x.device.type != "cuda":
+    if step.buffers.flags.device.type != "cuda":
         return step.run
     step.buffers.flags.fill_(WARMING_UP)
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
