@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Compiles the fixed-shape step for GPUs, without one, with other versions of Triton than the installed one.
+# Compiles every variant of the fixed-shape step's kernels for GPUs, without one: with the installed version of Triton and
+# with two others. Run it after a change of a kernel: the tests compile only some of the variants.
 #   bash scripts/check_tritons.sh [DIR]   # DIR keeps the two versions (1.3 GB); by default they are deleted again
 . "$(dirname "$0")/environment.sh" dev
 home=${1:-$(mktemp -d)}
@@ -7,4 +8,4 @@ home=${1:-$(mktemp -d)}
 for version in 3.2.0 3.6.0; do
     [ -d "$home/$version" ] || python -m pip install --quiet --no-deps --target "$home/$version" "triton==$version"
 done
-MONOSEM_TRITONS=$home python -m pytest -k other_versions_of_triton tests/test_fixed_step.py
+MONOSEM_TRITONS=$home python -m pytest -k every_variant tests/test_fixed_compile.py

@@ -1,6 +1,7 @@
-"""Compiles the kernels of the fixed-shape step for GPUs, without one: `test_fixed_step` runs it.
+"""Compiles the kernels of the fixed-shape step for GPUs, without one: `test_fixed_compile` runs it.
 
     python tests/compile_fixed_step.py sm_80 sm_90 sm_100 gfx942
+    python tests/compile_fixed_step.py --few gfx942     # one variant of each kernel for AMD; bfloat16 at d_in 512 only
 
 The kernels and their arguments are those of real launches at real size, recorded on tensors without memory ("meta"), so
 a step that needed a number from the device could not be recorded. Prints a line for each kernel, with the registers of
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from sae.dictionary.autoencoder import SAE
+from sae.kernels import triton_backend
 from sae.kernels.triton_step.buffers import Constants, Learned, Sizes, first_room
 from sae.kernels.triton_step.step import FixedStep
+from sae.training.adam import Adam
+from sae.training.dense_step import DenseStep
 from sae.training.fixed_plan import PENALTIES
+from sae.training.recipes import resolve
+from sae.training.sparsity_penalty import LambdaController
+from sae.training.state import TrainState
 
 SHAPES = ((512, 16_384), (4096, 131_072))
 ROWS, K = 4096, 32
@@ -40,19 +49,21 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.float64: "*fp64",
+    torch.uint8: "*u8",
 }
 READER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 Launch = tuple[Any, dict[str, str], dict[str, Any], int]  # kernel, types, what is compiled in, warps
 
 
-def sizes(d_in: int, d_sae: int) -> Iterator[Sizes]:
+def sizes(d_in: int, d_sae: int, *, narrow: bool = True) -> Iterator[Sizes]:
     """Of topk and batch-topk, also in bfloat16, of matryoshka with dead features, and of the recipes with a penalty."""
     yield Sizes(ROWS, d_in, d_sae, K, first_room(K, d_sae, of_batch=False))
     room = first_room(K, d_sae, of_batch=True)
     yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True)
-    yield Sizes(ROWS, d_in, d_sae, K, first_room(K, d_sae, of_batch=False), exact=False)
-    yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True, exact=False)
+    if narrow:
+        yield Sizes(ROWS, d_in, d_sae, K, first_room(K, d_sae, of_batch=False), exact=False)
+        yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True, exact=False)
     prefix_ends = tuple(round(share * d_sae) for share in PREFIX_SHARES)
     yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True, prefix_ends=prefix_ends, dead_room=d_sae // 4)
     for penalty in (
@@ -61,8 +72,9 @@ def sizes(d_in: int, d_sae: int) -> Iterator[Sizes]:
         yield Sizes(ROWS, d_in, d_sae, 0, 1024 if penalty == "l1" else 256, penalty=penalty)
 
 
-def launches(wanted: Sizes) -> list[Launch]:
-    """What a step of this size launches."""
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """What is launched inside the block, on tensors without memory."""
     found: list[Launch] = []
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -73,15 +85,22 @@ def launches(wanted: Sizes) -> list[Launch]:
         types = {name: "constexpr" if name in held else _type(value) for name, value in given.items()}
         found.append((kernel, types, held, warps))
 
-    with torch.device("meta"):
+    launch, JITFunction.run = JITFunction.run, record
+    try:
+        with torch.device("meta"):
+            yield found
+    finally:
+        JITFunction.run = launch
+
+
+def launches(wanted: Sizes) -> list[Launch]:
+    """What a step of this size launches."""
+    with recorded() as found:
         d_in, d_sae = wanted.d_in, wanted.d_sae
         matrix, vector = torch.zeros(d_sae, d_in), torch.zeros(d_sae)
         moments = dict.fromkeys(("W_enc", "W_dec"), (matrix, matrix))
         moments |= dict.fromkeys(("b_enc", "threshold", "r_mag", "b_mag"), (vector, vector))
         moments["b_dec"] = (torch.zeros(d_in),) * 2
-        free = wanted.penalty == "norms"  # like anthropic-2024-04
-        constants = Constants(1.5, 0.9, 0.999, 1e-8, not free, 10**6, 1 / 32, 1e-4, 16.0, clip=float(free))
-        constants = replace(constants, pre_bias=not free, bandwidth=0.1, search=(1.0, 10.0, 90.0, 0.01))
         learned = Learned(
             matrix,
             vector,
@@ -92,13 +111,26 @@ def launches(wanted: Sizes) -> list[Launch]:
             vector if wanted.of_batch or wanted.has_own else None,
             vector if wanted.penalty == "gates" else None,
         )
-        step = FixedStep(wanted, constants, learned)
-        launch, JITFunction.run = JITFunction.run, record
-        try:
-            step.run()
-        finally:
-            JITFunction.run = launch
+        FixedStep(wanted, constants(wanted), learned).run()
     return found
+
+
+def constants(wanted: Sizes) -> Constants:
+    free = wanted.penalty == "norms"  # like anthropic-2024-04
+    found = Constants(1.5, 0.9, 0.999, 1e-8, not free, 10**6, 1 / 32, 1e-4, 16.0, clip=float(free))
+    return replace(found, pre_bias=not free, bandwidth=0.1, search=(1.0, 10.0, 90.0, 0.01))
+
+
+def dense_launches(recipe: str, d_in: int, d_sae: int) -> list[Launch]:
+    """What a dense step of this recipe launches besides PyTorch's own kernels."""
+    found, config = resolve(recipe, d_sae=d_sae, tokens=ROWS * 1000, batch_tokens=ROWS, target_l0=K)
+    with recorded() as launched:
+        sae = SAE(d_in, d_sae, activation=found.activation, pre_bias=found.pre_bias)
+        adam = Adam(sae, triton_backend, beta1=config.beta1, unit_norm=found.unit_norm)
+        silent, penalty = torch.zeros(d_sae, dtype=torch.int64), LambdaController.start(config, 1.0)
+        wanted = Sizes(ROWS, d_in, d_sae, 0, 0, penalty=PENALTIES[found.objective])
+        DenseStep(TrainState(sae, adam, 1.5, silent, penalty), config, wanted, constants(wanted)).run()
+    return launched
 
 
 def _compiled_in(value: Any) -> bool:
@@ -147,20 +179,30 @@ def used(binary: bytes) -> str:
     return f"{found['REG']} registers {found['STACK'] + found['LOCAL']} local"
 
 
-def main() -> int:
-    assert os.environ.get("TRITON_INTERPRET") != "1"
+def wanted_launches(*, few: bool) -> Iterator[tuple[int, Launch]]:
+    """d_in and a launch, each different one once."""
     seen: set[str] = set()
     for d_in, d_sae in SHAPES:
-        for launch in [each for wanted in sizes(d_in, d_sae) for each in launches(wanted)]:
+        sparse = [launches(each) for each in sizes(d_in, d_sae, narrow=d_in == 512 or not few)]
+        dense = [dense_launches(recipe, d_in, d_sae) for recipe in ("jumprelu", "p-anneal")]
+        for launch in sum(sparse + dense, []):
             kernel, types, held, warps = launch
-            if (key := f"{kernel.__name__} {types} {held} {warps}") in seen:
-                continue
-            seen.add(key)
-            for name in sys.argv[1:]:
-                of_nvidia = name.startswith("sm_")
-                target = GPUTarget("cuda", int(name[3:]), 32) if of_nvidia else GPUTarget("hip", name, 64)
-                code = compiled(launch, target).asm["cubin" if of_nvidia else "hsaco"]
-                print(name, kernel.__name__, d_in, len(code), used(code) if of_nvidia else "", flush=True)
+            if (key := f"{kernel.__name__} {types} {held} {warps}") not in seen:
+                seen.add(key)
+                yield d_in, launch
+
+
+def main() -> int:
+    assert os.environ.get("TRITON_INTERPRET") != "1"
+    few, names = "--few" in sys.argv, [each for each in sys.argv[1:] if each != "--few"]
+    wanted = list(wanted_launches(few=few))
+    of_each = list({launch[0].__name__: (d_in, launch) for d_in, launch in wanted}.values())
+    for name in names:
+        of_nvidia = name.startswith("sm_")
+        target = GPUTarget("cuda", int(name[3:]), 32) if of_nvidia else GPUTarget("hip", name, 64)
+        for d_in, launch in of_each if few and not of_nvidia else wanted:
+            code = compiled(launch, target).asm["cubin" if of_nvidia else "hsaco"]
+            print(name, launch[0].__name__, d_in, len(code), used(code) if of_nvidia else "", flush=True)
     return 0
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -447,51 +445,6 @@ def test_only_a_gpu_takes_fixed_steps_and_only_of_recipes_written_in_them(monkey
     assert not planned("gated", clip=1.0)
     monkeypatch.setenv("SAE_FIXED_STEP", "0")
     assert not planned("topk")
-
-
-# --- for GPUs, without one -------------------------------------------------------------------------------------------
-
-
-def compiled(tmp_path: Path, *targets: str, packages: Path | None = None) -> list[list[str]]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    path = os.pathsep.join(map(str, filter(None, [packages, ROOT, os.environ.get("PYTHONPATH")])))
-    environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "tests" / "compile_fixed_step.py"), *targets]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [line.split() for line in done.stdout.splitlines()]
-
-
-MOST_REGISTERS = 168  # with which 12 warps of 32 threads fit into 65,536 registers
-
-
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_kernel_compiles_and_keeps_its_numbers_in_registers(tmp_path: Path, target: str) -> None:
-    """At d_in 512 and 4,096, for an A100, an H100, a B200 and an MI300; each a test, for processes to share."""
-    lines = compiled(tmp_path, target)
-    stages = {"prepare", "collect", "choose", "keep_largest", "explain", "fill", "learn_decoder", "learn_encoder"}
-    assert {line[1] for line in lines} >= stages
-    assert {(line[0], line[2]) for line in lines} == {(target, "512"), (target, "4096")}
-    read = [line for line in lines if len(line) > 4]
-    assert bool(read) == target.startswith("sm_"), "the tool to read registers, which comes with triton, is for NVIDIA"
-    for line in read:
-        assert int(line[4]) <= MOST_REGISTERS, line
-        assert int(line[6]) == 0, line
-
-
-@pytest.mark.parametrize(
-    ("version", "targets"), [("3.2.0", ["sm_80", "sm_90"]), ("3.6.0", ["sm_80", "sm_90", "sm_100", "gfx942"])]
-)
-def test_every_kernel_compiles_with_other_versions_of_triton(tmp_path: Path, version: str, targets: list[str]) -> None:
-    """`scripts/check_tritons.sh` installs them. 3.2 knows no B200, and needs more registers: it is only to compile."""
-    packages = Path(os.environ.get("MONOSEM_TRITONS", "none")) / version
-    if not packages.is_dir():
-        pytest.skip("scripts/check_tritons.sh installs this version and runs this test")
-    lines = compiled(tmp_path, *targets, packages=packages)
-    assert {line[0] for line in lines} == set(targets)
-    assert len(lines) > 20 * len(targets)
-    for line in lines if version != "3.2.0" else []:
-        assert len(line) == 4 or (int(line[4]) <= MOST_REGISTERS and int(line[6]) == 0), line
 
 
 def test_the_gpu_check_says_so_where_there_is_no_gpu(
