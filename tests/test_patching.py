@@ -293,6 +293,27 @@ def test_a_feature_can_send_to_a_head(model: NativeModel, runs: Runs) -> None:
     assert float(found.value) == pytest.approx(share_of(runs, ld(runs.task, logits)), abs=1e-4)
 
 
+def test_a_feature_can_send_to_a_feature(model: NativeModel, runs: Runs, task: Task) -> None:
+    """Through the MLP between them, heads held: the later feature takes what it hears, and nothing else of it."""
+    early, late = "blocks.0.hook_mlp_out", "blocks.1.mlp.hook_post"
+    first, second = random_sae(SHAPE.d_model, early), random_sae(SHAPE.d_mlp, late)
+    z_hooks = [f"blocks.{i}.attn.hook_z" for i in range(3)]
+    block = model.module.blocks[1]
+    x, wanted = runs.clean[early], runs.corrupt[early]
+    change = first.encode(wanted) - first.encode(x)
+    sent = int(change.abs().sum((0, 1)).argmax())
+    stream = runs.clean["blocks.1.hook_resid_mid"] + change[..., sent, None] * first.W_dec[sent]
+    heard = second.encode(block.get_submodule("mlp").post(block.get_submodule("ln2")(stream)))  # type: ignore[operator]
+    clean = runs.clean[late]
+    moved = heard - second.encode(clean)
+    reader = int(moved.abs().sum((0, 1)).argmax())
+    patch = clean + moved[..., reader, None] * second.W_dec[reader]
+    expected = share_of(runs, ld(task, model.logits(task.clean, late, lambda _: patch)))
+    found = path_patching(runs, features_of(first, early, [sent]), features_of(second, late, [reader]), z_hooks)
+    assert abs(expected - 1) > 1e-3
+    assert float(found.value) == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_task_that_the_model_cannot_do_is_refused(model: NativeModel, task: Task) -> None:
     with pytest.raises(PatchingError, match="It does not do this task"):
         runs_of(model, replace(task, corrupt=task.clean), ["blocks.0.hook_resid_pre"])
