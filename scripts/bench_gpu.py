@@ -111,9 +111,12 @@ def ours(kernels: str, variant: str, d_in: int, d_sae: int, k: int, batches: lis
 
 
 def dense_torch(
-    variant: str, d_in: int, d_sae: int, k: int, batches: list[Any], *, bfloat16: bool = False
+    variant: str, d_in: int, d_sae: int, k: int, batches: list[Any], *, bfloat16: bool = False, compiled: bool = False
 ) -> Callable[[], None]:
-    """The obvious implementation: dense products, autograd, torch's fused Adam on float32 weights."""
+    """The obvious implementation: dense products, autograd, torch's fused Adam on float32 weights.
+
+    `compiled`: forward and backward pass under torch.compile(mode="reduce-overhead"), as CUDA graphs.
+    """
     import torch
 
     W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, device="cuda"), dim=-1)
@@ -122,15 +125,21 @@ def dense_torch(
     adam = torch.optim.Adam([W_enc, b_enc, W_dec, b_dec], lr=1e-6, fused=True)
     place = iter(range(10**9))
 
-    def step() -> None:
-        x = batches[next(place) % len(batches)]
+    def loss_of(x: Any) -> Any:
         with torch.autocast("cuda", torch.bfloat16, enabled=bfloat16):
             pre = ((x - b_dec) @ W_enc + b_enc).relu()
             flat = pre.flatten() if variant == "batchtopk" else pre
             values, chosen = flat.topk(k * len(x) if variant == "batchtopk" else k, dim=-1, sorted=False)
             f = torch.zeros_like(flat).scatter(-1, chosen, values).view_as(pre)
-            loss = ((x - b_dec - f @ W_dec) ** 2).sum(-1).mean()
-        loss.backward()
+            return ((x - b_dec - f @ W_dec) ** 2).sum(-1).mean()
+
+    forward = torch.compile(loss_of, mode="reduce-overhead") if compiled else loss_of
+
+    def step() -> None:
+        x = batches[next(place) % len(batches)]
+        if compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        forward(x).backward()
         assert W_dec.grad is not None
         with torch.no_grad():
             W_dec.grad -= (W_dec.grad * W_dec).sum(-1, keepdim=True) * W_dec

@@ -11,6 +11,7 @@ Stages, the most important first; each writes its findings to the JSON file at o
 - capture: 20 steps without a synchronisation, a graph against the same launches one by one, two runs bit for bit;
 - sanitizer: compute-sanitizer, where it is installed, on a small twin;
 - bench: every recipe at d_in 512 and d_sae 16,384; topk and batch-topk at six sizes, and in bfloat16; peers in turn;
+- sparsify: its own trainer, at two sizes, with Adam and with its default optimiser;
 - profile: the kernels' own times at two sizes;
 - begin: seconds to the first weights of the largest dictionary, and to a saved state;
 - train: a whole run, as `sae train` takes it, on the rows of a store that lie on the device, as a share of the step's
@@ -18,6 +19,7 @@ Stages, the most important first; each writes its findings to the JSON file at o
 
 Needs what `scripts/bench_gpu.py` needs. Other packages may be in a folder of PYTHONPATH: `tests` tests more with zarr,
 google-crc32c and tokenizers, and skips what they are needed for; a peer that is not installed is named and left out.
+sparsify's trainer (the package eai-sparsify) gets an environment of its own where pip reaches a package index.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ SIZES = [(512, 16384), (4096, 65536), (512, 65536), (4096, 16384), (512, 131072)
 TWIN_SIZES = [(64, 1024, 4), (512, 16384, 32), (1000, 5000, 20), (4096, 16384, 32)]
 RECIPES = ["topk", "topk, some dead", "batch-topk", "batch-topk, some dead", "balanced", "matryoshka"]
 RECIPES += ["jumprelu", "anthropic-2024-04", "gated", "p-anneal", "towards-monosemanticity"]
+RECIPES += ["jumprelu, dense", "gated, dense", "towards-monosemanticity, dense"]
 BATCHES, STEPS, DEAD_TOKENS = 4, 20, 10**9
 IN_TURN = 200  # steps of each contender at the first size
 BENCHED = [  # recipe, settings, at how many of the sizes
@@ -86,7 +89,7 @@ class Setting:
         from sae.training.recipes import resolve
 
         batches = self.batches(d_in)
-        recipe, _, dead = recipe.partition(", ")
+        recipe, _, kind = recipe.partition(", ")
         settings = {"d_sae": d_sae, "tokens": self.rows * 4000, "batch_tokens": self.rows, "lr": 1e-4, **more}
         settings |= {"k": k} if "k" in RECIPES_BY_NAME[recipe].settings else {"target_l0": k}
         settings |= {"p_from_share": 0.0} if recipe == "p-anneal" else {}
@@ -98,9 +101,9 @@ class Setting:
 
         def start() -> Any:
             begun = state.start(bench_gpu.HeldRows(batches), config, found, kernels, self.device)
-            if dead:
+            if kind == "some dead":
                 begun.tokens_since_fired[::8] = 2 * DEAD_TOKENS  # those that fire come back to life
-            if not config.k:
+            if not config.k and kind != "dense":
                 make_sparse(begun, batches[0], k)
             return begun
 
@@ -292,15 +295,11 @@ def peers(
     variant: str, d_in: int, d_sae: int, k: int, batches: list[Any], found: dict[str, Any]
 ) -> dict[str, Callable[[], Any]]:
     """The contenders that fit and are installed; the others are named in `found`."""
-    import torch
-
     who: dict[str, Callable[[], Any]] = {}
     dense = bench_gpu.dense_torch
     makers: dict[str, Callable[[], Callable[[], None]]] = {
         "dense torch bf16": lambda: dense(variant, d_in, d_sae, k, batches, bfloat16=True),
-        "dense torch bf16 compiled": lambda: torch.compile(
-            dense(variant, d_in, d_sae, k, batches, bfloat16=True), mode="reduce-overhead"
-        ),
+        "dense torch bf16 compiled": lambda: dense(variant, d_in, d_sae, k, batches, bfloat16=True, compiled=True),
         "sparsify": lambda: bench_gpu.sparsify(variant, d_in, d_sae, k, batches),
     }
     for name, make in makers.items():
@@ -311,6 +310,47 @@ def peers(
         except Exception as error:  # a peer that cannot run here is no reason to lose our figures
             found[f"{name}, problem"] = str(error).splitlines()[0] if str(error) else type(error).__name__
     return who
+
+
+def sparsify(setting: Setting) -> dict[str, Any]:
+    """Milliseconds a step of sparsify's own trainer, which cannot take turns with others: its loop is its own."""
+    with tempfile.TemporaryDirectory() as home:
+        python, environment, problem = with_sparsify(Path(home))
+        if problem:
+            return {"skipped": problem}
+        found: dict[str, Any] = {}
+        if setting.rehearsal:
+            environment["SPARSIFY_DISABLE_TRITON"] = "1"
+        for d_in, d_sae in setting.sizes[:2]:
+            for optimizer in ("adam", "signum"):
+                command = [python, str(ROOT / "scripts" / "peers" / "time_sparsify.py"), "--device", setting.device]
+                for name, value in (("d-in", d_in), ("d-sae", d_sae), ("k", setting.k), ("batch", setting.rows)):
+                    command += [f"--{name}", str(value)]
+                command += ["--optimizer", optimizer, "--steps", "4" if setting.rehearsal else "120"]
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+                if done.returncode:
+                    raise RuntimeError(f"sparsify's trainer ended with {done.returncode}: {done.stderr[-1000:]}")
+                took = json.loads(done.stdout.splitlines()[-1])
+                ms = took.pop("ms")
+                found[f"{d_in} {d_sae} {optimizer}"] = {"ms": statistics.median(ms[len(ms) // 4 :]), **took}
+        return found
+
+
+def with_sparsify(home: Path) -> tuple[str, dict[str, str], str]:
+    """An interpreter that can import sparsify, the variables to start it with, or why there is none."""
+    environment = dict(os.environ)
+    if find_spec("sparsify"):
+        return sys.executable, environment, ""
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if "-packages" in path)  # torch from here
+    python = home / "bin" / "python"
+    install = [str(python), "-m", "pip", "install", "-q", "--retries", "0", "--timeout", "5", "eai-sparsify"]
+    try:
+        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True, capture_output=True, timeout=60)
+        done = subprocess.run(install, env=environment, capture_output=True, text=True, timeout=120)
+    except (subprocess.SubprocessError, OSError) as error:
+        return "", {}, f"eai-sparsify could not be installed: {error}"
+    reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
+    return str(python), environment, f"eai-sparsify could not be installed: {reason[0]}" if done.returncode else ""
 
 
 def profile(setting: Setting) -> dict[str, Any]:
@@ -484,7 +524,8 @@ def main() -> int:
         stage(name, work)
     stage("sanitizer", sanitizer)
     if args.only in (None, "bench"):
-        bench(setting, began + args.seconds - 90, save)
+        bench(setting, began + args.seconds - 120, save)
+    stage("sparsify", sparsify)
     stage("profile", profile)
     stage("begin", begin)
     stage("train", lambda setting: train(setting, said))
