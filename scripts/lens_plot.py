@@ -1,0 +1,167 @@
+"""Draws the measurements of the lenses as SVG files for the documentation, without a plotting library.
+
+    python scripts/lens_plot.py docs/measurements/lenses.json --out docs/measurements
+
+Controls are dashed. Sections that the file does not have are an error: a picture shows what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 320, 270, 44, 12, 24, 62
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+Sections = Mapping[str, Any]
+
+
+class Line(NamedTuple):
+    """Points (x, y) with a name; controls are dashed."""
+
+    name: str
+    points: list[tuple[float, float]]
+    control: bool = False
+
+
+class Panel(NamedTuple):
+    """Lines over one x axis, linear or by powers of 2; the y axis begins and ends at round numbers."""
+
+    title: str
+    x_axis: str
+    lines: list[Line]
+    powers_of_2: bool = False
+
+
+def drawing(panels: list[Panel]) -> str:
+    """An SVG with the panels side by side."""
+    drawn = "".join(_panel(number, panel) for number, panel in enumerate(panels))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH * len(panels)}" height="{HEIGHT}" '
+        f'font-family="sans-serif" font-size="10"><rect width="100%" height="100%" fill="white"/>{drawn}</svg>\n'
+    )
+
+
+def _panel(number: int, panel: Panel) -> str:
+    xs = [x for line in panel.lines for x, _ in line.points]
+    ys = [y for line in panel.lines for _, y in line.points]
+    step = _round_step(max(ys) - min(ys))
+    low, high = math.floor(min(ys) / step), math.ceil(max(ys) / step)
+    left, right = number * WIDTH + LEFT, (number + 1) * WIDTH - RIGHT
+    bottom = HEIGHT - BOTTOM
+
+    def along(x: float) -> float:
+        place: Callable[[float], float] = math.log2 if panel.powers_of_2 else float
+        return left + (right - left) * (place(x) - place(min(xs))) / (place(max(xs)) - place(min(xs)))
+
+    def up(y: float) -> float:
+        return bottom - (bottom - TOP) * (y / step - low) / (high - low)
+
+    parts = [f'<text x="{left}" y="14" font-weight="bold">{escape(panel.title)}</text>']
+    for tick in range(low, high + 1):
+        y = up(tick * step)
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 4}" y="{y + 3:.1f}" text-anchor="end">{tick * step:.3g}</text>')
+    ticks = sorted(set(xs))[::2] if panel.powers_of_2 else [_round_step(max(xs)) * i for i in range(6)]
+    for x in (tick for tick in ticks if min(xs) <= tick <= max(xs)):
+        parts.append(f'<text x="{along(x):.1f}" y="{bottom + 13}" text-anchor="middle">{x:g}</text>')
+    parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 27}" text-anchor="middle">{escape(panel.x_axis)}</text>')
+    for place, line in enumerate(panel.lines):
+        colour, dash = COLOURS[place % len(COLOURS)], ' stroke-dasharray="5 3"' if line.control else ""
+        path = " ".join(f"{along(x):.1f},{up(y):.1f}" for x, y in line.points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
+        at = left + (right - left) * (place % 2) / 2
+        below = bottom + 42 + 13 * (place // 2)
+        parts.append(f'<text x="{at:.1f}" y="{below}" fill="{colour}">{escape(line.name)}</text>')
+    return "".join(parts)
+
+
+def _round_step(size: float) -> float:
+    """1, 2 or 5 times a power of 10, so that about five steps make the size."""
+    power = 10.0 ** math.floor(math.log10(size / 5))
+    return power * next(factor for factor in (1, 2, 5, 10) if 5 * factor * power >= size)
+
+
+def growth(sections: Sections) -> list[Panel]:
+    """Two layers and one: prefix matching, the loss on a repeat, in-context learning, by tokens seen."""
+    two, one = (sections[f"growth-attn-{n}l"]["figures"] for n in (2, 1))
+
+    def line(name: str, found: Any, measure: str, control: str | None = None) -> Line:
+        about = found["measures"][measure]
+        values = about["value"] if control is None else about["controls"][control]["value"]
+        millions = [tokens / 1e6 for tokens in found["labels"]["tokens"]]
+        return Line(name, list(zip(millions, values, strict=True)), control is not None)
+
+    def panel(title: str, measure: str, control: str, name: str) -> Panel:
+        lines = [line("two layers", two, measure), line("one layer", one, measure)]
+        return Panel(title, "million tokens seen", [*lines, line(f"two layers, {name}", two, measure, control)])
+
+    return [
+        panel("Best prefix score", "prefix_matching", "no_repeats", "no repeats"),
+        panel("Loss of a repeat, nats", "repeat_loss", "first_copy", "first copy"),
+        panel("Loss at token 244 − at 50, nats", "in_context_learning", "random_order", "shuffled text"),
+    ]
+
+
+def units(sections: Sections) -> list[Panel]:
+    """The share that comes back with the largest units, by how many are patched together."""
+
+    def panel(title: str, section: str, measure: str, x_axis: str) -> Panel:
+        found = sections[section]["figures"]
+        about, sizes = found["measures"][measure], found["labels"][f"units.{measure}"]
+        columns = {"the largest": about["value"]}
+        columns |= {
+            name: about["controls"][control]["value"]
+            for name, control in (
+                ("chosen on other prompts", "chosen_on_other_prompts"),
+                ("at random", "random_units"),
+                ("random direction", "random_direction"),
+            )
+        }
+        lines = [Line(name, list(zip(sizes, y, strict=True)), name != "the largest") for name, y in columns.items()]
+        return Panel(title, x_axis, lines, powers_of_2=True)
+
+    return [
+        panel(
+            "Induction, attn-2l: share restored",
+            "induction-attn-2l-activation-feature",
+            "restoring_feature.together",
+            "features patched",
+        ),
+        panel(
+            "Agreement, tiny-relu-1l: share restored",
+            "agreement-tiny-relu-1l-neuron",
+            "restoring_L0.neuron.together",
+            "neurons patched",
+        ),
+        panel(
+            "Agreement, tiny-relu-1l: share restored",
+            "agreement-tiny-relu-1l-feature",
+            "restoring_feature.together",
+            "features patched",
+        ),
+    ]
+
+
+DRAWINGS: dict[str, Callable[[Sections], list[Panel]]] = {"lens-growth.svg": growth, "lens-units.svg": units}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("measurements", type=Path, help="file that scripts/lens_figures.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the drawings")
+    args = parser.parse_args()
+    sections = json.loads(args.measurements.read_text(encoding="utf-8"))
+    for name, panels in DRAWINGS.items():
+        (args.out / name).write_text(drawing(panels(sections)), encoding="utf-8")
+        print(args.out / name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
