@@ -215,6 +215,29 @@ def test_a_share_of_contexts_repeats_one_segment() -> None:
     assert torch.equal(TokenStream(tokens, 60, 8, seed=1, repeats=Repeats(0.0)).batch(3), plain.batch(3))
 
 
+def test_a_share_of_contexts_begins_where_a_document_begins() -> None:
+    """Such a row is the plain stream's, moved back to the last BOS at or before it; the others stay."""
+    lengths = np.random.default_rng(3).integers(1, 30, 400)
+    tokens = np.concatenate([[0, *range(1, length)] for length in lengths]).astype(np.uint16)
+    starts = np.flatnonzero(tokens == 0)
+    plain = TokenStream(tokens, 20, 8, seed=1)
+    stream = TokenStream(tokens, 20, 8, seed=1, document_share=0.75, starts=starts)
+    moved = 0
+    for step in range(30):
+        for row, old in zip(stream.batch(step), plain.batch(step), strict=True):
+            if torch.equal(row, old):
+                continue
+            moved += 1
+            assert row[0] == 0
+            back = int(old[0])  # the place in its document
+            assert torch.equal(row[back:], old[: 21 - back])
+            assert row[: min(back, 21)].tolist() == list(range(min(back, 21)))
+    assert 140 < moved < 200  # 180 expected of 240, and a few begin there already
+    again = TokenStream(tokens, 20, 8, seed=1, document_share=0.75, starts=starts)
+    assert torch.equal(again.batch(11), stream.batch(11))
+    assert torch.equal(TokenStream(tokens, 20, 8, seed=1, starts=starts).batch(3), plain.batch(3))
+
+
 def test_initial_weights_of_attention_and_positions(tmp_path: Path) -> None:
     """Against the formulas, number by number; and the defaults are those of version 0.1."""
     shape = replace(SHAPE, d_model=32, n_heads=4, n_layers=2, n_ctx=40)
@@ -237,6 +260,8 @@ def test_initial_weights_of_attention_and_positions(tmp_path: Path) -> None:
         replace(CONFIG, repeat_tokens=(5, 4))
     with pytest.raises(ValueError, match="repeat_share must be between 0 and 1, got 2"):
         replace(CONFIG, repeat_share=2.0)
+    with pytest.raises(ValueError, match="document_share must be between 0 and 1, got -1"):
+        replace(CONFIG, document_share=-1.0)
 
 
 def test_too_few_tokens_for_one_batch() -> None:
@@ -425,7 +450,8 @@ def test_a_run_from_before_a_setting_existed_continues(unbroken: Path, tmp_path:
     settings = json.loads((old / "pretrain.json").read_text())
     for name in ("block_lr_share", "keep_at", "repeat_share", "repeat_tokens", "context_bos", "attention_std"):
         del settings["train"][name]
-    del settings["train"]["sinusoid_positions"]
+    for name in ("sinusoid_positions", "document_share"):
+        del settings["train"][name]
     (old / "pretrain.json").write_text(json.dumps(settings))
     pretrain(source(), old, shape=SHAPE, config=CONFIG)
     with pytest.raises(ValueError, match=r"train\.repeat_share is 0\.0 there, 0\.5 asked for"):

@@ -42,7 +42,7 @@ _DEFAULTS = asdict(PretrainConfig())
 # Settings that version 0.1 did not record.
 _ADDED = (
     *("block_lr_share", "keep_at", "repeat_share", "repeat_tokens", "context_bos", "attention_std"),
-    "sinusoid_positions",
+    *("sinusoid_positions", "document_share"),
 )
 
 
@@ -117,13 +117,16 @@ def _pretrain(
     )
     if start is not None:
         model.load_state_dict(read_tensors(start / MODEL)[0])
+    bos = load_tokenizer(out / "tokenizer.json").token_to_id(BOS)
     stream = TokenStream(
         tokens[TRAIN],
         shape.n_ctx,
         config.batch_contexts,
         config.seed,
         repeats=Repeats(config.repeat_share, *config.repeat_tokens),
-        bos_id=load_tokenizer(out / "tokenizer.json").token_to_id(BOS) if config.context_bos else None,
+        bos_id=bos if config.context_bos else None,
+        document_share=config.document_share,
+        starts=np.flatnonzero(tokens[TRAIN] == bos) if config.document_share else None,
     )
     _train(model, stream, tokens[HELD_OUT], out, config)
     batch_tokens = config.batch_contexts * shape.n_ctx

@@ -29,9 +29,10 @@ class PretrainConfig:
     copy of the model is kept.
 
     `repeat_share` of the contexts hold one segment of the text over and over, of `repeat_tokens` (shortest, longest)
-    tokens. With `context_bos` every context begins with BOS. `attention_std` is the spread of the initial weights of
-    queries, keys and values, and with sqrt(2 n_layers) of the heads' outputs; with `sinusoid_positions` the position
-    embeddings begin as sinusoids of size 0.5, and learn from there.
+    tokens. `document_share` of the contexts begin where a document begins, the rest anywhere. With `context_bos` every
+    context begins with BOS. `attention_std` is the spread of the initial weights of queries, keys and values, and with
+    sqrt(2 n_layers) of the heads' outputs; with `sinusoid_positions` the position embeddings begin as sinusoids of size
+    0.5, and learn from there.
     """
 
     train_tokens: int = 60_000_000
@@ -49,6 +50,7 @@ class PretrainConfig:
     keep_at: tuple[int, ...] = ()
     repeat_share: float = 0.0
     repeat_tokens: tuple[int, ...] = (12, 64)
+    document_share: float = 0.0
     context_bos: bool = False
     attention_std: float = 0.02
     sinusoid_positions: bool = False
@@ -62,8 +64,9 @@ class PretrainConfig:
                 raise ValueError(f"pretrain: {name} must be positive, got {getattr(self, name)}.")
         if not self.weight_decay >= 0:
             raise ValueError(f"pretrain: weight_decay must not be negative, got {self.weight_decay}.")
-        if not 0 <= self.repeat_share <= 1:
-            raise ValueError(f"pretrain: repeat_share must be between 0 and 1, got {self.repeat_share}.")
+        for name in ("repeat_share", "document_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"pretrain: {name} must be between 0 and 1, got {getattr(self, name)}.")
         if len(self.repeat_tokens) != 2 or not 1 <= self.repeat_tokens[0] <= self.repeat_tokens[1]:
             raise ValueError(
                 f"pretrain: repeat_tokens must be two lengths, the shorter first, such as 12,64; got "

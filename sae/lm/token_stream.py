@@ -25,7 +25,8 @@ class Repeats:
 class TokenStream:
     """All tokens of a split in one array; every epoch cuts it into contexts at another seeded offset.
 
-    With `bos_id` each context begins with that token, in the place of its own first one.
+    With `bos_id` each context begins with that token, in the place of its own first one. `starts` are the places where
+    documents begin in `tokens`, and `document_share` of the contexts begin there instead of anywhere.
     """
 
     def __init__(
@@ -37,8 +38,11 @@ class TokenStream:
         *,
         repeats: Repeats | None = None,
         bos_id: int | None = None,
+        document_share: float = 0.0,
+        starts: Int[np.ndarray, " documents"] | None = None,
     ) -> None:
         self.tokens, self.context_tokens, self.seed = tokens, context_tokens, seed
+        self.document_share, self.starts = document_share, starts
         self.batch_contexts = batch_contexts
         self.repeats, self.bos_id = repeats or Repeats(), bos_id
         contexts = (len(tokens) - context_tokens) // (context_tokens + 1)
@@ -60,12 +64,22 @@ class TokenStream:
             self._starts = offset + width * rng.permutation(self.steps_per_epoch * self.batch_contexts)
             self._epoch = epoch
         starts = self._starts[index * self.batch_contexts : (index + 1) * self.batch_contexts]
+        if self.document_share and self.starts is not None:
+            starts = self._at_documents(starts, self.starts, step)
         rows = np.stack([self.tokens[s : s + self.context_tokens + 1] for s in starts])
         if self.repeats.share:
             self._plant_repeats(rows, step)
         if self.bos_id is not None:
             rows[:, 0] = self.bos_id
         return torch.from_numpy(rows.astype(np.int64))
+
+    def _at_documents(
+        self, places: Int[np.ndarray, " batch"], starts: Int[np.ndarray, " documents"], step: int
+    ) -> Int[np.ndarray, " batch"]:
+        """Some places moved back to the start of the document that they are in."""
+        rng = np.random.default_rng((self.seed, step, 2))
+        own = starts[np.maximum(np.searchsorted(starts, places, side="right") - 1, 0)]
+        return np.where(rng.random(len(places)) < self.document_share, np.minimum(own, places), places)
 
     def _plant_repeats(self, rows: np.ndarray, step: int) -> None:
         """Replaces some rows: their first token stays, and a segment from anywhere in the text fills the rest."""
