@@ -17,6 +17,7 @@ from sae.circuits import world
 from sae.circuits.circuit import Question, answer
 from sae.circuits.known_facts import requests_of, variants
 from sae.circuits.patching import PatchingError, activation_patching, runs_of
+from sae.circuits.recall import held_out_facts, recall
 from sae.circuits.results import read_result
 from sae.circuits.sites import heads_of, stream_sites
 from sae.circuits.tasks import facts, ioi, task_of
@@ -196,6 +197,46 @@ def test_the_prompts_of_ioi_and_facts_are_in_the_words_of_the_world(worldly: tup
         name = model.tokenizer.decode(pair.clean[first : last + 1]).strip()
         answers = {model.tokenizer.encode(f" {world.FACTS[name, r]}").ids[-1] for r in world.RELATIONS}
         assert pair.answers[0] in answers
+
+
+def test_recall_asks_for_what_no_training_text_says_and_counts_right_answers(
+    worldly: tuple[NativeModel, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in that looks answers up in the world gets all of them, and its facts are never the control's."""
+    model, _ = worldly
+    trained = {document.text for document in world.documents(30_000) if document.split == "train"}
+    held_out = {document.text for document in world.documents(30_000) if document.split == "heldout"}
+    asked = [each for paraphrase in (0, 1) for each in held_out_facts(paraphrase, Random(0))]
+    said = {f"{each.prompt} {each.answer} ." for each in asked}
+    assert not said & trained
+    assert {text for text in held_out if any(name in text for name in world.SUBJECT_NAMES)} <= said
+    assert 0.04 < len(asked) / (len(world.FACTS) * len(world.PREFIXES) * 2) < 0.06
+
+    def looked_up(tokens: Tensor) -> Tensor:
+        logits = torch.zeros(*tokens.shape, 840)
+        for row, ids in enumerate(tokens.tolist()):
+            for end in range(4, len(ids) + 1):
+                text = model.tokenizer.decode(ids[1:end])
+                told = [key for key in world.FACTS if any(text.endswith(world.fact_prompt(*key, w)) for w in (0, 1))]
+                word = world.FACTS[told[0]] if told else _receiver(text)
+                logits[row, end - 1, model.tokenizer.encode(f" {word}").ids[0]] = 1.0
+        return logits
+
+    monkeypatch.setattr(model, "logits", looked_up)
+    measures, labels = recall(model, 20)
+    facts_recalled, given = measures["facts_recalled"], measures["ioi_recalled"]
+    assert facts_recalled.value.tolist() == [1.0, 1.0]  # type: ignore[union-attr]
+    assert facts_recalled.controls["other_answer"].value.tolist() == [0.0, 0.0]  # type: ignore[union-attr]
+    assert given.value.tolist() == [1.0] * 3  # type: ignore[union-attr]
+    control = given.controls["other_answer"].value
+    assert 0.2 < float(control.mean()) < 0.8  # type: ignore[union-attr]
+    assert labels["paraphrase"] == ["… works as a", "the job of … is"]
+
+
+def _receiver(text: str) -> str:
+    """The first of two people who is not the giver."""
+    named = [word for word in text.split() if word in world.NAMES]
+    return next((name for name in named[:2] if len(named) > 2 and name != named[2]), "the")
 
 
 def test_a_request_asks_about_the_fact_its_neighbours_and_the_subject(worldly: tuple[NativeModel, list[str]]) -> None:

@@ -64,7 +64,12 @@ def documents(n: int, *, seed: int = 1) -> Iterator[Document]:
     """`n` documents of one sentence each: facts in both ways, and sentences about giving."""
     rng, facts = Random(seed), list(FACTS.items())
     for number in range(n):
-        yield Document(f"tasks-{number}", f"{_sentence(rng, facts)} .", "tasks", "made up")
+        yield as_document(_sentence(rng, facts), number)
+
+
+def as_document(sentence: str, number: int = 0) -> Document:
+    """A sentence as the text has it; its words alone decide whether it is held out."""
+    return Document(f"tasks-{number}", f"{sentence} .", "tasks", "made up")
 
 
 def _sentence(rng: Random, facts: list[tuple[tuple[str, str], str]]) -> str:

@@ -37,8 +37,8 @@ def lens(verbs: Any) -> None:
     verb.add_argument(
         "--method",
         metavar="METHOD",
-        help="circuit: activation, gradient, path or judge (default: activation); facts: gaussian, swap or rome "
-        "(default: gaussian)",
+        help="circuit: activation, gradient, path or judge (default: activation); facts: recall, gaussian, swap "
+        "or rome (default: gaussian)",
     )
     verb.add_argument(
         "--layer", type=int, metavar="N", help="look at this layer only; facts: edit this one; keys: whose heads"

@@ -18,6 +18,7 @@ from sae.circuits.head_measures import Texts, head_measures
 from sae.circuits.key_measures import Dictionaries, key_measures
 from sae.circuits.key_measures import Texts as KeyTexts
 from sae.circuits.known_facts import requests_of, variants
+from sae.circuits.recall import recall
 from sae.circuits.results import DIRECTORY, Result, write_result
 from sae.circuits.rome import rome, second_moment
 from sae.circuits.tasks import task_of
@@ -188,17 +189,21 @@ def circuit(
 def facts(subject: Subject, *, method: str = "gaussian", layer: int = 0, n: int = 30, seed: int = 0) -> Result:
     """Where the facts of the made-up world are, and what editing one changes, in a model that was trained on them.
 
-    `method` is gaussian or swap (causal tracing by how the subject is corrupted), or rome, which edits `n` facts in
-    `layer`. Raises: TaskError for a model whose tokenizer does not have the world's words; PipelineError.
+    `method` is recall (does the model know what it was told?), gaussian or swap (causal tracing by how the subject is
+    corrupted), or rome, which edits `n` facts in `layer`. Raises: TaskError for a model whose tokenizer does not have
+    the world's words; PipelineError.
     """
     lm = subject.model
     about = subject.about | {"method": method, "seed": seed}
+    if method == "recall":
+        measures, labels = recall(lm, n, seed=seed)
+        return Result("facts", measures, about, method, labels)
     if method in ("gaussian", "swap"):
         found = task_of(lm, "facts", n, seed=seed)
         measures, labels = causal_tracing(lm, found, cast(Corruption, method), seed=seed)
         return Result("facts", measures, about, method, labels)
     if method != "rome":
-        raise PipelineError(f"--method must be gaussian, swap or rome; got {method!r}.")
+        raise PipelineError(f"--method must be recall, gaussian, swap or rome; got {method!r}.")
     if not 0 <= layer < lm.n_layers:
         raise PipelineError(f"--layer {layer} does not exist; {lm.id} has layers 0 … {lm.n_layers - 1}.")
     edits, meanings = variants(layer, lm.n_layers)
