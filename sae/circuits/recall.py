@@ -1,12 +1,12 @@
 """What a model knows of the made-up world: facts and sentences about giving, in words that no training text has.
 
 A sentence is held out by its own words (`sae.text.splits`), so a fact is asked for with a prefix and a paraphrase in
-which it was never told, and two people of a sentence about giving never met in it.
+which it was never told, and the words of a sentence about giving never came together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -16,18 +16,8 @@ from torch import Tensor
 
 from sae.circuits.intervals import mean_interval
 from sae.circuits.results import Control, Measure
-from sae.circuits.tasks import single_token
-from sae.circuits.world import (
-    FACTS,
-    IOI_TEMPLATES,
-    NAMES,
-    OBJECT_WORDS,
-    PLACES,
-    PREFIXES,
-    THINGS,
-    as_document,
-    fact_prompt,
-)
+from sae.circuits.tasks import facts_in_tokens, single_token
+from sae.circuits.world import IOI_TEMPLATES, NAMES, PLACES, PREFIXES, RELATIONS, THINGS, as_document, fact_prompt
 from sae.lm import LanguageModel
 from store.common import HELD_OUT
 
@@ -44,7 +34,8 @@ class Asked(NamedTuple):
 def recall(model: LanguageModel, n: int, *, seed: int = 0) -> tuple[dict[str, Measure], dict[str, list[str]]]:
     """The share of answers on top, of at most `n` held-out facts in each paraphrase and `n` sentences about giving."""
     rng = Random(seed)
-    told = [held_out_facts(paraphrase, rng)[:n] for paraphrase in (0, 1)]
+    known = facts_in_tokens(model)
+    told = [held_out_facts(known, paraphrase, rng)[:n] for paraphrase in (0, 1)]
     given = [held_out_giving(rng, template, n) for template in range(len(IOI_TEMPLATES))]
     kinds: dict[str, tuple[Sequence[Sequence[Asked]], str, str, tuple[str, ...]]] = {
         "facts_recalled": (
@@ -77,14 +68,18 @@ def recall(model: LanguageModel, n: int, *, seed: int = 0) -> tuple[dict[str, Me
     return measures, {"paraphrase": ways, "template": list(IOI_TEMPLATES)}
 
 
-def held_out_facts(paraphrase: int, rng: Random) -> list[Asked]:
-    """Every fact with every prefix in this paraphrase, of which the split holds out about one in twenty; shuffled."""
+def held_out_facts(known: Mapping[tuple[str, str], str], paraphrase: int, rng: Random) -> list[Asked]:
+    """Each fact with each prefix in this paraphrase, of which about one in twenty is held out; shuffled.
+
+    `known` is the object by subject and relation.
+    """
     found = []
-    for (subject, relation), word in FACTS.items():
+    words = {what: sorted({word for (_, r), word in known.items() if r == what}) for what in RELATIONS}
+    for (subject, relation), word in known.items():
         for prefix in PREFIXES:
             prompt = fact_prompt(subject, relation, paraphrase, prefix)
             if as_document(f"{prompt} {word}").split == HELD_OUT:
-                others = [each for each in OBJECT_WORDS[relation] if each != word]
+                others = [each for each in words[relation] if each != word]
                 found.append(Asked(prompt, word, prompt, rng.choice(others)))
     rng.shuffle(found)
     return found

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.circuits.world import FACTS, IOI_TEMPLATES, NAMES, PLACES, THINGS, fact_prompt
+from sae.circuits.world import FACTS, IOI_TEMPLATES, NAMES, OBJECT_WORDS, PLACES, THINGS, fact_prompt
 from sae.lm import LanguageModel
 
 SEGMENT_TOKENS = 24
@@ -109,7 +109,7 @@ def ioi(model: LanguageModel, n: int, rng: Random) -> list[Pair]:
 
     Source: Wang et al. 2022, arXiv 2211.00593.
     """
-    names = [name for name in NAMES if len(model.tokenizer.encode(f" {name}", add_special_tokens=False).ids) == 1]
+    names = [name for name in NAMES if _tokens(model, f" {name}") == 1]
     if len(names) < 4:
         raise TaskError(
             f"ioi: {len(names)} of the task's {len(NAMES)} names are one token of {model.id}; it needs at least 4. The "
@@ -133,10 +133,11 @@ def ioi(model: LanguageModel, n: int, rng: Random) -> list[Pair]:
 def facts(model: LanguageModel, n: int, rng: Random) -> list[Pair]:
     """`the home of SUBJECT is → object`; the corrupt prompt names a subject with another object for the relation."""
     pairs: list[Pair] = []
+    known = facts_in_tokens(model)
     while len(pairs) < n:
-        (subject, relation), (other, _) = rng.choice(list(FACTS)), rng.choice(list(FACTS))
-        right, wrong = FACTS[subject, relation], FACTS[other, relation]
-        if right == wrong:
+        (subject, relation), (other, _) = rng.choice(list(known)), rng.choice(list(known))
+        right, wrong = known[subject, relation], known.get((other, relation))
+        if wrong is None or right == wrong:
             continue
         paraphrase = rng.randrange(2)
         clean, corrupt = (fact_prompt(who, relation, paraphrase) for who in (subject, other))
@@ -145,6 +146,22 @@ def facts(model: LanguageModel, n: int, rng: Random) -> list[Pair]:
         last = differ[-1]
         pairs.append(Pair(*_parts(pair), {"subject_first": last - 1, "subject_last": last, "after_subject": last + 1}))
     return pairs
+
+
+def facts_in_tokens(model: LanguageModel) -> dict[tuple[str, str], str]:
+    """The facts whose object is one token of the model. Raises: TaskError for fewer than half of them."""
+    single = {word for words in OBJECT_WORDS.values() for word in words if _tokens(model, f" {word}") == 1}
+    found = {key: word for key, word in FACTS.items() if word in single}
+    if len(found) < len(FACTS) / 2:
+        raise TaskError(
+            f"facts: of {len(FACTS)} facts, {len(found)} have an object that is one token of {model.id}. The model "
+            "tasks-4l was trained on them; other models can be given prompts in a FILE.jsonl."
+        )
+    return found
+
+
+def _tokens(model: LanguageModel, text: str) -> int:
+    return len(model.tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 Maker = Callable[[LanguageModel, int, Random], list[Pair]]
