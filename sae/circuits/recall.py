@@ -11,7 +11,7 @@ from random import Random
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Float
 from torch import Tensor
 
 from sae.circuits.intervals import mean_interval
@@ -100,21 +100,21 @@ def held_out_giving(rng: Random, template: int, n: int) -> list[Asked]:
 
 def _right(
     model: LanguageModel, asked: Sequence[Asked], which: Callable[[Asked], tuple[str, str]]
-) -> Bool[Tensor, " prompt"]:
-    """Whether the answer is the likeliest next token."""
+) -> Float[Tensor, " prompt"]:
+    """1 where the answer is the likeliest next token, otherwise 0."""
     prompts = [model.encode_prompt(which(each)[0]) for each in asked]
     answers = torch.tensor([single_token(model, f" {which(each)[1]}") for each in asked])
     longest = max(map(len, prompts))
     tokens = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in prompts])
     ends = torch.tensor([len(ids) - 1 for ids in prompts])
     logits = torch.cat([model.logits(part).cpu() for part in torch.split(tokens, 256)])
-    return logits[torch.arange(len(ends)), ends].argmax(-1) == answers
+    return logits[torch.arange(len(ends)), ends].argmax(-1).eq(answers).double()
 
 
-def _means(groups: Sequence[Bool[Tensor, " prompt"]]) -> Tensor:
-    return torch.stack([each.double().mean() for each in groups])
+def _means(groups: Sequence[Float[Tensor, " prompt"]]) -> Tensor:
+    return torch.stack([each.mean() for each in groups])
 
 
-def _intervals(groups: Sequence[Bool[Tensor, " prompt"]]) -> tuple[Tensor, Tensor]:
+def _intervals(groups: Sequence[Float[Tensor, " prompt"]]) -> tuple[Tensor, Tensor]:
     low, high = zip(*(mean_interval(each) for each in groups), strict=True)
     return torch.stack(low), torch.stack(high)
