@@ -11,16 +11,22 @@ import argparse
 import json
 from pathlib import Path
 
-from sae.circuits.world import documents
+from sae.circuits.world import GIVING_SHARE, documents
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines to write")
     parser.add_argument("--documents", type=int, default=60_000, help="number of sentences (default: %(default)s)")
+    parser.add_argument(
+        "--giving-share",
+        type=float,
+        default=GIVING_SHARE,
+        help="share of sentences about giving; the rest are facts (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     with arguments.out.open("w", encoding="utf-8") as file:
-        for document in documents(arguments.documents):
+        for document in documents(arguments.documents, giving_share=arguments.giving_share):
             file.write(json.dumps({"text": document.text, "domain": document.domain}) + "\n")
     print(arguments.out)
 

@@ -32,7 +32,8 @@ IOI_TEMPLATES = (
     "then {a} and {b} had a {thing} and {s} handed it to",
     "after {a} and {b} got a {thing} at the {place} , {s} gave it to",
 )
-IOI_SHARE, ABC_SHARE = 0.4, 0.1  # of the sentences; the rest are facts
+GIVING_SHARE = 0.5  # of the sentences; the rest are facts
+THIRD_SHARE = 0.2  # of the sentences about giving: a third person gives
 
 
 def _words(rng: Random, n: int, ending: str = "") -> list[str]:
@@ -60,11 +61,11 @@ def fact_prompt(subject: str, relation: str, paraphrase: int, prefix: str = "") 
     return f" {prefix} {PARAPHRASES[relation][paraphrase].format(s=subject)}".replace("  ", " ")
 
 
-def documents(n: int, *, seed: int = 1) -> Iterator[Document]:
-    """`n` documents of one sentence each: facts in both ways, and sentences about giving."""
+def documents(n: int, *, giving_share: float = GIVING_SHARE, seed: int = 1) -> Iterator[Document]:
+    """`n` documents of one sentence each: facts in both ways, and this share of sentences about giving."""
     rng, facts = Random(seed), list(FACTS.items())
     for number in range(n):
-        yield as_document(_sentence(rng, facts), number)
+        yield as_document(_sentence(rng, facts, giving_share), number)
 
 
 def as_document(sentence: str, number: int = 0) -> Document:
@@ -72,12 +73,14 @@ def as_document(sentence: str, number: int = 0) -> Document:
     return Document(f"tasks-{number}", f"{sentence} .", "tasks", "made up")
 
 
-def _sentence(rng: Random, facts: list[tuple[tuple[str, str], str]]) -> str:
+def _sentence(rng: Random, facts: list[tuple[tuple[str, str], str]], giving_share: float) -> str:
     kind = rng.random()
-    if kind >= IOI_SHARE + ABC_SHARE:
+    if kind >= giving_share:
         (subject, relation), word = rng.choice(facts)
         return f"{fact_prompt(subject, relation, rng.randrange(2), rng.choice(PREFIXES))} {word}"
     a, b, c = rng.sample(NAMES, 3)
-    giver, receiver = rng.choice([(a, b), (b, a)]) if kind < IOI_SHARE else (c, rng.choice([a, b]))
+    giver, receiver = (
+        rng.choice([(a, b), (b, a)]) if kind < giving_share * (1 - THIRD_SHARE) else (c, rng.choice([a, b]))
+    )
     words = {"a": a, "b": b, "s": giver, "place": rng.choice(PLACES), "thing": rng.choice(THINGS)}
     return f" {rng.choice(IOI_TEMPLATES).format(**words)} {receiver}"

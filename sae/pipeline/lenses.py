@@ -207,8 +207,8 @@ def facts(subject: Subject, *, method: str = "gaussian", layer: int = 0, n: int 
     if not 0 <= layer < lm.n_layers:
         raise PipelineError(f"--layer {layer} does not exist; {lm.id} has layers 0 … {lm.n_layers - 1}.")
     edits, meanings = variants(layer, lm.n_layers)
-    source = TextSource("made-up world", lambda _: world.documents(400), "made-up world")
-    text = contexts_of(lm, source, TRAIN, 64, context_tokens=64)
+    source = TextSource("made-up world", lambda _: world.documents(4000), "made-up world")
+    text = contexts_of(lm, source, TRAIN, 512, context_tokens=64)
     moments = {each.layer: second_moment(lm, text.tokens, each.layer) for each in edits.values()}
     measures = rome(lm, requests_of(lm, n, seed=seed), edits, moments.__getitem__, meanings=meanings)
     return Result("facts", measures, about | {"layer": layer}, "rome")
