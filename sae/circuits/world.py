@@ -79,8 +79,7 @@ def _sentence(rng: Random, facts: list[tuple[tuple[str, str], str]], giving_shar
         (subject, relation), word = rng.choice(facts)
         return f"{fact_prompt(subject, relation, rng.randrange(2), rng.choice(PREFIXES))} {word}"
     a, b, c = rng.sample(NAMES, 3)
-    giver, receiver = (
-        rng.choice([(a, b), (b, a)]) if kind < giving_share * (1 - THIRD_SHARE) else (c, rng.choice([a, b]))
-    )
+    is_third = kind >= giving_share * (1 - THIRD_SHARE)
+    giver, receiver = (c, rng.choice([a, b])) if is_third else rng.choice([(a, b), (b, a)])
     words = {"a": a, "b": b, "s": giver, "place": rng.choice(PLACES), "thing": rng.choice(THINGS)}
     return f" {rng.choice(IOI_TEMPLATES).format(**words)} {receiver}"
