@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 from sae import __version__
 from sae.cli.browse import browse
@@ -79,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(error, "reported_elsewhere", False):  # by another rank of this training
             return 2
         (rank, _), explained = rank_and_world(), _explained(error)
+        if _said_by_another_rank(explained):
+            return 2
         which = f"rank {rank}: " if rank and not explained.startswith("rank ") else ""
         print(f"sae {args.verb}: {which}{explained}", file=sys.stderr)
         return 2
@@ -88,8 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments once, if several ranks are given the same."""
+
+    def error(self, message: str) -> NoReturn:
+        if _said_by_another_rank(message):
+            self.exit(2)
+        super().error(message)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sae",
         description="Train, browse, steer and export sparse-autoencoder dictionaries of a language model.",
         epilog="`sae VERB --help` explains a verb and its flags.",
@@ -108,6 +120,15 @@ def _explained(error: Exception) -> str:
     if isinstance(error, OSError) and not error.filename and (reason := full_disk(error)):
         return f"the output or a file could not be written: {reason}. Make room and repeat the command."
     return str(error)
+
+
+def _said_by_another_rank(message: str) -> bool:
+    """Whether another of the processes that torchrun started prints this error."""
+    if rank_and_world()[1] == 1:
+        return False
+    from sae.parallel.said_once import said_by_another
+
+    return said_by_another(message)
 
 
 def _refuse_shadowed_packages() -> None:
