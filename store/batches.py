@@ -5,7 +5,7 @@ No batch depends on an earlier one, so step n of a resumed run gets the rows tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from store import shuffle_plan
 from store.activation_reader import ActivationReader
 from store.common import TRAIN, StoreError, read_ahead
 from store.schema import decode, stored_dtype
+from store.shards import Marker
 from store.shuffle_plan import Pool, ShardCounts, ShufflePlan, Slot
 
 _PLACE_BYTES = 16  # of a held row: its place in the permutation and its context, int64 both
@@ -24,6 +25,14 @@ class Drawn(NamedTuple):
 
     rows: np.ndarray
     contexts: np.ndarray
+
+
+def filled_shards(store: ActivationReader, split: str) -> dict[int, Marker]:
+    """The markers of a split's shards that have kept rows. Raises: StoreError if there are none."""
+    markers = {shard: marker for shard, marker in store.markers(split).items() if marker.kept_rows}
+    if not markers:
+        raise StoreError(f"{store.path} has no kept rows in split {split!r} yet: harvest it first")
+    return markers
 
 
 class ShuffledRows:
@@ -47,8 +56,11 @@ class ShuffledRows:
         parts: int = 1,
         rank: int = 0,
         world: int = 1,
+        markers: Mapping[int, Marker] | None = None,
     ) -> None:
-        """Plans the epochs of a split's written shards. Raises: StoreError if no row is kept.
+        """Plans the epochs of a split's written shards, or of some of them, given by their `markers`.
+
+        Raises: StoreError if no row is kept.
 
         `memory_bytes` bounds the held rows (in the dtype on disk) with their permutation and contexts; the rows of one
         shard are always held, and two more shards are in memory while they are read. `parts` is used only with
@@ -64,9 +76,7 @@ class ShuffledRows:
             )
         if not 0 <= rank < world:
             raise StoreError(f"rank must be below world, got rank {rank} of {world}")
-        markers = {s: m for s, m in store.markers(split).items() if m.kept_rows}
-        if not markers:
-            raise StoreError(f"{store.path} has no kept rows in split {split!r} yet: harvest it first")
+        markers = filled_shards(store, split) if markers is None else markers
         self.store, self.hook_point, self.split = store, hook_point, split
         self.batch_rows, self.rank, self.world = batch_rows, rank, world
         self.d_in = store.hook_points[hook_point]

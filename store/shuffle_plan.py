@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_SHARD_ORDER, _ROW_ORDER, _SAMPLE, _PART_ORDER = range(4)  # independent streams of one seed
+_SHARD_ORDER, _ROW_ORDER, _SAMPLE, _PART_ORDER, _LANE = range(5)  # independent streams of one seed
 WELL_MIXED = 0.97  # how many distinct contexts a batch should have, as a share of those after a perfect shuffle
 MOST_PARTS = 16
 _FEWEST_ROWS = 8  # rows of a shard in one part, at least
@@ -153,6 +153,21 @@ class ShufflePlan:
 def sample(n_rows: int, n: int, seed: int) -> np.ndarray:
     """`n` distinct row numbers below `n_rows`, drawn uniformly; independent of every plan with the same seed."""
     return np.asarray(_generator(seed, _SAMPLE).choice(n_rows, size=n, replace=False))
+
+
+def dealt_to_lanes(rows: np.ndarray, lanes: int) -> list[np.ndarray]:
+    """Which of some shards, by their place, each lane has: the largest shard left goes to the lane with fewest rows."""
+    held, places = np.zeros(lanes, np.int64), [[] for _ in range(lanes)]  # type: ignore[var-annotated]
+    for place in np.argsort(-rows, kind="stable").tolist():
+        lane = int(held.argmin())
+        held[lane] += rows[place]
+        places[lane].append(place)
+    return [np.sort(np.array(each, np.int64)) for each in places]
+
+
+def seed_of_lane(seed: int, lane: int) -> int:
+    """The seed of one lane's order, independent of the other lanes' and of `seed` itself."""
+    return int(_generator(seed, _LANE, lane).integers(2**63))
 
 
 def _generator(seed: int, *stream: int) -> np.random.Generator:

@@ -153,6 +153,14 @@ class Mesh:
         """The inverse of `own_rows`: n rows from the parts of all ranks."""
         return own if self.world == 1 else self.stack(own, "world").flatten(0, 1)[:n]
 
+    def joined(self, own: Float[Tensor, "own ..."], lengths: Sequence[int]) -> Float[Tensor, "all ..."]:
+        """The rows of all ranks in their order; `lengths` says how many each has."""
+        if self.world == 1:
+            return own
+        padded = own.new_zeros((max(lengths), *own.shape[1:]))
+        padded[: len(own)] = own
+        return torch.cat([rows[:n] for rows, n in zip(self.stack(padded, "world"), lengths, strict=True)])
+
     # --- numbers -----------------------------------------------------------------------------------------------------
 
     def reduce(self, x: Tensor, operation: str, axis: Axis) -> Tensor:

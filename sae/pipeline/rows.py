@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.jobs.ranks import rank_and_world
+from sae.parallel.mesh import ONE, Mesh
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.live import check_target, resid_mid_of
 from sae.pipeline.resident_rows import ResidentRows, fitting, memory_for_rows
@@ -26,6 +27,7 @@ from store.activations import ActivationStore
 from store.batches import ShuffledRows
 from store.common import TRAIN, contexts_begin_with_bos
 from store.filtered import FilteredStore, median_norm
+from store.lane_rows import LaneRows
 
 SHUFFLE_BYTES = 10**9  # default memory for rows
 
@@ -37,6 +39,8 @@ class StoreRows:
     `device` with room for them rows lie there as they are stored (`sae.pipeline.resident_rows`), and batches are
     tensors of it; which rows a batch has does not depend on that. `device_bytes` is asked for the room when rows are
     first needed.
+    With `lanes` each rank reads its own shards alone (`store.lane_rows`), from the host's memory, and the ranks of
+    `mesh` put their parts of a sample together.
     """
 
     def __init__(
@@ -54,18 +58,23 @@ class StoreRows:
         world: int = 1,
         device: torch.device | None = None,
         device_bytes: Callable[[], int] = lambda: 0,
+        lanes: int = 0,
+        mesh: Mesh = ONE,
     ) -> None:
         others = [hook for hook in (target_hook_point, resid_hook_point) if hook]
         total_width = sum(store.hook_points[hook] for hook in (hook_point, *others))
+        common: dict[str, Any] = {"batch_rows": batch_tokens, "seed": seed, "rank": rank, "world": world}
 
-        def rows(hook: str, **pools: Any) -> ShuffledRows:
-            return ShuffledRows(store, hook, batch_rows=batch_tokens, seed=seed, rank=rank, world=world, **pools)
+        def rows(hook: str, **pools: Any) -> ShuffledRows | LaneRows:
+            if lanes:
+                return LaneRows(store, hook, lanes=lanes, **common, **pools)
+            return ShuffledRows(store, hook, **common, **pools)
 
         self._rows = rows(hook_point, memory_bytes=max_ram_bytes * store.hook_points[hook_point] // total_width)
-        # The same pools as for x, so that row n of each belongs to the same token.
-        pools = {"pool_shards": self._rows.pool_shards, "parts": self._rows.parts}
+        pools = _pools_of(self._rows)
         self._targets = rows(target_hook_point, **pools) if target_hook_point else None
         self._streams = rows(resid_hook_point, **pools) if resid_hook_point else None
+        self._mesh, self.samples_together = mesh, bool(lanes) and world > 1
         self.d_in, self.n_rows = self._rows.d_in, self._rows.n_rows
         self.d_out = self._targets.d_in if self._targets else self.d_in
         self.downstream, self._device, self._device_bytes = downstream, device, device_bytes
@@ -74,9 +83,12 @@ class StoreRows:
     def _resident(self) -> tuple[ResidentRows | None, ...]:
         """x, y and resid on the device; nothing if it has no room."""
         sources = [self._rows, self._targets, self._streams]
-        held = fitting([rows for rows in sources if rows], self._device_bytes()) if self._device else None
+        shuffled = [rows for rows in sources if isinstance(rows, ShuffledRows)]
+        held = fitting(shuffled, self._device_bytes()) if self._device and shuffled else None
         return tuple(
-            ResidentRows(rows, self._device, everything=held == "all") if rows and held and self._device else None
+            ResidentRows(rows, self._device, everything=held == "all")
+            if isinstance(rows, ShuffledRows) and held and self._device
+            else None
             for rows in sources
         )
 
@@ -92,15 +104,25 @@ class StoreRows:
     def sample(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
         return self._sample(0, self._rows, n, seed)
 
-    def _sample(self, place: int, source: ShuffledRows, n: int, seed: int) -> Tensor:
+    def _sample(self, place: int, source: ShuffledRows | LaneRows, n: int, seed: int) -> Tensor:
         resident, n = self._resident[place], min(n, self.n_rows)
-        return torch.from_numpy(source.sample(n, seed)) if resident is None else resident.sample(n, seed)
+        if resident is not None:
+            return resident.sample(n, seed)
+        drawn = torch.from_numpy(source.sample(n, seed))
+        return self._mesh.joined(drawn, source.sample_lengths(n)) if isinstance(source, LaneRows) else drawn
 
     def sample_targets(self, n: int, seed: int) -> Float[Tensor, "n d_out"]:
         """y of the rows that `sample` draws."""
         if self._targets is None:
             raise PipelineError("this recipe predicts y from x: name the hook point of x, then that of y.")
         return self._sample(1, self._targets, n, seed)
+
+
+def _pools_of(rows: ShuffledRows | LaneRows) -> dict[str, Any]:
+    """The pools of x for other hook points, so that row n of each belongs to the same token."""
+    if isinstance(rows, LaneRows):
+        return {"plans": rows.plans}
+    return {"pool_shards": rows.pool_shards, "parts": rows.parts}
 
 
 def open_rows(
@@ -152,14 +174,12 @@ def rows_for(
     config: TrainConfig,
     target_hook_point: str | None,
     max_ram_bytes: int = SHUFFLE_BYTES,
-    rank: int = 0,
-    world: int = 1,
     device: torch.device | None = None,
-    shards: int = 1,
+    mesh: Mesh = ONE,
 ) -> StoreRows:
     """The rows that a recipe trains on: this rank's part of each batch, on a CUDA device if that has room for them.
 
-    Besides them the device holds one of `shards` parts of the dictionary.
+    Besides them the device holds this rank's features of the dictionary.
 
     Raises: PipelineError when the store lacks a hook point that it needs.
     """
@@ -169,7 +189,7 @@ def rows_for(
         downstream = model_in(store).downstream(hook)
         resid = hook_point_of(store, resid_mid_of(hook))
     on_gpu = device is not None and device.type == "cuda"
-    batch_tokens = config.batch_tokens // world
+    batch_tokens = config.batch_tokens // mesh.world
     return StoreRows(
         store,
         hook,
@@ -179,12 +199,14 @@ def rows_for(
         resid_hook_point=resid,
         downstream=downstream,
         max_ram_bytes=max_ram_bytes,
-        rank=rank,
-        world=world,
+        rank=mesh.rank,
+        world=mesh.world,
         device=device if on_gpu else None,
         device_bytes=lambda: memory_for_rows(
-            torch.cuda.mem_get_info(device)[0], store.hook_points[hook], config.d_sae // shards, batch_tokens
+            torch.cuda.mem_get_info(device)[0], store.hook_points[hook], config.d_sae // mesh.shards, batch_tokens
         ),
+        lanes=config.row_lanes,
+        mesh=mesh,
     )
 
 

@@ -118,12 +118,12 @@ def train(
     with joined_ranks(shard, device, **_sizes(whole.hook_points[hook], resolved)) as mesh:
         warn_of_few_rows(whole)
         store = training_view(whole, hook, resolved, target_hook_point)
-        place, shards = _device_of(Path(out), device), mesh.shards
-        source = rows_for(store, hook, resolved, target_hook_point, max_ram_bytes, mesh.rank, mesh.world, place, shards)
+        place = _device_of(Path(out), device)
+        source = rows_for(store, hook, resolved, target_hook_point, max_ram_bytes, place, mesh)
         provenance = provenance_of(store, hook, out, target_hook_point, max_ram_bytes)
         if started:
             provenance |= started.record(provenance)
-        if mesh.is_first:
+        if mesh.is_first or source.samples_together:
             _warn_unless_sparser(source, resolved, out)
         return loop.train(source, out, resolved, provenance=provenance, mesh=mesh, **how)
 
@@ -131,7 +131,15 @@ def train(
 def _trained(
     rows: Rows, out: str | Path, config: TrainConfig, provenance: dict[str, Any], shard: str | None, how: dict[str, Any]
 ) -> SAE:
-    """A run on rows that each rank reads whole."""
+    """A run on rows that each rank reads whole.
+
+    Raises: PipelineError for the setting row_lanes.
+    """
+    if config.row_lanes:
+        raise PipelineError(
+            f"row_lanes ({config.row_lanes}) divides the shards of one store among processes. Leave it out for the "
+            "rows of a running model, of several hook points, or of your own."
+        )
     with joined_ranks(shard, how["device"], **_sizes(rows.d_in, config)) as mesh:
         if mesh.is_first:
             _warn_unless_sparser(rows, config, out)

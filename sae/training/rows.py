@@ -70,6 +70,11 @@ class ModelRows(Rows, Protocol):
     downstream: Downstream | None
 
 
+def samples_together(rows: Rows) -> bool:
+    """Whether each rank reads its own part of a sample, so that all ranks ask for it, or none."""
+    return bool(getattr(rows, "samples_together", False))
+
+
 class OwnRows:
     """One rank's part of every batch of `rows`, which each rank reads whole; samples are of all rows.
 

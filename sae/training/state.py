@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from sae.training.adam import Adam
 from sae.training.config import TrainConfig
 from sae.training.fixed_plan import FixedPlan, plan_for
 from sae.training.recipes import Recipe
-from sae.training.rows import Downstream, ModelRows, Rows, SiteRows, TargetRows
+from sae.training.rows import Downstream, ModelRows, Rows, SiteRows, TargetRows, samples_together
 from sae.training.shard import Shard, dealt
 from sae.training.snapshots import Snapshots
 from sae.training.sparsity_penalty import LambdaController
@@ -87,7 +88,8 @@ def start(
     """
     downstream, sites = _downstream(rows, recipe), _sites(rows, recipe)
     place = torch.device(device if mesh.world == 1 else "cpu")  # one rank need not have room for the whole dictionary
-    whole, scales = _initialised(rows, config, recipe, source, place) if mesh.is_first else (None, (0.0, 0.0))
+    samples = _samples(rows, config, recipe) if mesh.is_first or samples_together(rows) else ()
+    whole, scales = _initialised(rows, samples, config, recipe, source, place) if mesh.is_first else (None, (0.0, 0.0))
     sae = dealt(_dictionary(rows, config, recipe, mesh), whole, config.d_sae)
     scale, target_scale = mesh.tell(scales)
     products = mesh.tell(matmul.choose(config.products, device))  # one choice for all ranks, whatever their processors
@@ -107,13 +109,19 @@ def start(
     )
 
 
+def _samples(rows: Rows, config: TrainConfig, recipe: Recipe) -> tuple[Tensor, ...]:
+    """Rows of x that decide the scale and the first weights, and for recipes with a target those of y."""
+    x = rows.sample(SCALE_ROWS, config.seed)
+    return (x, _with_targets(rows, recipe).sample_targets(SCALE_ROWS, config.seed)) if recipe.needs == "y" else (x,)
+
+
 def _initialised(
-    rows: Rows, config: TrainConfig, recipe: Recipe, source: SAE | None, device: torch.device
+    rows: Rows, samples: Sequence[Tensor], config: TrainConfig, recipe: Recipe, source: SAE | None, device: torch.device
 ) -> tuple[SAE, tuple[float, float]]:
     """The whole dictionary at the first step, on this device, and the scales of x and of the target."""
     with device:
         sae = _dictionary(rows, config, recipe, ONE)
-    x, scale = _to_scale(rows.sample(SCALE_ROWS, config.seed))
+    x, scale = _to_scale(samples[0])
     found = outliers_among(x)
     if found.notable:
         warnings.warn(
@@ -121,9 +129,7 @@ def _initialised(
             "--set max_norm_multiple=10; see the page Sinks and outliers.",
             stacklevel=2,
         )
-    y, target_scale = x, scale
-    if recipe.needs == "y":
-        y, target_scale = _to_scale(_with_targets(rows, recipe).sample_targets(SCALE_ROWS, config.seed))
+    y, target_scale = _to_scale(samples[1]) if recipe.needs == "y" else (x, scale)
     if source is not None and (sites := _sites(rows, recipe)):
         source = fold_site_scales(source, [site._replace(scale=1 / site.scale) for site in sites])
     if source is None:
