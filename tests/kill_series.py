@@ -17,15 +17,15 @@ from sae.training.recipes import resolve
 from sae.training.rows import OwnRows
 from sae.training.state_files import INDEX, PARTS, read_state, saved_header
 
-STEPS, D_SAE = 60, 27
+D_SAE = 27
 MESH = (1, 2)
 
 
-def run(mesh_shape: tuple[int, int], out: str) -> int:
+def run(mesh_shape: tuple[int, int], out: str, steps: int) -> int:
     """A short run in float64 that saves at every step; returns its last step."""
     torch.set_default_dtype(torch.float64)
     mesh, rows = Mesh(*mesh_shape), PlantedRows(16)
-    given = {"d_sae": D_SAE, "batch_tokens": 16, "tokens": STEPS * 16, "matmul": "highest", "k": 3, "dead_tokens": 16}
+    given = {"d_sae": D_SAE, "batch_tokens": 16, "tokens": steps * 16, "matmul": "highest", "k": 3, "dead_tokens": 16}
     _, config = resolve("topk", **given)
     own = OwnRows(rows, mesh.rank, mesh.world)  # type: ignore[arg-type]
     loop.train(own, out, config, kernels="reference", mesh=mesh, save_minutes=0)
@@ -47,30 +47,30 @@ def deviation(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
     )
 
 
-def series(directory: Path, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Kills runs `kills` times, and lets each end; what differed from the run that nobody killed.
+def series(directory: Path, kills: int, rng: random.Random, steps: int = 60) -> dict[str, Any]:
+    """Kills runs of `steps` steps `kills` times, and lets each end; what differed from the run that nobody killed.
 
     `inside_a_save`: kills that left files of a state that does not count. `same_mesh_differs`: results that are not the
     same bit for bit. `other_mesh`: the largest deviation of a run that was continued on 1x1 or 2x1 instead.
     """
     began = time.monotonic()
-    on_ranks(2, run, MESH, str(directory / "unbroken"))
+    on_ranks(2, run, MESH, str(directory / "unbroken"), steps)
     longest_s = time.monotonic() - began
     expected = state_of(directory / "unbroken")
     found: dict[str, Any] = {"kills": 0, "inside_a_save": 0, "runs": 0, "same_mesh_differs": 0, "other_mesh": 0.0}
     while found["kills"] < kills:
         out = directory / f"run{found['runs']}"
-        while not _ends(out, rng.uniform(0.2, 0.9) * longest_s, rng.random() < 0.5):
+        while not _ends(out, steps, rng.uniform(0.2, 0.9) * longest_s, rng.random() < 0.5):
             found["kills"] += 1
             found["inside_a_save"] += _has_leftovers(out)
             if found["kills"] % 10 == 3 and saved_header(out):
                 shutil.copytree(out, directory / "other")
                 shape = rng.choice([(1, 1), (2, 1)])
-                on_ranks(shape[0] * shape[1], run, shape, str(directory / "other"))
+                on_ranks(shape[0] * shape[1], run, shape, str(directory / "other"), steps)
                 found["other_mesh"] = max(found["other_mesh"], deviation(state_of(directory / "other"), expected))
                 shutil.rmtree(directory / "other")
             if found["kills"] == kills:
-                on_ranks(2, run, MESH, str(out))
+                on_ranks(2, run, MESH, str(out), steps)
                 break
         found["runs"] += 1
         found["same_mesh_differs"] += any(not torch.equal(t, expected[name]) for name, t in state_of(out).items())
@@ -78,9 +78,9 @@ def series(directory: Path, kills: int, rng: random.Random) -> dict[str, Any]:
     return found
 
 
-def _ends(out: Path, seconds: float, kill_all: bool) -> bool:
+def _ends(out: Path, steps: int, seconds: float, kill_all: bool) -> bool:
     """Whether a run ends within these seconds; else all its ranks are killed, or one and the others notice."""
-    with started(2, run, MESH, str(out)) as (processes, _):
+    with started(2, run, MESH, str(out), steps) as (processes, _):
         deadline = time.monotonic() + seconds
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy.ma  # noqa: F401 - it and the next are imported late by what ranks call: once here, not once in each
 import torch
+import torch._dynamo  # noqa: F401
 import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -48,6 +50,11 @@ def on_ranks(n: int, function: Callable[..., Any], *arguments: Any) -> list[Any]
     return [what for _, what in found]
 
 
+def several(*calls: tuple[Any, ...]) -> list[Any]:
+    """What each (function, arguments …) returns, one after another in one group of processes."""
+    return [function(*arguments) for function, *arguments in calls]
+
+
 @contextmanager
 def started(n: int, function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[list[Any], list[Connection]]]:
     """n processes of one gloo group that call a function, and where each sends (True, its result) or (False, why)."""
@@ -71,6 +78,7 @@ def started(n: int, function: Callable[..., Any], *arguments: Any) -> Iterator[t
 
 def _rank(rank: int, n: int, store: str, answer: Connection, function: Callable[..., Any], arguments: Any) -> None:
     torch.set_num_threads(1)
+    os.fsync = lambda handle: None  # a kill does not lose data in the kernel's buffers; only a power cut does
     try:
         if n > 1:
             dist.init_process_group("gloo", store=dist.FileStore(store, n), rank=rank, world_size=n)
@@ -137,9 +145,17 @@ class PlantedRows:
         return (x + resid) @ self.mix
 
 
+class PermutedRows(PlantedRows):
+    """The same rows in another order within each batch: what rounding alone does to a run."""
+
+    def batch(self, step: int) -> Batch:
+        batch, order = super().batch(step), torch.arange(self.batch_tokens).flip(0)
+        return Batch(*(None if part is None else part[order] for part in batch[:3]))
+
+
 @dataclass
 class Case:
-    """A short training in float64."""
+    """A short training, in float64 unless `float32`."""
 
     recipe: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -147,6 +163,8 @@ class Case:
     steps: int = 30
     batch_tokens: int = 16
     d_sae: int = 27
+    float32: bool = False
+    permuted: bool = False
 
     def dictionary(self, rows: PlantedRows) -> SAE:
         recipe = recipe_named(self.recipe)
@@ -162,8 +180,8 @@ class Case:
 
 def train_on(mesh_shape: tuple[int, int], case: Case) -> dict[str, Any]:
     """The curve of a case, and its final state put together from all shards."""
-    torch.set_default_dtype(torch.float64)
-    mesh, rows = Mesh(*mesh_shape), PlantedRows(case.batch_tokens)
+    torch.set_default_dtype(torch.float32 if case.float32 else torch.float64)
+    mesh, rows = Mesh(*mesh_shape), (PermutedRows if case.permuted else PlantedRows)(case.batch_tokens)
     tokens = case.steps * case.batch_tokens
     given = {"d_sae": case.d_sae, "batch_tokens": case.batch_tokens, "tokens": tokens, "matmul": "highest"}
     recipe, config = resolve(case.recipe, **given, **case.settings)
@@ -216,6 +234,7 @@ def exchanged_on_fake_ranks(mesh_shape: tuple[int, int], d_sae: int) -> tuple[di
     mesh.received_bytes.clear()
     mesh.calls.clear()
     train_step(state, rows.batch(0), config)
+    dist.destroy_process_group()
     return dict(mesh.calls), dict(mesh.received_bytes)
 
 
