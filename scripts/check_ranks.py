@@ -2,6 +2,7 @@
 
     python scripts/check_ranks.py --kills 100 --json docs/measurements/ranks.json
     python scripts/check_ranks.py --only stall
+    python scripts/check_ranks.py --wide DIR --text TEXT --json wide.json
 
 Each fault happens to rank 1 of two (gloo, CPU) in a small training; the seconds are from the fault until torchrun has
 ended. Ranks that stall are given 10 s (SAE_RANK_TIMEOUT_S) instead of 300. Cutting a link needs network namespaces.
@@ -136,8 +137,20 @@ def main() -> None:
     parser.add_argument(
         "--only", action="append", choices=[*FAULTS, "cut link"], help="this fault; may be repeated (default: all)"
     )
+    parser.add_argument("--recipes", action="store_true", help="also train every recipe on each mesh, 30 steps")
+    parser.add_argument("--wide", type=Path, metavar="DIR", help="only a run of 65,536 features, in this directory")
+    parser.add_argument("--text", default="default", help="its text (default: the text on this machine)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
+    if args.wide:
+        from machine import hardware
+        from wide_run import end_to_end
+
+        figures = json.dumps({**hardware(), "wide_run": end_to_end(args.wide, args.text)}, indent=2)
+        print(figures)
+        if args.json:
+            args.json.write_text(figures + "\n")
+        return
     found: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, gloo", "faults": []}
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
@@ -146,6 +159,11 @@ def main() -> None:
             happens = link_is_cut(home, store) if name == "cut link" else fault_happens(name, home, store)
             print(json.dumps(happens, indent=2, ensure_ascii=False), flush=True)
             found["faults"].append(happens)
+        if args.recipes:
+            from recipe_cases import of_all_recipes
+
+            found["recipes"] = of_all_recipes()
+            print(found["recipes"])
         if args.kills:
             from kill_series import series
 
