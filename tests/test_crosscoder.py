@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from sae.dictionary.files import load
 from sae.dictionary.sites import Site, fold_site_scales, norm_shares, site_cosines, site_decoders, sites_of
 from sae.interventions.attribution import inspect
 from sae.jobs.checkpoint import read_tensors
-from sae.kernels import choose
+from sae.kernels import choose, device_named
 from sae.lm import NativeModel
 from sae.pipeline.sites import JoinedRows, open_sites
 from sae.training.config import TrainConfig
@@ -237,6 +238,26 @@ def test_rows_of_two_stores_are_joined_token_by_token_and_scaled(two_models: lis
     order = lambda x: x[np.lexsort(x.numpy().T)]  # noqa: E731
     assert torch.equal(order(mine[:, width:]), order(theirs[:, width:]))
     assert torch.equal(theirs, shuffled.batch(5).x)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_joined_rows_that_lie_on_the_device_are_those_of_the_host(two_models: list[Path], shuffle: bool) -> None:
+    """All of them, two pools of them, or none."""
+    places, device = open_sites(pipeline.Sites(two_models)), device_named()
+    usual: dict[str, Any] = {"batch_tokens": 200, "seed": 3, "shuffle_sites": shuffle, "max_ram_bytes": 10**6}
+    host, kinds = JoinedRows(places, **usual), []
+    for n_bytes in (10**9, 2 * 10**6, 100):
+        rows = JoinedRows(places, **usual, device=device, device_bytes=lambda n=n_bytes: n)
+        for step in (0, 1, 60):
+            one, other = rows.batch(step), host.batch(step)
+            assert torch.equal(one.x.cpu(), other.x)
+            assert one.mixing is not None
+            assert other.mixing is not None
+            assert one.mixing() == other.mixing()
+        assert torch.equal(rows.sample(50, 7), host.sample(50, 7))
+        kinds.append([each._place.everything for each in rows._resident])
+    assert kinds[0] == [True, True]
+    assert kinds[-1] == []
 
 
 def test_a_run_records_its_sites_and_its_evaluation_is_that_of_the_formulas(

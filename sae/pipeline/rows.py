@@ -176,10 +176,11 @@ def rows_for(
     max_ram_bytes: int = SHUFFLE_BYTES,
     device: torch.device | None = None,
     mesh: Mesh = ONE,
+    d_sae: int = 0,
 ) -> StoreRows:
     """The rows that a recipe trains on: this rank's part of each batch, on a CUDA device if that has room for them.
 
-    Besides them the device holds this rank's features of the dictionary.
+    Besides them the device holds this rank's part of `d_sae` features: of the dictionary (0), or of all of a sweep.
 
     Raises: PipelineError when the store lacks a hook point that it needs.
     """
@@ -188,7 +189,6 @@ def rows_for(
     if recipes.recipe_named(config.recipe).needs == "resid":
         downstream = model_in(store).downstream(hook)
         resid = hook_point_of(store, resid_mid_of(hook))
-    on_gpu = device is not None and device.type == "cuda"
     batch_tokens = config.batch_tokens // mesh.world
     return StoreRows(
         store,
@@ -201,13 +201,18 @@ def rows_for(
         max_ram_bytes=max_ram_bytes,
         rank=mesh.rank,
         world=mesh.world,
-        device=device if on_gpu else None,
-        device_bytes=lambda: memory_for_rows(
-            torch.cuda.mem_get_info(device)[0], store.hook_points[hook], config.d_sae // mesh.shards, batch_tokens
-        ),
         lanes=config.row_lanes,
         mesh=mesh,
+        **room_beside(device, store.hook_points[hook], (d_sae or config.d_sae) // mesh.shards, batch_tokens),
     )
+
+
+def room_beside(device: torch.device | None, d_in: int, d_sae: int, batch_tokens: int) -> dict[str, Any]:
+    """The device for rows, a CUDA device or none, and how much room a run of this size leaves there for them."""
+    if device is None or device.type != "cuda":
+        return {}
+    free = torch.cuda.mem_get_info
+    return {"device": device, "device_bytes": lambda: memory_for_rows(free(device)[0], d_in, d_sae, batch_tokens)}
 
 
 def provenance_of(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from sae.dictionary.sites import Site
 from sae.pipeline.errors import PipelineError
-from sae.pipeline.rows import SHUFFLE_BYTES, hook_point_of, provenance_of, training_view
+from sae.pipeline.resident_rows import ResidentRows, fitting
+from sae.pipeline.rows import SHUFFLE_BYTES, hook_point_of, provenance_of, room_beside, training_view
 from sae.training.config import TrainConfig
 from sae.training.rows import Batch
 from store.activation_reader import ActivationReader, Totals
@@ -91,6 +93,7 @@ class JoinedRows:
     Each site is multiplied by `1 / √(mean ‖x^s‖²)` of its training rows, so that all have the same mean squared norm.
     With `shuffle_sites`, the rows of all sites but the first are permuted within each batch: pairs of tokens drawn at
     random, the control of what the sites share.
+    On a `device` with room for them rows lie there, as those of `StoreRows` do.
     """
 
     def __init__(
@@ -101,8 +104,11 @@ class JoinedRows:
         seed: int,
         shuffle_sites: bool = False,
         max_ram_bytes: int = SHUFFLE_BYTES,
+        device: torch.device | None = None,
+        device_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
         self.places, self._seed, self._shuffle = places, seed, shuffle_sites
+        self._device, self._device_bytes = device, device_bytes
         self.sites = [Site(place.name, place.width, _scale(place)) for place in places]
         self.d_in = sum(place.width for place in places)
 
@@ -115,27 +121,50 @@ class JoinedRows:
         self._rows = [first, *(rows(place, **pools) for place in places[1:])]
 
     @classmethod
-    def of(cls, places: Sequence[Place], config: TrainConfig, max_ram_bytes: int = SHUFFLE_BYTES) -> JoinedRows:
-        """The rows for a run with these settings. Raises: PipelineError for a row filter that cannot be shared."""
+    def of(
+        cls,
+        places: Sequence[Place],
+        config: TrainConfig,
+        max_ram_bytes: int = SHUFFLE_BYTES,
+        device: torch.device | None = None,
+    ) -> JoinedRows:
+        """The rows for a run with these settings, on a CUDA device if that has room for them.
+
+        Raises: PipelineError for a row filter that cannot be shared.
+        """
         return cls(
             _views(places, config),
             batch_tokens=config.batch_tokens,
             seed=config.seed,
             shuffle_sites=config.shuffle_sites,
             max_ram_bytes=max_ram_bytes,
+            **room_beside(device, sum(place.width for place in places), config.d_sae, config.batch_tokens),
         )
 
+    @cached_property
+    def _resident(self) -> list[ResidentRows]:
+        """The rows of each site on the device; none if it has no room."""
+        held = fitting(self._rows, self._device_bytes()) if self._device else None
+        if not held or not self._device:
+            return []
+        return [ResidentRows(rows, self._device, everything=held == "all") for rows in self._rows]
+
     def batch(self, step: int) -> Batch:
+        if self._resident:
+            found = [rows.batch(step) for rows in self._resident]
+            return Batch(self._joined([x for x, _ in found], [self._seed, step]), mixing=found[0][1])
         x, contexts = self._rows[0].draw(step)
-        parts = [x, *(rows.batch(step) for rows in self._rows[1:])]
+        parts = [torch.from_numpy(part) for part in (x, *(rows.batch(step) for rows in self._rows[1:]))]
         return Batch(self._joined(parts, [self._seed, step]), mixing=lambda: self._rows[0].mixing(contexts))
 
     def sample(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
         n = min(n, self._rows[0].n_rows)
-        return self._joined([rows.sample(n, seed) for rows in self._rows], [seed, n, OF_A_SAMPLE])
+        parts = [rows.sample(n, seed) for rows in self._resident]
+        parts = parts or [torch.from_numpy(rows.sample(n, seed)) for rows in self._rows]
+        return self._joined(parts, [seed, n, OF_A_SAMPLE])
 
-    def _joined(self, parts: Sequence[np.ndarray], seed: Sequence[int]) -> Float[Tensor, "n d_in"]:
-        scaled = [torch.from_numpy(part) * site.scale for part, site in zip(parts, self.sites, strict=True)]
+    def _joined(self, parts: Sequence[Tensor], seed: Sequence[int]) -> Float[Tensor, "n d_in"]:
+        scaled = [part * site.scale for part, site in zip(parts, self.sites, strict=True)]
         joined = torch.cat(scaled, dim=-1)
         return _paired_at_random(joined, self.sites, seed) if self._shuffle else joined
 
@@ -147,7 +176,7 @@ def _paired_at_random(
     parts = list(torch.split(x, [site.width for site in sites], dim=-1))
     for n in range(1, len(parts)):
         order = np.random.default_rng([*seed, n]).permutation(len(x))
-        parts[n] = parts[n][torch.from_numpy(order)]
+        parts[n] = parts[n][torch.from_numpy(order).to(x.device)]
     return torch.cat(parts, dim=-1)
 
 

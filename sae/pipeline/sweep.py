@@ -13,6 +13,7 @@ from typing import Any
 from sae.analysis.pareto_plot import FRONTIER_FORMAT, picture
 from sae.evaluation.evaluate import Ablated
 from sae.jobs.ranks import rank_and_world
+from sae.kernels import device_named
 from sae.parallel.launch import own_gpu, ranks_here
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.evaluate import evaluate
@@ -113,11 +114,14 @@ def sweep(
     return write_frontier(out, points, model=acts.provenance["model"]["id"], hook_point=hook)
 
 
-def _train_group(store: ActivationReader, hook: str, out: Path, group: Sequence[Point], **how: Any) -> None:
+def _train_group(
+    store: ActivationReader, hook: str, out: Path, group: Sequence[Point], *, kernels: str, device: str
+) -> None:
     """Trains the runs of a group in one pass over the rows that they share."""
-    rows = rows_for(store, hook, group[0].config, None)
+    features = sum(point.config.d_sae for point in group)
+    rows = rows_for(store, hook, group[0].config, None, device=device_named(device), d_sae=features)
     plans = [loop.Plan(out / p.name, p.config, provenance_of(store, hook, out / p.name)) for p in group]
-    for plan, found in zip(plans, loop.train_together(rows, plans, **how), strict=True):
+    for plan, found in zip(plans, loop.train_together(rows, plans, kernels=kernels, device=device), strict=True):
         if isinstance(found, Diverged):
             write_json(plan.out / DIVERGED, {"reason": str(found)})
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sae.dictionary.autoencoder import SAE
+from sae.jobs.ranks import rank_and_world
 from sae.jobs.trackers import trackers_named
 from sae.kernels import device_named
 from sae.lm.units import active_units
@@ -97,7 +98,8 @@ def train(
         places = open_sites(rows)
         warn_of_few_rows(ActivationStore.open(rows.stores[0]))
         _, resolved = resolve_in(Path(out), recipe, tokens=tokens or 4 * places[0].totals(TRAIN).kept_rows, **overrides)
-        joined = JoinedRows.of(places, resolved, max_ram_bytes)
+        place = _device_of(Path(out), device) if shard is None and rank_and_world()[1] == 1 else None
+        joined = JoinedRows.of(places, resolved, max_ram_bytes, place)
         provenance = provenance_of_sites(joined, out, max_ram_bytes)
         if started:
             provenance |= started.record(provenance)
