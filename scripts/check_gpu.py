@@ -184,9 +184,10 @@ def twin(setting: Setting) -> dict[str, Any]:
                 "relative": {n: float((theirs[n] - t).norm() / t.norm()) for n, t in one.sae.tensors().items()},
                 "counts equal": bool(torch.equal(one.tokens_since_fired, other.tokens_since_fired)),
                 "all fixed": all_fixed(fixed),
-                "most candidates": int(fixed.made.buffers.count.max()),
-                "room": fixed.made.sizes.room,
             }
+            if "dense" not in recipe:
+                room = {"most candidates": int(fixed.made.buffers.count.max()), "room": fixed.made.sizes.room}
+                found[f"{recipe} {d_in} {d_sae}"] |= room
     return found
 
 
