@@ -12,7 +12,9 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from hashlib import sha256
+from itertools import count
 from types import FrameType
 from typing import Any
 
@@ -129,11 +131,22 @@ def _joined(shape: tuple[int, int], device: str, *, stop: bool = False) -> Itera
         yield mesh
 
 
+_groups = count()  # that this process has joined: all ranks join them in one order
+
+
+@cache
+def _store_of_torchrun() -> Any:
+    """The store through which ranks find each other, opened once in a process."""
+    store, _, _ = next(rendezvous("env://"))
+    return store
+
+
 @contextmanager
 def _in_a_group(shape: tuple[int, int], on_gpu: bool, stop: bool) -> Iterator[Mesh]:
     rank, world = rank_and_world()
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    store, _, _ = next(rendezvous("env://"))
+    # A script may train, then evaluate: a second group that finds the addresses of the first one hangs.
+    store = PrefixStore(f"group/{next(_groups)}", _store_of_torchrun())
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=answer_limit(patient=True))
     roll = RollCall(PrefixStore("sae", store), rank, world)
     mesh = Mesh(*shape)
