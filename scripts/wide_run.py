@@ -97,8 +97,8 @@ class Memory:
             if b"sae.cli" in words and not any(word.endswith(b"torchrun") for word in words) and peak and now:
                 rank = next((int(each[5:]) for each in variables if each.startswith(b"RANK=")), 0)
                 ranks[rank] = process
-                self.peak[rank] = max(self.peak.get(rank, 0), int(peak[1]) // 1000)
-                self.usual.setdefault(rank, []).append(int(now[1]) // 1000)
+                self.peak[rank] = max(self.peak.get(rank, 0), int(peak[1]) * 1024 // 10**6)
+                self.usual.setdefault(rank, []).append(int(now[1]) * 1024 // 10**6)
         return ranks
 
     def figures(self) -> dict[str, Any]:
