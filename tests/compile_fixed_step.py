@@ -57,7 +57,7 @@ Launch = tuple[Any, dict[str, str], dict[str, Any], int]  # kernel, types, what 
 
 
 def sizes(d_in: int, d_sae: int, *, narrow: bool = True) -> Iterator[Sizes]:
-    """Of topk and batch-topk, also in bfloat16, of matryoshka with dead features, and of the recipes with a penalty."""
+    """Of topk and batch-topk, also in bfloat16, of matryoshka with dead features, and of those with a penalty."""
     yield Sizes(ROWS, d_in, d_sae, K, first_room(K, d_sae, of_batch=False))
     room = first_room(K, d_sae, of_batch=True)
     yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True)
@@ -70,6 +70,11 @@ def sizes(d_in: int, d_sae: int, *, narrow: bool = True) -> Iterator[Sizes]:
         PENALTIES.values() if d_in == 512 else ("l1", "norms", "gates")
     ):  # d_in changes nothing in the others
         yield Sizes(ROWS, d_in, d_sae, 0, 1024 if penalty == "l1" else 256, penalty=penalty)
+    yield Sizes(ROWS, d_in, d_sae, 0, 256, penalty="l1", target_width=d_in, skip=True)
+    if d_in == 512:
+        yield Sizes(ROWS, d_in, d_sae, 0, 256, penalty="norms", site_widths=(d_in // 2,) * 2)
+        yield Sizes(ROWS, d_in, d_sae, 0, 256, penalty="jumps", exact=False)
+        yield Sizes(ROWS, d_in, d_sae, 0, 256, penalty="l1", elsewhere=True)
 
 
 @contextmanager
@@ -101,6 +106,7 @@ def launches(wanted: Sizes) -> list[Launch]:
         moments = dict.fromkeys(("W_enc", "W_dec"), (matrix, matrix))
         moments |= dict.fromkeys(("b_enc", "threshold", "r_mag", "b_mag"), (vector, vector))
         moments["b_dec"] = (torch.zeros(d_in),) * 2
+        moments["W_skip"] = (torch.zeros(d_in, d_in),) * 2
         learned = Learned(
             matrix,
             vector,
@@ -110,14 +116,17 @@ def launches(wanted: Sizes) -> list[Launch]:
             torch.zeros(d_sae, dtype=torch.int64),
             vector if wanted.of_batch or wanted.has_own else None,
             vector if wanted.penalty == "gates" else None,
+            torch.zeros(d_in, d_in) if wanted.skip else None,
         )
-        FixedStep(wanted, constants(wanted), learned).run()
+        outside = (lambda held: None) if wanted.elsewhere else None
+        FixedStep(wanted, constants(wanted), learned, outside).run()
     return found
 
 
 def constants(wanted: Sizes) -> Constants:
     free = wanted.penalty == "norms"  # like anthropic-2024-04
-    found = Constants(1.5, 0.9, 0.999, 1e-8, not free, 10**6, 1 / 32, 1e-4, 16.0, clip=float(free))
+    clips = free or wanted.dead_room > 0 or wanted.penalty == "gates"
+    found = Constants(1.5, 0.9, 0.999, 1e-8, not free, 10**6, 1 / 32, 1e-4, 16.0, clip=float(clips))
     return replace(found, pre_bias=not free, bandwidth=0.1, search=(1.0, 10.0, 90.0, 0.01))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
+from sae.dictionary.sites import Site
 from sae.jobs.checkpoint import write_tensors
 from sae.lm.transformer import Transformer, TransformerConfig
 from sae.text.documents import Document
@@ -116,6 +117,35 @@ class FewRows:
         g = torch.Generator().manual_seed(seed)
         noise = torch.randn(n, 8, generator=g)
         return noise + 3 * torch.eye(8)[torch.randint(8, (n,), generator=g)]
+
+
+class FewTargets(FewRows):
+    """The same with a target of another width, as transcoders need."""
+
+    d_out = 12
+
+    def batch(self, step: int) -> Batch:
+        return Batch(self.sample(16, step), self.sample_targets(16, step))
+
+    def sample_targets(self, n: int, seed: int) -> Tensor:
+        to_target = torch.randn(8, 12, generator=torch.Generator().manual_seed(99))
+        return torch.sin(self.sample(n, seed) @ to_target)
+
+
+class FewSites(FewRows):
+    """The same as rows of two sites, as crosscoders need."""
+
+    sites = (Site("a", 5, 1.0), Site("b", 3, 1.0))
+
+
+class FewRowsOfAModel(FewRows):
+    """The same with the rest of a model, as end-to-end training needs."""
+
+    def batch(self, step: int) -> Batch:
+        return Batch(self.sample(16, step), resid=torch.zeros(16, 8))
+
+    def downstream(self, x: Tensor, resid: Tensor) -> Tensor:
+        return x + resid
 
 
 class FakeWandb(ModuleType):

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from sae.dictionary.autoencoder import SAE
+from sae.dictionary.sites import Site
 from sae.kernels import choose
 from sae.training.adam import Adam
 from sae.training.config import TrainConfig
@@ -54,15 +55,23 @@ def without_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 def begun(name: str, config: TrainConfig, density: float = 0.001) -> TrainState:
     """A run as it might be in its middle: nothing about it is read from data."""
     recipe, kernels = RECIPES[name], choose("triton", "cpu")
-    sae = SAE(D_IN, D_SAE, activation=recipe.activation, k=config.k or None, pre_bias=recipe.pre_bias)
+    sae = SAE(D_IN, D_SAE, activation=recipe.activation, k=config.k or None, pre_bias=recipe.pre_bias, skip=config.skip)
     adam = Adam(sae, kernels, beta1=config.beta1, unit_norm=recipe.unit_norm)
     penalty = LambdaController.start(config, getattr(config, recipe.coefficient) if recipe.coefficient else 0.0)
     state = TrainState(sae, adam, 1.5, torch.zeros(D_SAE, dtype=torch.int64), penalty, density=density)
+    if recipe.needs == "resid":
+        state.downstream = lambda x, resid: x + resid
+    if recipe.needs == "sites":
+        state.sites = (Site("a", D_IN // 2, 1.0), Site("b", D_IN // 2, 1.0))
     state.fixed_plan = plan_for(recipe, config, torch.device("cuda"), "triton")
     return state
 
 
-DENSITIES = [(*case, 0.001) for case in FIXED] + [(*case, 0.5) for case in FIXED if not config_of(case[0]).k]
+def _has_dense_steps(name: str) -> bool:
+    return bool(RECIPES[name].coefficient and not RECIPES[name].needs)
+
+
+DENSITIES = [(*case, 0.001) for case in FIXED] + [(*case, 0.5) for case in FIXED if _has_dense_steps(case[0])]
 
 
 @pytest.mark.parametrize(("name", "precision", "density"), DENSITIES)
@@ -71,7 +80,7 @@ def test_no_shape_depends_on_data(without_data: list[Any], name: str, precision:
     fixed = FixedSteps(begun(name, config, density), config, lambda step: step.run)
     counts = []
     for _ in range(STEPS):
-        fixed.take(Batch(torch.zeros(ROWS, D_IN)))
+        fixed.take(Batch(*(torch.zeros(ROWS, D_IN) for _ in range(3))))
         counts.append(len(without_data))
     assert counts[0] > 8 or density == 0.5
     assert [after - before for before, after in zip([0, *counts], counts, strict=False)] == [counts[0]] * STEPS
@@ -97,6 +106,5 @@ def test_a_size_or_a_number_from_the_data_is_noticed(without_data: list[Any]) ->
 
 
 def test_the_recipes_that_are_written_in_fixed_shapes_are_looked_at() -> None:
-    selecting = {"topk", "batch-topk", "balanced", "matryoshka"}
-    assert {name for name, precision in FIXED if precision == "bf16"} == selecting
-    assert {name for name, _ in FIXED} > selecting
+    assert {name for name, precision in FIXED if precision == "bf16"} == {name for name, _ in FIXED}
+    assert {name for name, _ in FIXED} == set(RECIPES)

@@ -537,6 +537,16 @@ def test_the_seed_decides_the_run(tmp_path: Path, unbroken: dict[str, Path], rec
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
+def test_targets_that_are_not_finite_are_named_as_the_cause() -> None:
+    config = small("transcoder")
+    state = training_state.start(rows(), config, RECIPES["transcoder"], choose("reference", "cpu"))
+    batch = rows().batch(0)
+    assert batch.y is not None
+    batch.y[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="rows of this batch are not finite"):
+        training_step.train_step(state, batch, config)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("bad_step", [0, 4, 5, 30, 59])
 def test_rows_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(

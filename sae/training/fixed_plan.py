@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from sae.dictionary.autoencoder import SAE
+from sae.dictionary.sites import Site
 from sae.kernels.triton_step.buffers import LARGEST_ROOM, Sizes, first_room, power_of_two
 from sae.training import objectives
 from sae.training.config import TrainConfig
@@ -58,6 +61,8 @@ def runs_on(device: torch.device) -> bool:
 PENALTIES: dict[objectives.Objective, str] = {
     objectives.l1: "l1",
     objectives.l1_of_norms: "norms",
+    objectives.l1_of_site_norms: "norms",
+    objectives.end_to_end: "l1",
     objectives.annealed_lp: "powers",
     objectives.jumprelu: "jumps",
     objectives.gated: "gates",
@@ -66,14 +71,10 @@ PENALTIES: dict[objectives.Objective, str] = {
 
 def can_be_fixed(recipe: Recipe, config: TrainConfig) -> bool:
     """Whether the recipe's step, with these settings, has been written in fixed shapes."""
-    if recipe.needs:
-        return False
     if recipe.objective in PENALTIES:
-        own = PENALTIES[recipe.objective] in ("jumps", "gates")
-        return config.precision == "float32" and not (own and config.clip)
-    if config.multi_k or config.clip:
-        return False
-    return recipe.objective in (objectives.topk, objectives.matryoshka) and 2 * config.k <= LARGEST_ROOM
+        return True
+    selects = recipe.objective in (objectives.topk, objectives.matryoshka)
+    return selects and not config.multi_k and 2 * config.k <= LARGEST_ROOM
 
 
 def room_for(l0: float) -> int:
@@ -82,11 +83,11 @@ def room_for(l0: float) -> int:
     return room if room <= LARGEST_ROOM else 0
 
 
-def sizes_of(plan: FixedPlan, recipe: Recipe, config: TrainConfig, d_in: int) -> Sizes:
+def sizes_of(plan: FixedPlan, recipe: Recipe, config: TrainConfig, sae: SAE, sites: Sequence[Site]) -> Sizes:
     """The sizes of the run's fixed steps."""
     return Sizes(
         config.batch_tokens,
-        d_in,
+        sae.d_in,
         config.d_sae,
         config.k,
         plan.room,
@@ -95,4 +96,8 @@ def sizes_of(plan: FixedPlan, recipe: Recipe, config: TrainConfig, d_in: int) ->
         prefix_ends=config.prefix_sizes,
         dead_room=plan.dead_room,
         exact=config.precision == "float32",
+        target_width=sae.d_out if recipe.needs == "y" else 0,
+        skip=sae.skip,
+        elsewhere=recipe.needs == "resid",
+        site_widths=tuple(site.width for site in sites),
     )

@@ -15,16 +15,26 @@ import torch
 from torch import Tensor
 
 from sae.kernels.triton_step import DEAD, DENSE, OVERRUN, SPARSE
-from sae.kernels.triton_step.buffers import LOG_STEPS, RATE_COLUMNS, RATES, Constants, Learned, Sizes, dead_room_for
+from sae.kernels.triton_step.buffers import (
+    LOG_STEPS,
+    RATE_COLUMNS,
+    RATES,
+    Buffers,
+    Constants,
+    Learned,
+    Sizes,
+    dead_room_for,
+)
 from sae.training.adam import learning_rate
 from sae.training.batch_topk_threshold import PATIENCE
 from sae.training.config import TrainConfig
+from sae.training.downstream_gradient import kl_gradient_
 from sae.training.fixed_plan import PENALTIES, FixedPlan, room_for, sizes_of
 from sae.training.recipes import recipe_named
 from sae.training.rows import Batch
 from sae.training.sparsity_penalty import exponent_at, search_constants
 from sae.training.state import TrainState
-from sae.training.step import SPARSE_BELOW_DENSITY, train_step
+from sae.training.step import SPARSE_BELOW_DENSITY, scaled, train_step
 
 KEPT_NUMBERS = 2**28  # of launched batches, kept until they are known to be done: 1 GiB
 
@@ -53,6 +63,7 @@ class FixedSteps:
         self.settled = state.step  # steps known to be done
         self.rates_from = -RATES
         self.launched: list[Batch] = []  # of the steps not yet known to be done
+        self.resid: Tensor | None = None  # of the batch that is launched, for the rest of the model
         self.metrics: Metrics = {}  # of the last step that is known to be done
         self._dense = False  # whether the next step is for dense products
         self._made: FixedStep | DenseStep | None = None
@@ -67,7 +78,7 @@ class FixedSteps:
             self.settled, self._stale = self.state.step, True
             return
         self._launch(batch)
-        if len(self.launched) >= min(LOG_STEPS, KEPT_NUMBERS // batch.x.numel()):
+        if len(self.launched) >= min(LOG_STEPS, KEPT_NUMBERS // _numbers(batch)):
             self.settle()
 
     def _fits(self, batch: Batch) -> bool:
@@ -75,6 +86,8 @@ class FixedSteps:
         if self.penalised and not self.launched:
             entries = round(self.state.density * self.config.batch_tokens * self.config.d_sae)
             dense = entries >= _most_entries(self.config)
+            if dense and recipe_named(self.config.recipe).needs:
+                return False
             if dense != self._dense:
                 self._dense, self._made = dense, None  # the memory of one is free for the other
             if not dense:
@@ -113,10 +126,21 @@ class FixedSteps:
     def made(self) -> FixedStep | DenseStep:
         """The step with its buffers, made when it is first needed."""
         if self._made is None:
-            self._made = (dense_step_of if self._dense else fixed_step_of)(self.state, self.config)
+            if self._dense:
+                self._made = dense_step_of(self.state, self.config)
+            else:
+                outside = self._run_the_model if self.state.downstream is not None else None
+                self._made = fixed_step_of(self.state, self.config, outside)
             self._replay = self.capture(self._made)
             self._stale, self.rates_from = True, -RATES
         return self._made
+
+    def _run_the_model(self, held: Buffers) -> None:
+        """From x̂ to its gradient, where the rest of the model is between them."""
+        downstream, scale = self.state.downstream, self.state.scale
+        assert downstream is not None
+        assert self.resid is not None
+        kl_gradient_(held.x * scale, held.x_hat, self.resid, downstream, scale, held.gradient[0], held.row_losses[0])
 
     def _launch(self, batch: Batch) -> None:
         held, step = self.made.buffers, self.state.step
@@ -129,6 +153,9 @@ class FixedSteps:
             held.rates.copy_(coming_rates(step, self.config, self.state), non_blocking=True)
             self.rates_from = step
         held.x.copy_(batch.x, non_blocking=True)
+        if isinstance(held, Buffers) and batch.y is not None and self.made.sizes.target_width:
+            held.y.copy_(batch.y, non_blocking=True)
+        self.resid = None if batch.resid is None else batch.resid.to(self.state.device, non_blocking=True)
         self._replay()
         self.launched.append(batch)
         self.state.step += 1
@@ -150,12 +177,18 @@ class FixedSteps:
 
     def _logged(self, step: int, batch: Batch) -> Metrics:
         loss, error, entries = self.made.buffers.log[step % LOG_STEPS].clone()
-        x = batch.x.to(self.state.device) * self.state.scale
-        return {"loss": loss, "error": error, "l0": entries / self.config.batch_tokens, "x": x}
+        target = scaled(self.state, batch, recipe_named(self.config.recipe)).target
+        return {"loss": loss, "error": error, "l0": entries / self.config.batch_tokens, "x": target}
 
 
-def fixed_step_of(state: TrainState, config: TrainConfig) -> FixedStep:
-    """The kernels' view of a run."""
+def _numbers(batch: Batch) -> int:
+    return sum(part.numel() for part in (batch.x, batch.y, batch.resid) if part is not None)
+
+
+def fixed_step_of(
+    state: TrainState, config: TrainConfig, outside: Callable[[Buffers], None] | None = None
+) -> FixedStep:
+    """The kernels' view of a run; `outside` computes the loss where they do not."""
     from sae.kernels.triton_step.step import FixedStep
 
     recipe, adam, sae = recipe_named(config.recipe), state.optimizer, state.sae
@@ -171,8 +204,9 @@ def fixed_step_of(state: TrainState, config: TrainConfig) -> FixedStep:
         state.tokens_since_fired,
         getattr(sae, own).detach() if own else None,
         sae.b_mag.detach() if recipe.activation == "gated" else None,
+        sae.W_skip.detach() if sae.skip else None,
     )
-    return FixedStep(_sizes(state, config), _constants(state, config), learned)
+    return FixedStep(_sizes(state, config), _constants(state, config), learned, outside)
 
 
 def dense_step_of(state: TrainState, config: TrainConfig) -> DenseStep:
@@ -184,7 +218,7 @@ def dense_step_of(state: TrainState, config: TrainConfig) -> DenseStep:
 
 def _sizes(state: TrainState, config: TrainConfig) -> Sizes:
     assert state.fixed_plan is not None
-    return sizes_of(state.fixed_plan, recipe_named(config.recipe), config, state.sae.d_in)
+    return sizes_of(state.fixed_plan, recipe_named(config.recipe), config, state.sae, state.sites)
 
 
 def _constants(state: TrainState, config: TrainConfig) -> Constants:
@@ -201,6 +235,7 @@ def _constants(state: TrainState, config: TrainConfig) -> Constants:
         PATIENCE,
         _most_entries(config) if recipe.objective in PENALTIES else 2**31 - 1,
         recipe.pre_bias,
+        state.target_scale,
         config.clip,
         config.bandwidth,
         config.threshold_lr_ratio,

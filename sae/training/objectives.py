@@ -205,18 +205,18 @@ def end_to_end(sae: SAE, batch: ScaledBatch, context: StepContext) -> Outcome:
     x_hat = sae.output(acts, batch.x)
     kl = batch.x.new_zeros(())
     for rows in torch.split(torch.arange(len(batch.x)), KL_ROWS):  # only one chunk's logits are in memory at a time
-        arguments = (batch.x[rows], x_hat[rows], batch.resid[rows], context)
-        kl = kl + checkpoint(_divergence, *arguments, use_reentrant=False)
+        arguments = (batch.x[rows], x_hat[rows], batch.resid[rows], context.downstream, context.scale)
+        kl = kl + checkpoint(divergence, *arguments, use_reentrant=False)
     penalty = context.mesh.over_shards(losses.l1_norm(acts))
     loss = kl / len(batch.x) + context.coefficient * penalty
     return Outcome(loss, losses.squared_error(batch.target, x_hat), acts, penalty)
 
 
-def _divergence(x: Tensor, x_hat: Tensor, resid: Tensor, context: StepContext) -> Tensor:
-    assert context.downstream is not None
+def divergence(x: Tensor, x_hat: Tensor, resid: Tensor, downstream: Downstream, scale: float) -> Tensor:
+    """`Σ over rows of KL(p(x) ‖ p(x̂))`, x and x̂ in scaled units."""
     with torch.no_grad():
-        clean = context.downstream(x / context.scale, resid)
-    return losses.kl_divergence(clean, context.downstream(x_hat / context.scale, resid))
+        clean = downstream(x / scale, resid)
+    return losses.kl_divergence(clean, downstream(x_hat / scale, resid))
 
 
 def _largest(sae: SAE, x: Tensor, k: int, context: StepContext) -> FeatureActs:

@@ -39,11 +39,11 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     Raises: ValueError when the loss is not finite; nothing has changed then.
     """
     recipe = recipe_named(config.recipe)
-    scaled = _scaled(state, batch, recipe)
-    outcome = recipe.objective(state.sae, scaled, _context(state, config))
+    rows = scaled(state, batch, recipe)
+    outcome = recipe.objective(state.sae, rows, _context(state, config))
     mesh = state.mesh
     if mesh.agree(~outcome.loss.isfinite()):
-        rows_are_finite = not mesh.agree(~batch.x.isfinite().all())
+        rows_are_finite = not mesh.agree(~all_finite(part for part in batch[:3] if part is not None))
         _refuse(mesh.average(outcome.loss.detach()).item(), state.step + 1, config, rows_are_finite=rows_are_finite)
     torch.autograd.backward(outcome.loss)
     state.optimizer.step(learning_rate(state.step, config))
@@ -53,12 +53,12 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig) -> dict[str
     if recipe.activation == "batchtopk":
         update_thresholds_(state.sae.threshold, state.sae.b_enc, outcome.acts, state.step, config, mesh)
     elif config.min_density:
-        sae, rows = state.sae, outcome.acts.n_rows * mesh.row_groups
-        raise_silent_biases_(sae.b_enc, sae.threshold, state.tokens_since_fired, rows, config.min_density, mesh)
+        sae, n_rows = state.sae, outcome.acts.n_rows * mesh.row_groups
+        raise_silent_biases_(sae.b_enc, sae.threshold, state.tokens_since_fired, n_rows, config.min_density, mesh)
     _keep_annealed_penalty(state, outcome.acts)
     state.penalty.update(active.item())
     state.step += 1
-    return {"loss": outcome.loss.detach(), "error": outcome.error.detach(), "l0": active, "x": scaled.target.detach()}
+    return {"loss": outcome.loss.detach(), "error": outcome.error.detach(), "l0": active, "x": rows.target.detach()}
 
 
 def _l0(acts: FeatureActs, mesh: Mesh) -> Tensor:
@@ -68,7 +68,7 @@ def _l0(acts: FeatureActs, mesh: Mesh) -> Tensor:
     return mesh.reduce(acts.n_active(), "sum", "world") / (acts.n_rows * mesh.row_groups)
 
 
-def _scaled(state: TrainState, batch: Batch, recipe: Recipe) -> ScaledBatch:
+def scaled(state: TrainState, batch: Batch, recipe: Recipe) -> ScaledBatch:
     """The batch on the state's device, in scaled units."""
     x = batch.x.to(state.device, non_blocking=True) * state.scale
     resid = None if batch.resid is None else batch.resid.to(state.device, non_blocking=True)

@@ -34,6 +34,14 @@ class Sizes:
     prefix_ends: tuple[int, ...] = ()  # of matryoshka; () is one prefix with all features
     dead_room: int = 0  # dead features for AuxK; 0: a step with dead features is not done
     exact: bool = True  # whether float32 products decide; otherwise a bfloat16 one does, which then is no screen
+    target_width: int = 0  # of a transcoder's y; 0: the target is x
+    skip: bool = False  # whether ŷ has a linear part, x W_skip
+    elsewhere: bool = False  # whether the gradient of x̂ comes from outside of the step (`outside`)
+    site_widths: tuple[int, ...] = ()  # the parts of a crosscoder's decoder rows, whose norms "norms" adds; () is one
+
+    @property
+    def d_out(self) -> int:
+        return self.target_width or self.d_in
 
     @property
     def width(self) -> int:
@@ -65,6 +73,10 @@ class Sizes:
     @property
     def prefixes(self) -> int:
         return max(1, len(self.prefix_ends))
+
+    @property
+    def sites(self) -> int:
+        return max(1, len(self.site_widths))
 
     @property
     def has_own(self) -> bool:
@@ -115,6 +127,7 @@ class Constants:
     patience: float = 1.0
     most_entries: int = 2**31 - 1  # of a batch after which the next step should not be sparse
     pre_bias: bool = True
+    target_scale: float = 0.0  # of y, where it is not x
     clip: float = 0.0  # largest joint norm of the gradients; 0: no limit
     bandwidth: float = 0.0  # of JumpReLU's pseudo-gradients
     threshold_lr_ratio: float = 1.0
@@ -133,6 +146,7 @@ class Learned:
     tokens_since_fired: Tensor
     own: Tensor | None = None  # batch-topk's estimated and JumpReLU's learned thresholds, or r_mag of gates
     b_mag: Tensor | None = None  # of gates
+    W_skip: Tensor | None = None  # [d_in, d_out]
 
 
 class Exchange:
@@ -151,7 +165,7 @@ class Buffers(Exchange):
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         super().__init__(device)
-        rows, d_in, d_sae, width = sizes.rows, sizes.d_in, sizes.d_sae, sizes.width
+        rows, d_in, d_out, d_sae, width = sizes.rows, sizes.d_in, sizes.d_out, sizes.d_sae, sizes.width
 
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
@@ -171,7 +185,8 @@ class Buffers(Exchange):
         self.dead_d_b, self.aux_factor = floats(max(1, room)), floats(1)
         self.aux_parts = floats(3, -(-d_in // 32))
         # the batch, and the screen's copy of the encoder
-        self.x, self.centred, self.narrow_x = floats(rows, d_in), self.dead_sources[-1], narrow(rows, d_in)
+        self.x, self.y = floats(rows, d_in), floats(rows if sizes.target_width else 0, d_out)
+        self.centred, self.narrow_x = self.dead_sources[-1], narrow(rows, d_in)
         self.row_error, self.row_floor = floats(rows), floats(rows)
         self.narrow_w, self.narrow_b = narrow(d_sae, d_in), narrow(d_sae)
         self.group_norm, self.group_floor = whole(sizes.groups), whole(sizes.groups)  # bits of float32 numbers
@@ -190,8 +205,15 @@ class Buffers(Exchange):
         self.lift, self.level, self.next_level = floats(d_sae if lifted else 1), floats(1), whole(1)
         self.smallest_rank = whole(1)
         # the loss and its gradients
-        self.gradient, self.sums = floats(sizes.prefixes, rows, d_in), floats(d_in)
+        self.gradient, self.sums = floats(sizes.prefixes, rows, d_out), floats(d_out)
+        # what ŷ has besides its features' part, and the gradient of W_skip
+        self.linear, self.skip_gradient = floats(rows if sizes.skip else 0, d_out), floats(d_in * sizes.skip, d_out)
         self.row_losses, self.losses = floats(4, rows), floats(4)
+        self.x_hat = floats(rows if sizes.elsewhere else 0, d_out)
+        # the norms of decoder rows, by site, and the site of each column
+        self.norms = floats(*((d_sae, sizes.sites) if sizes.penalty == "norms" else (1, 1)))
+        sites = [site for site, n in enumerate(sizes.site_widths or (d_out,)) for _ in range(n)]
+        self.site_of = torch.tensor(sites, dtype=torch.int32, device=device)
         self.prefix_ends = torch.tensor(sizes.prefix_ends or (d_sae,), dtype=torch.int32, device=device)
         # by feature
         self.starts, self.entries, self.entry_count = whole(d_sae), whole(sizes.entries), whole(1)
@@ -200,5 +222,5 @@ class Buffers(Exchange):
         # of features with parameters of their own
         some = (rows, width) if sizes.has_own else (1, 1)
         self.pre_acts, self.d_own, self.active = floats(*some), floats(*some), whole(1)
-        self.mean_own = floats(1)
+        self.own_gradients, self.mean_own = floats(2, d_sae if sizes.has_own else 1), floats(1)
         self.fired, self.bias_less = (make(d_sae if sizes.has_own else 1) for make in (whole, floats))

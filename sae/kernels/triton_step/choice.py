@@ -102,7 +102,7 @@ class Choice:
             held.lift if learned.b_mag is None else learned.b_mag,
             held.pre_acts,
             self.constants.bandwidth,
-            sizes.d_in,
+            self._factor_width(),
             sizes.width,
             sizes.words,
             PENALTY=sizes.penalty_among("jumps", "gates"),

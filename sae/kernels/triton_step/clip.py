@@ -8,8 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sae.kernels.triton_step.by_feature import sums_of_entries
-from sae.kernels.triton_step.learn import decoder_gradient
+from sae.kernels.triton_step.learn import decoder_gradient, encoder_gradient
 
 
 @triton.jit
@@ -23,59 +22,120 @@ def measure(
     entries,
     starts,
     counts,
+    prefix_ends,
+    norms,
+    site_of,
+    slots,
+    dead_gradients_dec,
+    dead_gradients_enc,
+    dead_d_b,
+    aux_factor,
+    own_gradients,
+    bias_less,
     penalty,
     rates,
     step,
     through_encoder,
     squares,
     flags,
+    skip_gradient,
     width,
     rows,
     d,
+    d_out,
     d_sae,
     rates_held,
     PRE_BIAS: tl.constexpr,
+    AUX: tl.constexpr,
     PENALTY: tl.constexpr,
+    SITES: tl.constexpr,
+    PREFIXES: tl.constexpr,
+    SKIP: tl.constexpr,
+    COLUMNS_OUT: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The squares of the gradients of every n-th feature, summed, and what reaches b_dec through its encoder row."""
+    """The squares of the gradients of every n-th feature, summed, and what reaches b_dec through its encoder row.
+
+    Also those of what jumps and gates have of their own; SKIP: and the squares of every n-th row of W_skip's gradient.
+    """
     if tl.load(flags) != 0:
         return
     column = tl.arange(0, COLUMNS)
     mask = column < d
+    column_out = tl.arange(0, COLUMNS_OUT)
+    mask_out = column_out < d_out
     if PRE_BIAS:
         through = tl.full([COLUMNS], 0.0, tl.float32)
     total = 0.0
     for feature in range(tl.program_id(0), d_sae, tl.num_programs(0)):
-        at = tl.cast(feature, tl.int64) * d + column
-        first, n = tl.load(starts + feature), tl.load(counts + feature)
-        g, d_b = sums_of_entries(entries, first, n, d_values, centred, column, mask, width, d, ENTRIES, COLUMNS)
-        total += tl.sum(g * g, 0) + d_b * d_b
-        if PRE_BIAS:
-            through -= d_b * tl.load(w_enc + at, mask=mask, other=0.0)
-        p = tl.load(w_dec + at, mask=mask, other=0.0)
-        g = decoder_gradient(
+        wide = tl.cast(feature, tl.int64)
+        g, d_b = encoder_gradient(
+            wide,
             entries,
-            first,
-            n,
-            values,
-            gradient,
-            p,
-            penalty,
-            rates,
-            step,
+            starts,
+            counts,
+            d_values,
+            centred,
+            slots,
+            dead_gradients_enc,
+            dead_d_b,
+            aux_factor,
             column,
             mask,
             width,
-            rows,
             d,
-            rates_held,
-            PENALTY,
+            AUX,
             ENTRIES,
             COLUMNS,
         )
+        if PRE_BIAS:
+            through -= d_b * tl.load(w_enc + wide * d + column, mask=mask, other=0.0)
+        if PENALTY == "gates":
+            d_b -= tl.load(bias_less + feature)
+        total += tl.sum(g * g, 0) + d_b * d_b
+        p = tl.load(w_dec + wide * d_out + column_out, mask=mask_out, other=0.0)
+        g = decoder_gradient(
+            wide,
+            p,
+            entries,
+            starts,
+            counts,
+            values,
+            gradient,
+            prefix_ends,
+            norms,
+            site_of,
+            slots,
+            dead_gradients_dec,
+            aux_factor,
+            penalty,
+            rates,
+            step,
+            column_out,
+            mask_out,
+            width,
+            rows,
+            d_out,
+            rates_held,
+            AUX,
+            PENALTY,
+            SITES,
+            PREFIXES,
+            ENTRIES,
+            COLUMNS_OUT,
+        )
         total += tl.sum(g * g, 0)
+    if (PENALTY == "jumps") | (PENALTY == "gates"):
+        for start in range(tl.program_id(0) * COLUMNS, 2 * d_sae, tl.num_programs(0) * COLUMNS):
+            place = start + column
+            g = tl.load(own_gradients + place, mask=place < 2 * d_sae, other=0.0)
+            total += tl.sum(g * g, 0)
+    if SKIP:
+        for row in range(tl.program_id(0), d, tl.num_programs(0)):
+            place = tl.cast(row, tl.int64) * d_out + column_out
+            g = tl.load(skip_gradient + place, mask=mask_out, other=0.0)
+            total += tl.sum(g * g, 0)
     if PRE_BIAS:
         tl.store(through_encoder + tl.program_id(0) * d + column, through, mask=mask)
     tl.store(squares + tl.program_id(0), total)

@@ -17,10 +17,11 @@ LOG2_LP_EPSILON: tl.constexpr = tl.constexpr(-6.643856189774724)
 
 @triton.jit
 def explain(
-    x,
+    target,
     scale,
     w_dec,
-    b_dec,
+    bias,
+    bias_stride,
     features,
     values,
     kept,
@@ -28,6 +29,7 @@ def explain(
     d_values,
     row_losses,
     prefix_ends,
+    norms,
     pre_activations,
     own,
     d_own,
@@ -43,14 +45,16 @@ def explain(
     rates_held,
     PREFIXES: tl.constexpr,
     PENALTY: tl.constexpr,
+    SITES: tl.constexpr,
     ROOM: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Of a row: `Σ over prefixes p of ‖x − x̂_p‖²`, the gradients, and the error of the last prefix (all features).
+    """Of a row: `Σ over prefixes p of ‖y − x̂_p‖²`, the gradients, and the error of the last prefix (all features).
 
-    x̂_p has the features before `prefix_ends[p]`. gradient[p] = Σ over q ≥ p of 2 (x̂_q − x) / rows is what reaches a
+    y, the target, is x but for transcoders. x̂ begins with `bias`: b_dec, or with a stride of d each row's own.
+    x̂_p has the features before `prefix_ends[p]`. gradient[p] = Σ over q ≥ p of 2 (x̂_q − y) / rows is what reaches a
     feature of prefix p and not of p − 1; gradient[0] also reaches b_dec. Decoder rows are read once.
-    PENALTY adds λ times `Σ f` ("l1"), `Σ f ‖d‖` ("norms"), `Σ (f + ε)^p − ε^p` ("powers"), L0 ("jumps") or `Σ π`
+    PENALTY adds λ times `Σ f` ("l1"), `Σ f Σ_s ‖d^s‖` ("norms"), `Σ (f + ε)^p − ε^p` ("powers"), L0 ("jumps") or `Σ π`
     ("gates", which adds `‖x − x̂_frozen(π)‖²`, too). d_values are the gradients of pre-activations, `d_own` those of
     thresholds and of b_mag.
     """
@@ -68,8 +72,6 @@ def explain(
     if PENALTY == "gates":
         gate = tl.load(pre_activations + row * width + j, mask=there, other=0.0)
         d_gate = tl.full([ROOM], 0.0, tl.float32)
-    if PENALTY == "norms":
-        square_norm = tl.full([ROOM], 0.0, tl.float32)
     d_value = tl.full([ROOM], 0.0, tl.float32)
     loss = 0.0
     last_error = 0.0
@@ -77,12 +79,12 @@ def explain(
         column = start + tl.arange(0, COLUMNS)
         mask = column < d
         tile = tl.load(w_dec + wide[:, None] * d + column[None, :], mask=there[:, None] & mask[None, :], other=0.0)
-        target = tl.load(x + row * d + column, mask=mask, other=0.0) * scale
-        bias = tl.load(b_dec + column, mask=mask, other=0.0)
+        wanted = tl.load(target + row * d + column, mask=mask, other=0.0) * scale
+        given = tl.load(bias + row * bias_stride + column, mask=mask, other=0.0)
         total = tl.full([COLUMNS], 0.0, tl.float32)
         for back in tl.static_range(PREFIXES):
             part = tl.where((prefix < PREFIXES - back)[:, None], value[:, None] * tile, 0.0)
-            error = tl.sum(part, 0) + bias - target
+            error = tl.sum(part, 0) + given - wanted
             square = tl.sum(error * error, 0)
             loss += square
             if back == 0:
@@ -90,10 +92,8 @@ def explain(
             total += error * (2.0 / rows)
             tl.store(gradient + ((PREFIXES - 1 - back) * rows + row) * d + column, total, mask=mask)
             d_value += tl.where(prefix == PREFIXES - 1 - back, tl.sum(tile * total[None, :], 1), 0.0)
-        if PENALTY == "norms":
-            square_norm += tl.sum(tile * tile, 1)
         if PENALTY == "gates":
-            error = tl.sum(gate[:, None] * tile, 0) + bias - target
+            error = tl.sum(gate[:, None] * tile, 0) + given - wanted
             loss += tl.sum(error * error, 0)
             d_gate += tl.sum(tile * (error * (2.0 / rows))[None, :], 1)
     if PENALTY != "":
@@ -103,7 +103,9 @@ def explain(
         loss += coefficient * tl.sum(value, 0)
         d_value += coefficient / rows
     if PENALTY == "norms":
-        norm = tl.sqrt(square_norm)
+        norm = tl.full([ROOM], 0.0, tl.float32)
+        for site in tl.static_range(SITES):
+            norm += tl.load(norms + wide * SITES + site, mask=there, other=0.0)
         loss += coefficient * tl.sum(value * norm, 0)
         d_value += coefficient / rows * norm
     if PENALTY == "powers":
@@ -141,7 +143,7 @@ def columns(
     sums,
     row_losses,
     losses,
-    x,
+    target,
     scale,
     residual,
     aux_parts,
@@ -167,7 +169,7 @@ def columns(
         last = gradient + tl.cast(PREFIXES - 1, tl.int64) * rows * d
         at = aux_parts + tl.program_id(0)
         tl.store(at, spread(last, rows * -0.5, column, inside, rows, d, ROWS, COLUMNS))
-        tl.store(at + tl.num_programs(0), spread(x, scale, column, inside, rows, d, ROWS, COLUMNS))
+        tl.store(at + tl.num_programs(0), spread(target, scale, column, inside, rows, d, ROWS, COLUMNS))
         tl.store(at + 2 * tl.num_programs(0), squares(residual, column, inside, rows, d, ROWS, COLUMNS))
     total = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
     for start in range(0, rows, ROWS):

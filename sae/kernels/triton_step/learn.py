@@ -18,13 +18,50 @@ SILENT_FOR: tl.constexpr = tl.constexpr(4.0)  # as in `sae.training.revival`
 
 
 @triton.jit
-def decoder_gradient(
+def encoder_gradient(
+    feature,
     entries,
-    first,
-    n,
-    values,
-    source,
+    starts,
+    counts,
+    d_values,
+    centred,
+    slots,
+    dead_gradients,
+    dead_d_b,
+    aux_factor,
+    column,
+    mask,
+    width,
+    d,
+    AUX: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The gradients of a feature's encoder row and of its pre-activation's bias."""
+    first, n = tl.load(starts + feature), tl.load(counts + feature)
+    g, d_b = sums_of_entries(entries, first, n, d_values, centred, column, mask, width, d, ENTRIES, COLUMNS)
+    if AUX:
+        slot = tl.load(slots + feature)
+        g += tl.load(aux_factor) * of_slot(dead_gradients, slot, column, mask, d)
+        d_b += tl.load(aux_factor) * tl.load(dead_d_b + slot, mask=slot >= 0, other=0.0)
+    return g, d_b
+
+
+@triton.jit
+def decoder_gradient(
+    feature,
     p,
+    entries,
+    starts,
+    counts,
+    values,
+    gradient,
+    prefix_ends,
+    norms,
+    site_of,
+    slots,
+    dead_gradients,
+    aux_factor,
     penalty,
     rates,
     step,
@@ -34,14 +71,25 @@ def decoder_gradient(
     rows,
     d,
     rates_held,
+    AUX: tl.constexpr,
     PENALTY: tl.constexpr,
+    SITES: tl.constexpr,
+    PREFIXES: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """The gradient of a feature's decoder row p, from the rows that it is active on."""
+    prefix = feature * 0
+    for end in tl.static_range(PREFIXES - 1):
+        prefix += (feature >= tl.load(prefix_ends + end)).to(tl.int64)
+    source = gradient + prefix * rows * d
+    first, n = tl.load(starts + feature), tl.load(counts + feature)
     g, total = sums_of_entries(entries, first, n, values, source, column, mask, width, d, ENTRIES, COLUMNS)
+    if AUX:
+        g += tl.load(aux_factor) * of_slot(dead_gradients, tl.load(slots + feature), column, mask, d)
     if PENALTY == "norms":
-        norm = tl.sqrt(tl.sum(p * p, 0))
+        site = tl.load(site_of + column, mask=mask, other=0)
+        norm = tl.load(norms + feature * SITES + site, mask=mask, other=0.0)
         weight = coefficient_now(penalty, rates_now(rates, step, rates_held)) / rows * total
         g += tl.where(norm > 0, weight / tl.where(norm > 0, norm, 1.0), 0.0) * p
     return g
@@ -58,6 +106,8 @@ def learn_decoder(
     starts,
     counts,
     prefix_ends,
+    norms,
+    site_of,
     slots,
     dead_gradients,
     aux_factor,
@@ -77,12 +127,16 @@ def learn_decoder(
     AUX: tl.constexpr,
     CLIPPED: tl.constexpr,
     PENALTY: tl.constexpr,
+    SITES: tl.constexpr,
     UNIT: tl.constexpr,
     PREFIXES: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A feature's decoder row: its gradient, made from its entries, and Adam's step (UNIT: at unit norm)."""
+    """A feature's decoder row: its gradient, made from its entries, and Adam's step (UNIT: at unit norm).
+
+    With "norms" also the norms of its parts, for the next step.
+    """
     if tl.load(flags) != 0:
         return
     feature = tl.program_id(0).to(tl.int64)
@@ -90,18 +144,20 @@ def learn_decoder(
     mask = column < d
     at = feature * d + column
     p = tl.load(w + at, mask=mask, other=0.0)
-    prefix = feature * 0
-    for end in tl.static_range(PREFIXES - 1):
-        prefix += (feature >= tl.load(prefix_ends + end)).to(tl.int64)
-    source = gradient + prefix * rows * d
-    first, n = tl.load(starts + feature), tl.load(counts + feature)
     g = decoder_gradient(
-        entries,
-        first,
-        n,
-        values,
-        source,
+        feature,
         p,
+        entries,
+        starts,
+        counts,
+        values,
+        gradient,
+        prefix_ends,
+        norms,
+        site_of,
+        slots,
+        dead_gradients,
+        aux_factor,
         penalty,
         rates,
         step,
@@ -111,13 +167,13 @@ def learn_decoder(
         rows,
         d,
         rates_held,
+        AUX,
         PENALTY,
+        SITES,
+        PREFIXES,
         ENTRIES,
         COLUMNS,
     )
-    if AUX:
-        slot = tl.load(slots + feature)
-        g += tl.load(aux_factor) * of_slot(dead_gradients, slot, column, mask, d)
     if CLIPPED:
         g *= tl.load(clip_factor)
     if UNIT:
@@ -128,6 +184,11 @@ def learn_decoder(
     if UNIT:
         p = p / tl.maximum(tl.sqrt(tl.sum(tl.where(mask, p * p, 0.0), 0)), 1e-12)
     tl.store(w + at, p, mask=mask)
+    if PENALTY == "norms":
+        site = tl.load(site_of + column, mask=mask, other=-1)
+        for each in tl.static_range(SITES):
+            square = tl.sum(tl.where(site == each, p * p, 0.0), 0)
+            tl.store(norms + feature * SITES + each, tl.sqrt(square))
 
 
 @triton.jit
@@ -226,17 +287,31 @@ def learn_encoder(
         at = wide * d + column
         p = tl.load(w + at, mask=mask, other=0.0)
         first, n = tl.load(starts + feature), tl.load(counts + feature)
-        g, d_b = sums_of_entries(entries, first, n, d_values, centred, column, mask, width, d, ENTRIES, COLUMNS)
-        if AUX:
-            slot = tl.load(slots + feature)
-            g += tl.load(aux_factor) * of_slot(dead_gradients, slot, column, mask, d)
-            d_b += tl.load(aux_factor) * tl.load(dead_d_b + slot, mask=slot >= 0, other=0.0)
+        g, d_b = encoder_gradient(
+            feature,
+            entries,
+            starts,
+            counts,
+            d_values,
+            centred,
+            slots,
+            dead_gradients,
+            dead_d_b,
+            aux_factor,
+            column,
+            mask,
+            width,
+            d,
+            AUX,
+            ENTRIES,
+            COLUMNS,
+        )
         through -= d_b * p
+        if PENALTY == "gates":
+            d_b -= tl.load(bias_less + feature)
         if CLIPPED:
             g *= tl.load(clip_factor)
             d_b *= tl.load(clip_factor)
-        if PENALTY == "gates":
-            d_b -= tl.load(bias_less + feature)
         p = moved(p, g, exp_avg, exp_avg_sq, at, mask, rate, rest1, beta2, rest2, correction, eps)
         tl.store(w + at, p, mask=mask)
         bias = tl.load(b + feature)
@@ -276,6 +351,39 @@ def learn_encoder(
             tl.store(bitmap + wide * words + row // 32, tl.full([ENTRIES], 0, tl.int32), mask=i < n)
         tl.store(counts + feature, 0)
     tl.store(through_encoder + tl.program_id(0) * d + column, through, mask=mask)
+
+
+@triton.jit
+def learn_skip(
+    w,
+    exp_avg,
+    exp_avg_sq,
+    gradient,
+    clip_factor,
+    rates,
+    step,
+    flags,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    n,
+    rates_held,
+    CLIPPED: tl.constexpr,
+    NUMBERS: tl.constexpr,
+):
+    """A transcoder's linear part: Adam's step on its n numbers."""
+    if tl.load(flags) != 0:
+        return
+    place = tl.program_id(0) * NUMBERS + tl.arange(0, NUMBERS)
+    mask = place < n
+    g = tl.load(gradient + place, mask=mask, other=0.0)
+    if CLIPPED:
+        g *= tl.load(clip_factor)
+    p = tl.load(w + place, mask=mask, other=0.0)
+    now = rates_now(rates, step, rates_held)
+    p = moved(p, g, exp_avg, exp_avg_sq, place, mask, tl.load(now), rest1, beta2, rest2, tl.load(now + 1), eps)
+    tl.store(w + place, p, mask=mask)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sae.kernels.triton_step import clip, learn, own
@@ -23,6 +24,10 @@ class Learning:
 
     def run(self) -> None:
         """Every parameter once."""
+        if self.learned.W_skip is not None:
+            torch.mm(self.held.centred.t(), self.held.gradient[0], out=self.held.skip_gradient)
+        if self.sizes.has_own:
+            self._own_gradients()
         if self.constants.clip:
             self._clip()
         if self.sizes.has_own:
@@ -33,6 +38,8 @@ class Learning:
             )
         self._learn_decoder()
         self._learn_encoder()
+        if self.learned.W_skip is not None:
+            self._learn_skip(self.learned.W_skip)
         self._finish()
 
     @property
@@ -40,9 +47,8 @@ class Learning:
         constants = self.constants
         return 1 - constants.beta1, constants.beta2, 1 - constants.beta2, constants.eps
 
-    @property
-    def _block(self) -> dict[str, Any]:
-        columns = power_of_two(self.sizes.d_in)
+    def _block(self, width: int) -> dict[str, Any]:
+        columns = power_of_two(width)
         return {"ENTRIES": max(1, min(16, 4096 // columns)), "COLUMNS": columns, "num_warps": warps(2 * columns, 16)}
 
     @property
@@ -63,20 +69,36 @@ class Learning:
             held.values,
             held.d_values,
             *self._by_feature,
+            held.prefix_ends,
+            held.norms,
+            held.site_of,
+            held.slots,
+            *held.dead_gradients,
+            held.dead_d_b,
+            held.aux_factor,
+            held.own_gradients,
+            held.bias_less,
             held.penalty,
             held.rates,
             held.step,
             held.through_encoder,
             held.squares,
             held.flags,
+            held.skip_gradient,
             sizes.width,
             sizes.rows,
             sizes.d_in,
+            sizes.d_out,
             sizes.d_sae,
             RATES,
             PRE_BIAS=self.constants.pre_bias,
-            PENALTY=sizes.penalty_among("norms"),
-            **self._block,
+            AUX=sizes.dead_room > 0,
+            PENALTY=sizes.penalty_among("norms", "jumps", "gates"),
+            SITES=sizes.sites,
+            PREFIXES=sizes.prefixes,
+            SKIP=sizes.skip,
+            COLUMNS_OUT=power_of_two(sizes.d_out),
+            **self._block(max(sizes.d_in, sizes.d_out)) | {"COLUMNS": power_of_two(sizes.d_in)},
         )
         clip.clip_factor[(1,)](
             held.squares,
@@ -86,38 +108,53 @@ class Learning:
             held.flags,
             self.constants.clip,
             sizes.programs,
-            sizes.d_in,
+            sizes.d_out,
             PRE_BIAS=self.constants.pre_bias,
             PARTS=64,
             COLUMNS=32,
             num_warps=4,
         )
 
-    def _learn_own(self) -> None:
-        held, sizes, learned, constants = self.held, self.sizes, self.learned, self.constants
-        assert learned.own is not None
-        gated = learned.b_mag is not None
-        own.learn_own[(sizes.d_sae,)](
+    def _own_gradients(self) -> None:
+        held, sizes, learned = self.held, self.sizes, self.learned
+        own.own_gradients[(sizes.d_sae,)](
             learned.own,
-            *learned.moments["r_mag" if gated else "threshold"],
-            learned.own if learned.b_mag is None else learned.b_mag,
-            *learned.moments["b_mag" if gated else "threshold"],
             learned.b_enc,
-            held.lift,
             held.d_own,
             held.values,
             held.pre_acts,
             *self._by_feature,
+            held.own_gradients,
             held.fired,
             held.bias_less,
+            held.flags,
+            sizes.d_sae,
+            PENALTY=sizes.penalty,
+            ENTRIES=32,
+            num_warps=1,
+        )
+
+    def _learn_own(self) -> None:
+        held, sizes, learned, constants = self.held, self.sizes, self.learned, self.constants
+        gated = learned.b_mag is not None
+        own.learn_own[(-(-sizes.d_sae // 1024),)](
+            learned.own,
+            *learned.moments["r_mag" if gated else "threshold"],
+            learned.own if learned.b_mag is None else learned.b_mag,
+            *learned.moments["b_mag" if gated else "threshold"],
+            held.lift,
+            held.own_gradients,
+            held.clip_factor,
             *self._now,
             *self._adam,
             float(constants.threshold_lr_ratio),
             float(constants.bandwidth),
+            sizes.d_sae,
             RATES,
+            CLIPPED=constants.clip > 0,
             PENALTY=sizes.penalty,
-            ENTRIES=32,
-            num_warps=1,
+            FEATURES=1024,
+            num_warps=4,
         )
 
     def _learn_decoder(self) -> None:
@@ -129,6 +166,8 @@ class Learning:
             held.values,
             *self._by_feature,
             held.prefix_ends,
+            held.norms,
+            held.site_of,
             held.slots,
             held.dead_gradients[0],
             held.aux_factor,
@@ -138,14 +177,15 @@ class Learning:
             *self._adam,
             sizes.width,
             sizes.rows,
-            sizes.d_in,
+            sizes.d_out,
             RATES,
             AUX=sizes.dead_room > 0,
             CLIPPED=constants.clip > 0,
             PENALTY=sizes.penalty_among("norms"),
+            SITES=sizes.sites,
             UNIT=constants.unit_norm,
             PREFIXES=sizes.prefixes,
-            **self._block,
+            **self._block(sizes.d_out),
         )
 
     @property
@@ -205,12 +245,28 @@ class Learning:
             REVIVES=self._revives,
             THRESHOLDS=sizes.of_batch,
             GROUP=sizes.group,
-            **self._block,
+            **self._block(sizes.d_in),
+        )
+
+    def _learn_skip(self, W_skip: Tensor) -> None:
+        held, constants = self.held, self.constants
+        learn.learn_skip[(-(-W_skip.numel() // 1024),)](
+            W_skip,
+            *self.learned.moments["W_skip"],
+            held.skip_gradient,
+            held.clip_factor,
+            *self._now,
+            *self._adam,
+            W_skip.numel(),
+            RATES,
+            CLIPPED=constants.clip > 0,
+            NUMBERS=1024,
+            num_warps=4,
         )
 
     def _finish(self) -> None:
         held, sizes, learned, constants = self.held, self.sizes, self.learned, self.constants
-        learn.finish[(-(-sizes.d_in // 32),)](
+        learn.finish[(-(-sizes.d_out // 32),)](
             learned.b_dec,
             *learned.moments["b_dec"],
             held.sums,
@@ -229,7 +285,7 @@ class Learning:
             held.flags,
             *self._adam,
             sizes.rows,
-            sizes.d_in,
+            sizes.d_out,
             sizes.d_sae,
             held.active if sizes.has_own else held.entry_count,
             held.losses,

@@ -25,37 +25,24 @@ def mean_own(own, mean, flags, d_sae, FEATURES: tl.constexpr):
 
 
 @triton.jit
-def learn_own(
+def own_gradients(
     own,
-    exp_avg,
-    exp_avg_sq,
-    b_mag,
-    b_exp_avg,
-    b_exp_avg_sq,
     b_enc,
-    lift,
     d_own,
     values,
     pre,
     entries,
     starts,
     counts,
+    gradients,
     fired,
     bias_less,
-    rates,
-    step,
     flags,
-    rest1,
-    beta2,
-    rest2,
-    eps,
-    ratio,
-    bandwidth,
-    rates_held,
+    d_sae,
     PENALTY: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Of a feature: how often it fires, and Adam's step on its threshold ("jumps") or on r_mag and b_mag ("gates").
+    """Of a feature: how often it fires, and the gradient of its threshold ("jumps") or of r_mag and b_mag ("gates").
 
     `bias_less` is what reaches a gated feature's weights through its magnitude, and so not b_enc.
     """
@@ -76,20 +63,62 @@ def learn_own(
         if PENALTY == "gates":
             by_gate += gradient * (tl.load(pre + entry, mask=i < n, other=0.0) - bias)
     tl.store(fired + feature, tl.sum(active, 0))
+    g = tl.sum(plain, 0)
+    if PENALTY == "jumps":
+        tl.store(gradients + feature, g)
+    else:
+        stretch = tl.exp(tl.load(own + feature))
+        tl.store(bias_less + feature, g * stretch)
+        tl.store(gradients + feature, tl.sum(by_gate, 0) * stretch)
+        tl.store(gradients + d_sae + feature, g)
+
+
+@triton.jit
+def learn_own(
+    own,
+    exp_avg,
+    exp_avg_sq,
+    b_mag,
+    b_exp_avg,
+    b_exp_avg_sq,
+    lift,
+    gradients,
+    clip_factor,
+    rates,
+    step,
+    flags,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    ratio,
+    bandwidth,
+    d_sae,
+    rates_held,
+    CLIPPED: tl.constexpr,
+    PENALTY: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """Adam's step on thresholds ("jumps"), which stay above zero, or on r_mag and b_mag ("gates")."""
+    if tl.load(flags) != 0:
+        return
+    feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    mask = feature < d_sae
     now = rates_now(rates, step, rates_held)
     rate, correction = tl.load(now), tl.load(now + 1)
-    p, g = tl.load(own + feature), tl.sum(plain, 0)
+    factor = 1.0
+    if CLIPPED:
+        factor = tl.load(clip_factor)
+    p = tl.load(own + feature, mask=mask, other=0.0)
+    g = tl.load(gradients + feature, mask=mask, other=0.0) * factor
     if PENALTY == "jumps":
-        p = moved(p, g, exp_avg, exp_avg_sq, feature, True, rate * ratio, rest1, beta2, rest2, correction, eps)
+        p = moved(p, g, exp_avg, exp_avg_sq, feature, mask, rate * ratio, rest1, beta2, rest2, correction, eps)
         p = tl.where(p < 0, 0.0, p)  # a threshold that is not a number stays so
-        tl.store(own + feature, p)
-        tl.store(lift + feature, bandwidth / 2 - p)
+        tl.store(lift + feature, bandwidth / 2 - p, mask=mask)
     else:
-        stretch = tl.exp(p)
-        tl.store(bias_less + feature, g * stretch)
-        b = tl.load(b_mag + feature)
-        b = moved(b, g, b_exp_avg, b_exp_avg_sq, feature, True, rate, rest1, beta2, rest2, correction, eps)
-        tl.store(b_mag + feature, b)
-        g = tl.sum(by_gate, 0) * stretch
-        p = moved(p, g, exp_avg, exp_avg_sq, feature, True, rate, rest1, beta2, rest2, correction, eps)
-        tl.store(own + feature, p)
+        p = moved(p, g, exp_avg, exp_avg_sq, feature, mask, rate, rest1, beta2, rest2, correction, eps)
+        b = tl.load(b_mag + feature, mask=mask, other=0.0)
+        g = tl.load(gradients + d_sae + feature, mask=mask, other=0.0) * factor
+        b = moved(b, g, b_exp_avg, b_exp_avg_sq, feature, mask, rate, rest1, beta2, rest2, correction, eps)
+        tl.store(b_mag + feature, b, mask=mask)
+    tl.store(own + feature, p, mask=mask)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-from sae.kernels.triton_step import by_feature, explain, screen
+from sae.kernels.triton_step import by_feature, explain, outside, screen
 from sae.kernels.triton_step.buffers import RATES, Buffers, Constants, Learned, Sizes, power_of_two
 from sae.kernels.triton_step.choice import ENTRY_NUMBERS, Choice, entry_block, warps
 from sae.kernels.triton_step.dead_features import DeadFeatures
@@ -17,8 +18,13 @@ from sae.kernels.triton_step.learning import Learning
 class FixedStep:
     """One training step on what lies in `buffers.x`. The same launches with the same arguments every time."""
 
-    def __init__(self, sizes: Sizes, constants: Constants, learned: Learned) -> None:
+    def __init__(
+        self, sizes: Sizes, constants: Constants, learned: Learned, outside: Callable[[Buffers], None] | None = None
+    ) -> None:
         self.sizes, self.constants, self.learned = sizes, constants, learned
+        # Where the loss is not of these kernels: from `x_hat` makes `gradient[0]` and `row_losses[0]`.
+        self.outside = outside
+        assert sizes.elsewhere == (outside is not None)
         self.buffers = Buffers(sizes, learned.W_enc.device)
         self.renew()
 
@@ -42,15 +48,34 @@ class FixedStep:
             torch.sub(held.level, learned.own, out=held.lift)
         if sizes.penalty == "jumps" and learned.own is not None:
             torch.sub(self.constants.bandwidth / 2, learned.own, out=held.lift)
+        if sizes.penalty == "norms":
+            parts = torch.split(learned.W_dec, list(sizes.site_widths or (sizes.d_out,)), dim=1)
+            held.norms.copy_(torch.stack([part.norm(dim=1) for part in parts], dim=1))
         for scratch in (held.counts, held.bitmap, held.flags, held.coming_flags):
             scratch.zero_()
 
-    @torch.no_grad()
     def run(self) -> None:
         """Every stage once."""
+        self.reconstruct()
+        if self.outside is not None:
+            self.outside(self.buffers)
+        self.learn()
+
+    @torch.no_grad()
+    def reconstruct(self) -> None:
+        """The stages up to x̂ and, but for a loss from outside, its gradient."""
         self._screen()
         Choice(self.sizes, self.constants, self.learned, self.buffers).run()
-        self._explain()
+        if self.outside is None:
+            self._explain()
+        else:
+            self._reconstruct_for_outside()
+
+    @torch.no_grad()
+    def learn(self) -> None:
+        """The other stages."""
+        if self.outside is not None:
+            self._pass_back_from_outside()
         dead = DeadFeatures(self.sizes, self.constants, self.learned, self.buffers)
         if self.sizes.dead_room:
             dead.explain_error(warps(power_of_two(self.sizes.d_in), 8))
@@ -98,13 +123,24 @@ class FixedStep:
         with float32_sums():
             torch.addmm(held.narrow_b, held.narrow_x, held.narrow_w.t(), out=held.screened)
 
+    @property
+    def _target(self) -> tuple[Tensor, float]:
+        """What is to be reconstructed, and its scale."""
+        if self.sizes.target_width:
+            return self.buffers.y, self.constants.target_scale
+        return self.buffers.x, self.constants.scale
+
     def _explain(self) -> None:
-        held, sizes = self.buffers, self.sizes
+        held, sizes, learned = self.buffers, self.sizes, self.learned
+        bias, bias_stride = learned.b_dec, 0
+        if learned.W_skip is not None:
+            bias, bias_stride = held.linear, sizes.d_out
+            torch.addmm(learned.b_dec, held.centred, learned.W_skip, out=held.linear)  # without pre-bias: x · scale
         explain.explain[(sizes.rows,)](
-            held.x,
-            self.constants.scale,
-            self.learned.W_dec,
-            self.learned.b_dec,
+            *self._target,
+            learned.W_dec,
+            bias,
+            bias_stride,
             held.features,
             held.values,
             held.kept,
@@ -112,8 +148,9 @@ class FixedStep:
             held.d_values,
             held.row_losses,
             held.prefix_ends,
+            held.norms,
             held.pre_acts,
-            held.lift if self.learned.own is None else self.learned.own,
+            held.lift if learned.own is None else learned.own,
             held.d_own,
             held.active,
             held.penalty,
@@ -122,29 +159,70 @@ class FixedStep:
             held.flags,
             self.constants.bandwidth,
             sizes.rows,
-            sizes.d_in,
+            sizes.d_out,
             sizes.width,
             RATES,
             PREFIXES=sizes.prefixes,
             PENALTY=sizes.penalty,
+            SITES=sizes.sites,
             ROOM=sizes.width,
-            **entry_block(sizes.width, sizes.d_in, 2 if sizes.prefixes > 1 or sizes.penalty == "gates" else 1),
+            **entry_block(sizes.width, sizes.d_out, 2 if sizes.prefixes > 1 or sizes.penalty == "gates" else 1),
+        )
+
+    def _reconstruct_for_outside(self) -> None:
+        held, sizes = self.buffers, self.sizes
+        outside.reconstruct[(sizes.rows,)](
+            *self._target,
+            self.learned.W_dec,
+            self.learned.b_dec,
+            held.features,
+            held.values,
+            held.kept,
+            held.x_hat,
+            held.row_losses,
+            held.flags,
+            sizes.rows,
+            sizes.d_out,
+            sizes.width,
+            ROOM=sizes.width,
+            **entry_block(sizes.width, sizes.d_out),
+        )
+
+    def _pass_back_from_outside(self) -> None:
+        held, sizes = self.buffers, self.sizes
+        outside.pass_back[(sizes.rows,)](
+            self.learned.W_dec,
+            held.features,
+            held.values,
+            held.kept,
+            held.gradient,
+            held.d_values,
+            held.row_losses,
+            held.penalty,
+            held.rates,
+            held.step,
+            held.flags,
+            sizes.rows,
+            sizes.d_out,
+            sizes.width,
+            RATES,
+            ROOM=sizes.width,
+            **entry_block(sizes.width, sizes.d_out),
         )
 
     def _sum_columns(self) -> None:
         held, sizes = self.buffers, self.sizes
-        explain.columns[(-(-sizes.d_in // 32),)](
+        explain.columns[(-(-sizes.d_out // 32),)](
             held.gradient,
             held.sums,
             held.row_losses,
             held.losses,
-            held.x,
-            self.constants.scale,
+            *self._target,
             held.dead_sources,
             held.aux_parts,
             held.flags,
             sizes.rows,
-            sizes.d_in,
+            sizes.d_out,
             PREFIXES=sizes.prefixes,
             NUMBERS=4 if sizes.penalty == "powers" else 2,
             AUX=sizes.dead_room > 0,
