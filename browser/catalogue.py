@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from browser.data import LABEL_KINDS, density, flags, rule_text
+from browser.data import density, flags
+from browser.rule_labels import LABEL_KINDS, rule_text
 from browser.tokens import label
 from store.features import FeatureIndex
 from store.notes import Note

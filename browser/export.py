@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from browser import data, dumps
+from browser import data, dumps, rule_labels
 from browser.data import Example
 from browser.tokens import Piece, label, visible
 from store.features import FeatureIndex
@@ -52,7 +52,7 @@ def describe(index: FeatureIndex, feature: int, note: Note) -> dict[str, Any]:
         "statistics": {name: value for name, value in stats.items() if value == value},
         "fires_on": [_share(index, each) for each in data.token_shares(index, rows, values, N_LIST)],
     }
-    automatic = data.auto_label(index, feature)
+    automatic = rule_labels.auto_label(index, feature)
     if automatic is not None:
         found["automatic_label"] = vars(automatic)
     for side, name in (("top", "raises"), ("bottom", "lowers")):

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from browser import data, dumps
+from browser import data, dumps, rule_labels
 from browser.components import Histogram, draw_histograms
 from browser.markup import explain, facts, source_line
 from browser.state import Page
@@ -137,7 +137,7 @@ def _statistics(page: Page) -> dict[str, str]:
 
 def _label_line(page: Page) -> str:
     """The label found without a language model, with its held-out scores."""
-    found = data.auto_label(page.index, page.feature)
+    found = rule_labels.auto_label(page.index, page.feature)
     if found is None:
         return ""
     values = {
