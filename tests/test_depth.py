@@ -10,7 +10,8 @@ from fakes import SHAPE, made_up_documents, random_sae, text_source, write_model
 from torch.nn import functional as F
 
 from sae import pipeline
-from sae.circuits.depth import Tuning, feature_depth, layer_depth
+from sae.circuits.depth import Translator, Tuning, feature_depth, layer_depth
+from sae.circuits.prompt_depth import read_prompt
 from sae.circuits.results import read_result
 from sae.circuits.text import Contexts, contexts_of
 from sae.circuits.unembedding import unembedding_of
@@ -120,6 +121,13 @@ def test_the_verb_writes_a_result_for_a_model(
     assert "kl_tuned_lens" in shown
     assert "bias_only" in shown
     assert read_result(path).measures.keys() == {f"{a}_{b}_lens" for a in ("kl", "rank") for b in ("logit", "tuned")}
+    kept = read_result(path).arrays
+    assert {name: list(array.shape) for name, array in kept.items()} == {
+        "tuned_weight": [3, 16, 16],
+        "tuned_bias": [3, 16],
+    }
+    assert kept["tuned_weight"][:2].abs().amax((1, 2)).min() > 0
+    assert kept["tuned_weight"][2].abs().max() == 0  # the last depth is the model itself
     assert read_result(path).about["model"] == model.identity() | {"id": str(model.directory)}
 
 
@@ -135,3 +143,47 @@ def test_the_verb_knows_the_lenses_of_the_pipeline() -> None:
     from sae.pipeline.lenses import LENSES
 
     assert set(NAMES) == set(LENSES)
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_what_is_read_in_a_prompt_is_that_of_the_formula(model: NativeModel, tuned: bool) -> None:
+    """Against float64, one pair of positions at a time; the control is the mean over all other positions."""
+    ids = some(model, HELD_OUT).tokens[0, :7].tolist()
+    generator = torch.Generator().manual_seed(0)
+    maps = [Translator(*(torch.randn(s, generator=generator) * 0.1 for s in ((16, 16), (16,)))) for _ in range(3)]
+    found = read_prompt(model, ids, maps if tuned else None)
+    streams = [model.capture(torch.tensor([ids]), name)[0].double() for name in found.depths]
+    module = model.module.double()
+    try:
+        final = module(torch.tensor([ids]))[0].log_softmax(-1).detach()
+        for depth, stream in enumerate(streams):
+            if tuned:
+                stream = stream + stream @ maps[depth].weight.double() + maps[depth].bias.double()
+            seen = module.unembed(module.ln_final(stream[None]))[0].log_softmax(-1).detach()
+            assert found.token[depth].tolist() == seen.argmax(-1).tolist()
+            assert torch.allclose(found.p[depth].double(), seen.exp().max(-1).values, atol=1e-5)
+            kl = [[float(F.kl_div(q, p, log_target=True, reduction="sum")) for q in seen] for p in final]
+            rank = [[float((q > q[i]).sum()) for q in seen] for i in ids[1:]]
+            for here in range(len(ids)):
+                others = [j for j in range(len(ids)) if j != here]
+                assert float(found.kl[depth, here]) == pytest.approx(kl[here][here], abs=1e-4)
+                assert float(found.kl_elsewhere[depth, here]) == pytest.approx(
+                    sum(kl[here][j] for j in others) / len(others), rel=1e-4
+                )
+                if here + 1 == len(ids):  # nothing follows
+                    assert found.rank[depth, here].isnan()
+                    continue
+                assert float(found.rank[depth, here]) == rank[here][here]
+                assert float(found.rank_elsewhere[depth, here]) == pytest.approx(
+                    sum(rank[here][j] for j in others) / len(others)
+                )
+                assert float(found.p_next[depth, here]) == pytest.approx(
+                    float(seen[here, ids[here + 1]].exp()), rel=1e-3
+                )
+    finally:
+        model.module.float()
+
+
+def test_maps_of_another_model_are_refused(model: NativeModel) -> None:
+    with pytest.raises(ValueError, match="maps of 2 depths; two-layers has 3"):
+        read_prompt(model, [0, 1, 2], [Translator(torch.zeros(16, 16), torch.zeros(16))] * 2)

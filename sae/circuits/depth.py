@@ -51,11 +51,15 @@ class Translator:
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """What the lenses say of each predicted token of the held-out text; rows are tokens in the order of the text."""
+    """What the lenses say of each predicted token of the held-out text; rows are tokens in the order of the text.
+
+    `maps` are those of the tuned lens, one for each depth.
+    """
 
     names: list[str]  # of the depths
     kl: Float[Tensor, "token depth"]  # of the logit lens
     rank: Float[Tensor, "token depth"]
+    maps: list[Translator]
 
 
 def depths_of(model: LanguageModel) -> list[str]:
@@ -112,7 +116,7 @@ def layer_depth(
                 _over_contexts(found[place], context),
                 ("depth",),
             )
-    return measures, Readings(depths_of(model), *logit)
+    return measures, Readings(depths_of(model), *logit, tuned)
 
 
 @torch.no_grad()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch import Tensor
+
 from sae.circuits import erasing, world
 from sae.circuits.circuit import Question, answer
-from sae.circuits.depth import Tuning, feature_depth, layer_depth
+from sae.circuits.depth import Translator, Tuning, feature_depth, layer_depth
 from sae.circuits.growth_measures import Snapshot, growth_measures
 from sae.circuits.head_measures import Texts, head_measures
 from sae.circuits.key_measures import Dictionaries, key_measures
@@ -36,6 +39,7 @@ from sae.text.sources import TextSource
 from store.common import HELD_OUT, TRAIN
 
 RUNS = Path("runs")  # where the results of models go
+LARGEST_MAPS_BYTES = 1 << 28  # of a tuned lens, in a result
 SHUFFLED_MODEL = "controls/shuffled_model"  # in a dictionary's directory, made by `sae controls`
 
 
@@ -107,7 +111,8 @@ def held_out_contexts(lm: LanguageModel, text: Text | None, n: int, split: str =
 def depth(subject: Subject, *, text: Text | None = None, n: int = 64, seed: int = 0) -> Result:
     """How early the model's prediction is there: the logit lens and the tuned lens at each depth, and by feature.
 
-    `n` contexts of held-out text are measured; the tuned lens is trained on training text.
+    `n` contexts of held-out text are measured; the tuned lens is trained on training text. Its maps are arrays of the
+    result, `tuned_weight` and `tuned_bias` by depth, unless they take more than 256 MB.
     """
     lm = subject.model
     held_out, train = (held_out_contexts(lm, text, size, split) for split, size in ((HELD_OUT, n), (TRAIN, 4 * n)))
@@ -116,7 +121,14 @@ def depth(subject: Subject, *, text: Text | None = None, n: int = 64, seed: int 
     if subject.sae is not None:
         measures |= feature_depth(lm, subject.sae, subject.hook_point, held_out, readings, seed=seed)
     about = subject.about | {"text": source_of("default" if text is None else text).name, "tuning": asdict(tuning)}
-    return Result("depth", measures, about, labels={"depth": readings.names})
+    return Result("depth", measures, about, labels={"depth": readings.names}, arrays=_kept_maps(readings.maps))
+
+
+def _kept_maps(maps: Sequence[Translator]) -> dict[str, Tensor]:
+    if sum(4 * each.weight.numel() for each in maps) > LARGEST_MAPS_BYTES:
+        return {}
+    stacked = {"weight": [each.weight for each in maps], "bias": [each.bias for each in maps]}
+    return {f"tuned_{name}": torch.stack(parts).float().cpu() for name, parts in stacked.items()}
 
 
 def heads(subject: Subject, *, text: Text | None = None, n: int = 64, seed: int = 0) -> Result:
