@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from sae.circuits.erase_edit import erase_edit
 from sae.circuits.erasure import ErasureError, leace, random_eraser
+from sae.circuits.results import Control, Measure, Result, write_result
 
 pytest.importorskip("concept_erasure", reason="the optional package concept-erasure is not installed")
 
@@ -67,3 +71,20 @@ def test_a_class_without_rows_is_refused() -> None:
     x, labels = rows()
     with pytest.raises(ErasureError, match="at least 2 rows of each of the 4 classes"):
         leace(x, labels, 4)
+
+
+def test_a_result_is_read_as_an_edit_with_the_control_that_it_was_compared_with(tmp_path: Path) -> None:
+    x, labels = rows()
+    eraser = leace(x, labels, 3)
+    about = {"rank": eraser.rank, "seed": 4, "concept": "a b"}
+    arrays = {"projection": eraser.projection, "mean": eraser.mean}
+    measured = {"probe_accuracy": Measure(0.5, 9, "tokens", "f", {"before": Control(1.0, "before")})}
+    path = write_result(Result("erase", measured, about, "a_b", arrays=arrays), tmp_path)
+    edit, control = erase_edit(path), erase_edit(path, control=True)
+    assert torch.equal(edit.erase(x), eraser(x))
+    assert torch.equal(control.erase(x), random_eraser(x, eraser.rank, seed=4)(x))
+    removed = x - control.erase(x)
+    assert torch.linalg.matrix_rank(removed, rtol=1e-9) == eraser.rank
+    assert [str(each) for each in (edit, control)] == ["erase:a_b", "erase:a_b:random"]
+    with pytest.raises(ErasureError, match="a result of the lens depth"):
+        erase_edit(write_result(Result("depth", measured, {}), tmp_path))

@@ -11,8 +11,9 @@ from fakes import HOOK_POINT, random_sae
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sae.circuits.erasure import Eraser
 from sae.dictionary.autoencoder import SAE
-from sae.interventions.edits import MAX_EDITS, Edit, scaled, splice_edits
+from sae.interventions.edits import MAX_EDITS, Edit, Erasure, scaled, splice_edits
 from sae.interventions.steering import Generation, Steered, _gumbel, _kl, _sample, next_tokens, steer, sweep_stream
 from sae.lm import NativeModel, Splice
 
@@ -447,3 +448,22 @@ def test_a_transcoder_without_a_later_target_is_refused(tiny_model: NativeModel,
             steer(tiny_model, made, PROMPT, [Edit(1, "ablate")], feature_max=feature_max, hook_point=HOOK_POINT)
         with pytest.raises(ValueError, match="is a transcoder"):
             splice_edits(made, [Edit(1, "ablate")])
+
+
+@given(st.integers(0, 2**16), st.integers(1, 6))
+def test_erasures_act_after_the_edits_of_features(seed: int, rank: int) -> None:
+    """x moved by features, then what is along the subspace becomes its mean's; in float64, one row at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    sae, largest = random_sae(D_IN, d_sae=D_SAE), np.ones(D_SAE, np.float32)
+    x, mean = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((1, 3, D_IN), (D_IN,)))
+    basis = torch.linalg.qr(torch.randn(D_IN, rank, generator=generator, dtype=torch.float64)).Q
+    eraser = Eraser(basis @ basis.T, mean, rank)
+    edits = [Erasure("dna", eraser), Edit(2, "set", 3.0)]
+    found = splice_edits(sae, edits, largest)(x.float()).double()
+    moved = brute_force(sae, x, [Edit(2, "set", 3.0)], largest)
+    for row, wanted in zip(found[0], moved[0], strict=True):
+        kept = wanted - sum(((wanted - mean) @ axis) * axis for axis in basis.T)
+        assert (row - kept).abs().max() < 1e-4
+        assert ((row - mean) @ basis).abs().max() < 1e-4
+    assert str(edits[0]) == "erase:dna"
+    assert scaled(edits, 0.0)[0] is edits[0]

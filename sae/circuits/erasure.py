@@ -60,7 +60,11 @@ def leace(x: Float[Tensor, "row d_in"], labels: Int[Tensor, " row"], n_classes: 
 
 def random_eraser(x: Float[Tensor, "row d_in"], rank: int, *, seed: int = 0) -> Eraser:
     """The control: an orthogonal projection onto a random subspace of this rank is removed, around the mean."""
-    basis = torch.linalg.qr(
-        torch.randn(x.shape[1], rank, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    ).Q
-    return Eraser(basis @ basis.T, x.double().mean(0).cpu(), rank)
+    return random_subspace(x.double().mean(0).cpu(), rank, seed=seed)
+
+
+def random_subspace(mean: Float[Tensor, " d_in"], rank: int, *, seed: int = 0) -> Eraser:
+    """An orthogonal projection onto a random subspace of this rank, removed around `mean`."""
+    noise = torch.randn(len(mean), rank, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    basis = torch.linalg.qr(noise).Q
+    return Eraser(basis @ basis.T, mean, rank)

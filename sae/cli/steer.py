@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sae.cli.flags import MODEL, add_device, add_verb
 
 if TYPE_CHECKING:
-    from sae.interventions.edits import Edit
+    from sae.interventions.edits import Edit, Erasure
     from sae.interventions.steering import NextTokens, Steered
 
 
@@ -41,7 +41,8 @@ def steer(verbs: Any) -> None:
         action="append",
         metavar="FEATURE:MODE[:VALUE][:p99][:active]",
         help="one change written as one word: 12:set:5, 7:ablate, 9:add:2:p99 (in multiples of the 99th percentile "
-        "instead of the maximum), 3:scale:0:active (only where the feature is active); may be repeated",
+        "instead of the maximum), 3:scale:0:active (only where the feature is active); erase:CONCEPT erases what `sae "
+        "lens erase` found on this dictionary, erase:CONCEPT:random a random subspace of equal rank; may be repeated",
     )
     verb.add_argument("--prompt", default="", help="text to continue")
     verb.add_argument(
@@ -108,7 +109,11 @@ def _measured(row: Steered) -> str:
 
 
 def _report(
-    edits: Sequence[Edit], factors: Sequence[float], rows: Sequence[Steered], following: NextTokens, token: Any
+    edits: Sequence[Edit | Erasure],
+    factors: Sequence[float],
+    rows: Sequence[Steered],
+    following: NextTokens,
+    token: Any,
 ) -> dict[str, Any]:
     base = rows[0]
     return {
@@ -135,11 +140,23 @@ def _report(
     }
 
 
-def _edits(args: argparse.Namespace) -> list[Edit]:
+def _written(dictionary: str, text: str) -> Edit | Erasure:
+    """One --edit: of a feature, or `erase:CONCEPT[:random]` by a result of `sae lens erase` on the dictionary."""
+    from sae import pipeline
+    from sae.interventions.edits import ERASE, Edit
+
+    verb, _, rest = text.strip().partition(":")
+    if verb != ERASE:
+        return Edit.parse(text)
+    concept = rest.removesuffix(":random")
+    return pipeline.erasure(dictionary, concept, control=concept != rest)
+
+
+def _edits(args: argparse.Namespace) -> list[Edit | Erasure]:
     """An edit for each --feature (a flag such as --set is given once for all of them or once for each), then --edit."""
     from sae.interventions.edits import Edit
 
-    written = [Edit.parse(text) for text in args.edit or []]
+    written = [_written(args.sae, text) for text in args.edit or []]
     given = {mode: getattr(args, mode) for mode in ("set", "add", "scale") if getattr(args, mode)}
     if args.pinned and args.feature and not given:
         given = {"set": ["1x"]}
@@ -151,7 +168,7 @@ def _edits(args: argparse.Namespace) -> list[Edit]:
             "--ablate; or --edit N:set:5."
         )
     if args.ablate:
-        return [Edit(feature, "ablate") for feature in args.feature] + written
+        return [*(Edit(feature, "ablate") for feature in args.feature), *written]
     ((mode, values),) = given.items()
     if len(values) == 1:
         values = values * len(args.feature)
@@ -159,7 +176,7 @@ def _edits(args: argparse.Namespace) -> list[Edit]:
         raise ValueError(
             f"--{mode} is given {len(values)} times for {len(args.feature)} features: give it once, or once for each."
         )
-    return [Edit(f, mode, _multiple(v)) for f, v in zip(args.feature, values, strict=True)] + written
+    return [*(Edit(f, mode, _multiple(v)) for f, v in zip(args.feature, values, strict=True)), *written]
 
 
 def _multiple(text: str) -> float:

@@ -18,6 +18,7 @@ from sae.lm import LanguageModel, Splice
 MODES = ("set", "add", "scale", "ablate")
 UNITS = ("max", "p99")
 MAX_EDITS = 32
+ERASE = "erase"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,23 @@ class Edit:
         return cls(int(feature), mode, **settings)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True, eq=False)
+class Erasure:
+    """One change to the whole of x at every position that counts, after the edits of features: `x → erase(x)`.
+
+    `name` is the concept that can no longer be read from x; with `is_control`, `erase` removes a random subspace of
+    equal rank instead.
+    """
+
+    name: str
+    erase: Splice
+    is_control: bool = False
+
+    def __str__(self) -> str:
+        """Writes `erase:CONCEPT`, or `erase:CONCEPT:random` for the control."""
+        return f"{ERASE}:{self.name}" + (":random" if self.is_control else "")
+
+
 def _multiple(option: str, text: str, expected: str) -> float:
     try:
         return float(option.removesuffix("x"))
@@ -90,17 +108,20 @@ def _multiple(option: str, text: str, expected: str) -> float:
         raise ValueError(f"steering: {option!r} in {text!r} is not a number, a unit or 'active'; {expected}.") from None
 
 
-def scaled(edits: Sequence[Edit], factor: float) -> list[Edit]:
-    """The edits with every value multiplied by `factor`; `ablate` has no value and stays as it is.
+def scaled(edits: Sequence[Edit | Erasure], factor: float) -> list[Edit | Erasure]:
+    """The edits with every value multiplied by `factor`; `ablate` and erasures have no value and stay as they are.
 
     With factor 0, `set` and `scale` give 0 and `add` changes nothing.
     """
-    return [edit if edit.mode == "ablate" else replace(edit, value=edit.value * factor) for edit in edits]
+    return [
+        edit if isinstance(edit, Erasure) or edit.mode == "ablate" else replace(edit, value=edit.value * factor)
+        for edit in edits
+    ]
 
 
 def splice_edits(
     sae: SAE,
-    edits: Sequence[Edit],
+    edits: Sequence[Edit | Erasure],
     feature_max: Float[np.ndarray, " d_sae"] | None = None,
     feature_p99: Float[np.ndarray, " d_sae"] | None = None,
 ) -> Splice:
@@ -115,15 +136,38 @@ def splice_edits(
 
 def change_by_edits(
     sae: SAE,
-    edits: Sequence[Edit],
+    edits: Sequence[Edit | Erasure],
     feature_max: Float[np.ndarray, " d_sae"] | None = None,
     feature_p99: Float[np.ndarray, " d_sae"] | None = None,
 ) -> Splice:
     """`x → Σ (v − a) · W_dec`, v the edited activation: what edits add to x, or to the target y of a transcoder.
 
-    The sum is over features. Several edits of one feature are made one after another and count once.
-    Raises: ValueError for an unknown feature, or `set`/`add` on a feature whose unit is missing or 0 (it never fired).
+    The sum is over features. Several edits of one feature are made one after another and count once. Erasures act
+    last, on x with the sum added.
+    Raises: ValueError for an unknown feature, `set`/`add` on a feature whose unit is missing or 0 (it never fired), or
+    an erasure with a transcoder, which does not write where it reads.
     """
+    erasures = [edit for edit in edits if isinstance(edit, Erasure)]
+    features = _change_of_features(sae, [edit for edit in edits if isinstance(edit, Edit)], feature_max, feature_p99)
+    if not erasures:
+        return features
+    refuse_transcoder(sae, "erasing a concept")
+
+    def change(x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        moved = x + features(x)
+        for each in erasures:
+            moved = each.erase(moved)
+        return moved - x
+
+    return change
+
+
+def _change_of_features(
+    sae: SAE,
+    edits: Sequence[Edit],
+    feature_max: Float[np.ndarray, " d_sae"] | None,
+    feature_p99: Float[np.ndarray, " d_sae"] | None,
+) -> Splice:
     given = {"max": feature_max, "p99": feature_p99}
     units = {name: values for name, values in given.items() if values is not None}
     _check(sae, edits, units)

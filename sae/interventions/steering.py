@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.trained_rows import trained_with_context_bos
-from sae.interventions.edits import Edit, change_by_edits, scaled, where_trained
+from sae.interventions.edits import Edit, Erasure, change_by_edits, scaled, where_trained
 from sae.lm import LanguageModel, Splice, layer_of
 from sae.text.model_text import Messages
 from sae.text.tokenizer import continuation
@@ -89,7 +89,7 @@ def steer(
     model: LanguageModel,
     sae: SAE,
     prompt: str | Messages,
-    edits: Sequence[Edit],
+    edits: Sequence[Edit | Erasure],
     *,
     seed: int = 0,
     max_new_tokens: int = 40,
@@ -133,7 +133,7 @@ def sweep_stream(
     model: LanguageModel,
     sae: SAE,
     prompt: str | Messages,
-    edits: Sequence[Edit],
+    edits: Sequence[Edit | Erasure],
     factors: Sequence[float] = SWEEP,
     generation: Generation = DEFAULT_GENERATION,
     *,
@@ -149,11 +149,40 @@ def sweep_stream(
     """
     if not factors:
         raise ValueError("steering: a sweep needs at least one factor, e.g. 0,1,2,5,10.")
-    changes = [change_by_edits(sae, scaled(edits, factor), feature_max, feature_p99) for factor in factors]
+    return alternatives_stream(
+        model,
+        sae,
+        prompt,
+        [scaled(edits, factor) for factor in factors],
+        generation,
+        feature_max=feature_max,
+        feature_p99=feature_p99,
+        hook_point=hook_point,
+        special_tokens=special_tokens,
+    )
+
+
+def alternatives_stream(
+    model: LanguageModel,
+    sae: SAE,
+    prompt: str | Messages,
+    alternatives: Sequence[Sequence[Edit | Erasure]],
+    generation: Generation = DEFAULT_GENERATION,
+    *,
+    feature_max: Float[np.ndarray, " d_sae"] | None = None,
+    feature_p99: Float[np.ndarray, " d_sae"] | None = None,
+    hook_point: str | None = None,
+    special_tokens: bool = False,
+) -> Iterator[list[Steered]]:
+    """As `sweep_stream`, with one steered text for each list of edits, such as an edit and its control.
+
+    Raises: as `steer`, before the first token.
+    """
+    changes = [change_by_edits(sae, edits, feature_max, feature_p99) for edits in alternatives]
     steered = SteeredModel(model, sae, _place(sae, hook_point), changes)
     prompt_ids = _prompt_ids(model, prompt, special_tokens)
     shown = prompt if isinstance(prompt, str) else continuation(model.tokenizer, [], prompt_ids)
-    return _generate(steered, [Steered(list(prompt_ids), shown) for _ in factors], generation)
+    return _generate(steered, [Steered(list(prompt_ids), shown) for _ in alternatives], generation)
 
 
 @dataclass(frozen=True)
@@ -287,7 +316,7 @@ def next_tokens(
     model: LanguageModel,
     sae: SAE,
     ids: Sequence[int],
-    edits: Sequence[Edit],
+    edits: Sequence[Edit | Erasure],
     *,
     n: int = 10,
     feature_max: Float[np.ndarray, " d_sae"] | None = None,

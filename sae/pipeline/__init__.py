@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # the same names as in _PUBLIC, for type checkers and editors
     from sae.pipeline.rows import open_rows as open_rows
     from sae.pipeline.search import search as search
     from sae.pipeline.sites import Sites as Sites
+    from sae.pipeline.steer import erasure as erasure
     from sae.pipeline.steer import feature_max as feature_max
     from sae.pipeline.steer import feature_units as feature_units
     from sae.pipeline.stores import clean as clean
@@ -73,7 +74,7 @@ _PUBLIC = {  # by module
     "rows": ("open_rows",),
     "search": ("search",),
     "sites": ("Sites",),
-    "steer": ("feature_max", "feature_units"),
+    "steer": ("erasure", "feature_max", "feature_units"),
     "stores": ("clean", "export_numpy", "merge_stores", "subset_store", "verify"),
     "sweep": ("sweep",),
     "train": ("train",),

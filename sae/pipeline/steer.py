@@ -1,8 +1,9 @@
-"""The units in which steering measures activations: each feature's maximum and 99th percentile."""
+"""What steering needs from files: the units of activations, each feature's maximum and 99th percentile; erasers."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from sae.jobs.checkpoint import read_tensors
 from sae.pipeline.errors import PipelineError
 from store.features import FeatureIndex
+
+if TYPE_CHECKING:
+    from sae.interventions.edits import Erasure
 
 
 def feature_max(directory: str | Path) -> np.ndarray:
@@ -29,6 +33,23 @@ def feature_units(directory: str | Path) -> dict[str, np.ndarray]:
         return {"feature_max": stats["max"], "feature_p99": stats["p99"]}
     held_out = _held_out_stats(directory)
     return {f"feature_{name}": held_out[name].numpy() for name in ("max", "p99")}
+
+
+def erasure(directory: str | Path, concept: str, *, control: bool = False) -> Erasure:
+    """The edit `erase:CONCEPT` of `sae.steer`, from the dictionary's result of `sae lens erase`.
+
+    `control` is the random subspace of equal rank that the result was compared with.
+    Raises: PipelineError if there is no such result; ResultError if it cannot be read.
+    """
+    from sae.circuits.erase_edit import erase_edit
+    from sae.circuits.results import DIRECTORY
+
+    path = Path(directory) / DIRECTORY / f"erase-{concept}.json"
+    if not path.is_file():
+        raise PipelineError(
+            f"{path} is missing. Run `sae lens erase {directory} --concept {concept}`, which writes it."
+        )
+    return erase_edit(path, control=control)
 
 
 def _held_out_stats(directory: Path) -> dict[str, Tensor]:
