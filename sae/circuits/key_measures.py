@@ -81,7 +81,7 @@ def key_measures(
     made_up: int = 10,
     seed: int = 0,
 ) -> tuple[dict[str, Measure], dict[str, Any], dict[str, Tensor]]:
-    """All measures about the heads of `layer`; labels; and, by feature, the tokens and the F1 of its rule.
+    """All measures about the heads of `layer`; labels; and, by feature, its rule's token and F1, beside its controls'.
 
     Scores and paths are measured in tokens that a feature's rule is about, and the share of the score in any tokens,
     too. Raises: ModelError for a hook point that is not what attention of an earlier layer writes; TaskError if fewer
@@ -95,7 +95,8 @@ def key_measures(
     kinds = _kinds(model, found, texts.train, seed)
     judged = {name: _judge(model, units, texts) for name, units in kinds.items()}
     own = judged["features"]
-    measures = _of_rules(_with_other_rules(model, found, texts, judged, seed))
+    with_others = _with_other_rules(model, found, texts, judged, seed)
+    measures = _of_rules(with_others)
     rules = {name: each.rules.token for name, each in judged.items()}
     tokens = [token for token in own.rules.good_tokens if token != model.bos_id]
     task = induction_of(model, tokens, prompts, seed=seed)
@@ -109,6 +110,8 @@ def key_measures(
     measures["into_k"] = _into_keys(model, kinds, rules, task, layer, seed)
     heads = [f"L{layer}.head.{h}" for h in range(model.n_heads)]
     arrays = {"rule_token": own.rules.token, "rule_f1": own.rules.f1.float(), "rule_firings": own.rules.firings}
+    for control in ("current_token", "shuffled_labels"):
+        arrays[f"rule_f1_{control}"] = with_others[control].rules.f1.float()
     return measures, {"head": heads, "units": list(map(str, SIZES)), "tokens_with_rule": len(tokens)}, arrays
 
 
