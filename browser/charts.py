@@ -195,22 +195,3 @@ def _units_line(table: pd.DataFrame) -> alt.LayerChart:
     line = base.mark_line(color=GREY, strokeDash=[5, 3], strokeWidth=1.4)
     chart: alt.LayerChart = line + base.mark_point(color=GREY, filled=True, size=22)
     return chart
-
-
-def lens_grid_chart(table: pd.DataFrame, row: str, column: str) -> alt.Chart:
-    """A measure of a lens by two axes; the tooltip has its interval and controls."""
-    controls = [name for name in table.columns if name not in (row, column)]
-    chart: alt.Chart = (
-        alt.Chart(table)
-        .mark_rect()
-        .encode(
-            x=alt.X(f"{column}:N", sort=None, axis=alt.Axis(title=None, labelAngle=-40)),
-            y=alt.Y(f"{row}:N", sort=None, axis=alt.Axis(title=None)),
-            color=alt.Color(
-                "value:Q", scale=alt.Scale(scheme="blueorange", domainMid=0), legend=alt.Legend(title=None)
-            ),
-            tooltip=[row, column, *(alt.Tooltip(f"{name}:Q", format=".3f") for name in controls)],
-        )
-        .properties(height=max(80, 22 * table[row].nunique() + 60))
-    )
-    return chart

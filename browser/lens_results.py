@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ from store.common import same_model
 
 FORMAT = 1
 DIRECTORY = "lenses"  # beside a dictionary, and of models below the root
+
+
+FEATURE = re.compile(r"(?:L\d{1,4}\.)?feature\.(\d{1,9})")
+HEAD = re.compile(r"L(\d{1,4})\.head\.(\d{1,4})(?:\.[qkvz])?")
 
 
 class LensFileError(ValueError):
@@ -57,6 +62,7 @@ class LensResult:
     about: Mapping[str, Any]
     labels: Mapping[str, Any]
     measures: Mapping[str, Measured]
+    arrays: Mapping[str, np.ndarray]  # those that are no measures
 
     def names(self, axis: str, measure: str, size: int) -> list[str]:
         """The names along an axis of a measure."""
@@ -80,6 +86,25 @@ def find(entry: SaeEntry, root: Path) -> dict[str, Path]:
     return found
 
 
+def feature_named(name: str) -> int | None:
+    """The number of the feature that a part or site is named after, such as `feature.17` or `L0.feature.17`."""
+    found = FEATURE.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def head_named(name: str) -> tuple[int, int] | None:
+    """Layer and head that a part or site is named after, such as `L1.head.0` or, its keys, `L1.head.0.k`."""
+    found = HEAD.fullmatch(name)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def erasures(entry: SaeEntry) -> dict[str, Path]:
+    """The results of `sae lens erase` on the dictionary itself, by the concept as `erase:CONCEPT` writes it."""
+    found = find(entry, entry.path)
+    own = {name: path for name, path in found.items() if path.parent == entry.path / DIRECTORY}
+    return {name.removeprefix("erase-"): path for name, path in own.items() if name.startswith("erase-")}
+
+
 def _about(path: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))["about"]
@@ -96,7 +121,8 @@ def read(path: Path) -> LensResult:
             raise LensFileError(f"{path.name} has format {content['format']}; this version reads {FORMAT}.")
         arrays = load_file(path.with_suffix(".safetensors")) if "arrays_sha256" in content else {}
         measures = {name: _measured(name, each, arrays) for name, each in content["measures"].items()}
-        return LensResult(path, str(content["lens"]), content["about"], content["labels"], measures)
+        kept = {str(name): arrays[name] for name in content["arrays"]}
+        return LensResult(path, str(content["lens"]), content["about"], content["labels"], measures, kept)
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise LensFileError(f"{path.name} cannot be read ({error}). Run `sae lens` again to write it anew.") from error
 

@@ -151,6 +151,18 @@ def open_feature(feature: int) -> None:
     _clear_ranges()
 
 
+def open_head(layer: int, head: int) -> None:
+    """Shows a head of the dictionary's model: for callbacks only."""
+    st.session_state["layer"], st.session_state["head"] = layer, head
+    st.session_state["view"] = "heads"
+
+
+def open_result(name: str, measure: str) -> None:
+    """Shows a measure of a saved result about a task: for callbacks only."""
+    st.session_state["result"], st.session_state["measure"] = name, measure
+    st.session_state["view"] = "patching"
+
+
 def open_feature_of(sae_id: str, feature: int) -> None:
     """Shows a feature of another dictionary: for callbacks only."""
     st.session_state["sae"] = sae_id

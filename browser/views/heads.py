@@ -32,7 +32,7 @@ def show(page: Page) -> None:
                 "The lens heads has not been run on this model",
                 "It scores every attention head (where it looks, what it writes, what breaks without it), each score "
                 "beside its controls. Its result belongs below the directory that the app was started on:",
-                f"sae lens heads {lens_parts.model_name(page)}",
+                lens_parts.model_command(page, "heads"),
             )
         else:
             result = lens_parts.read(path)
@@ -46,12 +46,8 @@ def _scores(result: LensResult) -> None:
     heading("Heads")
     found = lens_results.by_head(result)
     columns = [column for column in found.columns if column != "head"]
-    st.dataframe(
-        found,
-        hide_index=True,
-        key="heads-all",
-        column_config={column: st.column_config.NumberColumn(format="%.2f") for column in columns},
-    )
+    config = {column: st.column_config.NumberColumn(format="%.2f") for column in columns}
+    lens_parts.draw_table(found, ["head"], "heads-all", config)
     st.caption(COPYING)
     heading("One measure beside its controls")
     names = [*columns, *(name for name in result.measures if name not in columns)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import streamlit as st
 
 from browser import lens_results, state
-from browser.markup import explain, facts, heading
+from browser.markup import explain, facts, heading, source_line
 from browser.state import Page
+from browser.tokens import visible
 from browser.views import lens_parts
 
 LENSES = ("circuit", "keys", "facts")
@@ -25,7 +26,7 @@ def show(page: Page) -> None:
             "No patching has been done on this dictionary or its model",
             "The lens circuit swaps parts of a run for those of another prompt and measures how much of the answer "
             "comes with them. Results about the model belong below the directory that the app was started on:",
-            f"sae lens circuit {lens_parts.model_name(page)} --task induction --by head",
+            lens_parts.model_command(page, "circuit", "--task", "induction", "--by", "head"),
         )
         return
     chosen = str(st.selectbox("Result", names, key="result", bind="query-params"))
@@ -38,7 +39,8 @@ def show(page: Page) -> None:
     st.html(facts(about, chosen, help=HELP))
     texts = result.labels.get("first_prompts") or []
     for name, text in zip(("clean", "corrupt"), texts, strict=False):
-        st.html(facts({name: str(text)}))
+        shown = "".join(each if each == " " else visible(each) for each in str(text))
+        st.html(source_line(f"{name}: {shown}"))  # wraps, unlike facts
     if circuit := result.labels.get("circuit"):
         heading("The circuit")
         st.html(facts({"heads": ", ".join(map(str, circuit))}))

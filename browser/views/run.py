@@ -11,7 +11,7 @@ import streamlit as st
 from browser import charts, data, runs
 from browser.markup import explain, facts, heading
 from browser.state import Page
-from browser.views import run_sites
+from browser.views import growth, run_sites
 
 CURVES = {  # logged name → title, definition
     "fvu": ("FVU", "Fraction of variance unexplained on the batch, Σ‖x − x̂‖² / Σ‖x − mean‖²."),
@@ -57,6 +57,7 @@ def show(page: Page) -> None:
             run_sites.show(page, report)
         _density(page, report)
         _costs(page, log)
+    growth.show(page)
 
 
 def _dump(page: Page) -> None:
