@@ -14,6 +14,7 @@ from browser.live import LiveError, prompts
 from browser.markup import explain
 from browser.state import Page
 from browser.tokens import label, pieces
+from browser.views import lens_rows
 from browser.views.prompt_box import position_box, prompt_box
 
 ORDERS = {
@@ -62,6 +63,8 @@ def show(page: Page) -> None:
         _grid(page, ids, found, pushes, at, order=order, most=columns, hide_dense=dense)
     with right:
         _token(page, loaded, ids, found, pushes, at, token)
+    if st.toggle("Lens rows: what each layer reads", key="lens", bind="query-params", help=lens_rows.HELP["toggle"]):
+        lens_rows.show(page, loaded, ids, at)
 
 
 def _settings(n_tokens: int, d_vocab: int) -> tuple[str, int, bool, int, int | None]:
