@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import streamlit as st
 
 from browser.live import Live, LiveError
 from browser.live.prompts import Prompt, check_prompt
@@ -15,19 +18,59 @@ SWEEP = (0.0, 1.0, 2.0, 5.0, 10.0)
 PINNED_PROMPT = "1,2,3,4,5,6,7,8,9,10"
 MODES = ("set", "add", "scale", "ablate")
 UNITS = ("max", "p99")
+ERASE, RANDOM = "erase:", ":random"  # `erase:CONCEPT`, and its control
 
 
-def parse(text: str) -> list[Any]:
-    """Edits written as `FEATURE:MODE[:VALUE][:p99][:active]`, separated by spaces or commas. Raises LiveError."""
+def parse(text: str, erasers: Mapping[str, Path] | None = None) -> list[Any]:
+    """Edits written as `FEATURE:MODE[:VALUE][:p99][:active]` or `erase:CONCEPT`, separated by spaces or commas.
+
+    `erasers` are the results of `sae lens erase` by concept. Raises LiveError.
+    """
     from sae.interventions.edits import Edit
 
     try:
-        edits = [Edit.parse(part) for part in text.replace(",", " ").split()]
+        edits = [
+            _erasure(part, erasers or {}) if part.startswith(ERASE) else Edit.parse(part)
+            for part in text.replace(",", " ").split()
+        ]
     except ValueError as error:
         raise LiveError(str(error).removeprefix("steering: ")) from error
     if len(edits) > MAX_FEATURES:
         raise LiveError(f"There are {len(edits)} edits; at most {MAX_FEATURES} at once.")
     return edits
+
+
+def _erasure(part: str, erasers: Mapping[str, Path]) -> Any:
+    concept = part.removeprefix(ERASE)
+    is_control = concept.endswith(RANDOM)
+    concept = concept.removesuffix(RANDOM)
+    if concept not in erasers:
+        known = f"there are {', '.join(sorted(erasers))}" if erasers else "there is none"
+        raise LiveError(
+            f"No result of `sae lens erase` on this dictionary is named {concept!r}; {known}. The lens writes one for "
+            "each concept."
+        )
+    path = erasers[concept]
+    return _read_erasure(str(path), path.stat().st_mtime_ns, is_control)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _read_erasure(path: str, stamp: int, is_control: bool) -> Any:
+    from sae.circuits.erase_edit import erase_edit
+
+    return erase_edit(path, control=is_control)
+
+
+def is_erasure(edit: Any) -> bool:
+    """Whether an edit erases a concept; else it changes a feature."""
+    return not hasattr(edit, "feature")
+
+
+def control_of(edits: Sequence[Any], erasers: Mapping[str, Path]) -> list[Any]:
+    """The same edits with random subspaces of equal rank instead of what is erased; [] if nothing is erased."""
+    if not any(is_erasure(each) and not each.is_control for each in edits):
+        return []
+    return [_erasure(f"{ERASE}{e.name}{RANDOM}", erasers) if is_erasure(e) else e for e in edits]
 
 
 def edit(feature: int, mode: str, value: float, unit: str, only_active: bool) -> Any:
@@ -57,8 +100,9 @@ def sweep(
     factors: Sequence[float],
     generation: Any,
     units: dict[str, Any],
+    control: Sequence[Any] = (),
 ) -> Iterator[list[Any]]:
-    """`sae.interventions.steering.sweep_stream` within the app's limits: the growing texts, one per factor.
+    """`sae.interventions.steering` within the app's limits: the growing texts, one per factor, then the control's.
 
     Raises LiveError beyond the limits.
     """
@@ -72,11 +116,13 @@ def sweep(
         raise LiveError(f"{generation.max_new_tokens} new tokens are too many; at most {MAX_NEW_TOKENS}.")
     if not 1 <= len(factors) <= MAX_STRENGTHS:
         raise LiveError(f"There are {len(factors)} strengths; allowed are 1 to {MAX_STRENGTHS}.")
-    from sae.interventions.steering import sweep_stream
+    from sae.interventions.edits import scaled
+    from sae.interventions.steering import alternatives_stream
 
     try:
         asked = prompt.asked()
-        rows = sweep_stream(live.model, live.sae, asked.pop("prompt"), edits, factors, generation, **units, **asked)
+        sets = [scaled(edits, factor) for factor in factors] + ([list(control)] if control else [])
+        rows = alternatives_stream(live.model, live.sae, asked.pop("prompt"), sets, generation, **units, **asked)
     except ValueError as error:
         raise LiveError(str(error).removeprefix("steering: ")) from error
     yield from rows
@@ -103,6 +149,12 @@ def as_command(path: str, prompt: Prompt, edits: Sequence[Any], factors: list[fl
     return shlex.join(words)
 
 
+def _as_code(path: str, edit: Any) -> str:
+    if not is_erasure(edit):
+        return repr(edit)
+    return f"pipeline.erasure({path!r}, {edit.name!r}{', control=True' if edit.is_control else ''})"
+
+
 def as_python(path: str, prompt: Prompt, edits: Sequence[Any], factors: list[float], generation: Any) -> str:
     """The Python code that generates the same text."""
     asked = prompt.asked()
@@ -114,7 +166,7 @@ def as_python(path: str, prompt: Prompt, edits: Sequence[Any], factors: list[flo
         "",
         f"sae, model = pipeline.open_pair({path!r})",
         f"units = pipeline.feature_units({path!r})",
-        f"edits = {list(edits)!r}",
+        f"edits = [{', '.join(_as_code(path, each) for each in edits)}]",
         f"factors = {factors!r}",
         f"generation = {generation!r}",
         f"*_, rows = sweep_stream(model, sae, {asked['prompt']!r}, edits, factors, generation{special}, **units)",

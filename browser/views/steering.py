@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import streamlit as st
 
-from browser import charts, live, state, steering_charts
+from browser import charts, lens_results, live, state, steering_charts
 from browser.components import Line, draw_line
 from browser.live import Live, LiveError
 from browser.live import steering as run
 from browser.markup import explain, heading
 from browser.state import Page
 from browser.tokens import label, pieces
+from browser.views import steering_concepts
 from browser.views.prompt_box import prompt_box
 
 HELP = {
@@ -24,7 +27,7 @@ HELP = {
     "activation in the index, so strengths can be compared between features. Where active: only at positions where "
     "the feature fires by itself.",
     "spec": "The same table as text, FEATURE:MODE[:VALUE][:p99][:active] separated by spaces, as in the address of "
-    "this page and in `sae steer --edit`.",
+    "this page and in `sae steer --edit`. erase:CONCEPT erases a concept.",
     "seed": "All texts use the same random numbers, so they differ only where an edit changed the distribution.",
     "sweep": "One text per factor (×0, ×1, ×2, ×5, ×10) on the values of all edits. It does not change ablate.",
     "pinned": "Pinned feature sampling of Bricken et al. 2023: the prompt 1,2,…,10, with the chosen feature set to its "
@@ -46,11 +49,12 @@ def show(page: Page) -> None:
         return
     left, right = st.columns([0.52, 0.48], gap="medium")
     with left:
-        edits = _steering_set(page)
+        erasers = lens_results.erasures(page.entry)
+        edits = _steering_set(page, erasers)
     with right:
         asked = _settings()
     if edits is not None and asked is not None:
-        _generate(page, loaded, edits, asked)
+        _generate(page, loaded, edits, asked | {"control": run.control_of(edits, erasers)})
     found = st.session_state.get("steered")
     if found is not None and found["entry"] == page.entry.id:
         _results(page, loaded, found)
@@ -59,7 +63,7 @@ def show(page: Page) -> None:
 # --- the edits -------------------------------------------------------------------------------------------------------
 
 
-def _steering_set(page: Page) -> list[Any] | None:
+def _steering_set(page: Page, erasers: Mapping[str, Path]) -> list[Any] | None:
     """The edits, as a table and as text in the URL; None if the text cannot be read."""
     head, add = st.columns([0.62, 0.38], vertical_alignment="bottom")
     with head:
@@ -82,11 +86,12 @@ def _steering_set(page: Page) -> list[Any] | None:
     )
     with place:
         try:
-            edits = run.parse(text)
+            edits = run.parse(text, erasers)
         except LiveError as error:
             explain("The steering set cannot be read", str(error))
             return None
-        _table(page, edits, text)
+        _table(page, [each for each in edits if not run.is_erasure(each)], text)
+    steering_concepts.show(page, erasers, [each for each in edits if run.is_erasure(each)], text)
     return edits
 
 
@@ -104,7 +109,8 @@ def _table(page: Page, edits: list[Any], text: str) -> None:
     key = f"edits-table-{text}"  # a new table for each text, so that no change is applied twice
 
     def changed() -> None:
-        state.set_edits(_as_text(page, frame, st.session_state[key]))
+        erased = [part for part in text.replace(",", " ").split() if part.startswith(run.ERASE)]
+        state.set_edits(" ".join([_as_text(page, frame, st.session_state[key]), *erased]).strip())
 
     column = st.column_config
     st.data_editor(
@@ -211,8 +217,9 @@ def _generate(page: Page, loaded: Live, edits: list[Any], asked: dict[str, Any])
         "entry": page.entry.id,
         "path": str(page.entry.path),
         "edits": edits,
-        "asked": asked,
-        "rows": rows,
+        "asked": {name: value for name, value in asked.items() if name != "control"},
+        "rows": rows[: len(asked["factors"])],
+        "control": rows[-1] if asked["control"] else None,
         "next": following,
     }
 
@@ -247,7 +254,7 @@ def _results(page: Page, loaded: Live, found: dict[str, Any]) -> None:
 def _side_by_side(page: Page, found: dict[str, Any]) -> None:
     (row,) = found["rows"]
     first = row.first_divergence
-    left, right = st.columns(2, gap="medium")
+    left, right, *more = st.columns(2 if found["control"] is None else 3, gap="medium")
     with left:
         note = f"seed {found['asked']['generation'].seed} · perplexity {row.base_perplexity:.1f}"
         _column(page, "Base", note, row, row.base_ids, "base")
@@ -255,7 +262,22 @@ def _side_by_side(page: Page, found: dict[str, Any]) -> None:
         parts = "same text as base" if first is None else f"differs from new token {first + 1} on"
         title = "Steered: " + ", ".join(_in_words(e) for e in found["edits"])
         note = f"{parts} · perplexity {row.steered_perplexity:.1f} under the base model"
-        _column(page, title, note, row, row.steered_ids, "steered")
+        _column(page, title, note if not more else _note(row), row, row.steered_ids, "steered")
+    for column in more:
+        with column:
+            _control(page, found["control"])
+
+
+def _control(page: Page, row: Any) -> None:
+    """The text of the same edits with random subspaces of equal rank in place of what is erased."""
+    _column(page, "Control: a random subspace of equal rank", _note(row), row, row.steered_ids, "control")
+
+
+def _note(row: Any) -> str:
+    first = row.first_divergence
+    parts = "same text as base" if first is None else f"differs from new token {first + 1} on"
+    kl = sum(row.kl) / len(row.kl)
+    return f"{parts} · KL {kl:.2f} nats per token · perplexity {row.steered_perplexity:.1f} under the base model"
 
 
 def _sweep_grid(page: Page, found: dict[str, Any]) -> None:
@@ -263,14 +285,14 @@ def _sweep_grid(page: Page, found: dict[str, Any]) -> None:
     note = f"seed {found['asked']['generation'].seed} · perplexity {base.base_perplexity:.1f}"
     _column(page, "Base", note, base, base.base_ids, "base")
     for factor, row in zip(found["asked"]["factors"], found["rows"], strict=True):
-        first = row.first_divergence
-        parts = "same text as base" if first is None else f"differs from new token {first + 1} on"
-        kl = sum(row.kl) / len(row.kl)
-        note = f"{parts} · KL {kl:.2f} nats per token · perplexity {row.steered_perplexity:.1f}"
-        _column(page, f"× {factor:g}", note, row, row.steered_ids, f"x{factor:g}")
+        _column(page, f"× {factor:g}", _note(row), row, row.steered_ids, f"x{factor:g}")
+    if found["control"] is not None:
+        _control(page, found["control"])
 
 
 def _in_words(e: Any) -> str:
+    if run.is_erasure(e):
+        return "a random subspace removed" if e.is_control else f"{e.name} erased"
     unit = {"max": "max", "p99": "P99"}[e.unit]
     done = {
         "set": f"set to {e.value:g} × {unit}",
