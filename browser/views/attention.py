@@ -1,7 +1,8 @@
-"""Attention: where each head reads, and which source tokens and paths push the chosen feature's pre-activation."""
+"""Attention: where each head reads and which features make it, and what pushes the chosen feature's pre-activation."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,18 @@ import streamlit as st
 from browser import live, state
 from browser.components import Row, RowList, draw_lists
 from browser.components.grid import Bars, Cells, Column, draw_grid
-from browser.live import LiveError, prompts
+from browser.live import LiveError, circuits, prompts
 from browser.markup import explain, facts
 from browser.state import Page
 from browser.tokens import label, pieces
+from browser.views import attention_pairs
 from browser.views.prompt_box import position_box, prompt_box
 
-SHOWN = {"push": "Push on the feature, by head and source", "pattern": "Pattern of one head, every destination"}
+SHOWN = {
+    "push": "Push on the feature, by head and source",
+    "pattern": "Pattern of one head, every destination",
+    "qk": "QK by feature",
+}
 HELP = {
     "facts": "pre-activation: the encoder's value before its activation function. It is the sum of what comes through "
     "the heads (Σ over heads and source tokens), what comes directly from the token itself, and the biases.",
@@ -31,7 +37,7 @@ HELP = {
 
 
 def show(page: Page) -> None:
-    """Draws the prompt, and the paths into the chosen feature at the chosen token."""
+    """Draws the prompt, and one of: the paths into the chosen feature, a head's pattern, a head's scores by feature."""
     try:
         loaded = live.load(page.entry)
     except LiveError as error:
@@ -40,41 +46,97 @@ def show(page: Page) -> None:
     prompt = prompt_box(height=76)
     try:
         ids = prompts.encode(loaded, prompt)
-        pattern = np.asarray(prompts.patterns(loaded, page.entry, ids))
-        shown, head, at = _settings(len(pattern), len(ids))
-        paths = prompts.paths(loaded, page.entry, ids, feature=page.feature, position=at)
-        acts = prompts.activations(prompts.inspect(loaded, page.entry, ids), page.feature, len(ids))
+        shown, where = _settings(page, loaded, ids)
+        {"push": _show_push, "pattern": _show_pattern, "qk": _show_pairs}[shown](page, loaded, ids, where)
     except LiveError as error:
         explain("Attention to this prompt cannot be shown", str(error))
-        return
-    _facts(page, ids, paths, acts, at)
+
+
+@dataclass(frozen=True)
+class Where:
+    """A head, the token that reads, and the one that is read (None: the one that the head reads most)."""
+
+    layer: int
+    head: int
+    at: int
+    source: int | None
+
+
+def _settings(page: Page, loaded: live.Live, ids: list[int]) -> tuple[str, Where]:
+    shown = str(
+        st.segmented_control(
+            "Show",
+            list(SHOWN),
+            format_func=SHOWN.__getitem__,
+            default="push",
+            required=True,
+            key="paths",
+            bind="query-params",
+            label_visibility="collapsed",
+        )
+    )
+    boxes = st.columns([0.125, 0.125, 0.125, 0.125, 0.5])
+    own = circuits.layer_of_entry(page.entry)
+    usual = {"push": own, "pattern": own, "qk": circuits.first_reading_layer(page.entry)}[shown]
+    last, last_head = loaded.model.n_layers - 1, loaded.model.n_heads - 1
+    off = shown == "push"
+    layer = boxes[0].number_input(
+        "Layer", 0, max(1, last), None, key="layer", bind="query-params", disabled=off, placeholder=str(usual)
+    )
+    head = boxes[1].number_input("Head", 0, max(1, last_head), 0, key="head", bind="query-params", disabled=off)
+    with boxes[2]:
+        at = position_box(len(ids))
+    source = boxes[3].number_input(
+        "Source",
+        0,
+        max(1, len(ids) - 1),
+        None,
+        key="source",
+        bind="query-params",
+        disabled=shown != "qk",
+        placeholder="most read",
+        help="Position of the token that is read. Empty: the one that the head reads most, BOS aside.",
+    )
+    chosen = usual if layer is None or off else int(layer)
+    return shown, Where(min(chosen, last), min(int(head), last_head), at, None if source is None else int(source))
+
+
+def _show_push(page: Page, loaded: live.Live, ids: list[int], where: Where) -> None:
+    """What pushes the chosen feature's pre-activation, by head and source token."""
+    pattern = np.asarray(prompts.patterns(loaded, page.entry, ids))
+    paths = prompts.paths(loaded, page.entry, ids, feature=page.feature, position=where.at)
+    acts = prompts.activations(prompts.inspect(loaded, page.entry, ids), page.feature, len(ids))
+    _facts(page, ids, paths, acts, where.at)
     left, right = st.columns([0.66, 0.34], gap="medium")
     with left:
-        if shown == "push":
-            _pushes(page, ids, pattern, paths, acts, at)
-        else:
-            _pattern(page, ids, pattern[head], at)
+        _pushes(page, ids, pattern, paths, acts, where.at)
     with right:
-        _lists(page, ids, paths, at)
+        _lists(page, ids, paths, where.at)
 
 
-def _settings(n_heads: int, n_tokens: int) -> tuple[str, int, int]:
-    what, which, where = st.columns([0.6, 0.2, 0.2], vertical_alignment="bottom")
-    shown = what.segmented_control(
-        "Show",
-        list(SHOWN),
-        format_func=SHOWN.__getitem__,
-        default="push",
-        required=True,
-        key="paths",
-        bind="query-params",
-    )
-    head = which.number_input(
-        "Head", 0, max(1, n_heads - 1), 0, key="head", bind="query-params", disabled=shown == "push"
-    )
-    with where:
-        at = position_box(n_tokens)
-    return str(shown), min(int(head), n_heads - 1), at
+def _show_pattern(page: Page, loaded: live.Live, ids: list[int], where: Where) -> None:
+    """Where one head of any layer reads, and what each head of it reads most at the chosen token."""
+    pattern = np.asarray(prompts.patterns_of(loaded, ids, where.layer))
+    left, right = st.columns([0.66, 0.34], gap="medium")
+    with left:
+        _pattern(page, ids, pattern[min(where.head, len(pattern) - 1)], where.at)
+    with right:
+        rows = []
+        for head, weights in enumerate(pattern[:, where.at, : where.at + 1]):
+            best = int(weights.argmax())
+            name = label(page.index.token_bytes(ids[best]))
+            rows.append(Row(name, f"{weights[best]:.2f}", float(weights[best]), f"head {head}", str(best), open=head))
+        title = f"Read most at {where.at}, by the heads of layer {where.layer}"
+        draw_lists([RowList(title, rows, HELP["pattern"])], key="pattern-heads", on_open=_choose_head)
+
+
+def _show_pairs(page: Page, loaded: live.Live, ids: list[int], where: Where) -> None:
+    pattern = np.asarray(prompts.patterns_of(loaded, ids, where.layer))[where.head]
+    attention_pairs.show(page, loaded, ids, pattern, (where.layer, where.head, where.at, where.source))
+
+
+def _choose_head(head: int) -> None:
+    st.session_state["head"] = head
 
 
 def _facts(page: Page, ids: list[int], paths: Any, acts: np.ndarray, at: int) -> None:
