@@ -14,6 +14,7 @@ from browser.markup import explain, facts, source_line
 from browser.state import Page
 from browser.tokens import plain_markdown
 from browser.views import (
+    feature_circuits,
     feature_dump,
     feature_examples,
     feature_lists,
@@ -91,6 +92,10 @@ def _tools(page: Page, rows: np.ndarray, values: np.ndarray) -> None:
         if text.open:
             with text:
                 feature_text.show(page)
+        circuits = st.expander("In circuits", key="circuits-open", on_change="rerun")
+        if circuits.open:
+            with circuits:
+                feature_circuits.show(page)
     if not len(rows):
         return
     if feature_sources.applies(page):
