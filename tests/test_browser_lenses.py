@@ -59,6 +59,7 @@ def results_root(live_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         "place": ["end", "first"],
         "first_prompts": ["a b <i>", "b a <i>"],
         "logit_difference": {"clean": 3.0, "corrupt": -3.0},
+        "warning": "does not do <b>this</b>",
     }
     grid = measure(torch.tensor([[0.75, 0.125]]), ("site", "place"))
     patched = Result("circuit", {"restoring_head": grid}, about | {"task": "induction"}, "induction", labels)
@@ -167,6 +168,7 @@ def test_patching_shows_both_prompts_and_a_measure_with_its_controls(visit: Any)
     shown = html(page)
     assert "a b &lt;i&gt;" in shown
     assert "+3.00" in shown
+    assert "does not do &lt;b&gt;this&lt;/b&gt;" in shown
     page = visit(view="Patching", result="keys")
     assert page.dataframe[0].value["none"].tolist() == [0.0]
 

@@ -142,6 +142,7 @@ def _tasks(page: Page, results: dict[str, LensResult]) -> None:
                 opens.append(_opener(name, measure.name, target))
                 beside = "" if not np.isfinite(control) else f"random {control:+.3f}"
                 what = f"{name.removeprefix('circuit-')} {measure.name}{f' → {target}' if target else ''}"
+                what += " (the model does not do the task)" if result.labels.get("warning") else ""
                 rows.append(Row(what, f"{value:+.3f}", min(1.0, abs(value)), beside, negative=value < 0, open=number))
     if not rows:
         command = lens_parts.dictionary_command(page, "circuit", "--task", "induction", "--by", "feature")

@@ -37,6 +37,8 @@ def show(page: Page) -> None:
     lds = result.labels.get("logit_difference") or {}
     about |= {f"LD {name.replace('_', ' ')}": f"{value:+.2f}" for name, value in lds.items()}
     st.html(facts(about, chosen, help=HELP))
+    if warning := result.labels.get("warning"):
+        explain("This result means little", str(warning))
     texts = result.labels.get("first_prompts") or []
     for name, text in zip(("clean", "corrupt"), texts, strict=False):
         shown = "".join(each if each == " " else visible(each) for each in str(text))
