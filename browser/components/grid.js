@@ -2,7 +2,8 @@
 // A click on a row triggers "row", one on a column's head "column".
 // data: {vocab: [[id, [[kind, text], …]], …], rows: [vocab index], selected,
 //        bars: [{title, help, values: [number|null], max}], columns: [{title, note, open}],
-//        cells: [[row, column, value]], max: [number] per column, floor, unit, height}
+//        cells: [[row, column, value]], max: [number] per column, floor, unit, height,
+//        tokens: whether the rows are the tokens of a text}
 function drawBar(bar, row) {
   const value = bar.values[row];
   const cell = element("span", "bar");
@@ -68,7 +69,8 @@ function fillTip(tip, data, target) {
   const r = Number(target.parentElement.dataset.r);
   const text = element("div", "tiptoken");
   appendPieces(text, data.vocab[data.rows[r]][1], true);
-  tip.append(text, element("div", "", data.unit + " " + number(Number(target.dataset.v)) + " at position " + r));
+  const place = data.tokens ? " at position " + r : "";
+  tip.append(text, element("div", "", data.unit + " " + number(Number(target.dataset.v)) + place));
   return true;
 }
 

@@ -56,9 +56,11 @@ def draw_grid(
     on_column: Callable[[int], Any] | None = None,
     height: int = 560,
     floor: float = 0.12,
+    tokens: bool = True,
 ) -> None:
     """Draws the table; every cell has at least the strength `floor`, so that it stays visible.
 
+    `tokens`: whether the rows are the tokens of a text, in its order.
     A click on a token calls `on_row`, one on a column's head `on_column` with its feature.
     """
     vocabulary = Vocabulary()
@@ -77,6 +79,7 @@ def draw_grid(
         "unit": unit,
         "floor": floor,
         "height": height,
+        "tokens": tokens,
     }
     on_row_change, on_column_change = on_trigger(key, "row", on_row), on_trigger(key, "column", on_column)
     _grid(data=data, key=key, on_row_change=on_row_change, on_column_change=on_column_change)

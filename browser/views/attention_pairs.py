@@ -112,6 +112,7 @@ def _grid(page: Page, found: Any, pairs: np.ndarray, rows: list[int], columns: l
         on_row=open_row,
         on_column=state.open_feature,
         height=560,
+        tokens=False,
     )
     st.caption(
         f"{len(rows)} of {len(found.queries):,} parts of the query × {len(columns)} of {len(found.keys):,} of the key.",
