@@ -311,11 +311,11 @@ def test_rows_of_results_lead_to_features_and_heads(visit: Any, monkeypatch: pyt
     monkeypatch.setattr(state, "open_feature", opened.append)
     monkeypatch.setattr(state, "open_head", lambda *head: opened.append(head))
     for name in ("feature.5", "L0.feature.17", "L1.head.0", "L10.head.3.k"):
-        found = lens_parts._opener(name)
+        found = lens_parts.opener(name)
         assert found is not None
         found()
     assert opened == [5, 17, (1, 0), (10, 3)]
-    assert [lens_parts._opener(name) for name in ("end", "feature.x", "L0.neuron.3", "<b>")] == [None] * 4
+    assert [lens_parts.opener(name) for name in ("end", "feature.x", "L0.neuron.3", "<b>")] == [None] * 4
 
 
 # --- QK by feature ---------------------------------------------------------------------------------------------------

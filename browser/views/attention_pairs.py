@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from browser.live import circuits
 from browser.markup import facts
 from browser.state import Page
 from browser.tokens import label
+from browser.views import lens_parts
 
 MOST_ROWS, MOST_COLUMNS, MOST_PAIRS = 16, 14, 16
 HELP = {
@@ -126,23 +128,28 @@ def _column(page: Page, name: str) -> Column:
 
 
 def _lists(page: Page, found: Any, pairs: np.ndarray) -> None:
-    order = np.argsort(-np.abs(pairs), axis=None, kind="stable")[:MOST_PAIRS]
-    most = float(np.abs(pairs).max()) or 1.0
-    chance = np.asarray(found.random_95)
-    rows = []
-    for i, j in zip(*np.unravel_index(order, pairs.shape), strict=True):
-        opened = [feature_named(name) for name in (found.queries[i], found.keys[j])]
-        beside = "" if np.isnan(chance[i, j]) else f"random ±{chance[i, j]:.3f}"
-        rows.append(
-            Row(
-                f"{_shown(page, found.queries[i])} → {_shown(page, found.keys[j])}",
-                f"{pairs[i, j]:+.3f}",
-                abs(float(pairs[i, j])) / most,
-                beside,
-                negative=bool(pairs[i, j] < 0),
-                open=opened[1] if opened[1] is not None else opened[0],
-            )
+    """The strongest pairs and the sums by part; a row opens the feature or head of its key, else of its query."""
+    opens: list[Callable[[], None]] = []
+
+    def row(value: float, most: float, *names: str, beside: str = "") -> Row:
+        """`names`: the part of the query, if any, and that of the key."""
+        nodes = [node for name in reversed(names) if (node := lens_parts.opener(name)) is not None]
+        opens.extend(nodes[:1])
+        return Row(
+            " → ".join(_shown(page, name) for name in names),
+            f"{value:+.3f}",
+            abs(value) / most,
+            beside,
+            negative=value < 0,
+            open=len(opens) - 1 if nodes else None,
         )
+
+    most, chance = float(np.abs(pairs).max()) or 1.0, np.asarray(found.random_95)
+    rows = []
+    for place in np.argsort(-np.abs(pairs), axis=None, kind="stable")[:MOST_PAIRS]:
+        i, j = np.unravel_index(place, pairs.shape)
+        beside = "" if np.isnan(chance[i, j]) else f"random ±{chance[i, j]:.3f}"
+        rows.append(row(float(pairs[i, j]), most, found.queries[i], found.keys[j], beside=beside))
     lists = [RowList("Strongest pairs: query → key", rows, HELP["pairs"])]
     for title, names, sums in (
         ("Of the key, by part", found.keys, pairs.sum(0)),
@@ -150,15 +157,5 @@ def _lists(page: Page, found: Any, pairs: np.ndarray) -> None:
     ):
         largest = float(np.abs(sums).max()) or 1.0
         best = np.argsort(-np.abs(sums), kind="stable")[:8].tolist()
-        shown = [
-            Row(
-                _shown(page, names[n]),
-                f"{sums[n]:+.3f}",
-                abs(float(sums[n])) / largest,
-                negative=bool(sums[n] < 0),
-                open=feature_named(names[n]),
-            )
-            for n in best
-        ]
-        lists.append(RowList(title, shown, HELP["sums"]))
-    draw_lists(lists, key="qk-lists", on_open=state.open_feature)
+        lists.append(RowList(title, [row(float(sums[n]), largest, names[n]) for n in best], HELP["sums"]))
+    draw_lists(lists, key="qk-lists", on_open=lambda number: opens[number]())

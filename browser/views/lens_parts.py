@@ -53,7 +53,7 @@ def measure_box(result: LensResult, names: list[str], key: str) -> str:
 def draw_table(table: pd.DataFrame, named: list[str], key: str, config: dict[str, Any]) -> None:
     """A table; where its columns `named` name features or heads, choosing a row opens the page of the first of them."""
     nodes = [
-        next((node for name in named if (node := _opener(str(row[name]))) is not None), None)
+        next((node for name in named if (node := opener(str(row[name]))) is not None), None)
         for row in table[named].to_dict("records")
     ]
     if not any(nodes):
@@ -70,7 +70,8 @@ def draw_table(table: pd.DataFrame, named: list[str], key: str, config: dict[str
     st.caption("Choose a row to open its feature or head.")
 
 
-def _opener(name: str) -> Callable[[], None] | None:
+def opener(name: str) -> Callable[[], None] | None:
+    """What opens the feature or the head that a part is named after: for callbacks only."""
     feature, head = lens_results.feature_named(name), lens_results.head_named(name)
     if feature is not None:
         return lambda: state.open_feature(feature)
