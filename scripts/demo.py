@@ -17,7 +17,7 @@ from typing import Any
 
 from dictionary import build
 
-RECIPE = "balanced"
+RECIPE = "matryoshka"
 # Per minute of --minutes on 2 cores. The work is counted in rows, so the same --minutes gives the same result.
 HARVEST_TOKENS, TRAIN_TOKENS, INDEX_TOKENS = 250_000, 800_000, 150_000
 # Figures over seeds, by --minutes, written by `python scripts/demo_reference.py`.

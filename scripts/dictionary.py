@@ -24,7 +24,7 @@ def build(
     *,
     model: str = "tiny-relu-1l",
     tokens: int = 3_000_000,
-    recipe: str = "balanced",
+    recipe: str = "matryoshka",
     d_sae: int = 4096,
     train_tokens: int = 8_000_000,
     index_tokens: int = 1_000_000,
@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("--text", action="append", required=True, help="file, directory or dataset; may repeat")
     parser.add_argument("--out", type=Path, required=True, help="directory of the run")
     parser.add_argument("--model", default="tiny-relu-1l", help="directory, shipped name or hub id")
-    parser.add_argument("--recipe", default="balanced", help="training recipe")
+    parser.add_argument("--recipe", default="matryoshka", help="training recipe")
     parser.add_argument("--d-sae", type=int, default=4096, help="number of features")
     parser.add_argument("--tokens", type=int, default=3_000_000, help="rows harvested")
     parser.add_argument("--train-tokens", type=int, default=8_000_000, help="rows seen in training")

@@ -1,6 +1,6 @@
 """How well `sae search` finds features whose meaning is known, next to plain search for words and a random order.
 
-    python scripts/search_recall.py runs/demo/balanced-4096-s0 --json docs/measurements/search.json
+    python scripts/search_recall.py runs/demo/matryoshka-4096-s0 --json docs/measurements/search.json
 
 For each of the queries below, the features to be found are known from their firings, not from any label: at least 80%
 of them are on tokens of a pattern, or in a domain. A feature with fewer than 20 firings is left out.

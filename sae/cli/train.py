@@ -52,8 +52,8 @@ def train(verbs: Any) -> None:
     verb.add_argument(
         "--recipe",
         metavar="NAME",
-        help="training recipe: balanced, topk, jumprelu, towards-monosemanticity …; an unknown name lists all "
-        "(default: that of the run in --out; for a new one balanced)",
+        help="training recipe: matryoshka, balanced, topk, towards-monosemanticity …; an unknown name lists all "
+        "(default: that of the run in --out; for a new one matryoshka)",
     )
     verb.add_argument(
         "--d-sae", type=int, metavar="N", help="number of features (default: that of the --from dictionary, else 4096)"

@@ -59,7 +59,7 @@ def train(
 
     A crosscoder is trained on `Sites`: several hook points of a store, or of several stores of one text.
 
-    Without a `recipe` it is that of the run in `out`, for a new one `balanced`.
+    Without a `recipe` it is that of the run in `out`, for a new one `matryoshka`.
     `d_sae` is the number of features (default: that of `start_from`, else 4096); `l0` is the mean number of active
     features per token to aim for (default: the recipe's; saved as `target_l0`);
     `config` overrides further settings of the recipe. `tokens` is the number of rows to train on (default: four epochs

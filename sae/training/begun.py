@@ -15,7 +15,7 @@ SINCE_0_1 = "calibrate_threshold"  # recorded by every run since version 0.1
 DEFAULTS_OF_0_1: dict[str, dict[str, Any]] = {
     "batch-topk": {"calibrate_threshold": False},
     "balanced": {"calibrate_threshold": False},
-    "matryoshka": {"calibrate_threshold": False, "min_density": 0.0},
+    "matryoshka": {"lr": 1e-3, "batch_tokens": 4096, "calibrate_threshold": False, "min_density": 0.0},
     "jumprelu": {"min_density": 0.0},
 }
 

@@ -49,7 +49,7 @@ class Recipe:
         return set(self.defaults) & RECIPE_SPECIFIC
 
 
-DEFAULT_RECIPE = "balanced"
+DEFAULT_RECIPE = "matryoshka"
 BRICKEN = "Bricken et al. 2023, appendix"
 L1_RESAMPLED = {"l1": 10.0, "decay_share": 0.0, "resample_shares": (0.1, 0.2, 0.3, 0.4)}
 BALANCE = 0.04
@@ -155,7 +155,7 @@ RECIPES = {
             name="balanced",
             summary="batch-topk that keeps every feature alive: rarely firing features get a ranking bonus",
             loss="‖x − x̂‖²",
-            when="the default, and the first to try: k features per token on average, almost no dead features",
+            when="k features per token on average, almost no dead features, and nothing else asked of them",
             source="Bussmann et al. 2024 (arXiv 2412.06410); the balance from Wang et al. 2024 (arXiv 2408.15664)",
             activation="batchtopk",
             objective=objectives.topk,
@@ -174,9 +174,10 @@ RECIPES = {
         ),
         Recipe(
             name="matryoshka",
-            summary="batch-topk whose first features must reconstruct alone, at five sizes",
+            summary="batch-topk whose first features must reconstruct alone, at five sizes; no feature falls silent",
             loss="Σ over prefixes m of ‖x − x̂_{1…m}‖² + AuxK",
-            when="general features that stay whole next to their special cases (less absorption), for some fidelity",
+            when="the default, and the first to try: where the true features are known, its are nearest to them; "
+            "general features stay whole next to their special cases (less absorption)",
             source="Bussmann et al. 2025 (arXiv 2503.17547)",
             activation="batchtopk",
             objective=objectives.matryoshka,
@@ -184,6 +185,8 @@ RECIPES = {
             balance_share=BALANCE,
             defaults={
                 **K_WITH_AUX,
+                "lr": 2e-3,
+                "batch_tokens": 1024,
                 "min_density": 0.0,
                 "calibrate_threshold": True,
                 "prefix_shares": (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0),
