@@ -154,5 +154,5 @@ def test_the_file_format_is_flat() -> None:
     names += "resample_shares seed exact matmul target_l0 l0_penalty penalty_warmup_share rewarm_share clip bandwidth "
     names += "threshold_init threshold_lr_ratio min_density multi_k prefix_shares p_end p_from_share skip "
     # new after version 0.1
-    names += "max_norm_multiple skip_positions skip_token_ids calibrate_threshold shuffle_sites precision"
+    names += "max_norm_multiple skip_positions skip_token_ids calibrate_threshold shuffle_sites precision row_lanes"
     assert set(TrainConfig().to_dict()) == set(names.split())

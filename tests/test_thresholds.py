@@ -151,10 +151,10 @@ def test_the_l0_on_rows_not_trained_on_is_k(tmp_path: Path, recipe: str) -> None
 
 @pytest.mark.parametrize("recipe", ["batch-topk", "matryoshka"])
 def test_a_run_of_version_0_1_ends_as_it_began(tmp_path: Path, recipe: str) -> None:
-    """Its train.json lacks calibrate_threshold and has matryoshka's min_density of then; recipes set both today."""
+    """Its train.json lacks calibrate_threshold and has the lr and min_density of matryoshka then."""
     asked: dict[str, Any] = {"d_sae": 64, "k": 4, "tokens": 256 * 20, "batch_tokens": 256}
     _, today = resolve_in(tmp_path / "new", recipe, **asked)
-    before = replace(today, calibrate_threshold=False, min_density=0.0)
+    before = replace(today, lr=1e-3, calibrate_threshold=False, min_density=0.0)
     wanted = loop.train(PLANTED, tmp_path / "wanted", before)
     begin_as_version_0_1(tmp_path / "old", before)
     found = sae.train(PLANTED, tmp_path / "old", config=asked)
