@@ -12,4 +12,5 @@ lint-imports
 python -m pip --disable-pip-version-check check
 [ $# -gt 0 ] || bash scripts/newest_zarr.sh
 wait $types
-exec python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --durations 20 "$@"
+# One more than the cores: some tests wait for a browser or another process.
+exec python -m pytest --numprocesses $(($(nproc) < 8 ? $(nproc) + 1 : 8)) --dist worksteal --durations 20 "$@"

@@ -12,7 +12,7 @@ import pytest
 import shape_checks  # before `sae`: its modules are imported with their shapes checked
 import torch
 from browser_sites import chromium, live_root, live_site, open_page, planted_root, planted_site, windows  # noqa: F401
-from fakes import made_up_documents, write_jsonl, write_model
+from fakes import SEED, made_up_documents, write_jsonl, write_model
 from sink_model import write_sink_model
 from without_torch import no_waiting_for_the_disk, pytest_terminal_summary  # noqa: F401
 
@@ -20,7 +20,6 @@ from sae import pipeline
 from sae.lm import NativeModel
 
 check_shapes_again = shape_checks.check_shapes_again
-SEED = "MONOSEM_TEST_SEED"  # of what tests draw at random, such as the moment of a kill
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():

@@ -25,6 +25,7 @@ from sae.text.tokenizer import BOS, train_tokenizer
 from sae.training.rows import Batch
 from store.common import write_json
 
+SEED = "MONOSEM_TEST_SEED"  # the variable with the seed of what tests draw at random, such as the moment of a kill
 SHAPE = TransformerConfig(d_model=16, d_mlp=32, n_heads=2, d_head=8, n_ctx=32, d_vocab=300)
 HOOK_POINT = "blocks.0.mlp.hook_post"
 WORDS = "the quick brown fox jumps over lazy dogs while curious cats watch from sunny windows at night".split()  # noqa: SIM905

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SEED
+from fakes import SEED
 from ranks import Case, StableKernels, bytes_of_a_step, on_ranks, several
 from recipe_cases import recipe_cases, trained_on_one, worst_deviations
 

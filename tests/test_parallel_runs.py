@@ -195,13 +195,15 @@ def test_a_rank_that_fails_under_torchrun_is_named(tmp_path: Path) -> None:
 def test_the_examples_can_be_read() -> None:
     """Shell files parse, the job has the fields of an indexed job, and every flag of `sae` in them exists."""
     examples = sorted((ROOT / "docs/examples").iterdir())
-    assert {path.suffix for path in examples} == {".sh", ".sbatch", ".py", ".yaml"}
+    assert {path.suffix for path in examples} == {".sh", ".sbatch", ".py", ".yaml", ".jsonl"}
     for path in examples:
         text = path.read_text()
         if path.suffix in (".sh", ".sbatch"):
             subprocess.run(["bash", "-n", str(path)], check=True)
         elif path.suffix == ".py":
             compile(text, str(path), "exec")
+        elif path.suffix == ".jsonl":
+            assert [json.loads(line) for line in text.splitlines()]
         for verb in ("harvest", "train"):
             known = next(a for a in build_parser()._actions if a.dest == "verb").choices[verb]._option_string_actions  # type: ignore[index, union-attr]
             for command in re.findall(rf"(?:sae|sae\.cli) {verb} ([^\n&]*(?:\\\n[^\n&]*)*)", text):

@@ -186,7 +186,7 @@ def test_a_dictionary_is_trained_further_and_its_origin_is_recorded(tiny_store: 
         digest.update(name.encode() + first.tensors()[name].contiguous().numpy().tobytes())
     assert record["sha256"] == digest.hexdigest()
     assert record["path"] == "../first"
-    assert record["recipe"] == "balanced"
+    assert record["recipe"] == "matryoshka"
 
 
 def test_a_dictionary_of_another_hook_point_is_refused_before_anything_is_written(
