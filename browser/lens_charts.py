@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
 from browser.charts import GREY, HEIGHT
@@ -12,7 +13,12 @@ from browser.style import BLUE, ORANGE
 
 
 def lens_grid_chart(table: pd.DataFrame, row: str, column: str) -> alt.Chart:
-    """A measure of a lens by two axes; the tooltip has its interval and controls."""
+    """A measure of a lens by two axes; the tooltip has its interval and controls.
+
+    White is where nothing happens: 0, or 1 where that is what the identity patch gives. Both colours reach equally far.
+    """
+    middle = 1.0 if "identity" in table and np.allclose(table["identity"], 1, atol=1e-3) else 0.0
+    reach = float((table["value"] - middle).abs().max()) or 1.0
     controls = [name for name in table.columns if name not in (row, column)]
     chart: alt.Chart = (
         alt.Chart(table)
@@ -21,7 +27,9 @@ def lens_grid_chart(table: pd.DataFrame, row: str, column: str) -> alt.Chart:
             x=alt.X(f"{column}:N", sort=None, axis=alt.Axis(title=None, labelAngle=-40)),
             y=alt.Y(f"{row}:N", sort=None, axis=alt.Axis(title=None)),
             color=alt.Color(
-                "value:Q", scale=alt.Scale(scheme="blueorange", domainMid=0), legend=alt.Legend(title=None)
+                "value:Q",
+                scale=alt.Scale(scheme="blueorange", domain=[middle - reach, middle + reach]),
+                legend=alt.Legend(title=None),
             ),
             tooltip=[row, column, *(alt.Tooltip(f"{name}:Q", format=".3f") for name in controls)],
         )

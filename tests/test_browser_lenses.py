@@ -20,7 +20,7 @@ from browser_pages import html, payloads, run_page
 from fakes import HOOK_POINT, SHAPE, write_model
 from streamlit.testing.v1 import AppTest
 
-from browser import lens_results, state
+from browser import lens_charts, lens_results, state
 from browser.data import read_config, scan
 from browser.lens_results import LensFileError
 from browser.state import ROOT_VARIABLE
@@ -171,6 +171,17 @@ def test_patching_shows_both_prompts_and_a_measure_with_its_controls(visit: Any)
     assert "does not do &lt;b&gt;this&lt;/b&gt;" in shown
     page = visit(view="Patching", result="keys")
     assert page.dataframe[0].value["none"].tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("identity", "values", "domain"), [(1, [0.95, 1.02], (0.95, 1.05)), (0, [-0.2, 0.6], (-0.6, 0.6))]
+)
+def test_white_is_where_the_identity_patch_lies(
+    identity: int, values: list[float], domain: tuple[float, float]
+) -> None:
+    table = pd.DataFrame({"row": ["a", "b"], "column": ["c", "c"], "value": values, "identity": [identity] * 2})
+    chart = lens_charts.lens_grid_chart(table, "row", "column").to_dict()
+    assert chart["encoding"]["color"]["scale"]["domain"] == pytest.approx(domain)
 
 
 @pytest.mark.parametrize(("view", "command"), [("Heads", "sae lens heads"), ("Patching", "sae lens circuit")])
