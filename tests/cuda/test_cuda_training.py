@@ -54,8 +54,12 @@ def assert_close(one: TrainState, other: TrainState) -> None:
     assert one.step == other.step
 
 
-# those without k begin with dense steps
-FIXED = [name for name, recipe in RECIPES.items() if can_be_fixed(recipe, config_of(name, torch.device("cpu")))]
+# Those without k begin with dense steps. Those that need more than rows are compared in the interpreter only.
+FIXED = [
+    name
+    for name, recipe in RECIPES.items()
+    if not recipe.needs and can_be_fixed(recipe, config_of(name, torch.device("cpu")))
+]
 
 
 @pytest.mark.parametrize("name", FIXED)
