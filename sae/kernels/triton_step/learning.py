@@ -61,6 +61,8 @@ class Learning:
 
     def _clip(self) -> None:
         held, sizes, learned = self.held, self.sizes, self.learned
+        block = self._block(max(sizes.d_in, sizes.d_out)) | {"COLUMNS": power_of_two(sizes.d_in)}
+        block["ENTRIES"] = max(1, block["ENTRIES"] // 2)  # more would not fit the registers
         clip.measure[(sizes.programs,)](
             learned.W_enc,
             learned.W_dec,
@@ -98,7 +100,7 @@ class Learning:
             PREFIXES=sizes.prefixes,
             SKIP=sizes.skip,
             COLUMNS_OUT=power_of_two(sizes.d_out),
-            **self._block(max(sizes.d_in, sizes.d_out)) | {"COLUMNS": power_of_two(sizes.d_in)},
+            **block,
         )
         clip.clip_factor[(1,)](
             held.squares,
