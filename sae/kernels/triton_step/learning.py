@@ -62,7 +62,8 @@ class Learning:
     def _clip(self) -> None:
         held, sizes, learned = self.held, self.sizes, self.learned
         block = self._block(max(sizes.d_in, sizes.d_out)) | {"COLUMNS": power_of_two(sizes.d_in)}
-        block["ENTRIES"] = max(1, block["ENTRIES"] // 2)  # more would not fit the registers
+        # Both gradients at once: what `_block` takes would not fit the registers.
+        block |= {"ENTRIES": max(1, block["ENTRIES"] // 2), "num_warps": min(block["num_warps"], 8)}
         clip.measure[(sizes.programs,)](
             learned.W_enc,
             learned.W_dec,
