@@ -18,7 +18,7 @@ SWEEP = (0.0, 1.0, 2.0, 5.0, 10.0)
 PINNED_PROMPT = "1,2,3,4,5,6,7,8,9,10"
 MODES = ("set", "add", "scale", "ablate")
 UNITS = ("max", "p99")
-ERASE, RANDOM = "erase:", ":random"  # `erase:CONCEPT`, and its control
+ERASE = "erase:"  # `erase:CONCEPT`
 
 
 def parse(text: str, erasers: Mapping[str, Path] | None = None) -> list[Any]:
@@ -26,11 +26,11 @@ def parse(text: str, erasers: Mapping[str, Path] | None = None) -> list[Any]:
 
     `erasers` are the results of `sae lens erase` by concept. Raises LiveError.
     """
-    from sae.interventions.edits import Edit
+    from sae.interventions.edits import Edit, erased_concept
 
     try:
         edits = [
-            _erasure(part, erasers or {}) if part.startswith(ERASE) else Edit.parse(part)
+            _erasure(*erased, erasers or {}) if (erased := erased_concept(part)) else Edit.parse(part)
             for part in text.replace(",", " ").split()
         ]
     except ValueError as error:
@@ -40,10 +40,7 @@ def parse(text: str, erasers: Mapping[str, Path] | None = None) -> list[Any]:
     return edits
 
 
-def _erasure(part: str, erasers: Mapping[str, Path]) -> Any:
-    concept = part.removeprefix(ERASE)
-    is_control = concept.endswith(RANDOM)
-    concept = concept.removesuffix(RANDOM)
+def _erasure(concept: str, is_control: bool, erasers: Mapping[str, Path]) -> Any:
     if concept not in erasers:
         known = f"there are {', '.join(sorted(erasers))}" if erasers else "there is none"
         raise LiveError(
@@ -70,7 +67,7 @@ def control_of(edits: Sequence[Any], erasers: Mapping[str, Path]) -> list[Any]:
     """The same edits with random subspaces of equal rank instead of what is erased; [] if nothing is erased."""
     if not any(is_erasure(each) and not each.is_control for each in edits):
         return []
-    return [_erasure(f"{ERASE}{e.name}{RANDOM}", erasers) if is_erasure(e) else e for e in edits]
+    return [_erasure(e.name, True, erasers) if is_erasure(e) else e for e in edits]
 
 
 def edit(feature: int, mode: str, value: float, unit: str, only_active: bool) -> Any:

@@ -143,13 +143,12 @@ def _report(
 def _written(dictionary: str, text: str) -> Edit | Erasure:
     """One --edit: of a feature, or `erase:CONCEPT[:random]` by a result of `sae lens erase` on the dictionary."""
     from sae import pipeline
-    from sae.interventions.edits import ERASE, Edit
+    from sae.interventions.edits import Edit, erased_concept
 
-    verb, _, rest = text.strip().partition(":")
-    if verb != ERASE:
+    if (erased := erased_concept(text)) is None:
         return Edit.parse(text)
-    concept = rest.removesuffix(":random")
-    return pipeline.erasure(dictionary, concept, control=concept != rest)
+    concept, is_control = erased
+    return pipeline.erasure(dictionary, concept, control=is_control)
 
 
 def _edits(args: argparse.Namespace) -> list[Edit | Erasure]:

@@ -18,7 +18,7 @@ from sae.lm import LanguageModel, Splice
 MODES = ("set", "add", "scale", "ablate")
 UNITS = ("max", "p99")
 MAX_EDITS = 32
-ERASE = "erase"
+ERASE, CONTROL = "erase", ":random"  # `erase:CONCEPT`, and with the random subspace instead
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,13 @@ class Erasure:
 
     def __str__(self) -> str:
         """Writes `erase:CONCEPT`, or `erase:CONCEPT:random` for the control."""
-        return f"{ERASE}:{self.name}" + (":random" if self.is_control else "")
+        return f"{ERASE}:{self.name}" + (CONTROL if self.is_control else "")
+
+
+def erased_concept(text: str) -> tuple[str, bool] | None:
+    """The concept of `erase:CONCEPT`, and whether its control is meant (`:random`); None for an edit of a feature."""
+    verb, _, rest = text.strip().partition(":")
+    return (rest.removesuffix(CONTROL), rest.endswith(CONTROL)) if verb == ERASE else None
 
 
 def _multiple(option: str, text: str, expected: str) -> float:
