@@ -18,7 +18,8 @@ import torch
 from fakes import random_sae
 from torch import Tensor
 
-from sae.interventions.attention_attribution import head_shares, paths
+from sae.circuits.attention_paths import paths
+from sae.dictionary.directions import head_shares
 from sae.interventions.attribution import attribute
 from sae.lm import BridgeModel, ModelError, NoLinearPath, load_model
 

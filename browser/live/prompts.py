@@ -119,7 +119,7 @@ def patterns(live: Live, entry: SaeEntry, ids: list[int]) -> Any:
 
 def patterns_of(live: Live, ids: list[int], layer: int) -> Any:
     """Attention pattern [head, dst, src] of a layer. Raises LiveError if the model does not give one."""
-    from sae.interventions.attention_attribution import patterns
+    from sae.circuits.attention_paths import patterns
 
     try:
         return patterns(live.model, ids, layer=layer)
@@ -128,8 +128,8 @@ def patterns_of(live: Live, ids: list[int], layer: int) -> Any:
 
 
 def paths(live: Live, entry: SaeEntry, ids: list[int], *, feature: int, position: int) -> Any:
-    """`sae.interventions.attention_attribution.paths`. Raises LiveError for an unsupported model."""
-    from sae.interventions.attention_attribution import paths
+    """`sae.circuits.attention_paths.paths`. Raises LiveError for an unsupported model."""
+    from sae.circuits.attention_paths import paths
 
     try:
         return paths(live.model, live.sae, ids, feature=feature, position=position, hook_point=hook_point(entry))

@@ -20,7 +20,7 @@ from sae.dictionary.autoencoder import SAE, refuse_row_scale, refuse_transcoder
 from sae.lm import LanguageModel, ModelError, layer_of
 from sae.lm.weights import AffineNorm, TransformerWeights
 
-Kind = Literal["embedding", "position", "head", "mlp", "neuron", "feature", "error", "bias"]
+Kind = Literal["embedding", "position", "head", "mlp", "neuron", "feature", "error", "bias", "stream"]
 NormScale = Literal["held", "recomputed"]
 WHOLE_STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 OF_ATTENTION, OF_MLP = ("attn.hook_z", "hook_attn_out"), ("mlp.hook_post", "hook_mlp_out")

@@ -52,6 +52,16 @@ def cosines_with_others(unit_rows: Float[Tensor, "n d"], rows: Int[Tensor, " k"]
     return cosines
 
 
+def head_shares(W_dec: Float[Tensor, "d_sae d_in"], n_heads: int) -> Float[Tensor, "d_sae head"]:
+    """Share of each head in a decoder row of a dictionary of head outputs: ‖W_dec[head]‖ / Σ over heads of ‖…‖.
+
+    Source: Kissane et al. 2024, "Interpreting attention layer outputs with sparse autoencoders" (weight-based head
+    attribution).
+    """
+    norms: Tensor = W_dec.view(len(W_dec), n_heads, -1).norm(dim=-1)
+    return norms / norms.sum(-1, keepdim=True).clamp_min(1e-12)
+
+
 def spread_rows(directions: Float[Tensor, "n d"], count: int, generator: torch.Generator) -> Int[Tensor, " chosen"]:
     """Numbers of up to `count` unit rows that are far from each other: k-means++ seeding.
 

@@ -12,13 +12,12 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
-from sae.dictionary.directions import cosines_with_others, unit
+from sae.dictionary.directions import cosines_with_others, head_shares, unit
 from sae.dictionary.inference import FrozenSAE
 from sae.indexing import ablation_effects, co_activation, rules
 from sae.indexing import map as feature_map
 from sae.indexing.correlation import NEURONS, FeatureNeuronCorrelation
 from sae.indexing.firings import Firings
-from sae.interventions.attention_attribution import HOOK_Z, head_shares
 from sae.jobs.progress import progress
 from sae.kernels.activations import SparseActs
 from sae.lm import LanguageModel
@@ -160,7 +159,7 @@ def weight_panels(sae: SAE, model: LanguageModel | None, hook_point: str, mesh: 
             found |= _logit_panels(model.of_tokens(weights).cpu(), model.token_ids)
         if not sae.is_transcoder:
             found |= _neuron_panels(W_dec)
-        if model and hook_point.endswith(f".{HOOK_Z}"):
+        if model and hook_point.endswith(".attn.hook_z"):
             found["heads/share"] = head_shares(W_dec, model.n_heads).numpy()
         for name, array in found.items():
             parts.setdefault(name, []).append(array)

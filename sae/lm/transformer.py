@@ -103,12 +103,6 @@ class Attention(nn.Module):
         later = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
         return scores.masked_fill(later, -torch.inf).softmax(-1)
 
-    def through_ov(self, x: Float[Tensor, "*parts d_model"]) -> Float[Tensor, "head *parts d_model"]:
-        """What each head writes to the residual stream for an x read with weight 1, without the biases of v and o."""
-        by_head = (self.n_heads, self.d_head, -1)
-        W_V, W_O = self.v.weight.view(by_head), self.o.weight.T.reshape(by_head)
-        return torch.einsum("...m,hdm,hde->h...e", x, W_V, W_O)
-
 
 class Mlp(nn.Module):
     """`out(act(in(x)))`; `post` computes `act(in(x))`, which dictionaries are trained on by default.

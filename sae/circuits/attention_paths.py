@@ -1,8 +1,10 @@
 """Splits a feature's pre-activation into what comes from source tokens through each head and by the direct path.
 
 In the block of the dictionary's hook point, the pre-activation is linear in what enters the block once three things are
-held fixed: the attention pattern, the norms' scales, and which neurons of a ReLU are on. Then the parts sum to it
-exactly. For another activation function its slope replaces the ReLU's gate: gradient × input.
+held fixed: the attention pattern, the norms' scales, and which neurons of a ReLU are on. It is then a case of parts and
+readers (`sae.circuits.parts`): the parts of the stream that enters the block, read at each source through each head's
+OV circuit, and at the position itself past attention; they sum to it exactly. For another activation function its slope
+replaces the ReLU's gate: gradient × input.
 Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" (paths through OV).
 """
 
@@ -15,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.circuits.parts import Parts, Reader, contributions, stream_parts
 from sae.dictionary.autoencoder import SAE, refuse_row_scale
 from sae.lm import LanguageModel, ModelError, NativeModel, layer_of
 from sae.lm.transformer import Block, norm_part, norm_scale
@@ -64,19 +67,20 @@ def paths(model: LanguageModel, sae: SAE, ids: Sequence[int], *, feature: int, p
         raise ValueError(f"paths: position {position} is outside the prompt's 0 … {len(ids) - 1}.")
     if name == HOOK_Z:
         return _through_values(model, sae, ids[: position + 1], feature, layer)
-    with model.lock, torch.inference_mode(False), torch.enable_grad():
-        block, stream = _entering(model, ids[: position + 1], layer)
-        whole = stream.sum(0)
-        seen = norm_part(block.ln1, stream, norm_scale(block.ln1, whole))  # [part, pos, d_model]
-        weights = block.attn.pattern(block.ln1(whole))[:, -1]  # [head, source]
-        written = block.attn.through_ov(seen) * weights[:, None, :, None]  # [head, part, source, d_model]
-        attn_out = block.attn(block.ln1(whole)[None])[0, -1]
-        into_attn, into_stream = _pushes(block, sae, name, feature, whole[-1], attn_out)
-        x = model.capture(torch.tensor([list(ids[: position + 1])]), hook_point)[0, -1].cpu()
+    seen = ids[: position + 1]
+    block = _block(model, layer)
+    parts = _entering(model, seen, layer)
+    into_attn, into_stream = _pushes(model, block, sae, hook_point, feature, seen)
+    weights, point = model.weights().layers[layer], f"blocks.{layer}.hook_resid_pre"
+    through_ov = torch.einsum("hmd,hde,e->mh", weights.attn.W_V, weights.attn.W_O, into_attn)
+    by_head = Reader("what attention writes", point, through_ov, torch.zeros_like(through_ov[0]), weights.ln1)
+    past_attention = Reader("the stream past attention", point, into_stream[:, None], torch.zeros_like(into_stream[:1]))
+    read = contributions(parts, by_head).values.transpose(1, 2)  # [part, head, source]
+    heads = (read * model.attention(torch.tensor([list(seen)]), layer).pattern[:, -1].to(read)).cpu()
+    direct = contributions(parts, past_attention).values[:, -1, 0].cpu()
     with torch.no_grad():
+        x = model.capture(torch.tensor([list(seen)]), hook_point)[0, -1].cpu()
         pre_act = float(sae.pre_acts(x)[feature])
-        heads = torch.einsum("hpsm,m->phs", written, into_attn).cpu()
-        direct = (stream[:, -1] @ into_stream).cpu()
     names = ["token", "position"] if layer == 0 else ["residual stream"]
     exact = (
         block.attn_only or block.mlp.act_fn is torch.nn.functional.relu or name in ("hook_attn_out", "hook_resid_mid")
@@ -98,54 +102,47 @@ def _through_values(model: LanguageModel, sae: SAE, ids: Sequence[int], feature:
     return Paths(["value"], torch.zeros(1), heads[None], pre_act - float(heads.sum()), pre_act, True)
 
 
-def head_shares(W_dec: Float[Tensor, "d_sae d_in"], n_heads: int) -> Float[Tensor, "d_sae head"]:
-    """Share of each head in a decoder row of a dictionary of head outputs: ‖W_dec[head]‖ / Σ over heads of ‖…‖.
-
-    Source: Kissane et al. 2024, "Interpreting attention layer outputs with sparse autoencoders" (weight-based head
-    attribution).
-    """
-    norms: Tensor = W_dec.view(len(W_dec), n_heads, -1).norm(dim=-1)
-    return norms / norms.sum(-1, keepdim=True).clamp_min(1e-12)
-
-
-def _entering(model: LanguageModel, ids: Sequence[int], layer: int) -> tuple[Block, Float[Tensor, "part pos d_model"]]:
-    """A block and the residual stream entering it, in parts that sum to it."""
+def _block(model: LanguageModel, layer: int) -> Block:
+    """Raises: ModelError for a model that is not native, or a layer that it does not have."""
     if not isinstance(model, NativeModel):
         raise ModelError(
             f"{model.id} runs through TransformerLens; there, attention paths are available for dictionaries of head "
             "outputs (attn.hook_z) only. For other hook points use a native model (tiny-relu-1l, or one that `sae "
             "pretrain` makes)."
         )
-    module, tokens = model.module, torch.tensor(list(ids), device=model.device)
     if not 0 <= layer < model.n_layers:
         raise ModelError(f"{model.id} has layers 0 … {model.n_layers - 1}; got {layer}.")
-    block = module.blocks[layer]
+    block = model.module.blocks[layer]
     assert isinstance(block, Block)
+    return block
+
+
+def _entering(model: LanguageModel, ids: Sequence[int], layer: int) -> list[Parts]:
+    """What enters a block: token and position embedding, or in later blocks the whole stream."""
+    point = f"blocks.{layer}.hook_resid_pre"
     if layer == 0:
-        positions = torch.arange(len(tokens), device=model.device)
-        return block, torch.stack([module.embed(tokens), module.pos_embed(positions)])
-    return block, model.capture(tokens[None], f"blocks.{layer}.hook_resid_pre")[:1].clone()
+        return stream_parts(model, ids, point=point)
+    return [Parts("stream", None, model.capture(torch.tensor([list(ids)]), point)[:1])]
 
 
 def _pushes(
-    block: Block,
-    sae: SAE,
-    name: str,
-    feature: int,
-    resid_pre: Float[Tensor, " d_model"],
-    attn_out: Float[Tensor, " d_model"],
+    model: LanguageModel, block: Block, sae: SAE, hook_point: str, feature: int, ids: Sequence[int]
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
     """Gradient of the pre-activation by attention's output and by the stream past it, at a fixed norm scale."""
-    encoder = sae.W_enc[:, feature].detach().to(resid_pre.device)
-    attn_leaf, stream_leaf = (part.detach().clone().requires_grad_(True) for part in (attn_out, resid_pre))
-    resid_mid = attn_leaf + stream_leaf
-    x = {"hook_attn_out": attn_leaf, "hook_resid_mid": resid_mid, "hook_resid_post": resid_mid}
-    if not block.attn_only:
-        # LayerNorm at a fixed scale: only the gates of the neurons are then not linear
-        normed = norm_part(block.ln2, resid_mid, norm_scale(block.ln2, resid_mid.detach())) + block.ln2.bias
-        post = block.mlp.post(normed)
-        mlp_out = block.mlp.out(post)
-        x |= {"mlp.hook_post": post, "hook_mlp_out": mlp_out, "hook_resid_post": resid_mid + mlp_out}
-    found = torch.autograd.grad(x[name] @ encoder, [attn_leaf, stream_leaf], allow_unused=True)
-    into_attn, into_stream = (torch.zeros_like(attn_out) if g is None else g for g in found)
-    return into_attn, into_stream
+    at, _, name = hook_point.removeprefix("blocks.").partition(".")
+    points = [f"blocks.{at}.hook_attn_out", f"blocks.{at}.hook_resid_pre"]
+    streams = model.capture_all(torch.tensor([list(ids)]), points)
+    with model.lock, torch.inference_mode(False), torch.enable_grad():
+        attn_leaf, stream_leaf = (streams[point][0, -1].detach().clone().requires_grad_(True) for point in points)
+        resid_mid = attn_leaf + stream_leaf
+        x = {"hook_attn_out": attn_leaf, "hook_resid_mid": resid_mid, "hook_resid_post": resid_mid}
+        if not block.attn_only:
+            # LayerNorm at a fixed scale: only the gates of the neurons are then not linear
+            normed = norm_part(block.ln2, resid_mid, norm_scale(block.ln2, resid_mid.detach())) + block.ln2.bias
+            post = block.mlp.post(normed)
+            mlp_out = block.mlp.out(post)
+            x |= {"mlp.hook_post": post, "hook_mlp_out": mlp_out, "hook_resid_post": resid_mid + mlp_out}
+        encoder = sae.W_enc[:, feature].detach().to(resid_mid.device)
+        found = torch.autograd.grad(x[name] @ encoder, [attn_leaf, stream_leaf], allow_unused=True)
+    into_attn, into_stream = (torch.zeros_like(resid_mid) if g is None else g for g in found)
+    return into_attn.detach(), into_stream.detach()

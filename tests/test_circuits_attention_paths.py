@@ -8,7 +8,7 @@ import pytest
 import torch
 from fakes import HOOK_POINT, SHAPE, random_sae, write_model
 
-from sae.interventions.attention_attribution import HOOKS, paths, patterns
+from sae.circuits.attention_paths import HOOKS, paths, patterns
 from sae.lm import BridgeModel, ModelError, NativeModel
 from sae.lm.transformer import TransformerConfig
 
