@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 320, 270, 44, 12, 24, 62
+NAMES = 118  # room for the names of bars
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 Sections = Mapping[str, Any]
 
@@ -38,9 +39,29 @@ class Panel(NamedTuple):
     powers_of_2: bool = False
 
 
-def drawing(panels: list[Panel]) -> str:
+class Bar(NamedTuple):
+    """A bar; one that shows a control is dashed. `control` is a control's value for the same name, a dashed mark."""
+
+    name: str
+    value: float
+    is_control: bool = False
+    control: float | None = None
+
+
+class Bars(NamedTuple):
+    """Horizontal bars from 0, their names at the left; the axis begins and ends at round numbers."""
+
+    title: str
+    x_axis: str
+    bars: list[Bar]
+
+
+def drawing(panels: list[Panel] | list[Bars]) -> str:
     """An SVG with the panels side by side."""
-    drawn = "".join(_panel(number, panel) for number, panel in enumerate(panels))
+    drawn = "".join(
+        _bars(number, panel) if isinstance(panel, Bars) else _panel(number, panel)
+        for number, panel in enumerate(panels)
+    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH * len(panels)}" height="{HEIGHT}" '
         f'font-family="sans-serif" font-size="10"><rect width="100%" height="100%" fill="white"/>{drawn}</svg>\n'
@@ -78,6 +99,43 @@ def _panel(number: int, panel: Panel) -> str:
         at = left + (right - left) * (place % 2) / 2
         below = bottom + 42 + 13 * (place // 2)
         parts.append(f'<text x="{at:.1f}" y="{below}" fill="{colour}">{escape(line.name)}</text>')
+    return "".join(parts)
+
+
+def _bars(number: int, panel: Bars) -> str:
+    values = [0.0, *(value for bar in panel.bars for value in (bar.value, bar.control) if value is not None)]
+    step = _round_step(max(values) - min(values))
+    low, high = math.floor(min(values) / step), math.ceil(max(values) / step)
+    left, right = number * WIDTH + NAMES, (number + 1) * WIDTH - 2 * RIGHT
+    bottom, height = HEIGHT - BOTTOM, (HEIGHT - BOTTOM - TOP) / len(panel.bars)
+
+    def along(x: float) -> float:
+        return left + (right - left) * (x / step - low) / (high - low)
+
+    parts = [f'<text x="{number * WIDTH + 8}" y="14" font-weight="bold">{escape(panel.title)}</text>']
+    for tick in range(low, high + 1):
+        x = along(tick * step)
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 13}" text-anchor="middle">{tick * step:.3g}</text>')
+    parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 27}" text-anchor="middle">{escape(panel.x_axis)}</text>')
+    for place, bar in enumerate(panel.bars):
+        top, ends = TOP + height * (place + 0.15), sorted((along(0.0), along(bar.value)))
+        paint = (
+            f'fill="none" stroke="{COLOURS[1]}" stroke-dasharray="5 3"' if bar.is_control else f'fill="{COLOURS[0]}"'
+        )
+        parts.append(
+            f'<text x="{left - 6}" y="{top + 0.35 * height + 3:.1f}" text-anchor="end">{escape(bar.name)}</text>'
+        )
+        parts.append(
+            f'<rect x="{ends[0]:.1f}" y="{top:.1f}" width="{ends[1] - ends[0]:.1f}" '
+            f'height="{0.7 * height:.1f}" {paint}/>'
+        )
+        if bar.control is not None:
+            x, below = along(bar.control), top + 0.7 * height
+            parts.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{below:.1f}" stroke="{COLOURS[1]}" '
+                'stroke-width="2" stroke-dasharray="3 2"/>'
+            )
     return "".join(parts)
 
 
@@ -148,7 +206,123 @@ def units(sections: Sections) -> list[Panel]:
     ]
 
 
-DRAWINGS: dict[str, Callable[[Sections], list[Panel]]] = {"lens-growth.svg": growth, "lens-units.svg": units}
+def heads(sections: Sections) -> list[Bars]:
+    """Two measures of each head of both attention-only models, beside their controls."""
+    found = {name: sections[f"heads-attn-{name}"]["figures"]["measures"] for name in ("2l", "1l")}
+
+    def bars(title: str, measure: str, control: str, said: str) -> Bars:
+        rows = [
+            Bar(f"attn-{name} head {layer}.{head}", value, control=about["controls"][control]["value"][layer][head])
+            for name, about in ((name, measures[measure]) for name, measures in found.items())
+            for layer, values in enumerate(about["value"])
+            for head, value in enumerate(values)
+        ]
+        return Bars(title, f"mean attention; dashed: {said}", rows)
+
+    return [
+        bars("Attention to the token before", "previous_token", "shuffled_weights", "shuffled weights"),
+        bars("Prefix matching", "prefix_matching", "no_repeats", "no repeats"),
+    ]
+
+
+def depth(sections: Sections) -> list[Bars]:
+    """KL of the lenses at the depths before the last one."""
+
+    def bars(name: str, place: int, said: str) -> Bars:
+        measures = sections[f"depth-{name}"]["figures"]["measures"]
+        logit, tuned = measures["kl_logit_lens"], measures["kl_tuned_lens"]
+        rows = [Bar("logit lens", logit["value"][place]), Bar("tuned lens", tuned["value"][place])]
+        rows += [
+            Bar(f"tuned, {control.replace('_', ' ')}", tuned["controls"][control]["value"][place], True)
+            for control in ("bias_only", "other_depth", "shuffled_rows")
+        ]
+        rows.append(Bar("logit, shuffled rows", logit["controls"]["shuffled_rows"]["value"][place], True))
+        return Bars(f"{name}, {said}", "KL(final ‖ lens), nats", rows)
+
+    return [bars("attn-2l", 0, "embedding"), bars("attn-2l", 1, "after layer 0"), bars("tiny-relu-1l", 0, "embedding")]
+
+
+def erase(sections: Sections) -> list[Bars]:
+    """What each edit does to a probe, and what it costs on the concept and elsewhere."""
+    measures = sections["erase-latex"]["figures"]["measures"]
+    edits = {
+        "random_subspace": "random subspace",
+        "features_1": "best feature",
+        "features_10": "10 best features",
+        "features_50": "50 best features",
+    }
+
+    def bars(title: str, measure: str, x_axis: str, *, before: bool = False) -> Bars:
+        about = measures[measure]
+        rows = [Bar("LEACE", about["value"])]
+        names = ({"before": "no edit"} if before else {}) | edits
+        rows += [Bar(said, about["controls"][name]["value"], True) for name, said in names.items()]
+        return Bars(title, x_axis, rows)
+
+    return [
+        bars("Probe of LaTeX after the edit", "probe_accuracy", "held-out accuracy, chance 0.5", before=True),
+        bars("Cost on LaTeX", "delta_loss_concept", "Δloss, nats"),
+        bars("Cost elsewhere", "delta_loss_others", "Δloss, nats"),
+    ]
+
+
+def keys(sections: Sections) -> list[Bars]:
+    """Units that say which token came before, and what induction heads read of them."""
+    measures = sections["keys-attn-2l"]["figures"]["measures"]
+    populations = {
+        "shuffled_model": "shuffled model",
+        "components": "components",
+        "head_dimensions": "head dimensions",
+        "random_dictionary": "random directions",
+        "current_token": "rule: current token",
+        "shuffled_labels": "shuffled labels",
+    }
+    ruled = measures["units_with_rule"]
+    first = [Bar("features", ruled["value"])]
+    first += [Bar(said, ruled["controls"][name]["value"], True) for name, said in populations.items()]
+
+    def of_head(head: int) -> Bars:
+        about = measures["share_of_score"]
+        names = {"shuffled_rules": "shuffled rules"} | populations
+        rows = [Bar("features", about["value"][head])]
+        rows += [
+            Bar(said, about["controls"][name]["value"][head], True)
+            for name, said in names.items()
+            if name in about["controls"]
+        ]
+        return Bars(f"Score of head 1.{head}", "share through units about the token before", rows)
+
+    return [Bars("Rule “the token before is X”", "share of units with F1 ≥ 0.5", first), of_head(1), of_head(3)]
+
+
+def patched(sections: Sections) -> list[Bars]:
+    """Head by head, both directions of patching on induction."""
+    found = sections["induction-attn-2l-activation-head"]["figures"]
+
+    def bars(title: str, measure: str, x_axis: str) -> Bars:
+        about, names = found["measures"][measure], found["labels"][f"site.{measure}"]
+        random = about["controls"]["random_direction"]["value"]
+        rows = [
+            Bar(name.replace("L", "head ").replace(".head", ""), value[0], control=blind[0])
+            for name, value, blind in zip(names, about["value"], random, strict=True)
+        ]
+        return Bars(title, f"{x_axis}; dashed: random direction", rows)
+
+    return [
+        bars("Induction: clean into corrupt", "restoring_head", "share restored"),
+        bars("Induction: corrupt into clean", "breaking_head", "share left"),
+    ]
+
+
+DRAWINGS: dict[str, Callable[[Sections], list[Panel] | list[Bars]]] = {
+    "lens-depth.svg": depth,
+    "lens-erase.svg": erase,
+    "lens-growth.svg": growth,
+    "lens-heads.svg": heads,
+    "lens-keys.svg": keys,
+    "lens-patching.svg": patched,
+    "lens-units.svg": units,
+}
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from lens_plot import DRAWINGS, Line, Panel, drawing  # noqa: E402
+from lens_plot import DRAWINGS, Bar, Bars, Line, Panel, drawing  # noqa: E402
 
 MEASUREMENTS = ROOT / "docs/measurements"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -39,6 +39,23 @@ def test_points_lie_where_the_axes_say(powers_of_2: bool) -> None:
     assert control[:, 1] == pytest.approx([zero] * 3, abs=0.2)
     shares = (drawn[:, 0] - drawn[0, 0]) / (drawn[-1, 0] - drawn[0, 0])
     assert shares[1] == pytest.approx(0.5 if powers_of_2 else 0.2, abs=2e-3)
+
+
+def test_bars_are_as_long_as_the_axis_says() -> None:
+    rows = [Bar("a < b", 0.31), Bar("random", -0.2, True), Bar("with a control", 0.9, control=0.5)]
+    svg = ElementTree.fromstring(drawing([Bars("a < b", "share", rows)]))
+    axis = [each for each in svg.iter(f"{SVG}text") if each.get("text-anchor") == "middle" and each.text != "share"]
+    at = {each.text: float(each.attrib["x"]) for each in axis}
+    (zero, first), (one, last) = sorted((float(x), place) for x, place in at.items())[0 :: len(at) - 1]
+    unit = (last - first) / (one - zero)
+    zero = first - zero * unit
+    drawn = [each for each in svg.iter(f"{SVG}rect") if "x" in each.attrib]
+    ends = [(float(each.attrib["x"]), float(each.attrib["width"])) for each in drawn]
+    assert ends[0] == pytest.approx((zero, 0.31 * unit), abs=0.2)
+    assert ends[1] == pytest.approx((zero - 0.2 * unit, 0.2 * unit), abs=0.2)
+    assert ["stroke-dasharray" in each.attrib for each in drawn] == [False, True, False]
+    (mark,) = (each for each in svg.iter(f"{SVG}line") if "stroke-dasharray" in each.attrib)
+    assert float(mark.attrib["x1"]) == pytest.approx(zero + 0.5 * unit, abs=0.2)
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
