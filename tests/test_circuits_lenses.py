@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from test_circuits_parts import saved
 
 from sae import pipeline
 from sae.analysis.untrained import matrices_shuffled, weights_initialised
+from sae.circuits import weights
 from sae.circuits.growth_measures import Snapshot, growth_measures, unordered, window_for
 from sae.circuits.head_measures import Texts, head_measures
 from sae.circuits.results import Result, read_result, write_result
@@ -31,8 +33,14 @@ def texts(seed: int = 0, *, contexts: int = 8, width: int = 32) -> Texts:
     return Texts(held_out, counted)
 
 
-def test_a_circuit_set_by_hand_stands_out_from_its_controls(induction: NativeModel, tmp_path: Path) -> None:  # noqa: F811
-    found, labels = head_measures(induction, texts(), made_up=3)
+def test_a_circuit_set_by_hand_stands_out_from_its_controls(
+    induction: NativeModel,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few_pairs = partial(weights.random_composition, n=2)  # heads of 300 dimensions: most of the time is theirs
+    monkeypatch.setattr(weights, "random_composition", few_pairs)
+    found, labels = head_measures(induction, texts(contexts=4), made_up=2)
     prefix = found["prefix_matching"]
     assert prefix.value[1, 0] > 0.99
     for control in prefix.controls.values():

@@ -82,7 +82,8 @@ def pipeline_weights(directory: Path) -> torch.Tensor:
 def test_two_models_that_share_a_tokenizer(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """B's activations come from running B's model on A's tokens; a dictionary matches itself in either store."""
     out = runs.parent / "ab"
-    assert main(["compare", str(runs / "a" / "s0"), str(runs / "b" / "s0"), "--out", str(out), "--json"]) == 0
+    dictionaries = [str(runs / name / "s0") for name in ("a", "b")]
+    assert main(["compare", *dictionaries, "--tokens", "1500", "--out", str(out), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert not result["same_space"]
     assert result["a"]["model"]["sha256"] != result["b"]["model"]["sha256"]
@@ -92,7 +93,7 @@ def test_two_models_that_share_a_tokenizer(runs: Path, capsys: pytest.CaptureFix
     table = pd.read_parquet(out / "features_a.parquet")
     assert table["cosine"].isna().all()
     again = write_dictionary(runs / "c" / "s0", Path(result["b"]["model"]["id"]), seed=0)
-    found = pipeline.compare(again, runs / "b" / "s0", store=live_store(runs, result["b"]["model"]["id"]))
+    found = pipeline.compare(again, runs / "b" / "s0", store=live_store(runs, result["b"]["model"]["id"]), tokens=512)
     assert found["summary"]["features_a_to_b"]["median"] == pytest.approx(1, abs=1e-3)
 
 
@@ -103,7 +104,7 @@ def live_store(runs: Path, model: str) -> Path:
         from fakes import write_jsonl
 
         write_jsonl(text, made_up_documents(600))
-        pipeline.harvest(model, text, out, tokens=1024, heldout_tokens=512)
+        pipeline.harvest(model, text, out, tokens=512, heldout_tokens=512)
     return out
 
 

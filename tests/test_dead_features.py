@@ -52,7 +52,7 @@ def test_three_cures_on_a_store(tmp_path: Path, tiny_store: Path, monkeypatch: p
         "--d-sae",
         "64",
         "--tokens",
-        "16384",
+        "5120",
         "--json",
         str(tmp_path / "dead.json"),
         "--set",

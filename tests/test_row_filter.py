@@ -55,7 +55,7 @@ def store(model: LanguageModel, said: list[str], tmp_path_factory: pytest.TempPa
         text_source(made_up_documents(2000)),
         out,
         tokens=8192,
-        heldout_tokens=8192,
+        heldout_tokens=1024,
         dtype="float32",
         hook_points=[HOOK],
         context_bos=False,
@@ -167,6 +167,16 @@ def whole(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
+@pytest.fixture(scope="module")
+def evaluated_filtered(filtered: Path) -> dict[str, Any]:
+    return pipeline.evaluate(filtered)
+
+
+@pytest.fixture(scope="module")
+def evaluated_whole(whole: Path) -> dict[str, Any]:
+    return pipeline.evaluate(whole)
+
+
 def fvu(sae: SAE, x: np.ndarray) -> float:
     x_hat = sae(torch.from_numpy(x.astype(np.float32))).double().numpy()
     return float(((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum())
@@ -193,8 +203,10 @@ def test_an_unfiltered_dictionary_has_no_record(whole: Path) -> None:
     assert "row_filter" not in json.loads((whole / "train.json").read_text())["rows"]
 
 
-def test_fvu_of_a_filtered_dictionary_is_over_the_rows_that_count(store: ActivationStore, filtered: Path) -> None:
-    result = pipeline.evaluate(filtered)
+def test_fvu_of_a_filtered_dictionary_is_over_the_rows_that_count(
+    store: ActivationStore, filtered: Path, evaluated_filtered: dict[str, Any]
+) -> None:
+    result = evaluated_filtered
     x, _, keep = read(store, HELD_OUT)
     wanted, sae = by_hand(store, HELD_OUT, ALL), load(filtered)
     assert result["tokens"] == wanted.sum()
@@ -208,8 +220,10 @@ def test_fvu_of_a_filtered_dictionary_is_over_the_rows_that_count(store: Activat
     assert np.array_equal(stats > 0, counts.any(0).numpy())
 
 
-def test_fvu_with_and_without_outliers_against_brute_force(store: ActivationStore, whole: Path) -> None:
-    result = pipeline.evaluate(whole)
+def test_fvu_with_and_without_outliers_against_brute_force(
+    store: ActivationStore, whole: Path, evaluated_whole: dict[str, Any]
+) -> None:
+    result = evaluated_whole
     x, _, keep = read(store, HELD_OUT)
     rows, sae = x[keep], load(whole)
     norms = np.linalg.norm(rows, axis=1)
@@ -237,7 +251,7 @@ def test_x_hat_replaces_x_on_the_rows_that_count_and_nowhere_else(
 ) -> None:
     """By plain transformers with a torch hook on the block."""
     directory: Path = request.getfixturevalue(which)
-    result, sae = pipeline.evaluate(directory), load(directory)
+    result, sae = request.getfixturevalue(f"evaluated_{which}"), load(directory)
     _, ids, _ = read(store, HELD_OUT)
     counts = torch.from_numpy(by_hand(store, HELD_OUT, ALL if which == "filtered" else {}))
     tokens = torch.from_numpy(ids.astype(np.int64))
@@ -269,15 +283,15 @@ def test_the_index_keeps_the_rows_that_count(store: ActivationStore, filtered: P
 
 
 def test_controls_and_comparisons_count_the_same_rows(
-    store: ActivationStore, filtered: Path, whole: Path, tmp_path: Path
+    store: ActivationStore, filtered: Path, whole: Path, evaluated_filtered: dict[str, Any], tmp_path: Path
 ) -> None:
     wanted = int(by_hand(store, HELD_OUT, ALL).sum())
     found = pipeline.controls(filtered, tokens=10**6, train_tokens=1024, only=["random"])
     assert found["tokens"] == wanted
-    fvu = pipeline.evaluate(filtered)["metrics"]["fvu"]["value"]
+    fvu = evaluated_filtered["metrics"]["fvu"]["value"]
     assert found["measured"]["dictionary"]["fvu"] == pytest.approx(fvu, rel=1e-5)
     for a, b in ((whole, filtered), (filtered, whole)):
-        compared = pipeline.compare(a, b, tokens=4096, out=tmp_path / "compared")
+        compared = pipeline.compare(a, b, tokens=512, out=tmp_path / "compared")
         assert compared["tokens"] < wanted
     assert read(store, HELD_OUT)[2].sum() > wanted
 
