@@ -5,13 +5,21 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-from fakes import HOOK_POINT, made_up_documents, write_jsonl, write_model
+import torch
+from fakes import HOOK_POINT, SHAPE, made_up_documents, write_jsonl, write_model
+
+from sae import pipeline
+from sae.evaluation.blocks import Block
+from sae.lm import NativeModel
+from sae.pipeline.controls import Setup
+from store.activations import ActivationStore
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PROGRAMS = sorted(path.stem for path in SCRIPTS.glob("*.py") if "ArgumentParser" in path.read_text())
@@ -84,6 +92,48 @@ def test_a_dictionary_from_text_and_the_features_of_its_domains(
     assert measured.keys() == {"features", "neurons", "pca", "ica", "random"}
     assert all(found["scored"] + found["silent"] <= found["units"] for found in measured.values())
     assert drawing.read_text().count("<polyline") == 5
+
+
+def test_solu_and_relu_twins_are_scored_by_the_same_rules(
+    tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neurons before the norm are x · softmax(x), and the model's own LayerNorm makes of them what it calls neurons."""
+    model = NativeModel(write_model(tmp_path / "lm", shape=replace(SHAPE, act_fn="solu_ln")), str(tmp_path / "lm"))
+    tokens = torch.randint(1, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    mlp = model.module.blocks[0].mlp
+    x = model.capture(tokens, "blocks.0.mlp.hook_in").double().flatten(0, 1)
+    pre = x @ mlp.get_submodule("in").weight.double().T + mlp.get_submodule("in").bias.double()
+    block = Block(torch.zeros(2, 20, 1), tokens, torch.ones(2, 20, dtype=torch.bool), np.zeros((2, 20)))
+    found = script("solu").before_the_norm(model, HOOK_POINT)(block)
+    torch.testing.assert_close(found.double(), pre * pre.exp() / pre.exp().sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(mlp.ln(found), model.capture(tokens, HOOK_POINT).flatten(0, 1), rtol=1e-4, atol=1e-5)
+
+    out = tmp_path / "solu"
+    pipeline.harvest(model, tiny_text, out / "acts.zarr", tokens=1024, heldout_tokens=1024)
+    pipeline.train(
+        out / "acts.zarr", out / "d", recipe="topk", d_sae=24, tokens=1024, config={"k": 4, "batch_tokens": 128}
+    )
+    options = ("--firings", "20", "--tokens", "1024", "--json", tmp_path / "solu.json")
+    assert run(monkeypatch, "solu", out / "d", *options) == 0
+    measured = json.loads((tmp_path / "solu.json").read_text())["solu"]["figures"]["measured"]
+    names = ["neurons", "neurons before the norm", "shuffled model", "random directions", "features"]
+    assert set(measured) == set(names)
+    assert all(0 < each["scored"] <= each["units"] for each in measured.values())
+    assert all(name in capsys.readouterr().out for name in names[:1])
+
+
+def test_a_unit_that_fires_on_one_token_has_a_perfect_rule(tiny_model: NativeModel, tiny_store: Path) -> None:
+    solu, setup = script("solu"), Setup(ActivationStore.open(tiny_store), tiny_model, HOOK_POINT, 1024, "cpu")
+    text = script("rules").text_of(setup)
+    tokens = torch.cat([block.tokens[block.keep] for block in setup.blocks("heldout")])
+    counts = tokens.bincount(minlength=300)
+    token = int((counts - 20).abs().argmin())  # about 20 times in the text
+    n = int(counts[token])
+    found = solu.scored(setup, lambda block: (block.tokens.flatten()[:, None] == token).float(), text, n)
+    assert found["f1"]["median"]["value"] == 1
+    noise = torch.Generator().manual_seed(0)
+    blind = solu.scored(setup, lambda block: torch.rand(block.tokens.numel(), 8, generator=noise), text, n)
+    assert blind["f1"]["median"]["value"] < 0.3
 
 
 def test_the_proxy_of_dna_finds_sequences_in_capitals_and_in_small_letters() -> None:
