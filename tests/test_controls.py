@@ -166,17 +166,17 @@ def test_training_rows_are_those_of_the_store_to_the_last_bit(
 
 
 @pytest.mark.slow
-def test_the_table_end_to_end(tmp_path: Path, tiny_store: Path, tiny_model_dir: Path, capsys, monkeypatch) -> None:  # noqa: ANN001
+def test_the_table_end_to_end(tmp_path: Path, tiny_model: NativeModel, tiny_text: Path, capsys, monkeypatch) -> None:  # noqa: ANN001
     monkeypatch.setattr("sae.analysis.probing.MIN_TOKENS", 20)
     monkeypatch.setattr("sae.evaluation.domains.MIN_TOKENS", 20)
     monkeypatch.setattr("sae.analysis.baselines.ICA_ITERATIONS", 3)
     monkeypatch.setattr(import_module("sae.pipeline.evaluate"), "SPREAD_SHARDS", 32)  # the same number as is held out
     monkeypatch.setattr("sae.analysis.absorption.MIN_TOKENS", 20)
     monkeypatch.setattr("sae.analysis.absorption.MIN_PROBE_ACCURACY", 0.5)
-    (tmp_path / "acts.zarr").symlink_to(tiny_store)
+    pipeline.harvest(tiny_model, tiny_text, tmp_path / "acts.zarr", tokens=1024, heldout_tokens=512)  # 48 shards
     out = tmp_path / "topk"
-    pipeline.train(tmp_path / "acts.zarr", out, d_sae=48, tokens=20_000, config={"k": 4, "batch_tokens": 256})
-    command = ["controls", str(out), "--tokens", "4096", "--train-tokens", "5000"]
+    pipeline.train(tmp_path / "acts.zarr", out, d_sae=48, tokens=8192, config={"k": 4, "batch_tokens": 256})
+    command = ["controls", str(out), "--tokens", "1024", "--train-tokens", "1024"]
     assert main(command) == 0
     said = capsys.readouterr()
     assert "forecast: 7 dictionaries" in said.err
@@ -197,7 +197,7 @@ def test_the_table_end_to_end(tmp_path: Path, tiny_store: Path, tiny_model_dir: 
     assert measured["dictionary"]["l0"] == evaluated["metrics"]["l0"]["value"]
     assert measured["dictionary"]["fvu"] == pytest.approx(evaluated["metrics"]["fvu"]["value"], rel=1e-6)
     assert (out / "controls" / "shuffled_model" / "sae.safetensors").exists()
-    again = pipeline.controls(out, tokens=4096, train_tokens=5000, only=["shuffled_model"])
+    again = pipeline.controls(out, tokens=1024, train_tokens=1024, only=["shuffled_model"])
     assert again["measured"]["shuffled_model"] == measured["shuffled_model"]  # the weights came back in between
     assert main(["controls", str(out), "--only", "nothing"]) == 2
     assert "choose from random, pca" in capsys.readouterr().err
