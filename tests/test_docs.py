@@ -12,12 +12,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import made_up_documents, write_jsonl
+from fakes import SHAPE, made_up_documents, write_jsonl, write_model
 
 from sae.cli import build_parser, main
 from sae.evaluation.feature_stats import firing_summary
@@ -37,6 +37,8 @@ TINY = {
     r'"default"': '"made-up.jsonl"',
     r"--text (default|notes/|letters\.jsonl\.xz)": "--text made-up.jsonl",
     r"\btiny-relu-1l\b": "tiny-model",
+    r"\battn-2l\b": "tiny-attention",
+    r"(sae lens (?:heads|growth) \S+)": r"\1 --text made-up.jsonl",
     r"\.harvest\((.*), tokens=[\d_]+": r".harvest(\1, tokens=4_096, heldout_tokens=1024",
     r"tokens=1_600_000": "tokens=4_096",
     r"batch_tokens=1024": "batch_tokens=64",
@@ -49,6 +51,7 @@ FLAGS = {
     "index": "--tokens 4096",
     "controls": "--tokens 1024 --train-tokens 2048 --only random --only shuffled_model",
     "compare": "--tokens 1024",
+    "lens": "--n 4",
     "steer": "--max-new-tokens 4",
 }
 # Commands that are not run, by a pattern, and the reason.
@@ -60,6 +63,7 @@ NOT_RUN = {
     r"--workers": "starts processes; tests/test_harvest_workers.py does",
     r"lm/": "trains a language model; tests/test_pretrain.py does",
     r"runs/more/|runs/both/": "needs two harvests; tests/test_store_upkeep.py merges stores",
+    r"lens keys runs/two": "needs features about 24 tokens; tests/test_previous_token.py sets them by hand",
     r"clean runs/mine --acts": "needs the index of every dictionary; tests/test_store_upkeep.py has them",
 }
 # Pages with blocks that need the files made by the README's commands, in the order they run.
@@ -140,6 +144,18 @@ def test_every_block_of_the_readme_and_of_the_pages_that_build_on_it_runs(worksp
 
 def test_every_block_of_the_tutorial_runs(workspace: Path) -> None:
     run_page(DOCS / "tutorial.md")
+
+
+def test_every_block_of_the_tutorial_on_circuits_runs(workspace: Path) -> None:
+    """With a model of two layers of attention, untrained, and three snapshots of it."""
+    shape = replace(SHAPE, n_layers=2, attn_only=True)
+    model = write_model(workspace / "tiny-attention", shape=shape)
+    for seed, tokens in enumerate((0, 512, 1024)):
+        write_model(model / "kept" / f"{tokens}-tokens", seed=seed, shape=shape)
+    run_page(DOCS / "tutorial-circuit.md")
+    circuits = {"circuit-induction-activation-head", "circuit-induction-path-head", "circuit-induction-judge-head"}
+    assert {path.stem for path in Path("runs/lenses").rglob("*.json")} == {"heads", "growth"} | circuits
+    assert Path("runs/two/attn-out/features.zarr").exists()
 
 
 @pytest.mark.slow
