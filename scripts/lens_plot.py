@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +56,7 @@ class Bars(NamedTuple):
     bars: list[Bar]
 
 
-def drawing(panels: list[Panel] | list[Bars]) -> str:
+def drawing(panels: Sequence[Panel | Bars]) -> str:
     """An SVG with the panels side by side."""
     drawn = "".join(
         _bars(number, panel) if isinstance(panel, Bars) else _panel(number, panel)
@@ -314,7 +314,7 @@ def patched(sections: Sections) -> list[Bars]:
     ]
 
 
-DRAWINGS: dict[str, Callable[[Sections], list[Panel] | list[Bars]]] = {
+DRAWINGS: dict[str, Callable[[Sections], Sequence[Panel | Bars]]] = {
     "lens-depth.svg": depth,
     "lens-erase.svg": erase,
     "lens-growth.svg": growth,

@@ -26,6 +26,7 @@ from sae.analysis import baselines
 from sae.analysis.rule_scores import Activations, estimates, score_units
 from sae.evaluation.blocks import Block
 from sae.lm import NativeModel
+from sae.lm.transformer import Block as TransformerBlock
 from sae.pipeline.controls import Setup
 from sae.pipeline.resolve import autoencoder, model_of, store_of
 from store.common import HELD_OUT
@@ -54,7 +55,9 @@ def scored(setup: Setup, units: Units, text: rules.Text, firings: int) -> dict[s
 
 def before_the_norm(model: NativeModel, hook_point: str) -> Units:
     """x · softmax(x) of the neurons' input, as the model computes it before the LayerNorm that follows."""
-    mlp = model.module.blocks[int(hook_point.split(".")[1])].mlp
+    block = model.module.blocks[int(hook_point.split(".")[1])]
+    assert isinstance(block, TransformerBlock)
+    mlp = block.mlp
     hook_in = hook_point.replace("hook_post", "hook_in")
 
     @torch.inference_mode()
