@@ -8,11 +8,13 @@ import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 from unittest.mock import patch
 
@@ -28,7 +30,7 @@ from sae.dictionary.sites import Site
 from sae.jobs.progress import Interrupted
 from sae.kernels import reference
 from sae.kernels.sparsity import BatchTopK, PreparedEncoder, Rule, Support, TopK
-from sae.parallel.mesh import Mesh
+from sae.parallel.mesh import Axis, Mesh
 from sae.training import loop
 from sae.training.recipes import recipe_named, resolve
 from sae.training.rows import Batch, OwnRows
@@ -90,6 +92,40 @@ def _rank(rank: int, n: int, store: str, answer: Connection, function: Callable[
             dist.destroy_process_group()
 
 
+class ThreadMesh(Mesh):
+    """One of many shards, each a thread of this process; they only `stack`. `stacked` keeps the shape of each call."""
+
+    def __init__(self, shard: int, shards: int, meeting: Barrier, table: list[Any]) -> None:
+        super().__init__()
+        self.shard, self.shards, self.world, self.rank = shard, shards, shards, shard
+        self._meeting, self._table = meeting, table
+        self.stacked: list[tuple[int, ...]] = []
+
+    def stack(self, x: Tensor, axis: Axis) -> Tensor:
+        assert axis == "features"
+        self.stacked.append(tuple(x.shape))
+        self._table[self.shard] = x
+        self._meeting.wait(TIMEOUT_S)
+        found = torch.stack(self._table)  # fails for shapes that differ, as an exchange would
+        self._meeting.wait(TIMEOUT_S)
+        return found
+
+
+def on_threads(shards: int, function: Callable[[ThreadMesh], Any]) -> list[Any]:
+    """What `function(mesh)` returns for each of so many shards: where processes would take long to start."""
+    meeting, table = Barrier(shards), [None] * shards
+
+    def run(shard: int) -> Any:
+        try:
+            return function(ThreadMesh(shard, shards, meeting, table))
+        except BaseException:
+            meeting.abort()  # the others do not wait
+            raise
+
+    with ThreadPoolExecutor(shards) as pool:
+        return list(pool.map(run, range(shards)))
+
+
 # --- training on a mesh ----------------------------------------------------------------------------------------------
 
 
@@ -146,10 +182,15 @@ class PlantedRows:
 
 
 class PermutedRows(PlantedRows):
-    """The same rows in another order within each batch: what rounding alone does to a run."""
+    """The same rows in the order `number` within each batch: what rounding alone does to a run."""
+
+    def __init__(self, batch_tokens: int, number: int) -> None:
+        super().__init__(batch_tokens)
+        self.number = number
 
     def batch(self, step: int) -> Batch:
-        batch, order = super().batch(step), torch.arange(self.batch_tokens).flip(0)
+        batch = super().batch(step)
+        order = torch.randperm(self.batch_tokens, generator=torch.Generator().manual_seed(self.number))
         return Batch(*(None if part is None else part[order] for part in batch[:3]))
 
 
@@ -164,7 +205,7 @@ class Case:
     batch_tokens: int = 16
     d_sae: int = 27
     float32: bool = False
-    permuted: bool = False
+    permuted: int = 0  # the number of an order of each batch's rows; 0 leaves them
 
     def dictionary(self, rows: PlantedRows) -> SAE:
         recipe = recipe_named(self.recipe)
@@ -181,7 +222,8 @@ class Case:
 def train_on(mesh_shape: tuple[int, int], case: Case) -> dict[str, Any]:
     """The curve of a case, and its final state put together from all shards."""
     torch.set_default_dtype(torch.float32 if case.float32 else torch.float64)
-    mesh, rows = Mesh(*mesh_shape), (PermutedRows if case.permuted else PlantedRows)(case.batch_tokens)
+    mesh, b = Mesh(*mesh_shape), case.batch_tokens
+    rows = PermutedRows(b, case.permuted) if case.permuted else PlantedRows(b)
     tokens = case.steps * case.batch_tokens
     given = {"d_sae": case.d_sae, "batch_tokens": case.batch_tokens, "tokens": tokens, "matmul": "highest"}
     recipe, config = resolve(case.recipe, **given, **case.settings)
@@ -220,6 +262,10 @@ class DeafMesh(Mesh):
     def agree(self, flag: bool | Tensor) -> bool:
         super().agree(flag)
         return False
+
+    def stack(self, x: Tensor, axis: Axis) -> Tensor:
+        """As if every rank sent the same as this one: no row then needs a second round of candidates."""
+        return super().stack(x, axis).copy_(x.expand(self.size(axis), *x.shape))
 
 
 def exchanged_on_fake_ranks(mesh_shape: tuple[int, int], d_sae: int) -> tuple[dict[str, int], dict[str, int]]:

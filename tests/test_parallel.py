@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from fakes import SEED
-from ranks import Case, StableKernels, bytes_of_a_step, on_ranks, several
+from ranks import Case, StableKernels, ThreadMesh, bytes_of_a_step, on_ranks, on_threads, several
 from recipe_cases import recipe_cases, trained_on_one, worst_deviations
 
-from sae.kernels.sparsity import BatchTopK, TopK
-from sae.parallel.cost import exchanged_bytes
+from sae.kernels.sparsity import BatchTopK, Support, TopK
+from sae.parallel.cost import exchanged_bytes, first_candidates
 from sae.parallel.kernels import agreeing
 from sae.parallel.mesh import ONE, Mesh
-from sae.parallel.selection import among_largest, smallest_kept
+from sae.parallel.selection import among_largest, largest_in_rows, largest_of_rows, smallest_kept
 from sae.training.recipes import RECIPES
 
 STEPS = 12  # of a training; `scripts/check_ranks.py --recipes` takes 30
@@ -175,6 +175,68 @@ def test_shards_select_what_brute_force_selects(
         )
         expected = ranked[: 8 * k] if batch else [e for r in range(8) for e in [e for e in ranked if e[0] == r][:k]]
         assert sorted(e for rank in found for e in rank[number]) == sorted(expected), (seed, k, batch)
+
+
+def rows_of_many_shards(rng: random.Random, shards: int, k: int) -> torch.Tensor:
+    """Values of eight rows, shard after shard, as an adversary to a first round would have them."""
+    each, n = rng.randint(1, 2 * k), 8
+    values = torch.randn((n, shards, each), generator=torch.Generator().manual_seed(rng.randint(0, 10**6)))
+    values[0, rng.randrange(shards)] += 10  # all of the largest in one shard
+    values[1, : rng.randint(1, shards)] += 10
+    values[2] = values[2].round()  # ties, also of the smallest that is kept
+    values[3] = 1.0  # nothing but ties: the first are kept
+    values[4, 1 + rng.randrange(shards - 1) :] = 1.0
+    values[5] = -values[5].abs()  # nothing positive
+    values[6, rng.randrange(shards)] = 0.5  # fewer positive ones than k, perhaps
+    values[6, rng.randrange(shards)] = -1.0
+    return values.flatten(1)
+
+
+@pytest.mark.parametrize("shards", [3, 17, 24, 64])
+def test_two_rounds_of_candidates_keep_what_one_process_keeps(rng: random.Random, shards: int) -> None:
+    """Of dense values and of a sparse support, on shards that are threads, against a stable sort of whole rows."""
+    for _ in range(2):
+        k = rng.randint(1, 12)
+        values = rows_of_many_shards(rng, shards, k)
+        parts, wanted = values.chunk(shards, 1), _first_of(values, k).chunk(shards, 1)
+
+        def selected(mesh: ThreadMesh, k: int = k, parts: Any = parts) -> tuple[Any, Any, list[Any]]:
+            own = parts[mesh.shard]
+            dense = largest_in_rows(mesh, own, k)
+            first = mesh.stacked.copy()
+            mine = _first_of(own, k)
+            among = Support.of(mine)
+            kept = largest_of_rows(mesh, among, own[mine], k)
+            assert mesh.stacked == first * 2
+            return dense, among.where(kept).dense(torch.ones(int(kept.sum()))) > 0, first
+
+        found = on_threads(shards, selected)
+        everything = torch.cat([dense for dense, *_ in found], 1)
+        assert torch.equal((values * everything).sort().values, (values * torch.cat(wanted, 1)).sort().values)
+        for (dense, sparse, calls), part in zip(found, wanted, strict=True):
+            assert torch.equal(sparse, part)
+            assert torch.equal(dense.sum(-1), part.sum(-1))  # which of equal ones a dense topk takes is left open
+            few = first_candidates(k, shards)
+            assert calls[0] == (8, few)
+            assert len(calls) == (1 if few == k else 2)  # the adversary's rows come again
+            assert all(shape[0] < 8 and shape[1] == k for shape in calls[1:])
+
+
+def _first_of(values: torch.Tensor, k: int) -> torch.Tensor:
+    order = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(values, dtype=torch.bool).scatter(-1, order, True) & (values > 0)
+
+
+def test_rows_spread_over_shards_need_no_second_round() -> None:
+    """Each shard has one of the largest: what all send first is enough, and no row is sent twice."""
+    shards, k = 32, 8
+    values = torch.arange(4 * 5 * shards).view(4, 5, shards).transpose(1, 2).flatten(1).float() + 1
+
+    def calls(mesh: ThreadMesh) -> list[tuple[int, ...]]:
+        largest_in_rows(mesh, values.chunk(shards, 1)[mesh.shard], k)
+        return mesh.stacked
+
+    assert on_threads(shards, calls) == [[(4, first_candidates(k, shards))]] * shards
 
 
 @pytest.mark.parametrize("shape", MESHES)

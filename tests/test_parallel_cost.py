@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from ranks import exchanged_on_fake_ranks, on_ranks, several
 
-from sae.parallel.cost import cheapest, exchanged_bytes, modelled_step_s
+from sae.parallel.cost import ALL_CANDIDATES, cheapest, exchanged_bytes, first_candidates, modelled_step_s
 from sae.parallel.launch import check_started, mesh_shape
 
 SIZES = {"d_in": 4096, "d_sae": 131_072, "batch_tokens": 4096, "k": 32}
@@ -58,6 +60,18 @@ def test_calls_and_bytes_of_a_step_on_many_ranks() -> None:
         for operation, expected in exchanged_bytes(*shape, **given).items():
             assert abs(found.get(operation, 0) - expected) <= 600, (shape, operation, found, expected)  # b_dec, counts
         assert calls == CALLS[f"{'1' if shape[0] == 1 else 'R'}x{'1' if shape[1] == 1 else 'F'}"], shape
+
+
+def test_shards_send_as_few_candidates_as_rarely_are_too_few(rng: random.Random) -> None:
+    """Against drawing where the k largest of a row lie: how many shards have so many of them that rows come again."""
+    assert all(first_candidates(32, shards) == 32 for shards in range(1, ALL_CANDIDATES + 1))
+    for shards, k in ((17, 32), (64, 32), (64, 512), (1024, 32)):
+        rows = 400
+        most = sorted(max(Counter(rng.choices(range(shards), k=k)).values()) for _ in range(rows))
+        cost = [c + k * sum(n >= c for n in most) / rows for c in range(1, k + 1)]
+        chosen = first_candidates(k, shards)
+        assert chosen + 0.05 * k < k
+        assert cost[chosen - 1] < 1.15 * min(cost) + 1, (shards, k, chosen, cost)
 
 
 def test_the_modelled_times_are_those_of_the_documentation() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from math import comb
+
+ALL_CANDIDATES = 16  # shards, up to which each sends as many candidates as may be kept: one exchange, and few bytes
 BETWEEN_MACHINES = 8  # times as long as inside one: NVLink against a 400 Gb/s network, per GPU
 
 
@@ -11,17 +15,34 @@ def exchanged_bytes(
     """Bytes that reach one rank in a TopK step without AuxK, by operation of the mesh, but for a few numbers.
 
     With R row groups, F shards and B rows: `gather_rows` (x, and the gradient of the sums) 2 (F − 1)/F · B/R · d_in,
-    `scatter_sum` (F − 1)/F · B/R · d_in, `stack` (k candidates a row) (F − 1) · B/R · k, and `reduce` (gradients of a
-    shard's W_enc, b_enc and W_dec over row groups) 2 (R − 1)/R · d_sae/F · (2 d_in + 1) values, and as many bytes as
-    features (which have fired).
+    `scatter_sum` (F − 1)/F · B/R · d_in, `stack` (c candidates a row, `first_candidates`) (F − 1) · B/R · c, and
+    `reduce` (gradients of a shard's W_enc, b_enc and W_dec over row groups) 2 (R − 1)/R · d_sae/F · (2 d_in + 1)
+    values, and as many bytes as features (which have fired). Each row of a second round adds (F − 1) · k values.
     """
     rows, others = batch_tokens / row_groups, (shards - 1) / shards
     return {
         "gather_rows": 2 * others * rows * d_in * bytes_per_value,
         "scatter_sum": others * rows * d_in * bytes_per_value,
-        "stack": (shards - 1) * rows * k * bytes_per_value,
+        "stack": (shards - 1) * rows * first_candidates(k, shards) * bytes_per_value,
         "reduce": 2 * (row_groups - 1) / row_groups * d_sae / shards * ((2 * d_in + 1) * bytes_per_value + 1),
     }
+
+
+@cache
+def first_candidates(k: int, shards: int) -> int:
+    """How many candidates a row each of F shards sends first, of which k over all shards are kept.
+
+    All k up to ALL_CANDIDATES shards. With more, the c that minimises c + k · p(c): rows in which a shard's c-th
+    candidate may be kept send k candidates in a second round, and p(c) = min(1, F · P(X ≥ c)) bounds their share if
+    each kept entry lies in any shard alike, X ~ Binomial(k, 1/F).
+    """
+    if shards <= ALL_CANDIDATES:
+        return k
+    more, found = 1.0, [float(k + 1)]  # P(X ≥ c), and the cost of each c from 0 on
+    for c in range(1, k + 1):
+        more -= comb(k, c - 1) * (shards - 1) ** (k - c + 1) / shards**k
+        found.append(c + k * min(1.0, shards * max(0.0, more)))
+    return min(range(1, k + 1), key=found.__getitem__)
 
 
 def cheapest(world: int, on_one_machine: int, *, d_in: int, d_sae: int, batch_tokens: int, k: int) -> tuple[int, int]:

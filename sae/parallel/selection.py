@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae.kernels.activations import DenseActs, FeatureActs, SparseActs
 from sae.kernels.sparsity import Support
+from sae.parallel.cost import first_candidates
 from sae.parallel.mesh import Mesh
 
 DIGIT_BITS = 11  # of a value's bits, counted at once: 3 rounds of 2,048 counts for float32
@@ -22,16 +23,39 @@ AS_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def largest_of_rows(mesh: Mesh, support: Support, values: Float[Tensor, " nnz"], k: int) -> Bool[Tensor, " nnz"]:
-    """Of the entries of this shard, at most k a row, those among the k largest positive ones of the row on all shards.
-
-    Exchanges k candidates a row.
-    """
+    """Of this shard's entries, at most k a row, those among the k largest positive ones of the row on all shards."""
     places = torch.arange(len(values), device=values.device) - support.offsets[support.rows]
     candidates = values.new_zeros((support.n_rows, k))
     candidates[support.rows, places] = values.detach()
-    everyones = mesh.stack(candidates, "features").transpose(0, 1).flatten(1)  # [rows, shards · k]
-    kept = among_largest(everyones, k)[:, mesh.shard * k : (mesh.shard + 1) * k]
-    return kept[support.rows, places]
+    return kept_candidates(mesh, candidates)[support.rows, places]
+
+
+def kept_candidates(mesh: Mesh, own: Float[Tensor, "rows k"]) -> Bool[Tensor, "rows k"]:
+    """Of this shard's k candidates a row, those among the k largest positive ones of the row on all shards.
+
+    On many shards each sends its largest `first_candidates`. If the last of a shard is as large as the smallest that
+    would be kept, those that it did not send may be as well: such rows, which all shards see alike, send all k.
+    """
+    k, few = own.shape[1], first_candidates(own.shape[1], mesh.shards)
+    if few == k:
+        return _of_shard(mesh, among_largest(_everyones(mesh, own), k), k)
+    ranked, order = own.sort(dim=-1, descending=True, stable=True)  # stable: of equal ones the first come first
+    sent = _everyones(mesh, ranked[:, :few])
+    kept = torch.nn.functional.pad(_of_shard(mesh, among_largest(sent, k), few), (0, k - few))
+    bar, last = sent.topk(k, dim=-1).values[:, -1:], sent[:, few - 1 :: few]
+    short = ((last >= bar) & (last > 0)).any(-1)
+    if short.any():
+        kept[short] = _of_shard(mesh, among_largest(_everyones(mesh, ranked[short]), k), k)
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def _everyones(mesh: Mesh, own: Float[Tensor, "rows n"]) -> Float[Tensor, "rows all"]:
+    """The candidates of all shards, one shard's after another's."""
+    return mesh.stack(own, "features").transpose(0, 1).flatten(1)
+
+
+def _of_shard(mesh: Mesh, kept: Bool[Tensor, "rows all"], n: int) -> Bool[Tensor, "rows n"]:
+    return kept[:, mesh.shard * n : (mesh.shard + 1) * n]
 
 
 @overload
@@ -56,10 +80,9 @@ def largest_acts(mesh: Mesh, acts: FeatureActs, k: int) -> FeatureActs:
 
 def largest_in_rows(mesh: Mesh, values: Float[Tensor, "rows own"], k: int) -> Bool[Tensor, "rows own"]:
     """`largest_of_rows` for the values of all features of this shard."""
-    own, n = values.detach().topk(min(k, values.shape[1]), dim=-1), min(k, values.shape[1])
-    candidates = torch.nn.functional.pad(own.values, (0, k - n))
-    everyones = mesh.stack(candidates, "features").transpose(0, 1).flatten(1)
-    kept = among_largest(everyones, k)[:, mesh.shard * k : mesh.shard * k + n]
+    n = min(k, values.shape[1])
+    own = values.detach().topk(n, dim=-1)
+    kept = kept_candidates(mesh, torch.nn.functional.pad(own.values, (0, k - n)))[:, :n]
     return torch.zeros_like(values, dtype=torch.bool).scatter(-1, own.indices, kept)
 
 
