@@ -47,7 +47,8 @@ class LaneRows:
         """
         markers = filled_shards(store, TRAIN)
         shards, kept = list(markers), np.array([marker.kept_rows for marker in markers.values()])
-        _check(lanes, batch_rows, world, kept)
+        check_lanes(lanes, batch_rows, world)
+        _check_shards(lanes, kept)
         places = dealt_to_lanes(kept, lanes)
         own = range(rank * lanes // world, (rank + 1) * lanes // world)
         each = batch_rows // len(own)
@@ -122,7 +123,8 @@ def _plan(plans: Sequence[tuple[int, int]] | None, lane: int, memory_bytes: int)
     return dict(zip(("pool_shards", "parts"), plans[lane], strict=True))
 
 
-def _check(lanes: int, batch_rows: int, world: int, kept: np.ndarray) -> None:
+def check_lanes(lanes: int, batch_rows: int, world: int) -> None:
+    """Raises: StoreError where lanes cannot be shared out among ranks, or the rows of all ranks among lanes."""
     if lanes < 1 or lanes % world:
         fitting = max(world, lanes // world * world)
         raise StoreError(
@@ -135,6 +137,9 @@ def _check(lanes: int, batch_rows: int, world: int, kept: np.ndarray) -> None:
             f"a batch of {batch_rows * world:,} rows cannot be taken evenly from {lanes} lanes (row_lanes). Use "
             f"--batch-tokens {lower} or {lower + lanes}."
         )
+
+
+def _check_shards(lanes: int, kept: np.ndarray) -> None:
     if _evenness(kept, lanes) < EVEN:
         fitting = next(n for n in range(min(lanes, len(kept)), 0, -1) if _evenness(kept, n) >= EVEN)
         raise StoreError(

@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 from ranks import PlantedRows, StoppingRows, on_ranks, several
 
 from sae import pipeline
+from sae.dictionary.files import load
 from sae.jobs.progress import Interrupted
 from sae.parallel.mesh import Mesh
 from sae.pipeline.errors import PipelineError
+from sae.pipeline.live import live_rows
 from sae.pipeline.rows import StoreRows, rows_for
 from sae.training import loop
+from sae.training.live_rows import LiveLanes
 from sae.training.recipes import resolve
 from sae.training.rows import Batch
 from sae.training.state_files import read_state, saved_header
@@ -178,8 +181,8 @@ def test_lanes_that_do_not_fit_are_refused(
         LaneRows(store, "h", lanes=lanes, batch_rows=batch_rows, seed=0, world=world)
 
 
-def test_rows_that_are_not_of_one_store_have_no_lanes(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match=r"row_lanes \(4\) divides the shards of one store"):
+def test_rows_of_ones_own_have_no_lanes(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"row_lanes \(4\) divides the shards of one store, or the text"):
         pipeline.train(
             PlantedRows(16), tmp_path, config={"row_lanes": 4, "batch_tokens": 16, "k": 3}, d_sae=16, recipe="topk"
         )
@@ -242,3 +245,26 @@ def test_ranks_open_their_own_shards_alone_and_any_mesh_continues(store: Activat
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
             torch.testing.assert_close(found[key], tensor, rtol=1e-10, atol=1e-12, msg=f"{name} {key}")
+
+
+def trained_live(shape: tuple[int, int], model: str, text: str, out: str) -> list[float]:
+    """Trains in lanes of a running model; returns the mean of a sample, which the ranks draw together."""
+    mesh = Mesh(*shape)
+    _, config = resolve("topk", row_lanes=4, **{**GIVEN, "tokens": 48 * 6})
+    rows, _ = live_rows(pipeline.Live(model, text, dtype="float32"), config, None, None, "cpu", Path(out))
+    assert isinstance(rows, LiveLanes)
+    own = rows.on(mesh)
+    loop.train(own, out, config, kernels="reference", mesh=mesh)
+    return [*own.sample(50, 3).mean(0).tolist(), float(len(own.sample(6, 1)))]
+
+
+def test_ranks_train_on_their_own_lanes_of_a_running_model(
+    tmp_path: Path, tiny_model_dir: Path, tiny_text: Path
+) -> None:
+    given = (str(tiny_model_dir), str(tiny_text))
+    (one,) = on_ranks(1, trained_live, (1, 1), *given, str(tmp_path / "one"))
+    assert on_ranks(2, trained_live, (1, 2), *given, str(tmp_path / "many")) == [one] * 2
+    assert one[-1] == 6
+    expected, found = (load(tmp_path / name).tensors() for name in ("one", "many"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)

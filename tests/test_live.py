@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ import sae
 from sae import pipeline
 from sae.cli import main
 from sae.lm import NativeModel
+from sae.parallel.mesh import ONE, Mesh
 from sae.pipeline import PipelineError
 from sae.text.documents import split_of
 from sae.text.packing import FORWARD_TOKENS
 from sae.text.sources import TextSource, open_text
-from sae.training.live_rows import Contexts, LiveError, LiveRows
+from sae.training.live_rows import Contexts, LiveError, LiveLanes, LiveRows
 from sae.training.shuffle_buffer import ShuffleBuffer, ShufflePlan
 from store.activations import ActivationStore
 from store.common import HELD_OUT, TRAIN
@@ -89,6 +91,56 @@ def is_one_of_a_kind(rows: np.ndarray) -> np.ndarray:
     alone = np.empty(len(rows), bool)
     alone[order] = np.minimum(gaps[1:], gaps[:-1]) > 5e-5
     return alone
+
+
+# --- lanes -----------------------------------------------------------------------------------------------------------
+
+
+def in_lanes(contexts: Contexts, lanes: int, mesh: Mesh = ONE) -> LiveLanes:
+    def lane_named(lane: int) -> LiveRows:
+        own = replace(contexts, lane=lane, lanes=lanes)
+        given: dict[str, Any] = {"seed": lane, "steps": 4000, "memory_bytes": 200 * 32 * 4, "dtype": "float32"}
+        return LiveRows(own, {"x": HOOK_POINT}, batch_tokens=BATCH // lanes, **given)
+
+    return LiveLanes(lane_named, lanes, mesh)
+
+
+def test_lanes_divide_the_contexts_of_a_text(contexts: Contexts) -> None:
+    def counted(of: Contexts) -> Counter[bytes]:
+        return Counter(t.tobytes() for tokens, _ in of.epoch() for t in tokens)
+
+    lanes = [counted(replace(contexts, lane=lane, lanes=4)) for lane in range(4)]
+    assert sum(lanes, Counter()) == counted(contexts)
+    assert min(map(len, lanes)) > 20
+
+
+def test_a_rank_runs_the_model_on_its_own_lanes_alone(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together the ranks have the rows of one process, also from a step in the middle on."""
+    whole = in_lanes(contexts, 4)
+    steps = [0, 1, 2, 9, 10]
+    expected = [whole.batch(step).x for step in steps]
+    allowed = {
+        t.tobytes() for lane in (2, 3) for some, _ in replace(contexts, lane=lane, lanes=4).epoch() for t in some
+    }
+    assert all(len(x) == BATCH for x in expected)
+    parts = []
+    for rank in range(2):
+        mesh = Mesh()
+        mesh.rank, mesh.world = rank, 2
+        rows, seen = in_lanes(contexts, 4, mesh), set()
+        run = contexts.model.capture_all
+
+        def spied(tokens: Tensor, hooks: Any, run: Any = run, seen: set[bytes] = seen) -> Any:
+            seen.update(t.astype(np.uint32).tobytes() for t in tokens.numpy())
+            return run(tokens, hooks)
+
+        monkeypatch.setattr(contexts.model, "capture_all", spied)
+        parts.append([rows.batch(step).x for step in steps])
+        monkeypatch.undo()
+        assert seen
+        assert seen <= allowed if rank else not seen & allowed
+    for x, *of_ranks in zip(expected, *parts, strict=True):
+        assert torch.equal(x, torch.cat(of_ranks))
 
 
 # --- the same rows as a store ----------------------------------------------------------------------------------------

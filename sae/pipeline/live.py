@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from sae.pipeline.harvest import DEFAULT_HOOK_POINT, Text, begins_with_bos, cont
 from sae.text.splits import DIVIDED, rule_named
 from sae.training.begun import SETTINGS
 from sae.training.config import TrainConfig
-from sae.training.live_rows import Contexts, LiveRows
+from sae.training.live_rows import Contexts, LiveLanes, LiveRows
 from sae.training.recipes import recipe_named
 from store.common import RowFilter, contexts_begin_with_bos
+from store.lane_rows import check_lanes
+from store.shuffle_plan import seed_of_lane
 
 MEDIAN_ROWS = 16_384  # whose norms give the median of a row filter
 
@@ -40,9 +43,10 @@ class Live:
 
 def live_rows(
     live: Live, config: TrainConfig, hook_point: str | None, target_hook_point: str | None, device: str, out: Path
-) -> tuple[LiveRows, dict[str, Any]]:
+) -> tuple[LiveRows | LiveLanes, dict[str, Any]]:
     """The rows that a recipe trains on, and the record of where they come from, for config.json.
 
+    With the setting `row_lanes` they are all lanes; `LiveLanes.on` takes those of a rank.
     A run that `out` holds keeps the rules by which its text is divided and its contexts begin.
     """
     begun = _recorded(out)
@@ -62,14 +66,14 @@ def live_rows(
     hooks = {"x": hook} | ({"y": target_hook_point} if target_hook_point else {})
     hooks |= {"resid": resid_mid_of(hook)} if needs == "resid" else {}
 
-    def rows_through(row_filter: RowFilter) -> LiveRows:
+    def rows_through(row_filter: RowFilter, lane: int = 0, lanes: int = 1) -> LiveRows:
         return LiveRows(
-            Contexts(lm, source, seq_len, context_bos, rule, row_filter),
+            Contexts(lm, source, seq_len, context_bos, rule, row_filter, lane, lanes),
             hooks,
-            batch_tokens=config.batch_tokens,
-            seed=config.seed,
+            batch_tokens=config.batch_tokens // lanes,
+            seed=seed_of_lane(config.seed, lane) if lanes > 1 else config.seed,
             steps=config.steps,
-            memory_bytes=live.max_ram_bytes,
+            memory_bytes=live.max_ram_bytes // lanes,
             dtype=live.dtype,
             downstream=lm.downstream(hook) if needs == "resid" else None,
         )
@@ -81,7 +85,12 @@ def live_rows(
         found |= {target_hook_point: unbounded.sample_targets(MEDIAN_ROWS, 0)} if target_hook_point else {}
         medians = {name: float(np.median(sample.double().norm(dim=-1).numpy())) for name, sample in found.items()}
         row_filter = replace(row_filter, median_norms=medians)
-    rows = rows_through(row_filter)
+    rows: LiveRows | LiveLanes
+    if config.row_lanes:
+        check_lanes(config.row_lanes, config.batch_tokens, 1)
+        rows = LiveLanes(partial(rows_through, row_filter, lanes=config.row_lanes), config.row_lanes)
+    else:
+        rows = rows_through(row_filter)
     made_of = provenance_of(lm, source, context_bos, rule)
     return rows, {
         "hook_point": hook,

@@ -16,6 +16,7 @@ from sae.jobs.trackers import trackers_named
 from sae.kernels import device_named
 from sae.lm.units import active_units
 from sae.parallel.launch import check_started, joined_ranks
+from sae.parallel.mesh import Mesh
 from sae.pipeline.errors import PipelineError
 from sae.pipeline.live import Live, live_rows
 from sae.pipeline.resolve import opened
@@ -25,11 +26,13 @@ from sae.pipeline.stores import warn_of_few_rows
 from sae.training import loop, recipes
 from sae.training.begun import recipe_in, resolve_in
 from sae.training.config import TrainConfig
-from sae.training.rows import OwnRows, Rows
+from sae.training.live_rows import LiveLanes
+from sae.training.rows import OwnRows, Rows, samples_together
 from sae.training.start_from import fingerprint
 from sae.training.state_files import saved_header
 from store.activations import ActivationStore
 from store.common import TRAIN
+from store.lane_rows import check_lanes
 
 D_SAE = 4096
 UNITS_ROWS = 2048  # on which the L0 of the activations themselves is measured
@@ -133,20 +136,30 @@ def train(
 def _trained(
     rows: Rows, out: str | Path, config: TrainConfig, provenance: dict[str, Any], shard: str | None, how: dict[str, Any]
 ) -> SAE:
-    """A run on rows that each rank reads whole.
+    """A run on rows that each rank reads whole, or on lanes of a running model.
 
-    Raises: PipelineError for the setting row_lanes.
+    Raises: PipelineError for the setting row_lanes with other rows.
     """
-    if config.row_lanes:
+    if config.row_lanes and not isinstance(rows, LiveLanes):
         raise PipelineError(
-            f"row_lanes ({config.row_lanes}) divides the shards of one store among processes. Leave it out for the "
-            "rows of a running model, of several hook points, or of your own."
+            f"row_lanes ({config.row_lanes}) divides the shards of one store, or the text of a running model, among "
+            "processes. Leave it out for rows of several hook points, or of your own."
         )
     with joined_ranks(shard, how["device"], **_sizes(rows.d_in, config)) as mesh:
-        if mesh.is_first:
-            _warn_unless_sparser(rows, config, out)
-        own = rows if mesh.world == 1 else OwnRows(rows, mesh.rank, mesh.world)
+        own = _own_part(rows, config, mesh)
+        if mesh.is_first or samples_together(own):
+            _warn_unless_sparser(own, config, out)
         return loop.train(own, out, config, provenance=provenance, mesh=mesh, **how)
+
+
+def _own_part(rows: Rows, config: TrainConfig, mesh: Mesh) -> Rows:
+    """What one rank gives to a batch."""
+    if mesh.world == 1:
+        return rows
+    if isinstance(rows, LiveLanes):
+        check_lanes(rows.lanes, config.batch_tokens // mesh.world, mesh.world)
+        return rows.on(mesh)
+    return OwnRows(rows, mesh.rank, mesh.world)
 
 
 def _device_of(out: Path, asked: str) -> torch.device:

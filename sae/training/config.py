@@ -61,7 +61,7 @@ class RunSettings:
     tokens: int = setting(4_000_000, AT_LEAST_ONE)  # rows seen in the whole run
     batch_tokens: int = setting(4096, AT_LEAST_ONE)  # rows per step
     seed: int = setting(0, NOT_NEGATIVE)
-    row_lanes: int = setting(0, NOT_NEGATIVE)  # batches take rows evenly from so many parts of the store; 0: from all
+    row_lanes: int = setting(0, NOT_NEGATIVE)  # batches take rows evenly from so many parts of the data; 0: from all
     matmul: str = setting("auto", PRODUCTS)  # how dense products are computed, see `sae.kernels.matmul`
     precision: str = setting("float32", SELECTION)  # bf16: features are chosen straight from a bfloat16 product
     max_norm_multiple: float = setting(0.0, OFF_OR_ABOVE_ONE)  # leaves out rows of more than this many median norms

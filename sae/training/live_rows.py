@@ -1,8 +1,8 @@
-"""Training rows from a model that runs while the dictionary trains: one process, a shuffle buffer, nothing on disk."""
+"""Training rows from a model that runs while the dictionary trains: a shuffle buffer, nothing on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae.kernels import matmul
 from sae.lm import LanguageModel
+from sae.parallel.mesh import ONE, Mesh
 from sae.text.packing import FORWARD_TOKENS, packed, text_tokens, tokenised
 from sae.text.sources import TextSource
 from sae.text.splits import DIVIDED, SplitRule
@@ -44,6 +45,8 @@ class Contexts:
     context_bos: bool = False  # whether each begins with BOS
     rule: SplitRule = DIVIDED
     row_filter: RowFilter = field(default_factory=RowFilter)  # whose positions and tokens are not kept
+    lane: int = 0  # only every `lanes`-th document, from this one on
+    lanes: int = 1
 
     def epoch(self) -> Iterator[tuple[Int[np.ndarray, "n seq_len"], np.ndarray]]:
         """Tokens and `keep` of the whole text once, one forward pass at a time."""
@@ -54,7 +57,8 @@ class Contexts:
 
     def _filled(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         waiting = [np.empty(0, np.uint32) for _ in range(LANES)]
-        numbered = ((n, self.rule.parts(document)) for n, document in enumerate(self.source.documents()))
+        own = (each for each in enumerate(self.source.documents()) if each[0] % self.lanes == self.lane)
+        numbered = ((n, self.rule.parts(document)) for n, document in own)
         training = ((n, parts[TRAIN]) for n, parts in numbered if TRAIN in parts)
         for number, ids in tokenised(self.model, training):
             tokens = np.concatenate([waiting[number % LANES], ids])
@@ -190,8 +194,61 @@ class LiveRows:
             )
         return rows
 
+    @property
+    def _of_lane(self) -> str:
+        lane, lanes = self._contexts.lane, self._contexts.lanes
+        return f" in lane {lane} of {lanes} (row_lanes)" if lanes > 1 else ""
+
     def _refuse_empty(self) -> None:
         raise LiveError(
-            f"{self._contexts.source.name} has no training text: short documents are held out whole, one in twenty, by "
-            "their hash, and these all are. Give more documents."
+            f"{self._contexts.source.name} has no training text{self._of_lane}: short documents are held out whole, "
+            "one in twenty, by their hash, and these all are. Give more documents."
         )
+
+
+class LiveLanes:
+    """Batches with equally many rows of each of `lanes` lanes, which do not depend on the number of ranks.
+
+    `lane_named(i)` gives the rows of lane i: those of its own documents, epoch after epoch, in an order of its own.
+    Rank r of `mesh` has the lanes r · lanes / world and following, and runs the model on no others. A lane whose text
+    ends begins it again, whatever the others do. A sample has equally many rows of each lane; the ranks put their parts
+    together.
+    """
+
+    def __init__(self, lane_named: Callable[[int], LiveRows], lanes: int, mesh: Mesh = ONE) -> None:
+        assert lanes % mesh.world == 0
+        self._lane_named, self.lanes, self._mesh = lane_named, lanes, mesh
+        self._own = range(mesh.rank * lanes // mesh.world, (mesh.rank + 1) * lanes // mesh.world)
+        self._rows = [lane_named(lane) for lane in self._own]
+        self.samples_together = mesh.world > 1
+        first = self._rows[0]
+        self.d_in, self.d_out, self.plan, self.downstream = first.d_in, first.d_out, first.plan, first.downstream
+
+    def on(self, mesh: Mesh) -> LiveLanes:
+        """The rows of this rank of a mesh."""
+        return LiveLanes(self._lane_named, self.lanes, mesh)
+
+    def batch(self, step: int) -> Batch:
+        x, y, resid, _ = zip(*(rows.batch(step) for rows in self._rows), strict=True)
+        return Batch(torch.cat(x), _joined(y), _joined(resid))
+
+    def sample(self, n: int, seed: int) -> Float[Tensor, "n d_in"]:
+        return self._together([rows.sample(wanted, seed) for rows, wanted in self._shares(n)], self.d_in)
+
+    def sample_targets(self, n: int, seed: int) -> Float[Tensor, "n d_out"]:
+        """y of the rows that `sample` draws."""
+        return self._together([rows.sample_targets(wanted, seed) for rows, wanted in self._shares(n)], self.d_out)
+
+    def _shares(self, n: int) -> list[tuple[LiveRows, int]]:
+        """The own lanes that a sample of n rows reads, each with the number of its rows."""
+        wanted = [n * (lane + 1) // self.lanes - n * lane // self.lanes for lane in self._own]
+        return [(rows, share) for rows, share in zip(self._rows, wanted, strict=True) if share]
+
+    def _together(self, drawn: Sequence[Tensor], width: int) -> Tensor:
+        own = torch.cat([torch.empty(0, width), *drawn])
+        return self._mesh.joined(own, self._mesh.everyones(len(own)))
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None
