@@ -1,7 +1,8 @@
 """A run of 65,536 features on two processes, from the text to the browser: outcomes, and the memory of each rank.
 
 Harvest; train on two ranks until a state is saved, kill -9 one rank, resume on one process; the first steps of the same
-run on one process; eval; index by two workers; the browser's API; export, and the files imported again.
+run on one process; eval; index by two workers; the app's API, and a page of it in Chromium; export, and the files
+imported again.
 `scripts/check_ranks.py --wide` calls it. It takes half an hour on two idle cores, and 3 GB of disk.
 """
 
@@ -25,6 +26,7 @@ TEXT_ROWS, HELD_OUT_ROWS, INDEX_ROWS = BATCH * STEPS, 32_768, 16_384
 SAE = [sys.executable, "-m", "sae.cli"]
 TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "sae.cli"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+FLOAT32_BOUND = 1e-5  # of a figure after 25 steps
 
 
 def end_to_end(home: Path, text: str) -> dict[str, Any]:
@@ -38,9 +40,10 @@ def end_to_end(home: Path, text: str) -> dict[str, Any]:
         "eval": lambda: done(SAE, "eval", many) and figures(many / "eval.json"),
         "index_by_two": lambda: measured(TORCHRUN, "index", many, "--tokens", INDEX_ROWS),
         "browser": lambda: browsed(home, many),
+        "page": lambda: page_of_densest(home, many),
         "export": lambda: exported(home, many),
         "train_on_one": lambda: stopped_after_a_log_line(training(store, one), one),
-        "first_log_line": lambda: differences(many, one),
+        "first_log_line": lambda: differences(found["train_on_two"]["first_log_line"], first_log_line(one)),
     }
     kept = home / "parts.json"
     found = json.loads(kept.read_text()) if kept.exists() else {}
@@ -115,15 +118,14 @@ def children(process: int) -> list[int]:
 
 
 def killed_once_saved(arguments: list[object], out: Path) -> dict[str, Any]:
-    """Trains on two ranks, and kills rank 1 some steps after the first state was saved."""
+    """Trains on two ranks, and kills rank 1 after the first line of the log and the first saved state."""
     command = [*TORCHRUN, *map(str, arguments)]
     log = out.with_suffix(".log").open("w")  # a pipe that nobody reads would fill up
     started = subprocess.Popen(command, env=ENVIRONMENT, stderr=log)
-    memory, killed, saved = Memory(started.pid), 0.0, 0
+    memory, killed, saved, first = Memory(started.pid), 0.0, 0, {}
     while started.poll() is None:
         ranks = memory.look()
-        if not killed and (out / "state.json").exists() and 1 in ranks:
-            time.sleep(5)  # some steps after the save
+        if not killed and (out / "state.json").exists() and (first := first_log_line(out)) and 1 in ranks:
             saved = json.loads((out / "state.json").read_text())["step"]
             os.kill(ranks[1], signal.SIGKILL)
             killed = time.time()
@@ -140,16 +142,24 @@ def killed_once_saved(arguments: list[object], out: Path) -> dict[str, Any]:
         "said": [line.strip() for line in said],
         "state_files": len(state),
         "state_bytes": sum(state),
+        "first_log_line": first,
     }
+
+
+def first_log_line(out: Path) -> dict[str, Any]:
+    """Empty as long as there is none."""
+    log = out / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return json.loads(lines[0]) if lines and lines[0].endswith("\n") else {}
 
 
 def stopped_after_a_log_line(arguments: list[object], out: Path) -> dict[str, Any]:
     """The memory of one process that trains until its first line of the log."""
     started = subprocess.Popen([*SAE, *map(str, arguments)], env=ENVIRONMENT)
-    memory, log, asked = Memory(started.pid), out / "metrics.jsonl", False
+    memory, asked = Memory(started.pid), False
     while started.poll() is None:
         memory.look()
-        if not asked and log.exists() and log.stat().st_size:
+        if not asked and first_log_line(out):
             started.send_signal(signal.SIGTERM)
             asked = True
         time.sleep(0.5)
@@ -157,10 +167,11 @@ def stopped_after_a_log_line(arguments: list[object], out: Path) -> dict[str, An
     return memory.figures()
 
 
-def differences(many: Path, one: Path) -> dict[str, Any]:
+def differences(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """The first line of both logs: its figures on two ranks and on one process."""
-    first, second = (json.loads((out / "metrics.jsonl").read_text().splitlines()[0]) for out in (many, one))
     assert first["step"] == second["step"]
+    for name in ("loss", "fvu"):  # the sums of float32 have another order
+        assert abs(first[name] / second[name] - 1) < FLOAT32_BOUND, (name, first[name], second[name])
     return {name: [first[name], second[name]] for name in ("step", "loss", "fvu", "l0", "dead_share")}
 
 
@@ -195,6 +206,32 @@ def browsed(home: Path, directory: Path) -> dict[str, Any]:
         "features_that_fire": sum(row["density"] > 0 for row in table),
         "pages_read": len(pages),
     }
+
+
+def page_of_densest(home: Path, directory: Path) -> dict[str, Any]:
+    """Opens the page of the densest feature in Chromium; page.png shows it."""
+    from bench_browser import CHROMIUM, Bench, server
+    from playwright.sync_api import sync_playwright
+
+    from store.features import FeatureIndex
+
+    densest = int(np.argmax(FeatureIndex.open(directory / "features.zarr").stats["count"]))
+    with server(home) as site, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        bench = Bench(browser.new_page(viewport={"width": 1280, "height": 900}), site, directory.name)
+        bench.visit("Feature", f'.groups[data-key*=":{densest}:"]', feature=str(densest))
+        page = bench.page
+        page.screenshot(path=str(home / "page.png"))
+        found = {
+            "feature": densest,
+            "tokens_shown": page.locator(".groups .tok").count(),
+            "firing_tokens_shown": page.locator(".groups .tok.hit").count(),
+            "exceptions": page.locator('[data-testid="stException"]').count(),
+        }
+        browser.close()
+    assert found["firing_tokens_shown"] > 0, found
+    assert not found["exceptions"], found
+    return found
 
 
 def exported(home: Path, directory: Path) -> dict[str, Any]:

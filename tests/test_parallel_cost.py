@@ -10,7 +10,7 @@ import pytest
 from ranks import exchanged_on_fake_ranks, on_ranks, several
 
 from sae.parallel.cost import ALL_CANDIDATES, cheapest, exchanged_bytes, first_candidates, modelled_step_s
-from sae.parallel.launch import check_started, mesh_shape
+from sae.parallel.launch import _reason, check_started, mesh_shape
 
 SIZES = {"d_in": 4096, "d_sae": 131_072, "batch_tokens": 4096, "k": 32}
 
@@ -36,6 +36,12 @@ def test_what_is_wrong_with_shard_is_said_before_any_work(monkeypatch: pytest.Mo
     assert [mesh_shape(shard, **fitting) for shard in ("features", "rows", "3x2")] == [(1, 6), (6, 1), (3, 2)]
     with pytest.raises(ValueError, match="5 features cannot be divided among 6 shards"):
         mesh_shape("features", **{**fitting, "d_sae": 5})
+
+
+def test_auto_says_what_it_saves() -> None:
+    expected = "; auto: 179.8 MB on 1x8 reach a rank in a step, 7,517.3 MB on 8x1"
+    assert _reason((1, 8), **SIZES) == expected
+    assert _reason((8, 1), **SIZES).endswith("on 8x1 reach a rank in a step, 179.8 MB on 1x8")
 
 
 def test_auto_exchanges_least() -> None:

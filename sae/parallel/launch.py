@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from sae.jobs.progress import Interrupted
 from sae.jobs.ranks import rank_and_world
-from sae.parallel.cost import cheapest
+from sae.parallel.cost import cheapest, exchanged_bytes
 from sae.parallel.mesh import ONE, TIMEOUT, FailedElsewhere, Mesh, answer_limit
 
 ROLL_CALL_S = 3.0  # within which every rank that still runs answers
@@ -104,8 +104,18 @@ def joined_ranks(shard: str | None, device: str, **sizes: int) -> Iterator[Mesh]
     if shard is None or rank_and_world()[1] == 1:
         yield ONE
         return
-    with _joined(mesh_shape(shard, **sizes), device) as mesh:
+    shape = mesh_shape(shard, **sizes)
+    with _joined(shape, device, reason=_reason(shape, **sizes) if shard == "auto" else "") as mesh:
         yield mesh
+
+
+def _reason(shape: tuple[int, int], **sizes: int) -> str:
+    """Why `auto` chose this mesh: what reaches a rank in a step, on it and on the meshes of one axis."""
+    world = shape[0] * shape[1]
+    meshes = dict.fromkeys([shape, (1, world), (world, 1)])
+    bytes_of = {f"{r}x{f}": sum(exchanged_bytes(r, f, **sizes).values()) for r, f in meshes}
+    chosen, *others = (f"{n / 1e6:,.1f} MB on {mesh}" for mesh, n in bytes_of.items())
+    return f"; auto: {chosen} reach a rank in a step, {', '.join(others)}"
 
 
 @contextmanager
@@ -126,8 +136,8 @@ def all_ranks(device: str) -> Iterator[Mesh]:
 
 
 @contextmanager
-def _joined(shape: tuple[int, int], device: str, *, stop: bool = False) -> Iterator[Mesh]:
-    with own_gpu(device) as on_gpu, _in_a_group(shape, on_gpu, stop) as mesh:
+def _joined(shape: tuple[int, int], device: str, *, stop: bool = False, reason: str = "") -> Iterator[Mesh]:
+    with own_gpu(device) as on_gpu, _in_a_group(shape, on_gpu, stop, reason) as mesh:
         yield mesh
 
 
@@ -142,7 +152,7 @@ def _store_of_torchrun() -> Any:
 
 
 @contextmanager
-def _in_a_group(shape: tuple[int, int], on_gpu: bool, stop: bool) -> Iterator[Mesh]:
+def _in_a_group(shape: tuple[int, int], on_gpu: bool, stop: bool, reason: str) -> Iterator[Mesh]:
     rank, world = rank_and_world()
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     # A script may train, then evaluate: a second group that finds the addresses of the first one hangs.
@@ -154,7 +164,7 @@ def _in_a_group(shape: tuple[int, int], on_gpu: bool, stop: bool) -> Iterator[Me
         if rank:
             warnings.simplefilter("ignore")
         elif not stop:
-            sys.stderr.write(f"mesh {mesh}: {_described(*shape)}\n")
+            sys.stderr.write(f"mesh {mesh}: {_described(*shape)}{reason}\n")
         try:
             yield mesh
         except (FailedElsewhere, Interrupted):
