@@ -22,6 +22,7 @@ from fakes import SHAPE, made_up_documents, write_jsonl, write_model
 from sae.cli import build_parser, main
 from sae.evaluation.feature_stats import firing_summary
 from sae.evaluation.metrics import METRICS
+from sae.pipeline.lenses import LENSES
 from sae.training.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -263,6 +264,17 @@ def source_of(*rooms: str) -> str:
     """The source of some rooms as one text, with strings that continue on the next line joined."""
     files = [path for room in rooms for path in (ROOT / room).rglob("*.[ps][yh]")]
     return re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in files))
+
+
+@pytest.mark.parametrize("name", LENSES)
+def test_every_lens_has_a_page_with_its_formulas_controls_source_and_picture(name: str) -> None:
+    text = (DOCS / f"lens-{name}.md").read_text()
+    measures = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    assert measures
+    assert re.search(r"\| measure \| formula \| (further )?control \|", text)
+    assert re.search(r"\b(et al\.|nostalgebraist) 20\d\d", text), "no source"
+    assert name == "facts" or re.search(r"!\[.+\]\(measurements/lens-\w+\.svg\)", text), "no picture"
+    assert f"lens-{name}.md" in (DOCS / "lenses.md").read_text()
 
 
 def test_the_page_on_the_browser_has_every_view_and_names_panels_that_exist() -> None:
