@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -141,6 +142,16 @@ def test_the_verb_patches_features_and_puts_the_result_beside_the_dictionary(
     assert len(found.labels["site.restoring_feature"]) == 24
     path = pipeline.lens("circuit", dictionary, by="feature", method="path", n=4)
     assert read_result(path).measures["into_k"].value.shape == (24, 4)  # type: ignore[union-attr]
+
+
+def test_the_first_prompts_of_a_result_end_where_they_are_asked(model: NativeModel, tmp_path: Path) -> None:
+    """The first prompt is shorter than the second, and what fills it up is not shown."""
+    pairs = [("a b", "c b"), ("a b d e f g", "c b d e f g")]
+    lines = [{"clean": clean, "corrupt": corrupt, "answer": "a", "wrong": "c"} for clean, corrupt in pairs]
+    file = tmp_path / "task.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = pipeline.lens("circuit", model, out=tmp_path, task=str(file), by="head")
+    assert [text.partition("<|endoftext|>")[2] for text in read_result(path).labels["first_prompts"]] == ["a b", "c b"]
 
 
 def test_the_verb_erases_a_domain(dictionary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from sae.circuits.known_facts import requests_of, variants
 from sae.circuits.recall import recall
 from sae.circuits.results import DIRECTORY, Result, write_result
 from sae.circuits.rome import rome, second_moment
-from sae.circuits.tasks import task_of
+from sae.circuits.tasks import END, task_of
 from sae.circuits.text import Contexts, contexts_of
 from sae.circuits.tracing import Corruption, causal_tracing
 from sae.dictionary.autoencoder import SAE
@@ -193,7 +193,8 @@ def circuit(
     question = Question(by, method, layer, subject.sae, hook_point, seed)
     measures, labels = answer(lm, found, question)
     texts = (found.clean, found.corrupt)
-    labels["first_prompts"] = [lm.tokenizer.decode(t[0].tolist(), skip_special_tokens=False) for t in texts]
+    end = int(found.positions[END][0]) + 1  # padding comes after it
+    labels["first_prompts"] = [lm.tokenizer.decode(t[0, :end].tolist(), skip_special_tokens=False) for t in texts]
     about = subject.about | {"task": task, "by": by, "method": method, "layer": layer, "seed": seed}
     return Result("circuit", measures, about, f"{found.name}-{method}-{by}", labels)
 
