@@ -25,7 +25,7 @@ def lens_grid_chart(table: pd.DataFrame, row: str, column: str) -> alt.Chart:
         .mark_rect()
         .encode(
             x=alt.X(f"{column}:N", sort=None, axis=alt.Axis(title=None, labelAngle=-40)),
-            y=alt.Y(f"{row}:N", sort=None, axis=alt.Axis(title=None)),
+            y=alt.Y(f"{row}:N", sort=None, axis=alt.Axis(title=None, labelOverlap=False)),
             color=alt.Color(
                 "value:Q",
                 scale=alt.Scale(scheme="blueorange", domain=[middle - reach, middle + reach]),
@@ -33,7 +33,7 @@ def lens_grid_chart(table: pd.DataFrame, row: str, column: str) -> alt.Chart:
             ),
             tooltip=[row, column, *(alt.Tooltip(f"{name}:Q", format=".3f") for name in controls)],
         )
-        .properties(height=max(80, 22 * table[row].nunique() + 60))
+        .properties(height=22 * table[row].nunique() + 90)  # names of columns are written below
     )
     return chart
 
