@@ -314,6 +314,29 @@ def patched(sections: Sections) -> list[Bars]:
     ]
 
 
+def tracing(sections: Sections) -> list[Panel]:
+    """What restoring an MLP's output brings back, by layer: the model as it was trained, the planted one, its twin."""
+
+    def line(name: str, section: str, place: str, control: str | None = None) -> Line:
+        found = sections[section]["figures"]
+        about = found["measures"]["restored_mlp_out"]
+        grid = about["value"] if control is None else about["controls"][control]["value"]
+        column = found["labels"]["place"].index(place)
+        return Line(name, [(layer, row[column]) for layer, row in enumerate(grid)], control is not None)
+
+    def panel(title: str, method: str, place: str) -> Panel:
+        planted = f"facts-{method}-planted"
+        lines = [line("planted", planted, place), line("its twin", f"facts-{method}-twin", place)]
+        lines.append(line("tasks-4l", f"facts-{method}-tasks-4l", place))
+        return Panel(title, "layer of the MLP", [*lines, line("planted, random", planted, place, "random_direction")])
+
+    return [
+        panel("P restored at the subject's last token, swap", "swap", "subject_last"),
+        panel("P restored at the subject's last token, noise", "gaussian", "subject_last"),
+        panel("P restored at the end, swap", "swap", "end"),
+    ]
+
+
 DRAWINGS: dict[str, Callable[[Sections], Sequence[Panel | Bars]]] = {
     "lens-depth.svg": depth,
     "lens-erase.svg": erase,
@@ -321,6 +344,7 @@ DRAWINGS: dict[str, Callable[[Sections], Sequence[Panel | Bars]]] = {
     "lens-heads.svg": heads,
     "lens-keys.svg": keys,
     "lens-patching.svg": patched,
+    "lens-tracing.svg": tracing,
     "lens-units.svg": units,
 }
 

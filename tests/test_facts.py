@@ -29,7 +29,7 @@ def prompt(subject: int, *, words: tuple[int, int, int] = (A, B, C)) -> list[int
 def task(model: NativeModel) -> Task:
     pairs = []
     for subject, other in zip(SUBJECTS, [*SUBJECTS[1:], SUBJECTS[0]], strict=True):
-        places = {"word": 1, "subject": SUBJECT_AT, "after": 3}
+        places = {"word": 1, "subject_last": SUBJECT_AT, "after": 3}
         pairs.append(Pair(prompt(subject), prompt(other), (object_of(subject), object_of(other)), places))
     return _padded("memory", pairs, model)
 
@@ -62,15 +62,16 @@ def test_the_memory_answers(model: NativeModel, task: Task) -> None:
 
 def test_tracing_with_another_subject_finds_the_site_and_nothing_else(model: NativeModel, task: Task) -> None:
     measures, labels = causal_tracing(model, task, "swap")
-    assert labels["place"] == ["word", "subject", "after", "end"]
+    assert labels["place"] == ["word", "subject_last", "after", "end", "subject"]
     total = float(measures["total_effect"].value)
     assert total > 0.99
     mlp, resid, attn = (measures[f"restored_{kind}"].value for kind in ("mlp_out", "resid_post", "attn_out"))
     assert mlp[0, 1] == pytest.approx(total, abs=0.01), "layer 0's MLP at the subject restores the fact"
     assert resid[0, 1] == pytest.approx(total, abs=0.01)
     assert attn[1, 3] == pytest.approx(total, abs=0.01), "layer 1's attention brings it to the end"
+    assert torch.equal(mlp[:, 4], mlp[:, 1]), "the subject is one token"
     for grid, known in ((mlp, (0, 1)), (attn, (1, 3))):
-        others = grid.clone()
+        others = grid[:, :4].clone()
         others[known] = 0
         assert others.abs().max() < 0.01
     control = measures["restored_mlp_out"].controls["random_direction"].value
@@ -82,8 +83,8 @@ def test_tracing_with_noise_finds_the_same_site(model: NativeModel, task: Task) 
     measures, _ = causal_tracing(model, task, "gaussian")
     assert float(measures["total_effect"].value) > 0.3
     for kind, known in (("mlp_out", (0, 1)), ("attn_out", (1, 3))):
-        grid = measures[f"restored_{kind}"].value
-        assert divmod(int(grid.argmax()), grid.shape[1]) == known  # type: ignore[union-attr]
+        grid = measures[f"restored_{kind}"].value[:, :4]  # type: ignore[index]
+        assert divmod(int(grid.argmax()), grid.shape[1]) == known
 
 
 def test_the_edit_is_the_change_of_the_weights(model: NativeModel) -> None:

@@ -22,6 +22,7 @@ from sae.lm import LanguageModel, Splice
 Corruption = Literal["gaussian", "swap"]
 KINDS = ("resid_post", "mlp_out", "attn_out")
 ENTERING = "blocks.0.hook_resid_pre"
+SUBJECT = "subject"
 NOISE_SCALE = 3.0
 MOVED = "the same change on as many other tokens of the prompt, chosen at random"
 CORRUPTED_BY = {
@@ -40,12 +41,14 @@ def causal_tracing(
     draws: int = 4,
     seed: int = 0,
 ) -> tuple[dict[str, Measure], dict[str, list[str]]]:
-    """IE by layer and named position for each kind of activation, and the labels of both axes.
+    """IE by layer and place for each kind of activation, and the labels of both axes.
 
+    Places are the task's named positions, one token each, and `subject`, all corrupted tokens of the subject together.
     Control: at the same place, a random direction with the norm of what restores. `total_effect` is P(answer) in the
     clean run minus the corrupted one, the most that restoring can give back.
     """
-    places = list(task.positions)
+    places = {name: at(where, task.clean) for name, where in task.positions.items()}
+    places[SUBJECT] = task.clean != task.corrupt
     sites = {kind: stream_sites(model, kind)[-model.n_layers :] for kind in kinds}
     clean: dict[str, Tensor] = {}
     names = [ENTERING, *(site.hook_point for found in sites.values() for site in found)]
@@ -72,10 +75,7 @@ def causal_tracing(
     for kind, found in sites.items():
         grids = {}
         for name, random in (("value", None), ("control", generator)):
-            rows = [
-                [mean_over(_restoring(site, clean, at(task.positions[place], task.clean), random)) for place in places]
-                for site in found
-            ]
+            rows = [[mean_over(_restoring(site, clean, where, random)) for where in places.values()] for site in found]
             grids[name] = torch.stack([torch.stack(row, -1) for row in rows], 1) - p_corrupt[:, None, None]
         measures[f"restored_{kind}"] = Measure(
             grids["value"].mean(0),
@@ -92,7 +92,7 @@ def causal_tracing(
             mean_interval(grids["value"]),
             ("layer", "place"),
         )
-    return measures, {"layer": [f"layer {i}" for i in range(model.n_layers)], "place": places}
+    return measures, {"layer": [f"layer {i}" for i in range(model.n_layers)], "place": list(places)}
 
 
 def _corruptions(
