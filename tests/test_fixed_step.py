@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from fakes import FewRows
+from step_fakes import Rows, make_sparse, rows_for
 from torch import Tensor
 
-from sae.dictionary.sites import Site
 from sae.jobs.checkpoint import read_header
 from sae.kernels import choose
 from sae.kernels.triton_step import DEAD, NOT_FINITE, OVERRUN
@@ -35,59 +35,6 @@ from sae.kernels.triton_step.step import FixedStep  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class Rows:
-    """Made-up rows near a few directions."""
-
-    def __init__(self, d_in: int, rows: int = 10) -> None:
-        self.d_in, self.rows = d_in, rows
-
-    def batch(self, step: int) -> Batch:
-        return Batch(self.sample(self.rows, step))
-
-    def sample(self, n: int, seed: int) -> Tensor:
-        g = torch.Generator().manual_seed(seed)
-        directions = 3 * torch.eye(self.d_in)[torch.randint(self.d_in, (n,), generator=g)]
-        return torch.randn(n, self.d_in, generator=g) + directions
-
-
-class TargetRows(Rows):
-    """The same with a target of another width, y = sin(x U)."""
-
-    d_out = 20
-
-    def batch(self, step: int) -> Batch:
-        return Batch(self.sample(self.rows, step), self.sample_targets(self.rows, step))
-
-    def sample_targets(self, n: int, seed: int) -> Tensor:
-        U = torch.randn(self.d_in, self.d_out, generator=torch.Generator().manual_seed(99))
-        return torch.sin(self.sample(n, seed) @ U)
-
-
-class SiteRows(Rows):
-    """The same, as rows of three sites."""
-
-    sites = (Site("a", 5, 1.0), Site("b", 4, 1.0), Site("c", 3, 1.0))
-
-
-class ModelRows(Rows):
-    """The same with the rest of a model: logits = tanh(x A + resid) B."""
-
-    def __init__(self, d_in: int, rows: int = 10) -> None:
-        super().__init__(d_in, rows)
-        g = torch.Generator().manual_seed(7)
-        self.A, self.B = (torch.randn(shape, generator=g).to(DEVICE) / 3 for shape in ((d_in, 6), (6, 30)))
-
-    def batch(self, step: int) -> Batch:
-        resid = torch.randn(self.rows, 6, generator=torch.Generator().manual_seed(1000 + step))
-        return Batch(self.sample(self.rows, step), resid=resid)
-
-    def downstream(self, x: Tensor, resid: Tensor) -> Tensor:
-        return torch.tanh(x @ self.A + resid) @ self.B
-
-
-ROWS = {"transcoder": TargetRows, "crosscoder": SiteRows, "end-to-end": ModelRows}
 
 
 @pytest.fixture(autouse=True)
@@ -138,29 +85,11 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@torch.no_grad()
-def make_sparse(state: TrainState, rows: Rows) -> None:
-    """In the middle of its run, with about one active feature in a row, so that sparse products pay."""
-    state.density, state.step, state.optimizer.step_count, state.penalty.step = 0.04, 10, 10, 10
-    sae = state.sae
-    x = torch.cat([rows.batch(step).x for step in range(2)]).to(DEVICE) * state.scale
-    largest = sae.pre_acts(x).flatten().sort(descending=True).values
-    bar, spread = largest[len(x)], largest[len(x) // 2] - largest[len(x)]
-    if sae.activation == "jumprelu":
-        state.tokens_since_fired[::3] = 1000  # long enough for their biases to rise
-        sae.threshold.copy_(bar + torch.linspace(-1, 1, sae.d_sae) * spread)
-    else:
-        sae.b_enc -= bar
-    if sae.activation == "gated":  # some gates that open give no magnitude
-        sae.r_mag += torch.linspace(-0.5, 0.5, sae.d_sae)
-        sae.b_mag += torch.linspace(1.0, -1.0, sae.d_sae) * spread
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_fixed_step_does_what_the_general_step_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, settings = RECIPES[name]
     n_dead = 9 if "dead" in name else 0
-    rows = ROWS.get(recipe, Rows)(12, 8)
+    rows = rows_for(RECIPES_BY_NAME[recipe], 12, 8)
     (one, config), (other, _) = (begun(recipe, rows, 40, **settings) for _ in range(2))
     if not config.k:
         for state in (one, other):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from step_fakes import Rows, make_sparse, rows_for
 from torch import Tensor
 
 from sae.kernels import choose
@@ -19,32 +20,30 @@ from sae.training.rows import Batch
 from sae.training.snapshots import Snapshots
 from sae.training.state import TrainState
 
-
-class Rows:
-    """Made-up rows near a few directions."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.d_in, self.n = (64, 256) if device.type == "cuda" else (8, 8)
-
-    def batch(self, step: int) -> Batch:
-        return Batch(self.sample(self.n, step))
-
-    def sample(self, n: int, seed: int) -> Tensor:
-        g = torch.Generator().manual_seed(seed)
-        directions = 3 * torch.eye(self.d_in)[torch.randint(self.d_in, (n,), generator=g)]
-        return torch.randn(n, self.d_in, generator=g) + directions
+D_IN, N_ROWS, D_SAE, K = (64, 256, 1024, 8) if torch.cuda.is_available() else (8, 8, 24, 2)
 
 
-def config_of(name: str, device: torch.device, steps: int = 40, **settings: Any) -> TrainConfig:
-    rows, d_sae, k = Rows(device), *((1024, 8) if device.type == "cuda" else (24, 2))
-    more = {"k": k} if RECIPES[name].activation in ("topk", "batchtopk") else {}
-    usual = {"d_sae": d_sae, "tokens": rows.n * steps, "batch_tokens": rows.n, "dead_tokens": 10**6}
+def rows_of(name: str) -> Rows:
+    return rows_for(RECIPES[name], D_IN, N_ROWS)
+
+
+def config_of(name: str, steps: int = 40, **settings: Any) -> TrainConfig:
+    more = {"k": K} if RECIPES[name].activation in ("topk", "batchtopk") else {}
+    usual = {"d_sae": D_SAE, "tokens": N_ROWS * steps, "batch_tokens": N_ROWS, "dead_tokens": 10**6}
     return resolve(name, **(usual | more | settings))[1]
 
 
 def begun(name: str, device: torch.device, **settings: Any) -> tuple[TrainState, TrainConfig]:
-    config = config_of(name, device, **settings)
-    return state.start(Rows(device), config, RECIPES[name], choose("triton", device), device), config
+    """A run at its start; of the recipes that need more than rows, whose dense steps are general ones, a sparse run."""
+    rows, config = rows_of(name), config_of(name, **settings)
+    started = state.start(rows, config, RECIPES[name], choose("triton", device), device)
+    if RECIPES[name].needs:
+        make_sparse(started, rows)
+    return started, config
+
+
+def on(device: torch.device, batch: Batch) -> Batch:
+    return batch._replace(**{n: part.to(device) for n, part in batch._asdict().items() if isinstance(part, Tensor)})
 
 
 def assert_close(one: TrainState, other: TrainState) -> None:
@@ -54,17 +53,13 @@ def assert_close(one: TrainState, other: TrainState) -> None:
     assert one.step == other.step
 
 
-# Those without k begin with dense steps. Those that need more than rows are compared in the interpreter only.
-FIXED = [
-    name
-    for name, recipe in RECIPES.items()
-    if not recipe.needs and can_be_fixed(recipe, config_of(name, torch.device("cpu")))
-]
+# Those without k begin with dense steps.
+FIXED = [name for name, recipe in RECIPES.items() if can_be_fixed(recipe, config_of(name))]
 
 
 @pytest.mark.parametrize("name", FIXED)
 def test_fixed_steps_do_what_general_steps_do(device: torch.device, name: str) -> None:
-    rows = Rows(device)
+    rows = rows_of(name)
     (one, config), (other, _) = (begun(name, device) for _ in range(2))
     fixed = FixedSteps(other, config)
     for number in range(3 if device.type == "cuda" else 1):
@@ -80,8 +75,8 @@ def test_fixed_steps_do_what_general_steps_do(device: torch.device, name: str) -
 def test_the_graph_takes_the_launches_steps_without_a_wait_and_twice_the_same(gpu: torch.device, name: str) -> None:
     from sae.kernels.triton_step.graph import captured
 
-    rows, results = Rows(gpu), []
-    batches = [Batch(rows.batch(n).x.to(gpu)) for n in range(4)]
+    results = []
+    batches = [on(gpu, rows_of(name).batch(n)) for n in range(4)]
     for how in (lambda made: made.run, captured, captured):
         started, config = begun(name, gpu)
         fixed = FixedSteps(started, config, how)
@@ -100,7 +95,7 @@ def test_the_graph_takes_the_launches_steps_without_a_wait_and_twice_the_same(gp
 
 
 def test_rows_that_are_not_finite_are_refused_and_change_nothing(gpu: torch.device) -> None:
-    rows, (started, config) = Rows(gpu), begun("topk", gpu)
+    rows, (started, config) = rows_of("topk"), begun("topk", gpu)
     fixed, before = FixedSteps(started, config), {n: t.clone() for n, t in started.sae.tensors().items()}
     bad = rows.batch(0).x.clone()
     bad[3, 2] = torch.nan
@@ -114,10 +109,10 @@ def test_rows_that_are_not_finite_are_refused_and_change_nothing(gpu: torch.devi
 def test_bfloat16_selection_trains_much_as_float32_does(device: torch.device, tmp_path: Path) -> None:
     errors = []
     for precision in ("float32", "bf16"):
-        config = config_of("topk", device, steps=100 if device.type == "cuda" else 4, precision=precision)
+        config = config_of("topk", steps=100 if device.type == "cuda" else 4, precision=precision)
         out = tmp_path / precision
-        sae = loop.train(Rows(device), out, config, device=device.type, kernels="triton")
-        x = Rows(device).sample(1000, 99)
+        sae = loop.train(rows_of("topk"), out, config, device=device.type, kernels="triton")
+        x = rows_of("topk").sample(1000, 99)
         errors.append(float((sae.reconstruct(x) - x).pow(2).sum() / x.pow(2).sum()))
     assert errors[1] == pytest.approx(errors[0], rel=0.2)
 
@@ -130,9 +125,9 @@ def test_a_resumed_run_is_the_unbroken_one(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     steps = 60 if device.type == "cuda" else 4
-    config = config_of(name, device, steps, dead_tokens=Rows(device).n * 8)
+    config = config_of(name, steps, dead_tokens=N_ROWS * 8)
     how: dict[str, Any] = {"device": device.type, "kernels": "triton"}
-    whole = loop.train(Rows(device), tmp_path / "whole", config, **how)
+    whole = loop.train(rows_of(name), tmp_path / "whole", config, **how)
     advance = loop.Run.advance
 
     def broken(run: loop.Run, *args: Any) -> str:
@@ -142,9 +137,9 @@ def test_a_resumed_run_is_the_unbroken_one(
 
     monkeypatch.setattr(loop.Run, "advance", broken)
     with pytest.raises(KeyboardInterrupt):
-        loop.train(Rows(device), tmp_path / "broken", config, **how, save_minutes=0.0)
+        loop.train(rows_of(name), tmp_path / "broken", config, **how, save_minutes=0.0)
     monkeypatch.setattr(loop.Run, "advance", advance)
-    again = loop.train(Rows(device), tmp_path / "broken", config, **how)
+    again = loop.train(rows_of(name), tmp_path / "broken", config, **how)
     for tensor_name, tensor in whole.tensors().items():
         assert torch.equal(tensor, again.tensors()[tensor_name]), tensor_name
 
@@ -166,8 +161,8 @@ def test_a_snapshot_is_of_the_moment_it_was_taken(device: torch.device) -> None:
 
 def test_the_first_weights_are_those_of_the_cpu_but_for_rounding(gpu: torch.device) -> None:
     """At random; from data, what is chosen may differ: then every decoder row is a direction of the sample."""
-    rows = Rows(gpu)
-    config = config_of("towards-monosemanticity", gpu)
+    rows = rows_of("towards-monosemanticity")
+    config = config_of("towards-monosemanticity")
     recipe = RECIPES["towards-monosemanticity"]
     here, there = (
         state.start(rows, config, recipe, choose("reference", place), place) for place in (gpu, torch.device("cpu"))
