@@ -1,7 +1,7 @@
 """Compiles the kernels of the fixed-shape step for GPUs, without one: `test_fixed_compile` runs it.
 
     python tests/compile_fixed_step.py sm_80 sm_90 sm_100 gfx942
-    python tests/compile_fixed_step.py --few gfx942     # one variant of each kernel for AMD; bfloat16 at d_in 512 only
+    python tests/compile_fixed_step.py --few gfx942     # one variant of each kernel, for NVIDIA one at each d_in
 
 The kernels and their arguments are those of real launches at real size, recorded on tensors without memory ("meta"), so
 a step that needed a number from the device could not be recorded. Prints a line for each kernel, with the registers of
@@ -56,14 +56,13 @@ READER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdu
 Launch = tuple[Any, dict[str, str], dict[str, Any], int]  # kernel, types, what is compiled in, warps
 
 
-def sizes(d_in: int, d_sae: int, *, narrow: bool = True) -> Iterator[Sizes]:
+def sizes(d_in: int, d_sae: int) -> Iterator[Sizes]:
     """Of topk and batch-topk, also in bfloat16, of matryoshka with dead features, and of those with a penalty."""
     yield Sizes(ROWS, d_in, d_sae, K, first_room(K, d_sae, of_batch=False))
     room = first_room(K, d_sae, of_batch=True)
     yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True)
-    if narrow:
-        yield Sizes(ROWS, d_in, d_sae, K, first_room(K, d_sae, of_batch=False), exact=False)
-        yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True, exact=False)
+    yield Sizes(ROWS, d_in, d_sae, K, first_room(K, d_sae, of_batch=False), exact=False)
+    yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True, exact=False)
     prefix_ends = tuple(round(share * d_sae) for share in PREFIX_SHARES)
     yield Sizes(ROWS, d_in, d_sae, K, room, of_batch=True, prefix_ends=prefix_ends, dead_room=d_sae // 4)
     for penalty in (
@@ -188,11 +187,11 @@ def used(binary: bytes) -> str:
     return f"{found['REG']} registers {found['STACK'] + found['LOCAL']} local"
 
 
-def wanted_launches(*, few: bool) -> Iterator[tuple[int, Launch]]:
+def wanted_launches() -> Iterator[tuple[int, Launch]]:
     """d_in and a launch, each different one once."""
     seen: set[str] = set()
     for d_in, d_sae in SHAPES:
-        sparse = [launches(each) for each in sizes(d_in, d_sae, narrow=d_in == 512 or not few)]
+        sparse = [launches(each) for each in sizes(d_in, d_sae)]
         dense = [dense_launches(recipe, d_in, d_sae) for recipe in ("jumprelu", "p-anneal")]
         for launch in sum(sparse + dense, []):
             kernel, types, held, warps = launch
@@ -204,12 +203,14 @@ def wanted_launches(*, few: bool) -> Iterator[tuple[int, Launch]]:
 def main() -> int:
     assert os.environ.get("TRITON_INTERPRET") != "1"
     few, names = "--few" in sys.argv, [each for each in sys.argv[1:] if each != "--few"]
-    wanted = list(wanted_launches(few=few))
-    of_each = list({launch[0].__name__: (d_in, launch) for d_in, launch in wanted}.values())
+    wanted = list(wanted_launches())
+    of_each = {launch[0].__name__: (d_in, launch) for d_in, launch in wanted}
+    of_each_width = {(launch[0].__name__, d_in): (d_in, launch) for d_in, launch in wanted}
     for name in names:
         of_nvidia = name.startswith("sm_")
         target = GPUTarget("cuda", int(name[3:]), 32) if of_nvidia else GPUTarget("hip", name, 64)
-        for d_in, launch in of_each if few and not of_nvidia else wanted:
+        taken = (of_each_width if of_nvidia else of_each).values() if few else wanted
+        for d_in, launch in taken:
             code = compiled(launch, target).asm["cubin" if of_nvidia else "hsaco"]
             print(name, launch[0].__name__, d_in, len(code), used(code) if of_nvidia else "", flush=True)
     return 0
