@@ -204,6 +204,8 @@ OTHERS = {
     "--max-restarts",
     "--nproc-per-node",
     "--no-python",
+    "--cpus-per-task",
+    "--mem",
     "--strict",
     "--durations",
     "--help",

@@ -64,15 +64,22 @@ def test_every_variant_compiles_for_every_gpu(tmp_path: Path, target: str) -> No
 @on_request
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("version", "targets"), [("3.2.0", ["sm_80", "sm_90"]), ("3.6.0", ["sm_80", "sm_90", "sm_100", "gfx942"])]
+    ("version", "targets", "most_registers", "most_local"),
+    [
+        ("3.2.0", ["sm_80", "sm_90"], 234, 16),  # it knows no B200
+        ("3.6.0", ["sm_80", "sm_90", "sm_100", "gfx942"], 180, 0),  # 180 in `collect` on an A100, d_in 4,096
+    ],
 )
-def test_every_variant_compiles_with_other_versions_of_triton(tmp_path: Path, version: str, targets: list[str]) -> None:
-    """3.2 knows no B200, and needs more registers: it is only to compile."""
+def test_every_variant_compiles_with_other_versions_of_triton(
+    tmp_path: Path, version: str, targets: list[str], most_registers: int, most_local: int
+) -> None:
+    """They need somewhat more registers than the pinned version, and bytes of local memory for a few."""
     packages = Path(TRITONS or "") / version
     if not packages.is_dir():
         pytest.skip("scripts/check_tritons.sh installs this version and runs this test")
     lines = compiled(tmp_path, *targets, packages=packages)
     assert {line[0] for line in lines} == set(targets)
     assert len(lines) > 20 * len(targets)
-    for line in lines if version != "3.2.0" else []:
-        assert len(line) == 4 or (int(line[4]) <= MOST_REGISTERS and int(line[6]) == 0), line
+    read = [line for line in lines if len(line) > 4]
+    assert read
+    assert not [line for line in read if int(line[4]) > most_registers or int(line[6]) > most_local]
