@@ -93,7 +93,7 @@ def _rank(rank: int, n: int, store: str, answer: Connection, function: Callable[
 
 
 class ThreadMesh(Mesh):
-    """One of many shards, each a thread of this process; they only `stack`. `stacked` keeps the shape of each call."""
+    """One of many shards, each a thread of this process. `stacked` keeps the shape of each call of `stack`."""
 
     def __init__(self, shard: int, shards: int, meeting: Barrier, table: list[Any]) -> None:
         super().__init__()
@@ -104,6 +104,13 @@ class ThreadMesh(Mesh):
     def stack(self, x: Tensor, axis: Axis) -> Tensor:
         assert axis == "features"
         self.stacked.append(tuple(x.shape))
+        return self._of_all(x)
+
+    def reduce(self, x: Tensor, operation: str, axis: Axis) -> Tensor:
+        assert (operation, axis) == ("sum", "features")
+        return self._of_all(x).sum(0, dtype=x.dtype)
+
+    def _of_all(self, x: Tensor) -> Tensor:
         self._table[self.shard] = x
         self._meeting.wait(TIMEOUT_S)
         found = torch.stack(self._table)  # fails for shapes that differ, as an exchange would

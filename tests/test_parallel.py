@@ -17,7 +17,7 @@ from sae.kernels.sparsity import BatchTopK, Support, TopK
 from sae.parallel.cost import exchanged_bytes, first_candidates
 from sae.parallel.kernels import agreeing
 from sae.parallel.mesh import ONE, Mesh
-from sae.parallel.selection import among_largest, largest_in_rows, largest_of_rows, smallest_kept
+from sae.parallel.selection import among_largest, kept_by_counts, largest_in_rows, largest_of_rows, smallest_kept
 from sae.training.recipes import RECIPES
 
 STEPS = 12  # of a training; `scripts/check_ranks.py --recipes` takes 30
@@ -220,6 +220,35 @@ def test_two_rounds_of_candidates_keep_what_one_process_keeps(rng: random.Random
             assert calls[0] == (8, few)
             assert len(calls) == (1 if few == k else 2)  # the adversary's rows come again
             assert all(shape[0] < 8 and shape[1] == k for shape in calls[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shards", [2, 5, 24])
+def test_counts_by_digit_keep_what_one_process_keeps(rng: random.Random, shards: int, dtype: torch.dtype) -> None:
+    """The adversary's rows against a stable sort of whole rows; no candidate is sent, only how many are equal."""
+    for k in (1, rng.randint(2, 40), 1000):
+        values = rows_of_many_shards(rng, shards, min(k, 12)).to(dtype)
+        parts = values.chunk(shards, 1)
+
+        def kept(mesh: ThreadMesh, k: int = k, parts: Any = parts) -> tuple[torch.Tensor, list[Any]]:
+            return kept_by_counts(mesh, parts[mesh.shard], k), mesh.stacked
+
+        found = on_threads(shards, kept)
+        assert torch.equal(torch.cat([own for own, _ in found], 1), _first_of(values, k))
+        assert all(calls == [(8, 1)] for _, calls in found)
+
+
+def test_many_candidates_are_counted_and_few_are_sent() -> None:
+    """2,048 a row, as AuxK keeps with d_in 4,096, and 32."""
+    values = torch.randn((3, 4 * 2048), generator=torch.Generator().manual_seed(0))
+    for k, sent in ((2048, [(3, 1)]), (32, [(3, 32)])):
+
+        def calls(mesh: ThreadMesh, k: int = k) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
+            return largest_in_rows(mesh, values.chunk(4, 1)[mesh.shard], k), mesh.stacked
+
+        found = on_threads(4, calls)
+        assert torch.equal(torch.cat([kept for kept, _ in found], 1), _first_of(values, k))
+        assert all(shapes == sent for _, shapes in found)
 
 
 def _first_of(values: torch.Tensor, k: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from functools import cache
 from math import comb
 
 ALL_CANDIDATES = 16  # shards, up to which each sends as many candidates as may be kept: one exchange, and few bytes
+ROW_DIGIT_BITS = 8  # of a value's bits, counted at once for each row: 4 rounds of 256 counts for float32
 BETWEEN_MACHINES = 8  # times as long as inside one: NVLink against a 400 Gb/s network, per GPU
 
 
@@ -43,6 +44,16 @@ def first_candidates(k: int, shards: int) -> int:
         more -= comb(k, c - 1) * (shards - 1) ** (k - c + 1) / shards**k
         found.append(c + k * min(1.0, shards * max(0.0, more)))
     return min(range(1, k + 1), key=found.__getitem__)
+
+
+def counts_are_fewer(k: int, shards: int, bytes_per_value: int) -> bool:
+    """Whether counts by digit are a quarter of the bytes of a row's candidates or less: they take more calls.
+
+    Counts of 4 bytes are summed in as many rounds as a value has digits, 2 (F − 1)/F · 4 · 256 bytes each, against
+    (F − 1) · c · bytes_per_value of candidates.
+    """
+    counts = 2 * 4 * (1 << ROW_DIGIT_BITS) * (8 * bytes_per_value // ROW_DIGIT_BITS)
+    return 4 * counts <= shards * first_candidates(k, shards) * bytes_per_value
 
 
 def cheapest(world: int, on_one_machine: int, *, d_in: int, d_sae: int, batch_tokens: int, k: int) -> tuple[int, int]:

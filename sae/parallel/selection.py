@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae.kernels.activations import DenseActs, FeatureActs, SparseActs
 from sae.kernels.sparsity import Support
-from sae.parallel.cost import first_candidates
+from sae.parallel.cost import ROW_DIGIT_BITS, counts_are_fewer, first_candidates
 from sae.parallel.mesh import Mesh
 
 DIGIT_BITS = 11  # of a value's bits, counted at once: 3 rounds of 2,048 counts for float32
@@ -35,8 +35,11 @@ def kept_candidates(mesh: Mesh, own: Float[Tensor, "rows k"]) -> Bool[Tensor, "r
 
     On many shards each sends its largest `first_candidates`. If the last of a shard is as large as the smallest that
     would be kept, those that it did not send may be as well: such rows, which all shards see alike, send all k.
+    Where k is large, as for AuxK, counts are exchanged instead (`kept_by_counts`).
     """
     k, few = own.shape[1], first_candidates(own.shape[1], mesh.shards)
+    if counts_are_fewer(k, mesh.shards, own.element_size()):
+        return kept_by_counts(mesh, own, k)
     if few == k:
         return _of_shard(mesh, among_largest(_everyones(mesh, own), k), k)
     ranked, order = own.sort(dim=-1, descending=True, stable=True)  # stable: of equal ones the first come first
@@ -47,6 +50,28 @@ def kept_candidates(mesh: Mesh, own: Float[Tensor, "rows k"]) -> Bool[Tensor, "r
     if short.any():
         kept[short] = _of_shard(mesh, among_largest(_everyones(mesh, ranked[short]), k), k)
     return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def kept_by_counts(mesh: Mesh, own: Float[Tensor, "rows n"], k: int) -> Bool[Tensor, "rows n"]:
+    """`kept_candidates` without the candidates: each row's smallest kept value is found digit by digit from counts.
+
+    The bits of positive floats are in the order of the floats.
+    """
+    bits = own.detach().contiguous().view(AS_BITS[own.dtype]).long()
+    positive = own > 0
+    among, bar = positive, bits.new_zeros((len(own), 1))
+    room = torch.full_like(bar, k)
+    for shift in reversed(range(0, 8 * own.element_size(), ROW_DIGIT_BITS)):
+        digits = (bits >> shift) & ((1 << ROW_DIGIT_BITS) - 1)
+        counts = digits.new_zeros((len(own), 1 << ROW_DIGIT_BITS), dtype=torch.int32)
+        counts = mesh.reduce(counts.scatter_add_(1, digits, among.int()), "sum", "features").long()
+        from_top = counts.flip(1).cumsum(1)
+        place = (from_top < room).sum(1, keepdim=True).clamp(max=counts.shape[1] - 1)  # the last if all are wanted
+        digit = counts.shape[1] - 1 - place
+        room = room - from_top.gather(1, place) + counts.gather(1, digit)
+        bar, among = (bar << ROW_DIGIT_BITS) | digit, among & (digits == digit)
+    before = mesh.stack(among.sum(1, keepdim=True), "features")[: mesh.shard].sum(0)
+    return (positive & (bits > bar)) | (among & (among.cumsum(1) <= room - before))
 
 
 def _everyones(mesh: Mesh, own: Float[Tensor, "rows n"]) -> Float[Tensor, "rows all"]:
