@@ -206,6 +206,7 @@ OTHERS = {
     "--no-python",
     "--cpus-per-task",
     "--mem",
+    "--signal",
     "--strict",
     "--durations",
     "--help",

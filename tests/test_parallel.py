@@ -218,7 +218,8 @@ def test_two_rounds_of_candidates_keep_what_one_process_keeps(rng: random.Random
             assert torch.equal(dense.sum(-1), part.sum(-1))  # which of equal ones a dense topk takes is left open
             few = first_candidates(k, shards)
             assert calls[0] == (8, few)
-            assert len(calls) == (1 if few == k else 2)  # the adversary's rows come again
+            enough = few == k or parts[0].shape[1] < few
+            assert len(calls) == (1 if enough else 2)  # the adversary's rows come again
             assert all(shape[0] < 8 and shape[1] == k for shape in calls[1:])
 
 

@@ -55,7 +55,7 @@ def store(model: LanguageModel, said: list[str], tmp_path_factory: pytest.TempPa
         text_source(made_up_documents(2000)),
         out,
         tokens=8192,
-        heldout_tokens=1024,
+        heldout_tokens=8192,
         dtype="float32",
         hook_points=[HOOK],
         context_bos=False,
