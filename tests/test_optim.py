@@ -373,7 +373,11 @@ def reseeded(seed: int = 0) -> tuple[SAE, SAE, Tensor, Tensor, Tensor]:
     return before, after, rows, losses, chosen
 
 
-def test_reseeded_features_rank_in_the_middle_on_their_input_and_write_its_error() -> None:
+@pytest.mark.parametrize("encoded_at_once", [resample.ENCODED_AT_ONCE, 1])
+def test_reseeded_features_rank_in_the_middle_on_their_input_and_write_its_error(
+    monkeypatch: pytest.MonkeyPatch, encoded_at_once: int
+) -> None:
+    monkeypatch.setattr(resample, "ENCODED_AT_ONCE", encoded_at_once)  # 1: a row at a time
     before, after, rows, _, chosen = reseeded()
     assert len(set(chosen.tolist())) == len(DEAD)
     assert (chosen < 100).all()

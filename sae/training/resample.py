@@ -10,12 +10,14 @@ from torch import Tensor
 
 from sae.dictionary.autoencoder import SAE
 from sae.dictionary.directions import spread_rows
+from sae.parallel.mesh import Mesh
 from sae.parallel.selection import largest_values
 from sae.training.adam import Adam
 from sae.training.shard import mesh_of, own_features
 
 ENCODER_SHARE_OF_ALIVE_NORM = 0.2
 POOL_PER_DEAD = 4
+ENCODED_AT_ONCE = 1 << 26  # activations of reseeding rows that are held: 256 MiB in float32, and a few times as much
 
 # (sae, optimizer, dead features, rows, their losses, generator) → the rows chosen for the first of the dead features
 Resample = Callable[[SAE, Adam, Tensor, Tensor, Tensor, torch.Generator], Tensor]
@@ -72,13 +74,23 @@ def reseed_(
     chosen = candidates[spread_rows(torch.nn.functional.normalize(centred, dim=-1), len(dead), generator)]
     chosen = mesh.tell_numbers(chosen)
     dead, x = dead[: len(chosen)], rows[chosen].to(sae.W_enc.device)
+    widest = mesh.reduce(torch.tensor(sae.d_sae, device=x.device), "max", "features")  # so that all take as many parts
+    parts = [_reseeded(sae, mesh, part) for part in torch.split(x, max(1, ENCODED_AT_ONCE // int(widest)))]
+    encoder, decoder = (torch.cat(part) for part in zip(*parts, strict=True))
+    _restart(sae, optimizer, dead, encoder, decoder)
+    return chosen
+
+
+def _reseeded(
+    sae: SAE, mesh: Mesh, x: Float[Tensor, "n d_in"]
+) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_in"]]:
+    """The encoder column and the decoder row of a feature that starts at each of these rows."""
+    assert sae.k is not None
     feature_acts = sae.encode(x)
-    rank = (sae.k + 1) // 2
-    middle = largest_values(mesh, feature_acts, rank)[:, -1:]
+    middle = largest_values(mesh, feature_acts, (sae.k + 1) // 2)[:, -1:]
     centred = x - sae.b_dec
     encoder = centred * (middle / centred.pow(2).sum(-1, keepdim=True).clamp_min(1e-12))
-    _restart(sae, optimizer, dead, encoder, torch.nn.functional.normalize(x - sae.decode(feature_acts), dim=-1))
-    return chosen
+    return encoder, torch.nn.functional.normalize(x - sae.decode(feature_acts), dim=-1)
 
 
 def _restart(sae: SAE, optimizer: Adam, features: Tensor, encoder: Tensor, decoder: Tensor) -> None:
