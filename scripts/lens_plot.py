@@ -225,6 +225,12 @@ def heads(sections: Sections) -> list[Bars]:
     ]
 
 
+def control_bars(about: Mapping[str, Any], names: Mapping[str, str], place: int | None = None) -> list[Bar]:
+    """A measure's controls, by their names in the results; of an array the value at `place`."""
+    values = {said: about["controls"][name]["value"] for name, said in names.items()}
+    return [Bar(said, value if place is None else value[place], True) for said, value in values.items()]
+
+
 def depth(sections: Sections) -> list[Bars]:
     """KL of the lenses at the depths before the last one."""
 
@@ -232,11 +238,9 @@ def depth(sections: Sections) -> list[Bars]:
         measures = sections[f"depth-{name}"]["figures"]["measures"]
         logit, tuned = measures["kl_logit_lens"], measures["kl_tuned_lens"]
         rows = [Bar("logit lens", logit["value"][place]), Bar("tuned lens", tuned["value"][place])]
-        rows += [
-            Bar(f"tuned, {control.replace('_', ' ')}", tuned["controls"][control]["value"][place], True)
-            for control in ("bias_only", "other_depth", "shuffled_rows")
-        ]
-        rows.append(Bar("logit, shuffled rows", logit["controls"]["shuffled_rows"]["value"][place], True))
+        names = ("bias_only", "other_depth", "shuffled_rows")
+        rows += control_bars(tuned, {name: f"tuned, {name.replace('_', ' ')}" for name in names}, place)
+        rows += control_bars(logit, {"shuffled_rows": "logit, shuffled rows"}, place)
         return Bars(f"{name}, {said}", "KL(final ‖ lens), nats", rows)
 
     return [bars("attn-2l", 0, "embedding"), bars("attn-2l", 1, "after layer 0"), bars("tiny-relu-1l", 0, "embedding")]
@@ -254,10 +258,8 @@ def erase(sections: Sections) -> list[Bars]:
 
     def bars(title: str, measure: str, x_axis: str, *, before: bool = False) -> Bars:
         about = measures[measure]
-        rows = [Bar("LEACE", about["value"])]
         names = ({"before": "no edit"} if before else {}) | edits
-        rows += [Bar(said, about["controls"][name]["value"], True) for name, said in names.items()]
-        return Bars(title, x_axis, rows)
+        return Bars(title, x_axis, [Bar("LEACE", about["value"]), *control_bars(about, names)])
 
     return [
         bars("Probe of LaTeX after the edit", "probe_accuracy", "held-out accuracy, chance 0.5", before=True),
@@ -278,18 +280,13 @@ def keys(sections: Sections) -> list[Bars]:
         "shuffled_labels": "shuffled labels",
     }
     ruled = measures["units_with_rule"]
-    first = [Bar("features", ruled["value"])]
-    first += [Bar(said, ruled["controls"][name]["value"], True) for name, said in populations.items()]
+    first = [Bar("features", ruled["value"]), *control_bars(ruled, populations)]
 
     def of_head(head: int) -> Bars:
         about = measures["share_of_score"]
-        names = {"shuffled_rules": "shuffled rules"} | populations
+        names = {name: said for name, said in populations.items() if name in about["controls"]}
         rows = [Bar("features", about["value"][head])]
-        rows += [
-            Bar(said, about["controls"][name]["value"][head], True)
-            for name, said in names.items()
-            if name in about["controls"]
-        ]
+        rows += control_bars(about, {"shuffled_rules": "shuffled rules"} | names, head)
         return Bars(f"Score of head 1.{head}", "share through units about the token before", rows)
 
     return [Bars("Rule “the token before is X”", "share of units with F1 ≥ 0.5", first), of_head(1), of_head(3)]
