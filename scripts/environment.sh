@@ -11,7 +11,9 @@ python="${PYTHON:-python3}"
 }
 wanted="$(cat pyproject.toml constraints.txt | cksum)"
 stamp="$venv/installed${1:+-$1}"
-if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+has() { [ "$(cat "$1" 2>/dev/null)" = "$wanted" ]; }
+# An environment with an extra has all that one without it needs.
+if ! has "$stamp" && ! { [ -z "$1" ] && { has "$stamp-dev" || has "$stamp-docs"; }; }; then
     echo "setting up $venv (once)"
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet install --constraint constraints.txt)

@@ -7,10 +7,12 @@ if [ ! -x /usr/bin/chromium ] && command -v apt-get >/dev/null && [ "$(id -u)" =
 fi
 ruff check .
 ruff format --check .
-mypy & types=$! # a minute on one core; the checks below take the other
+said="$(mktemp)"
+mypy >"$said" 2>&1 & types=$! # a minute on one core; what follows takes the other
 lint-imports
 python -m pip --disable-pip-version-check check
 [ $# -gt 0 ] || bash scripts/newest_zarr.sh
-wait $types
 # One more than the cores: some tests wait for a browser or another process.
-exec python -m pytest --numprocesses $(($(nproc) < 8 ? $(nproc) + 1 : 8)) --dist worksteal --durations 20 "$@"
+python -m pytest --numprocesses $(($(nproc) < 8 ? $(nproc) + 1 : 8)) --dist worksteal --durations 20 "$@"
+wait $types || { cat "$said"; exit 1; }
+cat "$said"
