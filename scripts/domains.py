@@ -1,8 +1,10 @@
 """Finds the best feature for each domain of text: its precision, recall, and correlation with the paper's proxy.
 
-    python scripts/domains.py runs/mine/topk-4096-s0
+    python scripts/domains.py runs/mine/topk-4096-s0 --svg domains.svg
 
-The feature is chosen on training contexts and every figure is taken on held-out contexts. Kept tokens only.
+The feature is chosen on training contexts and every figure is taken on held-out contexts. Kept tokens only. The picture
+has a panel for each domain with a proxy: of the tokens on which the feature exceeds a share of its largest activation,
+how many are in the domain (specificity), and how many of the domain's tokens they are (sensitivity).
 Source of the proxies: Bricken et al. 2023, "Detailed investigations": log P(s | context) / P(s), the largest over the
 strings s of whole tokens that end at a token; P(s) is the product of unigram probabilities.
 """
@@ -15,6 +17,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from panels import Line, Panel, drawing
 
 from sae.evaluation.domains import DomainCounts, f1
 from store.features import FeatureIndex
@@ -24,6 +27,7 @@ ALPHABETS = {"base64": string.ascii_letters + string.digits + "+/", "hex": strin
 # The paper's text writes nucleotides in capitals; databases also write them small, never both in one sequence.
 NUCLEOTIDES = ("ATCG", "atcg")
 OUTSIDE = 1e-10
+THRESHOLDS = [i / 20 for i in range(21)]
 
 
 def log_ratio_of_alphabet(vocabulary: list[bytes], unigram: np.ndarray, alphabet: str) -> np.ndarray:
@@ -122,24 +126,45 @@ class DomainTable:
         chosen = (part & self.keep).reshape(-1)
         return float(np.corrcoef(acts[chosen], values.reshape(-1)[chosen])[0, 1])
 
+    def panel(self, domain: int, feature: int, part: np.ndarray) -> Panel:
+        """Specificity and sensitivity of a feature to a domain over thresholds, as shares of its largest activation."""
+        counted, inside = (part & self.keep).reshape(-1), self.domain.reshape(-1) == domain
+        rows, acts = self.index.firings(feature)
+        rows, acts = rows[counted[rows]], acts[counted[rows]] / acts[counted[rows]].max()
+        n_domain = int((counted & inside).sum())
+        found = [inside[rows[acts >= share]] for share in THRESHOLDS]
+        specific = Line("specificity", [(at, float(hit.mean())) for at, hit in zip(THRESHOLDS, found, strict=True)])
+        sensitive = Line("sensitivity", [(at, hit.sum() / n_domain) for at, hit in zip(THRESHOLDS, found, strict=True)])
+        base = n_domain / counted.sum()
+        anything = Line("share of all text", [(at, float(base)) for at in THRESHOLDS], control=True)
+        title = f"{self.index.domains[domain]}: feature {feature}"
+        return Panel(title, "at least this share of its largest activation", [specific, sensitive, anything])
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sae", type=Path, help="directory of an indexed dictionary")
+    parser.add_argument("--svg", type=Path, help="draw specificity and sensitivity to the domains with a proxy")
     args = parser.parse_args()
     table = DomainTable(FeatureIndex.open(args.sae / "features.zarr"))
     best = f1(*table.counts(~table.heldout).precision_recall()).argmax(0)
     heldout = table.counts(table.heldout)
     precision, recall = heldout.precision_recall()
     print(f"{'domain':16} {'tokens':>8} {'feature':>8} {'precision':>9} {'recall':>7} {'F1':>6} {'proxy r':>8}")
+    panels = []
     for number, domain in enumerate(table.index.domains):
         if heldout.tokens[number] < 200:
             continue
         feature = int(best[number])
         p, r, tokens = precision[feature, number], recall[feature, number], heldout.tokens[number]
         values = proxy(domain, table.tokens, table.keep, table.vocabulary)
-        pearson = "" if values is None else f"{table.pearson(feature, values, table.heldout):8.2f}"
+        pearson = ""
+        if values is not None:
+            pearson = f"{table.pearson(feature, values, table.heldout):8.2f}"
+            panels.append(table.panel(number, feature, table.heldout))
         print(f"{domain:16} {tokens:8,} {feature:8} {p:9.2f} {r:7.2f} {f1(p, r):6.2f} {pearson}")
+    if args.svg:
+        args.svg.write_text(drawing(panels), encoding="utf-8")
     return 0
 
 

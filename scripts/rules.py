@@ -15,13 +15,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import machine
 import numpy as np
 from figures import table
+from panels import Line, Panel, drawing
 
 import sae
 from sae.analysis import baselines
@@ -35,7 +35,6 @@ from sae.pipeline.resolve import autoencoder, model_of, store_of
 from store.common import HELD_OUT, write_json
 
 AT = [i / 20 for i in range(21)]
-COLOURS = ("#4269d0", "#ff725c", "#efb118", "#6cc5b0", "#3ca951", "#a463f2", "#9c6b4e", "#9498a0")
 
 
 class Text(NamedTuple):
@@ -125,25 +124,12 @@ def show(entry: dict[str, Any]) -> str:
 
 def picture(title: str, measured: dict[str, Any]) -> str:
     """An SVG: for each population the share of units whose rule scores at least F1."""
-    width, height, margin = 480, 320, 48
-    across, up = width - 2 * margin, height - 2 * margin
-    parts = [
-        f'<text x="{margin}" y="{margin - 16}">{escape(title)}: share of units whose rule has at least this F1</text>'
+    lines = [
+        Line(name, list(zip(AT, found["f1_at_least"], strict=True)), control=name != "features")
+        for name, found in measured.items()
+        if found["scored"]
     ]
-    parts.append(f'<rect x="{margin}" y="{margin}" width="{across}" height="{up}" fill="none" stroke="#ccc"/>')
-    for at in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(f'<text x="{margin + at * across - 8:.0f}" y="{height - margin + 16}">{at:g}</text>')
-        parts.append(f'<text x="{margin - 34}" y="{height - margin - at * up + 4:.0f}">{at:.0%}</text>')
-    for i, (name, found) in enumerate(measured.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        places = zip(AT, found["f1_at_least"], strict=True)
-        line = " ".join(f"{margin + x * across:.1f},{height - margin - y * up:.1f}" for x, y in places if y == y)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        y = margin + 18 * (i + 1)
-        parts.append(f'<text x="{width - margin - 110}" y="{y}" style="fill:{colour}">{escape(name)}</text>')
-    style = "<style>text{font:12px sans-serif;fill:#555}</style>"
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">{style}'
-    return f'{start}<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
+    return drawing([Panel(title, "share of units whose rule has at least this F1", lines)])
 
 
 def main() -> int:

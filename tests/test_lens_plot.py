@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from lens_plot import DRAWINGS, Bar, Bars, Line, Panel, drawing  # noqa: E402
+from lens_plot import DRAWINGS  # noqa: E402
+from panels import Bar, Bars, Line, Panel, drawing  # noqa: E402
 
 MEASUREMENTS = ROOT / "docs/measurements"
 SVG = "{http://www.w3.org/2000/svg}"

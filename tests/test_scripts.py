@@ -80,11 +80,13 @@ def test_a_dictionary_from_text_and_the_features_of_its_domains(
     assert list(seconds) == ["harvest", "train", "eval", "index"]
     assert result["metrics"]["l0"]["value"] == pytest.approx(4, abs=0.1)
     capsys.readouterr()
-    assert run(monkeypatch, "domains", tmp_path / "topk-48-s0") == 0
+    cases = tmp_path / "domains.svg"
+    assert run(monkeypatch, "domains", tmp_path / "topk-48-s0", "--svg", cases) == 0
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
     assert lines.keys() == {"domain", "prose", "dna", "numbers"}
     assert len(lines["dna"]) == len(lines["prose"]) + 1  # only DNA has one of the paper's proxies
     assert all(0 <= float(share) <= 1 for share in lines["dna"][3:6])
+    assert cases.read_text().count("<polyline") == 3  # specificity, sensitivity, the share of all text
     results, drawing = tmp_path / "rules.json", tmp_path / "rules.svg"
     options = ("--firings", "20", "--tokens", "4096", "--json", results, "--svg", drawing)
     assert run(monkeypatch, "rules", tmp_path / "topk-48-s0", *options) == 0
