@@ -31,7 +31,8 @@ from figures import table
 
 FIDELITY = ("l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "dead_share", "ultra_low_share")
 QUALITY = ("mean_f1", "pure_features", "probe_k1", "probe_k5", "top_neuron")
-COLUMNS = (*FIDELITY, *QUALITY)
+UNITS = "topk_units_ce_loss_score_zero"  # as many of the layer's own units, the largest of each row
+COLUMNS = (*FIDELITY, UNITS, "won_back", *QUALITY)
 PROBE_TOKENS = 65_536
 Entry = dict[str, Any]
 
@@ -93,6 +94,8 @@ def measure(directory: Path) -> Entry:
     entry = {
         "heldout_tokens": result["tokens"],
         **{name: metrics[name]["value"] for name in FIDELITY},
+        UNITS: metrics[UNITS]["value"],
+        "won_back": won_back(metrics["ce_loss_score_zero"]["value"], metrics[UNITS]["value"]),
         "shrinkage": metrics["shrinkage"]["value"],
         "mean_f1": domains["mean_f1"],
         "pure_features": domains["pure_features"],
@@ -109,6 +112,11 @@ def measure(directory: Path) -> Entry:
         entry |= {f"probe_{k}": value for k, value in probed["probe"].items()}
         entry["absorption"] = probed["absorption"] and probed["absorption"]["mean"]
     return entry
+
+
+def won_back(score: float, units: float) -> float:
+    """(score − units) / (1 − units): the share of what the layer's own units lose that a dictionary keeps."""
+    return (score - units) / (1 - units)
 
 
 @cache
