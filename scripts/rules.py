@@ -129,7 +129,7 @@ def picture(title: str, measured: dict[str, Any]) -> str:
         for name, found in measured.items()
         if found["scored"]
     ]
-    return drawing([Panel(title, "share of units whose rule has at least this F1", lines)])
+    return drawing([Panel(f"{title}: share of units", "whose rule has at least this F1", lines)])
 
 
 def main() -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fakes import HOOK_POINT
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sae.dictionary.autoencoder import SAE
 from sae.indexing import build as indexing
@@ -15,7 +18,9 @@ from sae.indexing.build import IndexBlock, index
 from sae.indexing.correlation import FeatureNeuronCorrelation
 from sae.kernels.activations import DenseActs
 from sae.lm import NativeModel
+from sae.pipeline.index import spread_shards
 from sae.text.tokenizer import token_bytes
+from store.common import HELD_OUT, TRAIN
 from store.features import FeatureIndex, FeatureWriter
 
 CONTEXTS, SEQ_LEN, D_IN, D_SAE = 7, 16, 32, 30
@@ -228,3 +233,18 @@ def test_correlation_of_neurons_far_from_zero() -> None:
 
 def test_correlations_without_rows_are_zero() -> None:
     assert not FeatureNeuronCorrelation(2, 3).matrix().any()
+
+
+@given(st.integers(0, 5), st.integers(0, 60), st.integers(0, 800))
+def test_indexed_text_is_spread_over_the_training_shards(held_out: int, train: int, tokens: int) -> None:
+    """All held-out shards come before training text, which leaves no gap wider than an even spread must."""
+    shards = {HELD_OUT: dict.fromkeys(range(held_out)), TRAIN: dict.fromkeys(range(7, 7 + train))}
+    chosen = spread_shards(SimpleNamespace(markers=shards.__getitem__, rows_per_shard=10), tokens)
+    assert len(chosen) == min(held_out + train, -(-tokens // 10))
+    assert chosen[:held_out] == [(HELD_OUT, shard) for shard in range(min(held_out, len(chosen)))]
+    numbers = [shard for split, shard in chosen[held_out:] if split == TRAIN]
+    assert len(numbers) == len(chosen[held_out:])
+    edges = [*numbers, 7 + train]
+    gaps = {after - before for before, after in zip(edges, edges[1:], strict=False)}
+    assert numbers[:1] in ([], [7])
+    assert not numbers or gaps <= {train // len(numbers), -(-train // len(numbers))}

@@ -25,7 +25,11 @@ def compare(verbs: Any) -> None:
         "--acts", metavar="STORE", help="activation store whose text is used (default: the one A was trained on)"
     )
     verb.add_argument(
-        "--tokens", type=int, default=262_144, metavar="N", help="tokens to compare on, held-out ones first"
+        "--tokens",
+        type=int,
+        default=262_144,
+        metavar="N",
+        help="tokens to compare on: held-out ones, then spread training text",
     )
     verb.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the shuffled control")
     verb.add_argument("--out", metavar="DIR", help="directory of the result (default: A/compare/B)")

@@ -15,7 +15,13 @@ def index(verbs: Any) -> None:
     )
     add_dictionary(verb)
     add_kernels(verb)
-    verb.add_argument("--tokens", type=int, default=1_000_000, metavar="N", help="tokens to index, held-out ones first")
+    verb.add_argument(
+        "--tokens",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="tokens to index: held-out ones, then spread training text",
+    )
 
 
 def _run_index(args: argparse.Namespace) -> int:

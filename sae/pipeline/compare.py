@@ -16,7 +16,7 @@ from sae.dictionary.autoencoder import SAE
 from sae.dictionary.trained_rows import rows_that_count
 from sae.lm import LanguageModel
 from sae.pipeline.errors import PipelineError
-from sae.pipeline.index import first_shards
+from sae.pipeline.index import spread_shards
 from sae.pipeline.resolve import model_of, opened, output_hook_point, store_of
 from store.activation_reader import ActivationReader
 from store.common import same_model, write_json
@@ -44,7 +44,7 @@ def compare(
     written = [output_hook_point(sae) for sae in (first, second)]
     acts = store_of(first, a, store)
     models = model_of(first, None, device=device), model_of(second, None, device=device)
-    blocks = _paired_blocks(acts, first_shards(acts, tokens), first, second, models)
+    blocks = _paired_blocks(acts, spread_shards(acts, tokens), first, second, models)
     hooks = [sae.config["hook_point"] for sae in (first, second)]
     same_weights = models[0].weights_sha256 == models[1].weights_sha256
     found = comparison.compare(

@@ -37,10 +37,11 @@ def index(
     kernels: str = "auto",
     over_ranks: bool = False,
 ) -> Path:
-    """Builds the feature index (`features.zarr` next to the dictionary) over `tokens` tokens, held-out ones first.
+    """Builds the feature index (`features.zarr` next to the dictionary) over `tokens` tokens.
 
-    A feature's effect on the output is that of its decoder row at the hook point of x̂ (a transcoder's target). Where
-    activations came as arrays, there is no model, and the index has no logit weights and no Δloss. If no linear map
+    These are the held-out ones, then training text spread evenly over the store. A feature's effect on the output is
+    that of its decoder row at the hook point of x̂ (a transcoder's target). Where activations came as arrays, there is
+    no model, and the index has no logit weights and no Δloss. If no linear map
     leads from the hook point to the logits, it has no logit weights and says why (`no_logit_weights`).
     With `over_ranks` the processes that torchrun started share the work, and all of them call this; the index must be
     on a file system that all of them see. It is that of one process, bit for bit.
@@ -80,7 +81,7 @@ def _build(
     mesh: Mesh,
 ) -> Path:
     hook, written = dictionary.config["hook_point"], output_hook_point(dictionary)
-    shards = first_shards(acts, tokens)
+    shards = spread_shards(acts, tokens)
     markers = {split: acts.markers(split) for split in (HELD_OUT, TRAIN)}
     contexts = sum(markers[split][shard].contexts for split, shard in shards)
     documents, renumbered = _documents_of(markers, shards)
@@ -143,15 +144,16 @@ def _resampled_at(directory: Path) -> dict[int, int]:
     return {line["feature"]: line["step"] for line in map(json.loads, lines)}
 
 
-def first_shards(store: ActivationReader, tokens: int) -> list[tuple[str, int]]:
-    """Held-out shards, then training shards, until `tokens` tokens are covered."""
-    chosen: list[tuple[str, int]] = []
-    for split in (HELD_OUT, TRAIN):
-        for shard in sorted(store.markers(split)):
-            if len(chosen) * store.rows_per_shard >= tokens:
-                return chosen
-            chosen.append((split, shard))
-    return chosen
+def spread_shards(store: ActivationReader, tokens: int) -> list[tuple[str, int]]:
+    """Held-out shards from the first one on, then training shards spread evenly, until `tokens` tokens are covered.
+
+    A few long documents may fill the first training shards, so these alone would leave out domains of the text.
+    """
+    wanted = -(-tokens // store.rows_per_shard)
+    held_out, train = (sorted(store.markers(split)) for split in (HELD_OUT, TRAIN))
+    chosen = [(HELD_OUT, shard) for shard in held_out[:wanted]]
+    n = min(len(train), wanted - len(chosen))
+    return chosen + [(TRAIN, train[i * len(train) // n]) for i in range(n)]
 
 
 def _documents_of(
