@@ -79,6 +79,7 @@ def test_settings_added_later_leave_the_identity_of_older_models_alone(tiny_mode
         ("tiny-relu-1l-sparse", "620b57d656d0ab2740d97df6fd8d8f3203a6f0a7f4c5b3514cfd090ae163e741"),
         ("tiny-relu-1l-b", "e2d4549492cc349b85fffbbc8df4b4eb5e3505f8dcab755b009fb412a7dd806f"),
         ("tiny-relu-1l-b-sparse", "9e6c2df8ff8e95f42e4553cbbde5ea428e6cdfb135d3ab5354d2b7f0bd3c9dc7"),
+        ("tiny-solu-1l", "17ddc8259d281684effaa37a6b841c29eaa7df45cabadd9535af93ca162f1f11"),
         ("attn-1l", "d00a6868990479da2054b44567a2ebc3e1d0cbffb285425f6527b2b1c8088a0e"),
         ("attn-2l", "40dc7cef161678510ad70585c846aaaacc22592f697d4b6895b7be9d859aa314"),
         ("tasks-4l", "7a2d36fa8e0e1c926f101530fd509a4ba49575df706883c2e2297e451d10697d"),
