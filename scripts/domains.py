@@ -161,9 +161,12 @@ def main() -> int:
         pearson = ""
         if values is not None:
             pearson = f"{table.pearson(feature, values, table.heldout):8.2f}"
-            panels.append(table.panel(number, feature, table.heldout))
+            if heldout.fired[feature].any():
+                panels.append(table.panel(number, feature, table.heldout))
         print(f"{domain:16} {tokens:8,} {feature:8} {p:9.2f} {r:7.2f} {f1(p, r):6.2f} {pearson}")
-    if args.svg:
+    if args.svg and not panels:
+        print("no picture: no domain of this text has a proxy and a feature that fires on held-out text")
+    elif args.svg:
         args.svg.write_text(drawing(panels), encoding="utf-8")
     return 0
 
