@@ -130,9 +130,14 @@ def choosing_blocks(
 def thinned(store: ActivationReader, split: str, tokens: int) -> tuple[list[int], int]:
     """Shards spread evenly over a split, and n: one in n of their contexts makes at least about `tokens` tokens."""
     shards = sorted(store.markers(split))
-    n = min(len(shards), SPREAD_SHARDS)
-    chosen = [shards[i * len(shards) // n] for i in range(n)]
-    return chosen, max(1, n * store.rows_per_shard // tokens)
+    chosen = spread(shards, SPREAD_SHARDS)
+    return chosen, max(1, len(chosen) * store.rows_per_shard // tokens)
+
+
+def spread(shards: list[int], most: int) -> list[int]:
+    """At most that many of the shards, evenly spaced from the first one on."""
+    n = min(len(shards), most)
+    return [shards[i * len(shards) // n] for i in range(n)]
 
 
 def eval_blocks(

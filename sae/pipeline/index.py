@@ -17,6 +17,7 @@ from sae.indexing import over_ranks
 from sae.lm import LanguageModel
 from sae.parallel.launch import all_ranks
 from sae.parallel.mesh import ONE, Mesh
+from sae.pipeline.evaluate import spread
 from sae.pipeline.resolve import model_with, opened, output_hook_point, store_of
 from sae.text.tokenizer import token_bytes
 from store.activation_reader import ActivationReader
@@ -152,8 +153,7 @@ def spread_shards(store: ActivationReader, tokens: int) -> list[tuple[str, int]]
     wanted = -(-tokens // store.rows_per_shard)
     held_out, train = (sorted(store.markers(split)) for split in (HELD_OUT, TRAIN))
     chosen = [(HELD_OUT, shard) for shard in held_out[:wanted]]
-    n = min(len(train), wanted - len(chosen))
-    return chosen + [(TRAIN, train[i * len(train) // n]) for i in range(n)]
+    return chosen + [(TRAIN, shard) for shard in spread(train, wanted - len(chosen))]
 
 
 def _documents_of(
