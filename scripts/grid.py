@@ -91,11 +91,12 @@ def measure(directory: Path) -> Entry:
     dictionary = sae.load(directory)
     result = json.loads((directory / "eval.json").read_text())
     metrics, domains, decoder = result["metrics"], result["domains"], result["decoder"]
+    units = metrics.get(UNITS, {}).get("value")  # an earlier evaluation has none
     entry = {
         "heldout_tokens": result["tokens"],
         **{name: metrics[name]["value"] for name in FIDELITY},
-        UNITS: metrics[UNITS]["value"],
-        "won_back": won_back(metrics["ce_loss_score_zero"]["value"], metrics[UNITS]["value"]),
+        UNITS: units,
+        "won_back": won_back(metrics["ce_loss_score_zero"]["value"], units),
         "shrinkage": metrics["shrinkage"]["value"],
         "mean_f1": domains["mean_f1"],
         "pure_features": domains["pure_features"],
@@ -114,9 +115,9 @@ def measure(directory: Path) -> Entry:
     return entry
 
 
-def won_back(score: float, units: float) -> float:
-    """(score − units) / (1 − units): the share of what the layer's own units lose that a dictionary keeps."""
-    return (score - units) / (1 - units)
+def won_back(score: float, units: float | None) -> float | None:
+    """(score − units) / (1 − units), the share of what the layer's own units lose that a dictionary keeps, if any."""
+    return None if units is None or units >= 1 else (score - units) / (1 - units)
 
 
 @cache
