@@ -13,6 +13,7 @@ lint-imports
 python -m pip --disable-pip-version-check check
 [ $# -gt 0 ] || bash scripts/newest_zarr.sh
 # One more than the cores: some tests wait for a browser or another process.
-python -m pytest --numprocesses $(($(nproc) < 8 ? $(nproc) + 1 : 8)) --dist worksteal --durations 20 "$@"
-wait $types || { cat "$said"; exit 1; }
-cat "$said"
+python -m pytest --numprocesses $(($(nproc) < 8 ? $(nproc) + 1 : 8)) --dist worksteal --durations 20 "$@" || failed=$?
+wait $types || failed=$?
+cat "$said"; rm "$said"
+exit "${failed:-0}"
