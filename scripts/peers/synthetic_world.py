@@ -40,10 +40,11 @@ from sae_lens.synthetic import (
     SyntheticSAERunnerConfig,
     ZipfianFiringProbabilityConfig,
     eval_sae_on_synthetic_data,
+    feature_dictionary,
     synthetic_sae_runner,
 )
 
-SAMPLE_BLOCK, JUDGE_BATCH = 256, 1024  # activations of all features of a small block stay in the cache
+SAMPLE_BLOCK, JUDGE_BATCH = 64, 1024  # activations of all features of a small block stay in the cache
 # The published world, and one that a laptop learns in a minute.
 WORLDS: dict[str, dict[str, Any]] = {
     "16k": {"num_features": 16_384, "hidden_dim": 768, "roots": 128, "orthogonal_steps": 100, "seed": 42},
@@ -83,7 +84,35 @@ def world_config(
 
 
 def make(size: str, world: Path) -> None:
+    check_orthogonalized()
+    feature_dictionary.orthogonalize_embeddings = orthogonalized
     SyntheticModel(world_config(**WORLDS[size])).save(world)
+
+
+def orthogonalized(embeddings: torch.Tensor, num_steps: int, lr: float, **_: object) -> torch.Tensor:
+    """SAELens' `orthogonalize_embeddings` without the n² products: a minute instead of half an hour.
+
+    Its loss is Σ_{i≠j} (e_i·e_j)² + n Σ_i (e_i·e_i − 1)², whose gradient needs only the d × d matrix EᵀE:
+    4 (E EᵀE − |e_i|² e_i + n (|e_i|² − 1) e_i).
+    """
+    e = torch.nn.functional.normalize(embeddings.detach().double(), dim=1).requires_grad_(True)
+    optimizer = torch.optim.Adam([e], lr=lr)
+    for _step in range(num_steps):
+        with torch.no_grad():
+            squares = e.square().sum(1, keepdim=True)
+            e.grad = 4 * (e @ (e.T @ e) - squares * e + len(e) * (squares - 1) * e)
+        optimizer.step()
+    return torch.nn.functional.normalize(e.detach(), dim=1).to(embeddings.dtype)
+
+
+def check_orthogonalized() -> None:
+    """Compares `orthogonalized` with SAELens' own on a few vectors; raises SystemExit if they differ."""
+    start = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
+    theirs = feature_dictionary.orthogonalize_embeddings(start, num_steps=30, lr=3e-4)
+    worst = float((orthogonalized(start, num_steps=30, lr=3e-4) - theirs).abs().max())
+    moved = float((torch.nn.functional.normalize(start, dim=1) - theirs).abs().max())
+    if worst > 1e-2 * moved:
+        sys.exit(f"the orthogonalisation here differs from SAELens' by {worst:.1e}, of a change of {moved:.1e}")
 
 
 @torch.no_grad()
@@ -101,11 +130,20 @@ def sample(world: Path, file: Path, n: int, seed: int) -> None:
         block = rows[start : start + SAMPLE_BLOCK]
         if not block[-1].any():  # a sample is never 0, because it has a bias
             torch.manual_seed(seed + start)
-            block[:] = model.sample(len(block)).numpy()
+            block[:] = embedded(model.activation_generator.sample(len(block)), model.feature_dict).numpy()
             print(f"\r{start + len(block):,} of {n:,} samples", end="", file=sys.stderr, flush=True)
     rows.flush()
     partial.rename(file)
     print(file=sys.stderr)
+
+
+def embedded(feature_acts: torch.Tensor, feature_dict: feature_dictionary.FeatureDictionary) -> torch.Tensor:
+    """What `feature_dict(feature_acts)` is, from the active features alone: 34 of 16,384 are."""
+    row, feature = feature_acts.nonzero(as_tuple=True)
+    starts = torch.searchsorted(row, torch.arange(len(feature_acts)))
+    return feature_dict.bias + torch.nn.functional.embedding_bag(
+        feature, feature_dict.feature_vectors, starts, mode="sum", per_sample_weights=feature_acts[row, feature]
+    )
 
 
 def _grow(file: Path, n: int) -> None:
