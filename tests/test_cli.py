@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from fakes import HOOK_POINT
 
+import sae
 from sae.cli import build_parser, main
+from sae.pipeline.resolve import store_of
 from store.common import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,6 +305,15 @@ def test_a_run_may_be_moved(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     (moved / "topk" / "eval.json").unlink()
     assert main(["eval", str(moved / "topk")]) == 0
     assert (moved / "topk" / "eval.json").read_bytes() == (run / "topk" / "eval.json").read_bytes()
+
+
+def test_a_link_to_a_dictionary_finds_the_store_of_the_dictionary(run: Path, tmp_path: Path) -> None:
+    """The recorded path is relative to what the link points to; beside the link there is no store."""
+    link = tmp_path / "shelf" / "best"
+    link.parent.mkdir()
+    link.symlink_to(run / "topk", target_is_directory=True)
+    store = store_of(sae.load(link), link, None)
+    assert Path(store.path).resolve() == (run / "acts.zarr").resolve()
 
 
 def test_steer_writes_both_texts_the_same_for_the_same_seed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from sae.parallel.mesh import ONE, Mesh
 from sae.parallel.shares import shared_out
 from sae.pipeline.donors import donors
 from sae.pipeline.errors import PipelineError
-from sae.pipeline.resolve import model_in, row_filter_progress
+from sae.pipeline.resolve import model_in, recorded_store, row_filter_progress
 from sae.pipeline.rows import hook_point_of
 from sae.pipeline.sites import Place
 from store.activations import ActivationStore
@@ -95,7 +94,7 @@ def recorded_places(sae: SAE, directory: Path) -> list[Place]:
     stores: dict[str, ActivationStore] = {}
     places = []
     for site in recorded:
-        path = os.path.normpath(directory / site["store"]["path"])
+        path = str(recorded_store(directory, site["store"]["path"]))
         store = stores.setdefault(path, ActivationStore.open(path))
         theirs = store.provenance.get("model", {})
         if site["model"] != theirs and not same_model(site["model"], theirs):

@@ -94,7 +94,7 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
             )
         if held is None or directory is None:
             raise PipelineError("this dictionary does not say which store it was trained on; name one with --acts.")
-        asked = Path(os.path.normpath(directory / held))
+        asked = recorded_store(directory, held)
     store = ActivationStore.open(asked)
     ours, theirs = sae.config.get("model", {}), _model_in(store)
     unlike = not can_run(ours) and ours != theirs  # activations that came as arrays: the name is all there is
@@ -114,6 +114,15 @@ def store_of(sae: SAE, directory: Path | None, asked: str | Path | None) -> Acti
     return filtered(
         store, sae.config.get("row_filter"), dict.fromkeys(hook for _, hook, _ in places), row_filter_progress
     )
+
+
+def recorded_store(directory: Path, held: str) -> Path:
+    """Where the store lies that a dictionary's directory records relative to itself, or to what it is a link to."""
+    path = Path(os.path.normpath(directory / held))
+    if path.exists():
+        return path
+    linked = Path(os.path.normpath(directory.resolve() / held))
+    return linked if linked.exists() else path
 
 
 def _warn_of_other_contexts(sae: SAE, store: ActivationReader) -> None:
