@@ -7,6 +7,7 @@
     python scripts/grid.py runs/grid/plain --json docs/measurements/grid.json
     python scripts/grid.py --json docs/measurements/grid.json                     # the table of all entries
     python scripts/grid.py --json docs/measurements/grid.json --domains --l0 20   # the best features' F1 by domain
+    python scripts/grid.py --json docs/measurements/grid.json --svg frontier.svg  # fidelity and F1 over L0
 
 `sae sweep` trains and evaluates the dictionaries (`sae train` and `sae eval` a transcoder); give sweeps with different
 settings separate directories. This script takes directories that hold such dictionaries, at any depth, measures the
@@ -28,6 +29,7 @@ from typing import Any
 
 import machine
 from figures import table
+from panels import Line, Panel, drawing
 
 FIDELITY = ("l0", "fvu", "ce_loss_score_zero", "ce_loss_score_mean", "delta_ce", "dead_share", "ultra_low_share")
 QUALITY = ("mean_f1", "pure_features", "probe_k1", "probe_k5", "top_neuron")
@@ -173,6 +175,37 @@ def domain_table(entries: dict[str, Entry], l0: float) -> str:
     return table(["domain", *groups], rows)
 
 
+def picture(entries: dict[str, Entry]) -> str:
+    """Fidelity and domains over the L0 asked for, of recipes trained for three or more; means over seeds.
+
+    Dashed: as many of the layer's own units, the largest of each row, as the first dictionary has active features.
+    """
+    asked: dict[str, set[float]] = {}
+    for entry in entries.values():
+        asked.setdefault(entry["recipe"], set()).add(entry["target_l0"])
+    recipes = sorted(recipe for recipe, l0s in asked.items() if len(l0s) >= 3)
+    chosen = [entry for entry in entries.values() if entry["recipe"] in recipes]
+
+    def line(column: str, recipe: str, name: str = "") -> Line:
+        values: dict[float, list[float]] = {}
+        for entry in chosen:
+            if entry["recipe"] == recipe and entry.get(column) is not None:
+                values.setdefault(entry["target_l0"], []).append(entry[column])
+        points = [(l0, statistics.mean(found)) for l0, found in sorted(values.items())]
+        return Line(name or recipe, points, control=bool(name))
+
+    fidelity = [line("ce_loss_score_zero", recipe) for recipe in recipes]
+    fidelity.append(line(UNITS, recipes[0], "largest units"))
+    domains = [line("mean_f1", recipe) for recipe in recipes]
+    x_axis = "L0 asked for (log scale)"
+    return drawing(
+        [
+            Panel("ce_loss_score, zero ablation", x_axis, fidelity, powers_of_2=True),
+            Panel("mean F1 of the best feature for each domain", x_axis, domains, powers_of_2=True),
+        ]
+    )
+
+
 def _cell(values: list[Any]) -> str:
     known = [value for value in values if value is not None]
     if not known:
@@ -187,6 +220,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, help="the file of entries")
     parser.add_argument("--domains", action="store_true", help="print the best features' F1 by domain instead")
     parser.add_argument("--l0", action="append", type=float, help="with --domains: the target L0; may repeat (20)")
+    parser.add_argument("--svg", type=Path, help="draw fidelity and F1 over L0 into this file")
     args = parser.parse_args()
     for directory in evaluated(args.runs):
         run = description(directory)
@@ -195,6 +229,8 @@ def main() -> int:
             add(args.json, name_of(run), entry)
             print(f"{name_of(run)}: " + ", ".join(f"{name} {_cell([entry.get(name)])}" for name in COLUMNS), flush=True)
     entries = read_entries(args.json)
+    if args.svg:
+        args.svg.write_text(picture(entries))
     print(
         "\n\n".join(domain_table(entries, l0) for l0 in args.l0 or [20.0]) if args.domains else results_table(entries)
     )

@@ -80,7 +80,7 @@ def _panel(number: int, panel: Panel) -> str:
         y = up(tick * step)
         parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 4}" y="{y + 3:.1f}" text-anchor="end">{tick * step:.3g}</text>')
-    ticks = sorted(set(xs))[::2] if panel.powers_of_2 else [_round_step(max(xs)) * i for i in range(6)]
+    ticks = _spaced(sorted(set(xs))) if panel.powers_of_2 else [_round_step(max(xs)) * i for i in range(6)]
     for x in (tick for tick in ticks if min(xs) <= tick <= max(xs)):
         parts.append(f'<text x="{along(x):.1f}" y="{bottom + 13}" text-anchor="middle">{x:g}</text>')
     parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 27}" text-anchor="middle">{escape(panel.x_axis)}</text>')
@@ -92,6 +92,11 @@ def _panel(number: int, panel: Panel) -> str:
         below = bottom + 42 + 13 * (place // 2)
         parts.append(f'<text x="{at:.1f}" y="{below}" fill="{colour}">{escape(line.name)}</text>')
     return "".join(parts)
+
+
+def _spaced(xs: list[float]) -> list[float]:
+    """All of a few values, every second of many."""
+    return xs if len(xs) <= 4 else xs[::2]
 
 
 def _bars(number: int, panel: Bars) -> str:
