@@ -12,9 +12,12 @@ its `eval_sae_on_synthetic_data` with the same fresh samples for every dictionar
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -115,26 +118,41 @@ def check_orthogonalized() -> None:
         sys.exit(f"the orthogonalisation here differs from SAELens' by {worst:.1e}, of a change of {moved:.1e}")
 
 
-@torch.no_grad()
 def sample(world: Path, file: Path, n: int, seed: int) -> None:
-    """n samples in 16 bits. Each block has a seed of its own: an interrupted or shorter file is continued."""
-    model = SyntheticModel.load_from_disk(world)
+    """n samples in 16 bits, drawn by one process for each core.
+
+    Each block has a seed of its own: the file depends on no number of processes, and an interrupted or shorter one is
+    continued.
+    """
+    width = SyntheticModel.load_from_disk(world).cfg.hidden_dim
     partial = file.with_suffix(".partial")
     if file.exists():
         _grow(file, n)
         file.rename(partial)
     elif not partial.exists():
-        np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=(n, model.cfg.hidden_dim)).flush()
+        np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=(n, width)).flush()
+    processes = os.cpu_count() or 1
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        drawing = [pool.submit(_draw, world, partial, seed, first, processes) for first in range(processes)]
+        for drawn in drawing:
+            drawn.result()
+    partial.rename(file)
+    print(file=sys.stderr)
+
+
+@torch.no_grad()
+def _draw(world: Path, partial: Path, seed: int, first: int, every: int) -> None:
+    """The missing ones of the blocks first, first + every, …"""
+    torch.set_num_threads(1)
+    model = SyntheticModel.load_from_disk(world)
     rows = np.load(partial, mmap_mode="r+")
-    for start in range(0, n, SAMPLE_BLOCK):
+    for start in range(first * SAMPLE_BLOCK, len(rows), every * SAMPLE_BLOCK):
         block = rows[start : start + SAMPLE_BLOCK]
         if not block[-1].any():  # a sample is never 0, because it has a bias
             torch.manual_seed(seed + start)
             block[:] = embedded(model.activation_generator.sample(len(block)), model.feature_dict).numpy()
-            print(f"\r{start + len(block):,} of {n:,} samples", end="", file=sys.stderr, flush=True)
+            print(f"\r{start + len(block):,} of {len(rows):,} samples", end="", file=sys.stderr, flush=True)
     rows.flush()
-    partial.rename(file)
-    print(file=sys.stderr)
 
 
 def embedded(feature_acts: torch.Tensor, feature_dict: feature_dictionary.FeatureDictionary) -> torch.Tensor:
