@@ -127,10 +127,11 @@ def sample(world: Path, file: Path, n: int, seed: int) -> None:
     width = SyntheticModel.load_from_disk(world).cfg.hidden_dim
     partial = file.with_suffix(".partial")
     if file.exists():
-        _grow(file, n)
         file.rename(partial)
-    elif not partial.exists():
+    if not partial.exists():
         np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=(n, width)).flush()
+    elif len(np.load(partial, mmap_mode="r")) < n:
+        _grow(partial, n)
     processes = os.cpu_count() or 1
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         drawing = [pool.submit(_draw, world, partial, seed, first, processes) for first in range(processes)]
